@@ -1,0 +1,1 @@
+"""Compare large-batch optimizers fairly. The optimizers alone: ``from largebatch.optim import LARS, LAMB, TVLARS``."""
