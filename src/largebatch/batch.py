@@ -1,0 +1,51 @@
+"""The global batch, divided over processes and accumulation."""
+
+from dataclasses import dataclass
+
+from largebatch.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of one optimizer step are taken through the model.
+
+    ``global_batch = processes * accumulation * micro_batch``; each of a process's ``accumulation`` micro-batches is one
+    forward and backward.
+    """
+
+    global_batch: int
+    processes: int
+    accumulation: int
+    micro_batch: int
+
+    @property
+    def per_process(self) -> int:
+        return self.accumulation * self.micro_batch
+
+
+def plan_batch(global_batch: int, processes: int, micro_batch: int | None) -> BatchPlan:
+    """Divide ``global_batch`` over ``processes``, and each share into micro-batches of ``micro_batch`` images.
+
+    Raises:
+        UserError: when a division leaves a remainder; the message names the nearest sizes that leave none.
+    """
+    if global_batch % processes:
+        near = _nearest_multiples(global_batch, processes)
+        raise UserError(f"batch_size={global_batch} can't be divided over {processes} processes; nearest: {near}")
+    share = global_batch // processes
+    if micro_batch is None or micro_batch >= share:
+        return BatchPlan(global_batch, processes, 1, share)
+    if share % micro_batch:
+        near = _nearest_multiples(global_batch, processes * micro_batch)
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - micro_batch))
+        raise UserError(
+            f"micro_batch={micro_batch} doesn't divide the {share} images of batch_size={global_batch} that each of "
+            f"{processes} process(es) takes; nearest: micro_batch={nearest}, or batch_size {near}"
+        )
+    return BatchPlan(global_batch, processes, share // micro_batch, micro_batch)
+
+
+def _nearest_multiples(size: int, unit: int) -> str:
+    below = size // unit * unit
+    return " or ".join(str(n) for n in (below, below + unit) if n > 0)

@@ -1,0 +1,260 @@
+"""The one schema of a run, and how a composed YAML becomes it.
+
+Every key with a default has it here; the presets in ``conf/`` fill in what a choice of data set, model, optimizer ...
+means. ``None`` in an optimizer, model or schedule key means "this choice has no such option": setting one that the
+chosen name doesn't know is an error (see ``validate.py``), never silently ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from largebatch.errors import UserError, choices
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    root: str = "data"  # where the files are, or are downloaded to
+    download: bool = True  # fetch what isn't there, if there is a network
+    verify: bool = True  # check the files' checksums, where the data set has published ones
+    workers: int = 2  # decoding processes a rank; only data sets that are decoded while training use them
+    val_fraction: float = 0.0  # part of the training set held out for choosing settings; stratified, fixed by `seed`
+    train_size: int | None = None  # images, where known beforehand; chosen for `synthetic`
+    test_size: int | None = None
+    num_classes: int | None = None  # likewise
+    channels: int = 3  # 1 (grey) or 3
+    image_size: int | None = None  # side in pixels that images are resized to; None keeps the data set's own
+    mean: list[float] | None = None  # per channel, of pixels in 0..1; None measures them on training images
+    std: list[float] | None = None
+    crop_padding: int = 4  # random crop after padding by so many pixels; 0 is off
+    flip: bool = True  # random horizontal flip
+    rotation: float = 15.0  # random rotation, degrees to either side; 0 is off
+    default_epochs: int = 100  # length of training when neither `epochs` nor `steps` is given
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    library: str = MISSING  # largebatch, torchvision or timm
+    stem: str | None = None  # imagenet (as published) or cifar (3x3, stride 1, no pooling)
+    norm: str | None = None  # smallcnn: group or batch
+    init: str = "default"  # of convolution and linear weights; default is the library's
+    options: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = MISSING
+    library: str = MISSING  # largebatch, torch or timm
+    lr: float = MISSING  # at lr_scaling.base_batch when a scaling rule is chosen
+    weight_decay: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+    betas: list[float] | None = None
+    eps: float | None = None
+    trust_coefficient: float | None = None
+    adapt_1d: bool | None = None  # scale biases and norm parameters layer-wise too
+    decay_1d: bool | None = None  # decay them too
+    norm_clip: float | None = None  # clip the norms of the trust ratio from above
+    bias_correction: bool | None = None  # lamb
+    lmbda: float | None = None  # tvlars: steepness of phi's decay, per optimizer step
+    alpha: float | None = None  # tvlars: phi starts near 1/alpha; rmsprop: smoothing constant
+    delay_epochs: float | None = None  # tvlars: epochs before phi is at its midpoint
+    gamma_min: float | str | None = None  # tvlars: phi's floor; auto = 0.001 * batch_size / 256
+    lr_decay: float | None = None  # adagrad
+    centered: bool | None = None  # rmsprop
+    amsgrad: bool | None = None  # adam, adamw
+    options: dict[str, Any] = field(default_factory=dict)  # passed on to timm's optimizer
+
+
+@dataclass
+class LrScalingConfig:
+    rule: str = "none"  # none, linear (lr * B/base) or sqrt (lr * sqrt(B/base))
+    base_batch: int = 256
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = MISSING
+    warmup_epochs: float | None = None  # exactly one of the two, for the schedules that warm up
+    warmup_steps: int | None = None
+    final_factor: float | None = None  # the rate at the end, as a part of the full rate
+    power: float | None = None  # warmup_poly
+
+
+@dataclass
+class ModeConfig:
+    name: str = MISSING
+
+
+@dataclass
+class ClusterConfig:
+    name: str = MISSING
+    processes: int | None = None  # None: one a GPU, or one on CPU
+    device: str = "auto"  # auto, cpu or cuda
+    devices: list[int] | None = None  # which GPUs; None: all that are visible
+    threads: int | None = None  # CPU threads a process; None: the cores, divided
+
+
+@dataclass
+class TrackerConfig:
+    name: str = MISSING
+    mode: str = "auto"  # auto, online, offline or disabled; auto is online when a key and a reachable host are there
+    project: str = "largebatch"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str | None = None  # None: the mode's name
+    tags: list[str] = field(default_factory=list)  # beside data set, model, optimizer and schedule
+    notes: str | None = None
+    log_every: int = 10  # steps
+    layers_every: int = 20  # steps between rows of layers.parquet; 0 is off
+
+
+@dataclass
+class CheckpointConfig:
+    every_seconds: float = 10.0
+    every_steps: int | None = None  # instead of by the clock
+
+
+@dataclass
+class Config:
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scaling: LrScalingConfig = field(default_factory=LrScalingConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    mode: ModeConfig = field(default_factory=ModeConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    batch_size: int = 512  # global: over all processes and accumulation
+    micro_batch: int | None = None  # most images a process takes through the model at once; None: its whole share
+    epochs: int | None = None  # one of the two; neither: dataset.default_epochs
+    steps: int | None = None
+    seed: int = 0
+    precision: str = "auto"  # fp32, bf16 or auto (bf16 on a GPU that has it, else fp32)
+    sync_bn: bool = False  # batch-norm statistics over all processes
+    deterministic: bool = False  # deterministic CUDA kernels, for bit-exact repeats on a GPU
+    eval_every: int = 1  # epochs between evaluations; the end is always evaluated
+    runs_dir: str = "runs"
+    rerun: bool = False  # repeat a finished run from scratch
+    dry_run: bool = False  # show the plan, start nothing
+
+
+def from_composed(composed: DictConfig) -> Config:
+    """The typed configuration of a composed (or frozen) tree, its defaults filled in and its folders made absolute.
+
+    Raises:
+        UserError: for an unknown key, a value of the wrong type or a missing one; the message names the key.
+    """
+    try:
+        # As plain values: a tree that Hydra composed on the schema would keep keys added by force (+typo=1).
+        plain = OmegaConf.to_container(composed, resolve=True)
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), plain))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from None
+    assert isinstance(config, Config)
+    if config.epochs is None and config.steps is None:
+        config.epochs = config.dataset.default_epochs
+    config.runs_dir = str(Path(config.runs_dir).expanduser().absolute())
+    config.dataset.root = str(Path(config.dataset.root).expanduser().absolute())
+    return config
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    schema: DictConfig = OmegaConf.structured(Config)
+    return schema
+
+
+def load_config(path: Path) -> Config:
+    """The frozen configuration of a run folder."""
+    frozen = OmegaConf.load(path)
+    assert isinstance(frozen, DictConfig)
+    return from_composed(frozen)
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def explain(error: OmegaConfBaseException) -> str:
+    """One line for OmegaConf's complaint: the key, what was given, what is allowed."""
+    key = error.full_key or "?"
+    if re.match(r"Key '.*' (not in|is not in struct)", str(error)):
+        return unknown_key(key)
+    first_line = str(error).splitlines()[0]
+    if "missing mandatory value" in first_line.lower():
+        return f"{key} has no value: choose a preset for its group or set it"
+    return f"{key}: {first_line}"
+
+
+def unknown_key(key: str) -> str:
+    """``"unknown key optimizer.lrr; allowed ..."`` with the keys at the place where the name leaves the schema."""
+    node: Any = Config
+    path: list[str] = []
+    for part in key.split("."):
+        fields = {f.name: f for f in dataclasses.fields(node)}
+        if part not in fields:
+            break
+        path.append(part)
+        factory: Any = fields[part].default_factory
+        if not dataclasses.is_dataclass(factory):
+            return f"unknown key {key}: {'.'.join(path)} is a value and holds no further keys"
+        node = factory
+    here = f" in {'.'.join(path)}" if path else ""
+    return f"unknown key {key}; keys{here} {choices(part, [f.name for f in dataclasses.fields(node)])}"
+
+
+# Keys that can't change a run's result, and so aren't part of what it is.
+_NOT_IDENTITY = ("cluster", "tracker", "checkpoint", "runs_dir", "rerun", "dry_run")
+_NOT_IDENTITY_DATASET = ("root", "download", "verify", "workers", "default_epochs")
+
+
+def identity(config: Config) -> str:
+    """Eight hex digits over everything that can change the result, and nothing else.
+
+    Keys that are None are left out, so that a later version's new option doesn't rename the runs that don't use it.
+    An ``imagefolder`` is known by its folder, every other data set by its name.
+    """
+    tree = dataclasses.asdict(config)
+    for key in _NOT_IDENTITY:
+        del tree[key]
+    for key in _NOT_IDENTITY_DATASET:
+        if not (key == "root" and config.dataset.name == "imagefolder"):
+            del tree["dataset"][key]
+    canonical = json.dumps(_without_none(tree), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def run_name(config: Config) -> str:
+    """The run folder's name: a readable prefix and the identity."""
+    parts = [
+        config.dataset.name if config.dataset.name != "imagefolder" else Path(config.dataset.root).name,
+        config.model.name,
+        config.mode.name,
+        config.optimizer.name,
+        config.schedule.name,
+        f"b{config.batch_size}",
+        f"lr{config.optimizer.lr:g}",
+        f"s{config.seed}",
+        identity(config),
+    ]
+    return "-".join(re.sub(r"[^A-Za-z0-9_.+]", "_", part) for part in parts)
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return tree

@@ -1,0 +1,268 @@
+"""Checks of a configuration that need neither torch nor the data: all problems of a run at once, before it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+from largebatch.batch import plan_batch
+from largebatch.config import Config, OptimizerConfig, ScheduleConfig
+from largebatch.errors import UserError, choices
+
+DATASETS = ("digits", "cifar10", "cifar100", "tinyimagenet", "imagefolder", "imagenet", "synthetic")
+MODELS = {
+    "largebatch": ("smallcnn",),
+    "torchvision": ("resnet18", "resnet34", "resnet50", "effb0"),
+    "timm": None,  # any; timm knows them
+}
+INITS = ("default", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
+
+_LARS = ("weight_decay", "momentum", "nesterov", "trust_coefficient", "adapt_1d", "decay_1d", "norm_clip")
+_ADAM = ("weight_decay", "betas", "eps", "amsgrad")
+# Which options an optimizer has beside lr. The names are the keyword arguments of its class, TVLARS's delay apart.
+OPTIMIZER_OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "largebatch": {
+        "lars": _LARS,
+        "tvlars": (*_LARS, "lmbda", "alpha", "delay_epochs", "gamma_min"),
+        "lamb": ("weight_decay", "betas", "eps", "bias_correction", "adapt_1d", "decay_1d", "norm_clip"),
+    },
+    "torch": {
+        "sgd": ("weight_decay", "momentum", "nesterov"),
+        "adam": _ADAM,
+        "adamw": _ADAM,
+        "adagrad": ("weight_decay", "eps", "lr_decay"),
+        "rmsprop": ("weight_decay", "momentum", "alpha", "eps", "centered"),
+    },
+}
+TIMM_OPTIMIZER_OPTIONS = ("weight_decay", "options")
+SCHEDULE_OPTIONS = {
+    "constant": (),
+    "cosine": ("final_factor",),
+    "warmup_cosine": ("warmup_epochs", "warmup_steps", "final_factor"),
+    "warmup_poly": ("warmup_epochs", "warmup_steps", "final_factor", "power"),
+}
+_MAY_BE_NONE = ("norm_clip", "warmup_epochs", "warmup_steps")
+
+
+def validate(config: Config) -> None:
+    """Raise one ``UserError`` that lists every problem of ``config``."""
+    problems = [
+        *_check_numbers(config),
+        *_check_names(config),
+        *_check_model(config),
+        *_check_optimizer(config),
+        *_check_schedule(config),
+        *_check_length(config),
+        *_check_batch(config),
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+# key: (smallest allowed value, whether that value itself is allowed)
+_NUMBERS: dict[str, tuple[float, bool]] = {
+    "batch_size": (1, True),
+    "micro_batch": (1, True),
+    "epochs": (1, True),
+    "steps": (1, True),
+    "seed": (0, True),
+    "eval_every": (1, True),
+    "dataset.workers": (0, True),
+    "dataset.train_size": (1, True),
+    "dataset.test_size": (1, True),
+    "dataset.num_classes": (2, True),
+    "dataset.image_size": (1, True),
+    "dataset.crop_padding": (0, True),
+    "dataset.rotation": (0, True),
+    "dataset.default_epochs": (1, True),
+    "optimizer.lr": (0, False),
+    "optimizer.weight_decay": (0, True),
+    "optimizer.momentum": (0, True),
+    "optimizer.eps": (0, True),
+    "optimizer.trust_coefficient": (0, False),
+    "optimizer.norm_clip": (0, False),
+    "optimizer.alpha": (0, True),
+    "optimizer.delay_epochs": (0, True),
+    "optimizer.lr_decay": (0, True),
+    "lr_scaling.base_batch": (1, True),
+    "schedule.warmup_epochs": (0, True),
+    "schedule.warmup_steps": (0, True),
+    "schedule.final_factor": (0, True),
+    "schedule.power": (0, False),
+    "cluster.processes": (1, True),
+    "cluster.threads": (1, True),
+    "checkpoint.every_seconds": (0, True),
+    "checkpoint.every_steps": (1, True),
+    "tracker.log_every": (1, True),
+    "tracker.layers_every": (0, True),
+}
+
+
+def _check_numbers(config: Config) -> list[str]:
+    problems = []
+    for key, (least, inclusive) in _NUMBERS.items():
+        value = _value(config, key)
+        if value is not None and not (math.isfinite(value) and (value > least or (inclusive and value == least))):
+            kind = "an integer" if isinstance(value, int) else "a finite number"
+            problems.append(f"{key}={value}: must be {kind} {'of at least' if inclusive else 'above'} {least:g}")
+    optimizer = config.optimizer
+    if optimizer.lmbda is not None and not math.isfinite(optimizer.lmbda):
+        problems.append(f"optimizer.lmbda={optimizer.lmbda}: must be a finite number")
+    for beta in optimizer.betas or []:
+        if not 0 <= beta < 1:
+            problems.append(f"optimizer.betas={optimizer.betas}: both must be at least 0 and below 1")
+            break
+    if optimizer.betas is not None and len(optimizer.betas) != 2:
+        problems.append(f"optimizer.betas={optimizer.betas}: must be two numbers")
+    if isinstance(optimizer.gamma_min, str) and optimizer.gamma_min != "auto":
+        problems.append(
+            f"optimizer.gamma_min={optimizer.gamma_min}: must be a number or auto (0.001 * batch_size / 256)"
+        )
+    if not 0 <= config.dataset.val_fraction < 1:
+        problems.append(f"dataset.val_fraction={config.dataset.val_fraction}: must be at least 0 and below 1")
+    if not config.dataset.rotation <= 180:
+        problems.append(f"dataset.rotation={config.dataset.rotation}: must be at most 180 degrees")
+    return problems
+
+
+def _value(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def _check_names(config: Config) -> list[str]:
+    named: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "dataset.name": (config.dataset.name, DATASETS),
+        "dataset.channels": (config.dataset.channels, (1, 3)),
+        "model.library": (config.model.library, tuple(MODELS)),
+        "model.init": (config.model.init, INITS),
+        "optimizer.library": (config.optimizer.library, (*OPTIMIZER_OPTIONS, "timm")),
+        "lr_scaling.rule": (config.lr_scaling.rule, ("none", "linear", "sqrt")),
+        "schedule.name": (config.schedule.name, tuple(SCHEDULE_OPTIONS)),
+        "mode.name": (config.mode.name, ("clf",)),
+        "cluster.name": (config.cluster.name, ("local",)),
+        "cluster.device": (config.cluster.device, ("auto", "cpu", "cuda")),
+        "tracker.name": (config.tracker.name, ("wandb", "none")),
+        "tracker.mode": (config.tracker.mode, ("auto", "online", "offline", "disabled")),
+        "precision": (config.precision, ("auto", "fp32", "bf16")),
+    }
+    problems = [
+        f"{key}={given}: {choices(given, [str(name) for name in allowed])}"
+        for key, (given, allowed) in named.items()
+        if given not in allowed
+    ]
+    channels = config.dataset.channels
+    for key in ("mean", "std"):
+        values = getattr(config.dataset, key)
+        if values is not None and len(values) != channels:
+            problems.append(f"dataset.{key}={values}: must have one number a channel (dataset.channels={channels})")
+    if any(value <= 0 for value in config.dataset.std or []):
+        problems.append(f"dataset.std={config.dataset.std}: must be above 0")
+    return problems
+
+
+def _check_model(config: Config) -> list[str]:
+    model, problems = config.model, []
+    names = MODELS.get(model.library)
+    if names is not None and model.name not in names:
+        problems.append(f"model.name={model.name}: {choices(model.name, names)}; any timm model with model=timm")
+    stems = ("imagenet", "cifar") if model.library == "torchvision" else (None,)
+    if model.stem not in stems:
+        problems.append(
+            f"model.stem={model.stem}: {model.name} has no such choice"
+            if stems == (None,)
+            else f"model.stem={model.stem}: {choices(model.stem, ('imagenet', 'cifar'))}"
+        )
+    norms = ("group", "batch") if model.library == "largebatch" else (None,)
+    if model.norm not in norms:
+        problems.append(
+            f"model.norm={model.norm}: {model.name} has no such choice"
+            if norms == (None,)
+            else f"model.norm={model.norm}: {choices(model.norm, ('group', 'batch'))}"
+        )
+    if model.options and model.library != "timm":
+        problems.append(f"model.options={model.options}: only timm's models take further options")
+    return problems
+
+
+def _check_optimizer(config: Config) -> list[str]:
+    optimizer = config.optimizer
+    if optimizer.library == "timm":
+        return _check_options("optimizer", optimizer, TIMM_OPTIMIZER_OPTIONS)
+    options = OPTIMIZER_OPTIONS.get(optimizer.library, {})
+    if optimizer.name not in options:
+        return [f"optimizer.name={optimizer.name}: {choices(optimizer.name, options)}; choose it with optimizer=NAME"]
+    return _check_options("optimizer", optimizer, options[optimizer.name])
+
+
+def _check_schedule(config: Config) -> list[str]:
+    schedule = config.schedule
+    if schedule.name not in SCHEDULE_OPTIONS:
+        return []  # said by _check_names
+    problems = _check_options("schedule", schedule, SCHEDULE_OPTIONS[schedule.name])
+    if schedule.name.startswith("warmup") and (schedule.warmup_epochs is None) == (schedule.warmup_steps is None):
+        problems.append(
+            f"schedule.warmup_epochs={schedule.warmup_epochs} and schedule.warmup_steps={schedule.warmup_steps}: "
+            "give one of the two and set the other to null"
+        )
+    if schedule.warmup_steps and config.steps and schedule.warmup_steps > config.steps:
+        problems.append(
+            f"schedule.warmup_steps={schedule.warmup_steps}: longer than the training, steps={config.steps}"
+        )
+    if schedule.warmup_epochs and config.epochs and schedule.warmup_epochs > config.epochs:
+        problems.append(
+            f"schedule.warmup_epochs={schedule.warmup_epochs:g}: longer than the training, epochs={config.epochs}"
+        )
+    return problems
+
+
+def _check_options(group: str, given: OptimizerConfig | ScheduleConfig, allowed: tuple[str, ...]) -> list[str]:
+    problems = []
+    always = ("name", "library", "lr")
+    for option in fields(given):
+        value = getattr(given, option.name)
+        if option.name in always or (value is None or value == {}) == (option.name not in allowed):
+            continue
+        if option.name in allowed:
+            if option.name not in (*_MAY_BE_NONE, "options"):
+                problems.append(f"{group}.{option.name}=null: {given.name} needs a value")
+        else:
+            problems.append(
+                f"{group}.{option.name}={value}: {given.name} has no such option; {choices(option.name, allowed)}"
+                if allowed
+                else f"{group}.{option.name}={value}: {given.name} has no options"
+            )
+    return problems
+
+
+def _check_length(config: Config) -> list[str]:
+    if config.epochs is not None and config.steps is not None:
+        return [
+            f"epochs={config.epochs} and steps={config.steps}: give one of the two "
+            "(where a preset gives the other, set that one to null)"
+        ]
+    return []
+
+
+def _check_batch(config: Config) -> list[str]:
+    problems = []
+    processes = config.cluster.processes
+    sizes_ok = config.batch_size >= 1 and (config.micro_batch is None or config.micro_batch >= 1)
+    if sizes_ok and (processes is None or processes >= 1):
+        try:
+            plan_batch(config.batch_size, processes or 1, config.micro_batch)
+        except UserError as error:
+            problems.append(str(error))
+    size = config.dataset.train_size
+    if size is not None and 0 <= config.dataset.val_fraction < 1:
+        left = round(size * (1 - config.dataset.val_fraction))
+        if config.batch_size > left:
+            without = " after the validation part" if config.dataset.val_fraction else ""
+            problems.append(
+                f"batch_size={config.batch_size}: larger than the training set; "
+                f"{config.dataset.name} has {left} images{without}, so at most that"
+            )
+    return problems

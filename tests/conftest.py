@@ -1,0 +1,69 @@
+"""What all tests share: starting the real program, and configurations made as the launcher makes them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+
+from largebatch.config import Config, from_composed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+# The default network on 64 training images: a whole run takes a second beside the imports.
+TINY = (
+    "dataset=synthetic", "dataset.train_size=64", "dataset.test_size=20", "dataset.image_size=8", "dataset.channels=1",
+    "dataset.num_classes=4", "batch_size=16", "tracker=none", "tracker.log_every=2",
+)  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """The tests' environment without what a user may have set for W&B, on CPU."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HYDRA_"))}
+    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(*overrides: str, cwd: Path, **popen: object) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "launch.py"), *overrides]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """Run ``python launch.py`` with overrides in an empty folder, so that runs are in ``tmp_path/runs``."""
+
+    def run(*overrides: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "launch.py"), *overrides]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def only_run(tmp_path: Path) -> Callable[[], Path]:
+    """The one run folder below ``tmp_path/runs``."""
+
+    def find() -> Path:
+        (run,) = (tmp_path / "runs").iterdir()
+        return run
+
+    return find
+
+
+def configuration(*overrides: str) -> Config:
+    """The configuration that ``python launch.py`` makes of overrides, without its own process."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        return from_composed(compose(config_name="config", overrides=list(overrides)))

@@ -1,0 +1,175 @@
+"""The schema, its checks and a run's identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, configuration
+
+from largebatch.config import Config, from_composed, identity, load_config, run_name, to_yaml, unknown_key
+from largebatch.errors import UserError
+from largebatch.validate import DATASETS, OPTIMIZER_OPTIONS, SCHEDULE_OPTIONS, validate
+
+PRESETS = [
+    f"{group.name}={preset.stem}"
+    for group in sorted((ROOT / "conf").iterdir())
+    if group.is_dir() and group.name != "sweeps"
+    for preset in sorted(group.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes_and_is_valid(preset: str) -> None:
+    validate(configuration(preset))
+
+
+def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
+    config = configuration()
+    validate(config)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("batch_size=-1", "batch_size=-1"),
+        ("epochs=0", "epochs=0"),
+        ("optimizer.lr=nan", "optimizer.lr=nan"),
+        ("optimizer.lr=0", "optimizer.lr=0"),
+        ("cluster.processes=0", "cluster.processes=0"),
+        ("batch_size=2000", "digits has 1437 images"),
+        ("dataset.val_fraction=1", "dataset.val_fraction=1"),
+        ("precision=fp8", "allowed: auto, fp32, bf16"),
+        ("optimizer.lmbda=0.1", "lars has no such option"),
+        ("schedule.power=2", "constant has no options"),
+        ("model.stem=cifar", "smallcnn has no such choice"),
+        ("model.init=xavier", "did you mean xavier_normal?"),
+        ("optimizer.momentum=null", "lars needs a value"),
+        ("+model.options.depth=3", "only timm's models"),
+        ("micro_batch=100", "micro_batch=128"),
+        ("dataset.mean=[0.1,0.2]", "one number a channel"),
+    ],
+)
+def test_a_wrong_value_is_named(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(configuration(override))
+    assert override.lstrip("+").split("=")[0].removesuffix(".depth") in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        validate(configuration("batch_size=-1", "seed=-2", "precision=fp8"))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
+    with pytest.raises(UserError, match="nearest: 999 or 1002"):
+        validate(configuration("batch_size=1000", "cluster.processes=3"))
+
+
+def test_epochs_and_steps_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="epochs=3 and steps=5"):
+        validate(configuration("epochs=3", "steps=5"))
+    assert configuration("steps=5").epochs is None
+    assert configuration().epochs == configuration().dataset.default_epochs
+
+
+def test_warmup_is_given_once_and_fits() -> None:
+    with pytest.raises(UserError, match="give one of the two"):
+        validate(configuration("schedule=warmup_cosine", "schedule.warmup_steps=5"))
+    with pytest.raises(UserError, match="longer than the training"):
+        validate(configuration("schedule=warmup_cosine", "epochs=5"))
+    validate(configuration("schedule=warmup_cosine", "schedule.warmup_steps=5", "schedule.warmup_epochs=null"))
+
+
+def test_unknown_keys_are_named_with_what_is_allowed() -> None:
+    assert unknown_key("optimizer.lrr").startswith("unknown key optimizer.lrr; keys in optimizer allowed: name, ")
+    assert unknown_key("optimizer.lrr").endswith("did you mean lr?")
+    assert unknown_key("batchsize").endswith("did you mean batch_size?")
+    assert "holds no further keys" in unknown_key("batch_size.x")
+
+
+def test_a_key_added_by_force_is_still_unknown() -> None:
+    with pytest.raises(UserError, match="unknown key typo"):
+        configuration("+typo=1")
+
+
+IDENTITY_FREE = [
+    "cluster.processes=2", "tracker=none", "tracker.project=x", "tracker.log_every=3", "runs_dir=elsewhere",
+    "rerun=true", "dry_run=true", "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
+    "dataset.verify=false", "checkpoint.every_seconds=1", "epochs=150",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", IDENTITY_FREE)
+def test_identity_ignores_what_cannot_change_the_result(override: str) -> None:
+    default = configuration("epochs=150") if override.startswith("epochs") else configuration()
+    assert default.epochs == 150
+    assert identity(configuration(override)) == identity(default)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer=lamb", "optimizer.lr=0.3", "optimizer.momentum=0.8", "schedule=cosine", "batch_size=256", "seed=1",
+        "epochs=7", "steps=7", "model.init=xavier_uniform", "model.norm=batch", "precision=bf16", "sync_bn=true",
+        "micro_batch=128", "dataset.rotation=0", "dataset.val_fraction=0.1", "lr_scaling.rule=sqrt", "eval_every=2",
+        "deterministic=true",
+    ],
+)  # fmt: skip
+def test_identity_knows_what_can_change_the_result(override: str) -> None:
+    assert identity(configuration(override)) != identity(configuration())
+
+
+def test_image_folders_are_told_apart_by_their_place() -> None:
+    one, two = (configuration("dataset=imagefolder", f"dataset.root={root}") for root in ("/a/cats", "/b/cats"))
+    assert identity(one) != identity(two)
+    assert run_name(one).startswith("cats-")
+
+
+def test_run_name_is_readable_and_fit_for_a_folder() -> None:
+    name = run_name(configuration("model=timm", "model.name=vit_tiny_patch16_224.augreg in/x"))
+    assert "/" not in name
+    assert " " not in name
+    assert name.endswith(identity(configuration("model=timm", "model.name=vit_tiny_patch16_224.augreg in/x")))
+    assert run_name(configuration()).startswith("digits-smallcnn-clf-lars-constant-b512-lr")
+
+
+def test_missing_value_is_named() -> None:
+    from omegaconf import OmegaConf
+
+    with pytest.raises(UserError, match=r"dataset\.name has no value"):
+        from_composed(OmegaConf.create({"batch_size": 4}))
+
+
+def test_optimizer_options_are_the_classes_keyword_arguments() -> None:
+    """The table of options in ``validate`` and the optimizers' signatures can't drift apart."""
+    from largebatch.optimization import _CLASSES
+
+    for library, optimizers in OPTIMIZER_OPTIONS.items():
+        for name, options in optimizers.items():
+            signature = set(inspect.signature(_CLASSES[name]).parameters)
+            renamed = {"delay" if option == "delay_epochs" else option for option in options}
+            assert renamed <= signature, name
+            if library == "largebatch":
+                assert signature == renamed | {"params", "lr"}, name
+
+
+def test_presets_cover_the_names_that_validation_allows() -> None:
+    def presets(group: str) -> set[str]:
+        return {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+
+    assert presets("dataset") == set(DATASETS)
+    assert presets("schedule") == set(SCHEDULE_OPTIONS)
+    assert presets("optimizer") >= {name for names in OPTIMIZER_OPTIONS.values() for name in names} | {"timm"}
+
+
+def test_every_key_has_its_type() -> None:
+    """Schema fields are typed, so that a wrong type is refused while composing."""
+    for group in dataclasses.fields(Config):
+        assert group.type not in ("Any", ""), group.name
