@@ -1,0 +1,18 @@
+"""Data sets, batched augmentation and the batches of a run."""
+
+from largebatch.data.batches import eval_batches, train_batches
+from largebatch.data.images import FileImages, MemoryImages
+from largebatch.data.load import Data, load_data
+from largebatch.data.sampling import steps_per_epoch
+from largebatch.data.split import Split
+
+__all__ = [
+    "Data",
+    "FileImages",
+    "MemoryImages",
+    "Split",
+    "eval_batches",
+    "load_data",
+    "steps_per_epoch",
+    "train_batches",
+]

@@ -1,0 +1,51 @@
+"""scikit-learn's digits: 1797 grey images of 8x8 pixels in 10 classes, without a download."""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from largebatch.config import DatasetConfig
+from largebatch.data.images import MemoryImages
+from largebatch.data.split import Split, hold_out
+from largebatch.errors import UserError
+
+_TEST_SIZE = 360
+_SPLIT_SEED = 0  # fixed: the test set is the same for every run
+
+
+def load_digits(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
+    """Training set of 1437 and test set of 360 images, stratified and the same for every seed.
+
+    Pixels of 0..16 become 0..255 (``round(x * 255 / 16)``). The file is read without importing scikit-learn, which
+    would take 0.8 s instead of 0.02 s.
+
+    Raises:
+        UserError: when scikit-learn or its file isn't there.
+    """
+    path = _digits_file()
+    try:
+        table = np.loadtxt(path, delimiter=",")
+        images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"dataset=digits: can't read {path} ({error}); reinstall scikit-learn") from error
+    labels = torch.from_numpy(table[:, -1].astype(np.int64))
+    whole = Split(MemoryImages(torch.from_numpy(images)), labels)
+    train, test = hold_out(labels, _TEST_SIZE, _SPLIT_SEED)
+    return whole.select(train), whole.select(test), tuple(str(digit) for digit in range(10))
+
+
+def _digits_file() -> Path:
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise UserError("dataset=digits: the images ship with scikit-learn, which isn't installed")
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not path.is_file():
+        raise UserError(
+            f"dataset=digits: {path} isn't there; this scikit-learn doesn't ship it, install another version"
+        )
+    return path

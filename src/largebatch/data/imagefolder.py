@@ -1,0 +1,91 @@
+"""A tree of class folders, with images of any size and mode."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from largebatch.config import DatasetConfig
+from largebatch.data.images import FileImages
+from largebatch.data.split import Split
+from largebatch.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+MEMORY_LIMIT = 1 << 30  # bytes of decoded pixels, in each process
+
+
+def load_imagefolder(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
+    """``root/train/<class>/...`` and ``root/test/<class>/...``, or ``root/val`` where there is no ``root/test``.
+
+    Images may lie in folders below a class's; hidden files and other extensions are passed over. The sorted class
+    folders of ``train`` fix the labels. Training and test set are decoded into memory now if they take at most 1 GiB
+    together (87,000 RGB images of 64x64), and otherwise whenever they are fetched, by ``dataset.workers`` processes.
+
+    Raises:
+        UserError: naming the folder that is missing, empty or not among the training classes; the image that can't be
+            read; or ``dataset.image_size`` when it isn't given.
+    """
+    root = Path(config.root)
+    if config.image_size is None:
+        raise UserError(f"dataset.image_size=null: dataset={config.name} needs the side in pixels to resize images to")
+    train_folder, test_folder = _trees(root, config.name)
+    train = _class_files(train_folder)
+    test = _class_files(test_folder)
+    if len(train) < 2:
+        raise UserError(f"{train_folder} has {len(train)} class folder; it needs at least two")
+    unknown = [name for name in test if name not in train]
+    if unknown:
+        raise UserError(f"{test_folder / unknown[0]}: no such class in {train_folder}, whose folders fix the classes")
+
+    classes = tuple(train)
+    splits = [_split(files, classes, config.channels, config.image_size) for files in (train, test)]
+    if sum(images.decoded_bytes for images, _ in splits) <= MEMORY_LIMIT:
+        in_memory = [Split(images.to_memory(), labels) for images, labels in splits]
+        return in_memory[0], in_memory[1], classes
+    on_disk = [Split(images, labels) for images, labels in splits]
+    return on_disk[0], on_disk[1], classes
+
+
+def _trees(root: Path, dataset: str) -> tuple[Path, Path]:
+    train, test, val = root / "train", root / "test", root / "val"
+    if not train.is_dir() or not (test.is_dir() or val.is_dir()):
+        missing = "train/" if not train.is_dir() else "test/ or val/"
+        raise UserError(
+            f"dataset={dataset}: no {missing} in dataset.root={root}; it must hold train/<class>/... and "
+            "test/<class>/... or val/<class>/..."
+        )
+    return train, test if test.is_dir() else val
+
+
+def _class_files(tree: Path) -> dict[str, list[str]]:
+    """Image files by class, both sorted."""
+    names = sorted(entry.name for entry in tree.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"{tree} has no class folders")
+    files = {name: _image_files(tree / name) for name in names}
+    for name, found in files.items():
+        if not found:
+            raise UserError(f"{tree / name} has no images ({' '.join(EXTENSIONS)})")
+    return files
+
+
+def _image_files(folder: Path) -> list[str]:
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would pass over a folder that it can't read
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(place, name) for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
+    return sorted(found)
+
+
+def _split(
+    files: dict[str, list[str]], classes: tuple[str, ...], channels: int, image_size: int
+) -> tuple[FileImages, torch.Tensor]:
+    paths = tuple(path for found in files.values() for path in found)
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [label_of[name] for name, found in files.items() for _ in found]
+    return FileImages(paths, channels, image_size), torch.tensor(labels)

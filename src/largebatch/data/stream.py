@@ -1,0 +1,76 @@
+"""Pixels for lists of indices, in order; those in files are decoded ahead of time by worker processes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from largebatch.data.images import FileImages, Images, MemoryImages, decode
+from largebatch.errors import UserError
+
+_CHUNK = 64  # images a worker decodes at once: a large batch is shared out among the workers
+
+
+def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers: int) -> Iterator[Tensor]:
+    """uint8 [len(indices), C, S, S] for each of ``index_lists`` (int64 [n] with n at most ``batch``; may be endless).
+
+    ``workers`` processes decode files up to two batches ahead, across steps and epochs; 0 decodes in this process.
+
+    Raises:
+        UserError: from the iterator, when a file can't be read.
+    """
+    if isinstance(images, MemoryImages):
+        return (images.pixels[indices] for indices in index_lists)
+    return _stream_files(images, index_lists, batch, workers)
+
+
+def _stream_files(images: FileImages, index_lists: Iterable[Tensor], batch: int, workers: int) -> Iterator[Tensor]:
+    ahead, here = itertools.tee(index_lists)
+    chunks = (chunk.tolist() for indices in ahead for chunk in torch.split(indices, _CHUNK))
+    loader = DataLoader(
+        _Decoder(images),
+        batch_size=None,
+        sampler=chunks,
+        num_workers=workers,
+        prefetch_factor=max(2, math.ceil(2 * batch / (_CHUNK * workers))) if workers else None,
+        generator=torch.Generator(),  # or it would take a number from the global one, and a resume would differ
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+    decoded = iter(loader)
+    for indices in here:
+        yield torch.cat([_pixels(next(decoded)) for _ in torch.split(indices, _CHUNK)])
+
+
+def _pixels(result: Tensor | UserError) -> Tensor:
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+@dataclass(frozen=True)
+class _Decoder(Dataset[Tensor | UserError]):
+    """What a worker runs. An error is handed over as a value: raised there, it would arrive wrapped in a traceback."""
+
+    images: FileImages
+
+    def __getitem__(self, indices: list[int]) -> Tensor | UserError:
+        images = self.images
+        try:
+            decoded = [decode(images.paths[i], images.channels, images.image_size) for i in indices]
+        except UserError as error:
+            return error
+        return torch.from_numpy(np.stack(decoded))
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole process group: the parent ends its workers, which would print a traceback each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the training process's handler, which they inherit

@@ -1,0 +1,74 @@
+"""Tiny ImageNet in its original archive's layout: 200 classes, 64x64, labels of the test images in a text file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from largebatch.config import DatasetConfig
+from largebatch.data.download import find_or_download
+from largebatch.data.images import FileImages
+from largebatch.data.split import Split
+from largebatch.errors import UserError
+
+URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+_FOLDER = "tiny-imagenet-200"
+_ANNOTATIONS = "val/val_annotations.txt"
+_IMAGE_SIZE = 64
+
+
+def load_tinyimagenet(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
+    """Training set ``train/<wnid>/images``, test set ``val/`` (the archive's own test set has no labels).
+
+    The sorted folders of ``train`` are the classes and fix the labels. All images are decoded into memory at once, as
+    ``config.channels`` (some files are grey) and ``config.image_size``.
+
+    Raises:
+        UserError: when files are missing or damaged, or don't fit together.
+    """
+    folder = find_or_download(config, _FOLDER, ("train", _ANNOTATIONS, "val/images"), URL, MD5)
+    classes = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir() and entry.name[0] != ".")
+    if len(classes) < 2:
+        raise UserError(f"{folder / 'train'} has {len(classes)} class folders; it needs at least two")
+    label_of = {name: label for label, name in enumerate(classes)}
+    train, test = _train_files(folder, label_of), _test_files(folder, label_of)
+    return _decoded(train, config), _decoded(test, config), tuple(classes)
+
+
+def _train_files(folder: Path, label_of: dict[str, int]) -> list[tuple[Path, int]]:
+    files = []
+    for name, label in label_of.items():
+        images = folder / "train" / name / "images"
+        found = sorted(images.glob("*.JPEG"))
+        if not found:
+            raise UserError(f"{images} has no *.JPEG images: the archive isn't unpacked completely")
+        files += [(path, label) for path in found]
+    return files
+
+
+def _test_files(folder: Path, label_of: dict[str, int]) -> list[tuple[Path, int]]:
+    annotations = folder / _ANNOTATIONS
+    try:
+        lines = [line for line in annotations.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{annotations} can't be read ({error})") from error
+    files = []
+    for number, line in enumerate(lines, 1):
+        fields = line.split("\t")
+        if len(fields) < 2 or fields[1] not in label_of:
+            raise UserError(
+                f"{annotations}, line {number}: {line!r} must be a file name, a tab and one of the {len(label_of)} "
+                "classes in train/"
+            )
+        files.append((folder / "val" / "images" / fields[0], label_of[fields[1]]))
+    if not files:
+        raise UserError(f"{annotations} is empty: the archive isn't unpacked completely")
+    return files
+
+
+def _decoded(files: list[tuple[Path, int]], config: DatasetConfig) -> Split:
+    size = config.image_size or _IMAGE_SIZE
+    images = FileImages(tuple(str(path) for path, _ in files), config.channels, size).to_memory()
+    return Split(images, torch.tensor([label for _, label in files]))

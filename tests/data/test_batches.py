@@ -1,0 +1,211 @@
+"""The streams that training and evaluation see: the same for any number of processes, accumulation and resume."""
+
+import itertools
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from datafiles import make_imagefolder
+
+from largebatch.config import DatasetConfig
+from largebatch.data import FileImages, MemoryImages, Split, eval_batches, train_batches
+from largebatch.errors import UserError
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+
+
+@pytest.fixture(scope="module")
+def in_files(tmp_path_factory):
+    root = make_imagefolder(tmp_path_factory.mktemp("tree"), size=12, train_per_class=10)
+    paths = tuple(str(path) for path in sorted(root.glob("train/*/*.png")))
+    return Split(FileImages(paths, channels=3, image_size=8), torch.arange(30) // 10)
+
+
+@pytest.fixture(scope="module")
+def in_memory(in_files):
+    return Split(in_files.images.to_memory(), in_files.labels)
+
+
+def config(**options):
+    return DatasetConfig(name="imagefolder", crop_padding=2, **{"workers": 0, **options})
+
+
+def training(split, steps, *, batch_size=12, rank=0, processes=1, micro_batch=12, seed=0, start_step=0, **options):
+    batches = train_batches(
+        split,
+        config(**options),
+        MEAN,
+        STD,
+        batch_size=batch_size,
+        rank=rank,
+        processes=processes,
+        micro_batch=micro_batch,
+        seed=seed,
+        start_step=start_step,
+        device="cpu",
+    )
+    count = steps * batch_size // processes // micro_batch
+    return list(itertools.islice(batches, count))
+
+
+def joined(batches):
+    """One tensor of images and one of labels, of micro-batches in their order."""
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def same(a, b):
+    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_shapes_and_types(in_memory):
+    (images, labels), *_ = training(in_memory, 1, micro_batch=4)
+    assert (images.dtype, images.shape) == (torch.float32, (4, 3, 8, 8))
+    assert (labels.dtype, labels.shape) == (torch.int64, (4,))
+
+
+def test_accumulation_sees_the_same_images(in_memory):
+    whole = training(in_memory, 5)
+    for micro_batch in (1, 3, 6):
+        assert same(joined(training(in_memory, 5, micro_batch=micro_batch)), joined(whole))
+
+
+@pytest.mark.parametrize("micro_batch", [2, 6])
+def test_two_processes_see_the_same_images_as_one(in_memory, micro_batch):
+    whole = joined(training(in_memory, 5))
+    ranks = [joined(training(in_memory, 5, rank=r, processes=2, micro_batch=micro_batch)) for r in (0, 1)]
+    for step in range(5):
+        for whole_part, *rank_parts in zip(whole, *ranks, strict=True):
+            of_ranks = torch.cat([part[step * 6 : step * 6 + 6] for part in rank_parts])
+            assert torch.equal(of_ranks, whole_part[step * 12 : step * 12 + 12])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start_step", [1, 2, 5])
+def test_a_resume_sees_the_tail_of_the_unbroken_stream(in_memory, in_files, start_step, workers):
+    """Two steps an epoch: in the middle of an epoch, at its start, and in a later one."""
+    unbroken = training(in_memory, 7)[start_step:]
+    split = in_files if workers else in_memory
+    resumed = training(split, 7 - start_step, start_step=start_step, workers=workers)
+    assert same(joined(resumed), joined(unbroken))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_and_memory_give_the_same_stream(in_memory, in_files, workers):
+    """Also over epochs, and with more images a batch than a worker decodes at once."""
+    expected = joined(training(in_memory, 7, micro_batch=6))
+    assert same(joined(training(in_files, 7, micro_batch=6, workers=workers)), expected)
+
+    large = torch.arange(90) % 30
+    memory, files = (split.select(large) for split in (in_memory, in_files))
+    expected = joined(training(memory, 2, batch_size=80, micro_batch=80))
+    assert same(joined(training(files, 2, batch_size=80, micro_batch=80, workers=workers)), expected)
+
+
+def test_equal_images_get_different_draws():
+    split = Split(
+        MemoryImages(torch.arange(192).to(torch.uint8).view(1, 3, 8, 8).expand(8, -1, -1, -1)), torch.zeros(8).long()
+    )
+    images, _ = joined(training(split, 2, batch_size=8, micro_batch=8))
+    assert len({image.numpy().tobytes() for image in images}) > 12  # of 16; a few may meet by chance
+    another_seed, _ = joined(training(split, 2, batch_size=8, micro_batch=8, seed=1))
+    assert not torch.equal(images, another_seed)
+
+
+def test_without_augmentation_images_are_only_normalised(in_memory):
+    off = {"flip": False, "rotation": 0.0}
+    batches = train_batches(
+        in_memory,
+        DatasetConfig(name="x", crop_padding=0, **off),
+        MEAN,
+        STD,
+        batch_size=30,
+        rank=0,
+        processes=1,
+        micro_batch=30,
+        seed=0,
+        start_step=0,
+        device="cpu",
+    )
+    images, labels = next(iter(batches))
+    assert torch.bincount(labels).tolist() == [10, 10, 10]
+    pixels = (images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
+    got = sorted(image.round().to(torch.uint8).numpy().tobytes() for image in pixels)
+    assert got == sorted(image.numpy().tobytes() for image in in_memory.images.pixels)
+
+
+def test_global_random_state_is_left_alone(in_files):
+    """Or a resumed run's dropout would differ from an unbroken one's."""
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    training(in_files, 2, workers=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused_at_once(in_memory):
+    with pytest.raises(UserError, match=r"batch_size=32.* 30 images"):
+        training(in_memory, 0, batch_size=32, micro_batch=32)
+
+
+def evaluation(split, rank, processes, batch, workers=0):
+    return list(
+        eval_batches(split, MEAN, STD, rank=rank, processes=processes, batch=batch, device="cpu", workers=workers)
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 29, 30])
+def test_evaluation_covers_each_image_exactly_once(in_memory, n, processes):
+    split = in_memory.select(torch.arange(n))
+    split = Split(split.images, torch.arange(n))  # labels that tell the images apart
+    batches = [batch for rank in range(processes) for batch in evaluation(split, rank, processes, batch=4)]
+    images, labels = joined(batches)
+    assert labels.tolist() == list(range(n))
+    assert all(len(part) <= 4 for _, part in batches)
+    assert torch.equal(images, joined(evaluation(split, 0, 1, batch=n))[0])
+
+
+def test_evaluation_from_files(in_files, in_memory):
+    expected = joined(evaluation(in_memory, 0, 1, batch=30))
+    assert same(joined(evaluation(in_files, 0, 1, batch=7, workers=2)), expected)
+    assert evaluation(in_files.select(torch.arange(1)), 0, 3, batch=7, workers=1) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_among_good_ones_is_named(in_files, tmp_path, workers):
+    """In one readable message, from a worker process too."""
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(Path(in_files.images.paths[3]).read_bytes()[:100])
+    paths = (*in_files.images.paths[:20], str(bad))
+    split = Split(FileImages(paths, 3, 8), torch.zeros(21).long())
+    with pytest.raises(UserError, match=r"bad\.png can't be read as an image") as caught:
+        evaluation(split, 0, 1, batch=4, workers=workers)
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(UserError, match=r"bad\.png"):
+        training(split, 1, batch_size=21, micro_batch=7, workers=workers)
+
+
+def one_rank(rank, split, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    seen = training(split, 4, rank=rank, processes=2, micro_batch=3, workers=1)
+    count = torch.tensor(sum(len(labels) for _, labels in evaluation(split, rank, 2, batch=4, workers=1)))
+    dist.all_reduce(count)
+    torch.save((seen, count), folder / f"seen{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_forked_gloo_processes_with_loader_workers(in_files, in_memory, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=one_rank, args=(rank, in_files, tmp_path)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    (first, count), (second, _) = (torch.load(tmp_path / f"seen{rank}") for rank in (0, 1))
+    assert count == 30
+    expected = training(in_memory, 4, micro_batch=6)  # the halves of a step by turns
+    assert same(joined(first), joined(expected[0::2]))
+    assert same(joined(second), joined(expected[1::2]))

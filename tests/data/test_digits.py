@@ -1,0 +1,68 @@
+"""The digits against scikit-learn's own loader."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from largebatch.config import DatasetConfig
+from largebatch.data import digits, load_data
+from largebatch.errors import UserError
+
+CONFIG = DatasetConfig(name="digits", channels=1)
+PRESETS = Path(__file__).parents[2] / "conf" / "dataset"
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data(CONFIG, seed=0)
+
+
+def test_they_are_scikit_learns(data):
+    from sklearn.datasets import load_digits
+
+    original = load_digits()
+    expected = sorted(
+        (int(label), np.array([round(x * 255 / 16) for x in image.ravel()], dtype=np.uint8).tobytes())
+        for image, label in zip(original.images, original.target, strict=True)
+    )
+    got = sorted(
+        (int(label), image.numpy().tobytes())
+        for split in (data.train, data.test)
+        for image, label in zip(split.images.pixels, split.labels, strict=True)
+    )
+    assert got == expected
+
+
+def test_split_is_stratified_and_the_same_for_every_seed(data):
+    assert (len(data.train), len(data.test), data.val) == (1437, 360, None)
+    assert (data.num_classes, data.channels, data.image_size) == (10, 1, 8)
+    whole = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
+    assert (torch.bincount(data.test.labels) - whole * 360 / 1797).abs().max() < 1
+    again = load_data(CONFIG, seed=7)
+    assert torch.equal(again.test.images.pixels, data.test.images.pixels)
+
+
+def test_the_presets_statistics_are_those_of_the_training_images(data):
+    preset = OmegaConf.load(PRESETS / "digits.yaml")
+    pixels = data.train.images.pixels.double().numpy() / 255
+    assert list(preset.mean) == [pytest.approx(pixels.mean(), abs=5e-5)]
+    assert list(preset.std) == [pytest.approx(pixels.std(), abs=5e-5)]
+    assert data.mean == (pytest.approx(pixels.mean()),)  # measured, as none are given
+    assert data.std == (pytest.approx(pixels.std()),)
+
+
+def test_a_damaged_or_missing_file_is_named(tmp_path, monkeypatch):
+    bad = tmp_path / "digits.csv.gz"
+    bad.write_bytes(digits._digits_file().read_bytes()[:1000])
+    monkeypatch.setattr(digits, "_digits_file", lambda: bad)
+    with pytest.raises(UserError, match=r"digits\.csv\.gz"):
+        load_data(CONFIG, 0)
+
+
+def test_without_scikit_learn(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="scikit-learn, which isn't installed"):
+        load_data(CONFIG, 0)

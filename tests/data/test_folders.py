@@ -1,0 +1,173 @@
+"""Tiny ImageNet's original layout, and any folder tree."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datafiles import make_imagefolder, make_tinyimagenet, save_image
+from PIL import Image
+
+from largebatch.config import DatasetConfig
+from largebatch.data import FileImages, MemoryImages, imagefolder, load_data
+from largebatch.errors import UserError
+
+
+def tiny_config(root, **options):
+    return DatasetConfig(name="tinyimagenet", root=str(root), **{"download": False, "image_size": 64, **options})
+
+
+def test_tinyimagenet(tmp_path):
+    folder = make_tinyimagenet(tmp_path, classes=3, train_per_class=5, val=4)
+    data = load_data(tiny_config(tmp_path), 0)
+    wnids = sorted(path.name for path in (folder / "train").iterdir())
+    assert list(data.classes) == wnids
+    assert data.train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert data.test.labels.tolist() == [0, 1, 2, 0]
+    assert data.train.images.pixels.shape == (15, 3, 64, 64)
+    for i, name in enumerate(["val_0", "val_1", "val_2", "val_3"]):
+        original = np.asarray(Image.open(folder / "val" / "images" / f"{name}.JPEG")).transpose(2, 0, 1)
+        assert np.array_equal(data.test.images.pixels[i].numpy(), original)
+    grey = data.train.images.pixels[4]  # the maker's fifth image is a grey JPEG
+    assert torch.equal(grey[0], grey[1])
+    assert len(load_data(tiny_config(folder), 0).train) == 15  # the root may be the folder itself
+
+
+def test_tinyimagenet_with_missing_or_wrong_parts(tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.root=.*missing: train, val/val_annotations\.txt"):
+        load_data(tiny_config(tmp_path / "nowhere"), 0)
+    folder = make_tinyimagenet(tmp_path)
+    annotations = folder / "val" / "val_annotations.txt"
+    original = annotations.read_text()
+
+    annotations.write_text(original.replace(sorted(p.name for p in (folder / "train").iterdir())[1], "n99999999", 1))
+    with pytest.raises(UserError, match=r"val_annotations\.txt, line 2: .*n99999999.*one of the 3 classes"):
+        load_data(tiny_config(tmp_path), 0)
+    annotations.write_text("")
+    with pytest.raises(UserError, match=r"val_annotations\.txt is empty"):
+        load_data(tiny_config(tmp_path), 0)
+    annotations.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"val_annotations\.txt can't be read"):
+        load_data(tiny_config(tmp_path), 0)
+    annotations.write_text(original)
+
+    (folder / "val" / "images" / "val_1.JPEG").unlink()
+    with pytest.raises(UserError, match=r"val_1\.JPEG"):
+        load_data(tiny_config(tmp_path), 0)
+    shutil.rmtree(next((folder / "train").iterdir()) / "images")
+    with pytest.raises(UserError, match=r"images has no \*\.JPEG"):
+        load_data(tiny_config(tmp_path), 0)
+
+
+def folder_config(root, **options):
+    return DatasetConfig(name="imagefolder", root=str(root), **{"image_size": 16, **options})
+
+
+@pytest.mark.parametrize(("channels", "test_name"), [(1, "test"), (3, "val")])
+def test_imagefolder_of_grey_images(tmp_path, channels, test_name):
+    make_imagefolder(tmp_path, size=28, channels=1, test_name=test_name)
+    data = load_data(folder_config(tmp_path, channels=channels), 0)
+    assert data.classes == ("cat", "dog", "eel")
+    assert data.train.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert data.test.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert data.train.images.pixels.shape == (18, channels, 16, 16)
+    assert len(data.mean) == len(data.std) == channels
+
+
+def test_imagefolder_takes_nested_images_and_passes_over_the_rest(tmp_path):
+    make_imagefolder(tmp_path, size=(20, 31))
+    nested = tmp_path / "train" / "cat" / "a" / "b"
+    nested.mkdir(parents=True)
+    save_image(nested / "deep.JPG", np.zeros((3, 50, 40), np.uint8))
+    hidden = tmp_path / "train" / "dog" / ".thumbnails"
+    hidden.mkdir()
+    save_image(hidden / "x.png", np.zeros((3, 5, 5), np.uint8))
+    (tmp_path / "train" / ".DS_Store").mkdir()
+    (tmp_path / "train" / "dog" / "._0.png").write_bytes(b"not an image")
+    (tmp_path / "train" / "dog" / "notes.txt").write_text("hello")
+    (tmp_path / "train" / "README").write_text("hello")
+    data = load_data(folder_config(tmp_path), 0)
+    assert torch.bincount(data.train.labels).tolist() == [7, 6, 6]
+
+
+def test_imagefolder_prefers_test_and_its_classes_may_be_fewer(tmp_path):
+    make_imagefolder(tmp_path)
+    shutil.copytree(tmp_path / "test", tmp_path / "val")
+    shutil.rmtree(tmp_path / "test" / "cat")
+    data = load_data(folder_config(tmp_path), 0)
+    assert data.test.labels.tolist() == [1] * 3 + [2] * 3
+    assert data.num_classes == 3
+
+
+def test_large_imagefolders_stay_in_their_files(tmp_path, monkeypatch):
+    make_imagefolder(tmp_path)
+    in_memory = load_data(folder_config(tmp_path), 0)
+    assert isinstance(in_memory.train.images, MemoryImages)
+    monkeypatch.setattr(imagefolder, "MEMORY_LIMIT", 27 * 3 * 16 * 16 - 1)
+    in_files = load_data(folder_config(tmp_path, val_fraction=0.5, workers=0), 0)
+    assert isinstance(in_files.train.images, FileImages)
+    assert isinstance(in_files.val.images, FileImages)
+    assert torch.equal(in_files.test.images.to_memory().pixels, in_memory.test.images.pixels)
+
+
+def remove_train(root):
+    shutil.rmtree(root / "train")
+
+
+def remove_test(root):
+    shutil.rmtree(root / "test")
+
+
+def empty_train_class(root):
+    (root / "train" / "zebra").mkdir()
+
+
+def empty_test_class(root):
+    shutil.rmtree(root / "test" / "dog")
+    (root / "test" / "dog").mkdir()
+
+
+def no_classes(root):
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+
+
+def one_class(root):
+    shutil.rmtree(root / "train" / "cat")
+    shutil.rmtree(root / "train" / "dog")
+
+
+def unknown_test_class(root):
+    (root / "test" / "cat").rename(root / "test" / "wolf")
+
+
+def truncated_image(root):
+    path = root / "train" / "eel" / "3.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (remove_train, r"no train/ in dataset\.root="),
+        (remove_test, r"no test/ or val/ in dataset\.root="),
+        (empty_train_class, r"train/zebra has no images"),
+        (empty_test_class, r"test/dog has no images"),
+        (no_classes, r"train has no class folders"),
+        (one_class, r"train has 1 class folder; it needs at least two"),
+        (unknown_test_class, r"test/wolf: no such class in .*train"),
+        (truncated_image, r"train/eel/3\.png can't be read as an image"),
+    ],
+)
+def test_imagefolder_errors_name_the_path(tmp_path, harm, says):
+    make_imagefolder(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(UserError, match=says):
+        load_data(folder_config(tmp_path), 0)
+
+
+def test_imagefolder_needs_a_size_and_a_root(tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.image_size=null"):
+        load_data(folder_config(tmp_path, image_size=None), 0)
+    with pytest.raises(UserError, match=r"dataset=imagenet: no train/ in dataset\.root="):
+        load_data(DatasetConfig(name="imagenet", root=str(tmp_path / "nowhere"), image_size=64), 0)
