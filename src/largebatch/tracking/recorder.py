@@ -1,0 +1,103 @@
+"""Everything that a run's rank 0 records while it trains, and the files that it leaves at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from largebatch.config import Config
+from largebatch.run_folder import RunFolder, write_atomic
+from largebatch.tracking import wandb_run
+from largebatch.tracking.console import Console
+from largebatch.tracking.layers import LayerLog
+from largebatch.tracking.metrics import MetricsLog, Row, read_rows, write_table
+
+_STATUS_EVERY_SECONDS = 1.0
+
+
+class Recorder:
+    """Metric rows to ``metrics.jsonl``, W&B and the console; layer statistics; status and summary.
+
+    Args:
+        step: the optimizer step that the run continues from; rows after it are dropped, for they will come again.
+        facts: what the run resolved to; part of the summary.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, step: int, facts: dict[str, Any], console: Console) -> None:
+        self._folder, self._facts, self._console = folder, facts, console
+        self._metrics = MetricsLog(folder.metrics, step)
+        self._layers = LayerLog(folder.layers, step)
+        self._status_at = 0.0
+        repetition = folder.read_status().get("repetition", 0)
+        run_id = folder.name.rsplit("-", 1)[-1] + (f"-{repetition}" if repetition else "")
+        self._wandb = wandb_run.start(config, folder.path, run_id, folder.name, facts, console.say)
+        folder.update_status(step=step, steps=facts["steps"], wandb_id=run_id if self._wandb else None)
+
+    def row(self, row: Row) -> None:
+        self._metrics.write(row)
+        if self._wandb:
+            self._wandb.log(row)
+        figures = {k: v for k, v in row.items() if k.endswith(("/loss", "/accuracy"))}
+        self._console.progress(row["step"], "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        if time.monotonic() - self._status_at >= _STATUS_EVERY_SECONDS:
+            self._status_at = time.monotonic()
+            self._folder.update_status(step=row["step"])
+
+    def layers(self, step: int, names: list[str], statistics: dict[str, Tensor]) -> None:
+        self._layers.add(step, names, statistics)
+
+    def before_checkpoint(self) -> None:
+        """Layer statistics reach the disk before the checkpoint that says they are there."""
+        self._layers.write()
+
+    def finish(self, state: str, step: int, message: str, seconds: float) -> None:
+        """Close the run in ``state``; a run that has an outcome leaves its table and its summary."""
+        self._layers.write()
+        self._metrics.close()
+        if state in ("finished", "diverged"):
+            rows = read_rows(self._folder.metrics)
+            write_table(rows, self._folder.metrics_table)
+            summary = summarise(rows, self._facts) | {"state": state, "step": step, "wall_seconds": seconds}
+            write_atomic(self._folder.summary, json.dumps(summary, indent=1) + "\n")
+            if self._wandb:
+                self._wandb.summarize(summary)
+        self._end(0 if state in ("finished", "diverged") else 1)
+        self._folder.update_status(state=state, step=step, message=message, ended=time.time())
+
+    def _end(self, exit_code: int) -> None:
+        if self._wandb:
+            self._wandb.finish(exit_code)
+            self._wandb = None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end(1)  # nothing to end unless the run came here by an exception
+
+
+def summarise(rows: list[Row], facts: dict[str, Any]) -> dict[str, Any]:
+    """The last and the best figures of a run.
+
+    ``test/accuracy``, ``test/loss`` ... are those of the last evaluation. With a validation part, ``best/epoch`` is the
+    epoch that validation accuracy chose and ``best/test/accuracy`` the test accuracy there: the test set chooses
+    nothing. Without one, the best is the test set's own and only says what could have been.
+    """
+    last = {k: v for row in rows for k, v in row.items() if k.startswith(("train/", "val/", "test/", "optim/"))}
+    evaluations = [row for row in rows if row.get("test/accuracy") is not None]
+    chosen_by = "val/accuracy" if any("val/accuracy" in row for row in evaluations) else "test/accuracy"
+    best = max(evaluations, key=lambda row: (row[chosen_by] or 0.0, -row["step"]), default=None)
+    speeds = sorted(row["perf/images_per_second"] for row in rows if "perf/images_per_second" in row)
+    figures: dict[str, Any] = dict(last)
+    if best is not None:
+        figures |= {f"best/{k}": v for k, v in best.items() if k.startswith(("val/", "test/")) or k == "epoch"}
+        figures["best/chosen_by"] = chosen_by
+    figures["images_per_second"] = speeds[len(speeds) // 2] if speeds else None
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()} | facts

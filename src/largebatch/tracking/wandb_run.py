@@ -1,0 +1,208 @@
+"""A run's copy in Weights & Biases. The truth is ``metrics.jsonl``; nothing that happens here may stop training.
+
+So: it never asks for anything, every wait has a limit, and every failure is said once and ends the copy, not the run.
+Online needs a key and a host that answers; everything else is written to the run folder, to be looked at or uploaded
+later (``docs/tracking.md``). Only rank 0 calls ``start``, and wandb is imported there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from largebatch.config import Config
+from largebatch.tracking.wandb_session import (
+    choose_mode,
+    close_session,
+    one_line,
+    session_environment,
+    without_password,
+)
+
+if TYPE_CHECKING:
+    import wandb
+
+INIT_TIMEOUT = 20.0  # seconds that an online start may take before the run goes on offline
+FINISH_TIMEOUT = 60.0  # seconds for the last uploads; what is left stays in the run folder (wandb's default: for ever)
+
+# Every logged row holds both axes; a metric's chart is drawn over the one that its family is listed under.
+AXES = {"step": ("train", "optim", "perf", "layers"), "epoch": ("test", "val")}
+
+
+class WandbRun:
+    """A started W&B run. Its methods never raise: the first failure is said, and nothing is sent after it.
+
+    Attributes:
+        mode: ``"online"`` or ``"offline"``.
+        how: why that mode, in one line.
+    """
+
+    def __init__(self, run: wandb.Run, mode: str, how: str, say: Callable[[str], None]) -> None:
+        self.mode = mode
+        self.how = how
+        self._run = run
+        self._say = say
+        self._failed = False
+
+    def log(self, row: dict[str, float]) -> None:
+        """One row of metrics, with its ``step`` and ``epoch``. Values that are None are left out.
+
+        wandb's own step counter is never given: a run resumed from an older checkpoint repeats steps, and rows below
+        the counter would be dropped.
+        """
+        if not self._failed:
+            self._attempt("log", lambda: self._run.log(_without_none(row)))
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """The run's final and best values, in place of each metric's last one."""
+        if not self._failed:
+            self._attempt("write the summary", lambda: self._run.summary.update(_without_none(summary)))
+
+    def finish(self, exit_code: int) -> None:
+        """End the run, and wandb's session with it. 0 is shown as finished, anything else as failed."""
+        self._attempt("finish", lambda: self._run.finish(exit_code=exit_code))
+        close_session()
+
+    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:  # wandb's or our own: said, so that neither goes unnoticed
+            if not self._failed:
+                self._say(f"W&B is off from here, it could not {what}: {one_line(error)}")
+            self._failed = True
+
+
+def start(
+    config: Config,
+    directory: Path,
+    run_id: str,
+    name: str,
+    facts: dict[str, Any],
+    say: Callable[[str], None],
+    *,
+    init_timeout: float = INIT_TIMEOUT,
+    finish_timeout: float = FINISH_TIMEOUT,
+) -> WandbRun | None:
+    """Start, or resume, the W&B run of one run folder. Call it on rank 0 only.
+
+    Args:
+        config: the run's configuration, stored whole as the W&B config.
+        directory: the run folder; wandb writes to its ``wandb/``.
+        run_id: the W&B run's id. The same id again continues the same W&B run.
+        name: what W&B calls the run.
+        facts: what the configuration came to (rate, batch per process, commit, versions), stored under ``resolved``.
+        say: takes one line at a time: the mode and its reason, and every failure once.
+        init_timeout: seconds an online start may take.
+        finish_timeout: seconds for the last uploads.
+
+    Returns:
+        None when W&B isn't wanted (``tracker=none``, ``tracker.mode=disabled``, ``WANDB_MODE=disabled``), can't be
+        imported or can't be started. Never raises.
+    """
+    if config.tracker.name == "none" or config.tracker.mode == "disabled":
+        return None
+    if config.tracker.mode == "auto" and os.environ.get("WANDB_MODE", "").lower() == "disabled":
+        say("W&B is off: WANDB_MODE=disabled")
+        return None
+    try:
+        import wandb  # noqa: F401
+    except Exception as error:  # not there, or broken by another package
+        say(f"W&B is off: wandb can't be imported ({one_line(error)})")
+        return None
+    directory = directory.absolute()
+    with session_environment(directory, config.tracker.mode):
+        try:
+            (directory / "wandb").mkdir(parents=True, exist_ok=True)
+            arguments = run_arguments(config, directory, run_id, name, facts, init_timeout, finish_timeout)
+            run, mode, how = begin(config.tracker.mode, arguments)
+        except Exception as error:  # whatever it is, training matters more
+            run, mode, how = None, "is off", one_line(error)
+    say(f"W&B {mode}: {how}")
+    if run is None:
+        close_session()
+        return None
+    if not Path(run.dir).resolve().is_relative_to(directory.resolve()):
+        say(f"W&B could not write to {directory}, its files are in {run.dir}")
+    return WandbRun(run, mode, how, say)
+
+
+def begin(asked: str, arguments: dict[str, Any]) -> tuple[wandb.Run | None, str, str]:
+    """The run, its mode and why; where the server fails to start it, offline with the attempt's traces removed."""
+    import wandb
+
+    mode, how = choose_mode(asked)
+    if mode == "disabled":
+        return None, "is off", how
+    run = None
+    if mode == "online":
+        folder = Path(arguments["dir"], "wandb")
+        before = set(folder.glob("run-*"))
+        try:
+            run = wandb.init(mode="online", **arguments)
+            how = without_password(str(run.url))
+        except Exception as error:
+            mode, how = "offline", f"the server did not start the run ({one_line(error)})"
+            close_session()  # otherwise the half-open run keeps its id, and going offline fails
+            for left in set(folder.glob("run-*")) - before:
+                shutil.rmtree(left)  # holds no row, and would be shown and synced as a run of its own
+    if run is None:
+        run = wandb.init(mode="offline", **arguments)
+    for axis, families in AXES.items():
+        run.define_metric(axis)
+        for family in families:
+            run.define_metric(f"{family}/*", step_metric=axis)
+    return run, mode, how
+
+
+def run_arguments(
+    config: Config,
+    directory: Path,
+    run_id: str,
+    name: str,
+    facts: dict[str, Any],
+    init_timeout: float,
+    finish_timeout: float,
+) -> dict[str, Any]:
+    """Arguments of ``wandb.init``: what W&B is told, cut to what it accepts, and how it is to behave."""
+    tracker = config.tracker
+    return {
+        "dir": str(directory),
+        "id": run_id,
+        "resume": "allow",
+        "name": name[:128],
+        "project": re.sub(r"[/\\#?%:]", "_", tracker.project)[:128] or "largebatch",
+        "entity": tracker.entity,
+        "group": tracker.group,
+        "job_type": tracker.job_type or config.mode.name,
+        "tags": run_tags(config),
+        "notes": tracker.notes,
+        "config": {**dataclasses.asdict(config), "resolved": facts},
+        "settings": {
+            "init_timeout": init_timeout,
+            "finish_timeout": finish_timeout,
+            "finish_timeout_raises": True,  # so that it is said
+            "x_transaction_log_flush_interval": 1.0,  # seconds that a killed process loses; wandb's default is 15
+            "console": "off",
+            "silent": True,
+            "disable_git": True,  # remote addresses hold passwords; the commit is among our facts
+            "disable_code": True,
+            "save_code": False,
+            "disable_job_creation": True,
+            "use_dot_wandb": False,
+        },
+    }
+
+
+def run_tags(config: Config) -> list[str]:
+    """Data set, model, optimizer, schedule and ``tracker.tags``: each once, stripped, 1 to 64 characters long."""
+    parts = [config.dataset.name, config.model.name, config.optimizer.name, config.schedule.name, *config.tracker.tags]
+    return list(dict.fromkeys(tag for part in parts if (tag := part.strip()[:64].strip())))
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
