@@ -1,0 +1,7 @@
+"""Large-batch optimizers for any PyTorch program; this package needs torch alone."""
+
+from largebatch.optim.lamb import LAMB
+from largebatch.optim.lars import LARS
+from largebatch.optim.tvlars import TVLARS
+
+__all__ = ["LAMB", "LARS", "TVLARS"]

@@ -1,0 +1,144 @@
+"""Settings in which these optimizers coincide with others: torch's, timm's, and each other."""
+
+import pytest
+import timm.optim
+import torch
+
+from largebatch.optim import LAMB, LARS, TVLARS
+
+STEPS = 25
+
+
+def weights(shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+
+
+def train(build, shapes, scale=1.0, dtype=torch.float32):
+    """The parameters after 25 steps of a fixed row of gradients, under a moving learning rate."""
+    parameters = weights(shapes, dtype)
+    optimizer = build(parameters)
+    base = optimizer.param_groups[0]["lr"]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = base * (1 - step / STEPS)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=dtype) * scale
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+def assert_close(first, second, tolerance=1e-6):
+    for one, other in zip(first, second, strict=True):
+        assert torch.linalg.vector_norm(one - other) <= tolerance * torch.linalg.vector_norm(other)
+
+
+MATRICES = [(6, 3, 3, 3), (12, 8)]
+VECTORS = [(7,), (), (12,)]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lars_is_timms_without_decay(nesterov):
+    """With decay the two differ: ||g + wd*w|| here, ||g|| + wd*||w|| in timm."""
+    ours = train(lambda p: LARS(p, lr=2.0, nesterov=nesterov), MATRICES)
+    options = {"momentum": 0.9, "trust_coeff": 1e-3, "always_adapt": True, "nesterov": nesterov}
+    theirs = train(lambda p: timm.optim.Lars(p, lr=2.0, foreach=False, **options), MATRICES)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lamb_is_timms_without_its_gradient_clipping(weight_decay, bias_correction):
+    options = {"weight_decay": weight_decay, "bias_correction": bias_correction}
+    ours = train(lambda p: LAMB(p, lr=0.02, **options), MATRICES)
+    unclipped = {"max_grad_norm": None, "always_adapt": True, "foreach": False}
+    theirs = train(lambda p: timm.optim.Lamb(p, lr=0.02, **options, **unclipped), MATRICES)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lars_of_excluded_parameters_is_sgd(nesterov):
+    options = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov}
+    ours = train(lambda p: LARS(p, lr=0.02, decay_1d=True, **options), VECTORS)
+    theirs = train(lambda p: torch.optim.SGD(p, lr=0.02, **options), VECTORS)
+    assert_close(ours, theirs)
+
+
+def test_lars_doesnt_decay_excluded_parameters():
+    ours = train(lambda p: LARS(p, lr=0.02, weight_decay=0.1), VECTORS)
+    theirs = train(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9), VECTORS)
+    assert_close(ours, theirs)
+
+
+def test_lars_from_zero_weights_takes_a_plain_sgd_step():
+    ours, theirs = torch.nn.Parameter(torch.zeros(4, 5)), torch.nn.Parameter(torch.zeros(4, 5))
+    ours.grad = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    theirs.grad = ours.grad.clone()
+    LARS([ours], lr=0.1, weight_decay=0.1).step()
+    torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.1).step()
+    assert torch.equal(ours, theirs)
+
+
+def test_lars_under_zero_gradients_coasts_like_sgd():
+    """A zero gradient must not make the ratio infinite; the momentum goes on."""
+    ours, theirs = torch.nn.Parameter(torch.zeros(4, 5)), torch.nn.Parameter(torch.zeros(4, 5))
+    optimizers = LARS([ours], lr=0.1), torch.optim.SGD([theirs], lr=0.1, momentum=0.9)
+    for step in range(5):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = torch.full((4, 5), 1.0 if step == 0 else 0.0)
+            optimizer.step()
+    assert_close([ours.detach()], [theirs.detach()])
+    assert ours.abs().min() > 0.3
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lamb_of_excluded_parameters_is_adamw(weight_decay):
+    """A factor of 1 leaves w -= lr*(r + wd*w), which is AdamW's step."""
+    options = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": weight_decay}
+    ours = train(lambda p: LAMB(p, lr=0.02, decay_1d=True, **options), VECTORS)
+    theirs = train(lambda p: torch.optim.AdamW(p, lr=0.02, **options), VECTORS)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("constant_one", [{"alpha": 1.0, "gamma_min": 0.5}, {"alpha": 0.0}])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_tvlars_with_phi_one_is_lars_bit_for_bit(nesterov, constant_one):
+    options = {"lr": 2.0, "weight_decay": 1e-2, "norm_clip": 5.0, "nesterov": nesterov}
+    tvlars = train(lambda p: TVLARS(p, lmbda=0.0, **constant_one, **options), MATRICES + VECTORS)
+    lars = train(lambda p: LARS(p, **options), MATRICES + VECTORS)
+    assert all(torch.equal(one, other) for one, other in zip(tvlars, lars, strict=True))
+
+
+def test_tvlars_with_phi_constant_is_lars_with_another_coefficient():
+    tvlars = train(lambda p: TVLARS(p, lr=2.0, lmbda=0.0, alpha=3.0), MATRICES)
+    lars = train(lambda p: LARS(p, lr=2.0, trust_coefficient=1e-3 / 4), MATRICES)
+    assert all(torch.equal(one, other) for one, other in zip(tvlars, lars, strict=True))
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 1e-6, 1e6])
+@pytest.mark.parametrize("optimizer", [LARS, TVLARS])
+def test_scaling_the_loss_changes_nothing(optimizer, scale):
+    """With adapt_1d every parameter is scaled; without decay nothing but the ratio sees the gradient's length."""
+    plain = train(lambda p: optimizer(p, lr=2.0, adapt_1d=True), MATRICES + VECTORS)
+    scaled = train(lambda p: optimizer(p, lr=2.0, adapt_1d=True), MATRICES + VECTORS, scale)
+    assert_close(scaled, plain)
+
+
+@pytest.mark.parametrize("kappa", [2.0, 10.0, 100.0])
+def test_lars_on_a_quadratic_is_stable_exactly_up_to_its_known_boundary(kappa):
+    """Without momentum, f = x'Hx/2 never rises iff rho <= 3*sqrt(3)*k*(k+1)/(k^2+k+1)^1.5, k the condition number.
+
+    The worst point has the part (2k+1)/((k+1)(k^2+k+1)) of its squared length along the steepest direction.
+    """
+    curvature = torch.tensor([[kappa, 1.0]], dtype=torch.float64)
+    part = (2 * kappa + 1) / ((kappa + 1) * (kappa**2 + kappa + 1))
+    boundary = 3 * 3**0.5 * kappa * (kappa + 1) / (kappa**2 + kappa + 1) ** 1.5
+
+    def change(rho):
+        point = torch.nn.Parameter(torch.tensor([[part**0.5, (1 - part) ** 0.5]], dtype=torch.float64))
+        before = (curvature * point**2).sum().item()
+        point.grad = (curvature * point).detach()
+        LARS([point], lr=1.0, momentum=0.0, trust_coefficient=rho).step()
+        return (curvature * point**2).sum().item() - before
+
+    assert change(boundary * 0.999) < 0 < change(boundary * 1.001)

@@ -1,0 +1,73 @@
+"""phi, the schedule of TVLARS's trust ratio."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from largebatch.optim import TVLARS
+
+
+def optimizer(**options):
+    return TVLARS([torch.nn.Parameter(torch.ones(2, 2))], lr=1.0, **options)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("lmbda", [0.0, 1e-6, 1e-3, 5e-2, 1.0])
+def test_phi_is_the_formula(lmbda, alpha):
+    """In 80-bit floats, over the range where the formula as written doesn't overflow."""
+    tvlars = optimizer(lmbda=lmbda, alpha=alpha, delay=40, gamma_min=0.004)
+    for step in (0, 1, 2, 39, 40, 41, 500, 9800):
+        exponent = np.longdouble(lmbda) * (step - 40)
+        expected = 1 / (np.longdouble(alpha) + np.exp(exponent)) + np.longdouble(0.004)
+        assert tvlars.phi(step) == pytest.approx(float(expected), rel=1e-14)
+
+
+def test_phi_is_safe_at_any_time():
+    assert optimizer(lmbda=1.0, gamma_min=0.25).phi(10**15) == 0.25
+    assert optimizer(lmbda=1e300, gamma_min=0.25).phi(10**15) == 0.25
+    assert optimizer(lmbda=1.0, alpha=0.1, delay=10**15).phi(1) == 10.0
+    assert optimizer(lmbda=1e300, alpha=0.1, delay=10**15).phi(1) == 10.0
+    assert optimizer(lmbda=1.0).phi(700) == pytest.approx(math.exp(-700), rel=1e-12)
+    assert optimizer(lmbda=0.0, alpha=1.0, delay=10**15).phi(10**15) == 0.5
+    assert math.isfinite(optimizer(lmbda=1.0, alpha=0.0, delay=10**15).phi(1))
+
+
+def test_phi_falls_from_its_bound_through_its_midpoint_to_its_floor():
+    lmbda, alpha, delay, gamma_min = 0.05, 0.1, 300, 0.01
+    phi = [optimizer(lmbda=lmbda, alpha=alpha, delay=delay, gamma_min=gamma_min).phi(step) for step in range(900)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(phi))
+    assert phi[0] == pytest.approx(gamma_min + 1 / (alpha + math.exp(-lmbda * delay)), rel=1e-12)
+    assert gamma_min < phi[-1] < gamma_min + 1e-12
+    midpoint = delay + math.log(alpha) / lmbda
+    at_midpoint = optimizer(lmbda=lmbda, alpha=alpha, delay=delay, gamma_min=gamma_min).phi(midpoint)
+    assert at_midpoint == pytest.approx(1 / (2 * alpha) + gamma_min, rel=1e-12)
+
+
+def test_the_published_decay():
+    """Of the released program on CIFAR-10 at batch 512: 98 steps an epoch, alpha 0.1, no delay and no floor."""
+    published = optimizer(lmbda=1e-3, alpha=0.1)
+    assert published.phi(0) == pytest.approx(0.909, abs=5e-4)
+    assert published.phi(980) == pytest.approx(0.36, abs=5e-3)
+    assert published.phi(9800) == pytest.approx(5.5e-5, rel=1e-2)
+
+
+def test_phi_doesnt_depend_on_the_steps_taken():
+    tvlars = optimizer(lmbda=0.1)
+    before = [tvlars.phi(step) for step in range(10)]
+    tvlars.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+    for _ in range(5):
+        tvlars.step()
+    assert [tvlars.phi(step) for step in range(10)] == before
+
+
+def test_the_first_step_is_t_1_and_the_ratio_shows_phi():
+    weight = torch.nn.Parameter(torch.eye(2, dtype=torch.float64))
+    tvlars = TVLARS([weight], lr=1e-3, momentum=0.0, trust_coefficient=0.5, lmbda=0.3, alpha=0.2, delay=2)
+    for t in range(1, 6):
+        weight.grad = torch.ones_like(weight)
+        expected = 0.5 * tvlars.phi(t) * torch.linalg.vector_norm(weight.detach()).item() / 2
+        tvlars.step()
+        assert tvlars.layer_stats()["trust_ratio"].tolist() == [pytest.approx(expected, rel=1e-6)]

@@ -1,0 +1,233 @@
+"""25 steps of every option against references that are written here, number by number, in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from largebatch.optim import LAMB, LARS, TVLARS
+
+STEPS = 25
+# A convolution, a matrix with a norm above 30 (clipping at 10 bites), one that starts at zero, a bias and a scalar.
+SHAPES = {"conv": (6, 3, 3, 3), "large": (12, 8), "zero": (4, 5), "bias": (7,), "scalar": ()}
+GRADIENT_SCALES = {"tiny": 1e-8, "normal": 1.0, "huge": 1e8}
+
+
+def start(seed=0):
+    rng = np.random.default_rng(seed)
+    weights = {name: np.array(rng.normal(size=shape)) for name, shape in SHAPES.items()}
+    weights["large"] *= 4
+    weights["zero"] *= 0
+    weights["scalar"] += 2  # a single number that crosses zero loses its digits, in any fp32 implementation
+    return {name: weight.astype(np.float32) for name, weight in weights.items()}
+
+
+def gradients(scale, seed=1):
+    """One dict a step; the conv gradient of step 3 is zero, so that both ways to a zero norm are taken."""
+    rng = np.random.default_rng(seed)
+    steps = [
+        {name: np.array(rng.normal(size=shape) * scale).astype(np.float32) for name, shape in SHAPES.items()}
+        for _ in range(STEPS)
+    ]
+    steps[3]["conv"] *= 0
+    for step in steps:
+        step["scalar"] = np.abs(step["scalar"])  # likewise
+    return steps
+
+
+def learning_rate(base, step):
+    """Changes every step, so that it matters whether the rate is inside the momentum buffer."""
+    return base * (1 + 0.5 * math.sin(step))
+
+
+def length(array):
+    return math.sqrt(sum(x * x for x in array.ravel().tolist()))
+
+
+def reference_lars(
+    weights,
+    steps,
+    lr,
+    momentum=0.9,
+    weight_decay=0.0,
+    trust_coefficient=1e-3,
+    adapt_1d=False,
+    decay_1d=False,
+    norm_clip=None,
+    nesterov=False,
+    phi=lambda t: 1.0,
+):
+    weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
+    buffers = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    stats = []
+    for t, grads in enumerate(steps, start=1):
+        stats.append({})
+        for name, w in weights.items():
+            g = raw = grads[name].astype(np.float64)
+            matrix = len(SHAPES[name]) > 1
+            if matrix or decay_1d:
+                g = g + weight_decay * w
+            q = 1.0
+            if matrix or adapt_1d:
+                w_norm, g_norm = length(w), length(g)
+                if norm_clip is not None:
+                    w_norm, g_norm = min(w_norm, norm_clip), min(g_norm, norm_clip)
+                if w_norm > 0 and g_norm > 0:
+                    q = trust_coefficient * phi(t) * w_norm / g_norm
+                stats[-1][name] = (length(w), length(raw), q)
+            buffers[name] = momentum * buffers[name] + q * g
+            move = q * g + momentum * buffers[name] if nesterov else buffers[name]
+            weights[name] = w - learning_rate(lr, t) * move
+    return weights, stats
+
+
+def reference_lamb(
+    weights,
+    steps,
+    lr,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    weight_decay=0.01,
+    bias_correction=True,
+    adapt_1d=False,
+    decay_1d=False,
+    norm_clip=None,
+):
+    weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
+    m = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    v = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    stats = []
+    for t, grads in enumerate(steps, start=1):
+        stats.append({})
+        for name, w in weights.items():
+            g = grads[name].astype(np.float64)
+            matrix = len(SHAPES[name]) > 1
+            m[name] = betas[0] * m[name] + (1 - betas[0]) * g
+            v[name] = betas[1] * v[name] + (1 - betas[1]) * g**2
+            correct1 = 1 - betas[0] ** t if bias_correction else 1.0
+            correct2 = 1 - betas[1] ** t if bias_correction else 1.0
+            u = (m[name] / correct1) / (np.sqrt(v[name] / correct2) + eps)
+            if matrix or decay_1d:
+                u = u + weight_decay * w
+            q = 1.0
+            if matrix or adapt_1d:
+                w_norm = length(w) if norm_clip is None else min(length(w), norm_clip)
+                if w_norm > 0 and length(u) > 0:
+                    q = w_norm / length(u)
+                stats[-1][name] = (length(w), length(g), q)
+            weights[name] = w - learning_rate(lr, t) * q * u
+    return weights, stats
+
+
+def run(optimizer_class, weights, steps, dtype, lr, **options):
+    parameters = {name: torch.nn.Parameter(torch.tensor(weight, dtype=dtype)) for name, weight in weights.items()}
+    optimizer = optimizer_class(parameters.items(), lr=lr, **options)
+    stats = []
+    for t, grads in enumerate(steps, start=1):
+        optimizer.param_groups[0]["lr"] = learning_rate(lr, t)
+        for name, parameter in parameters.items():
+            parameter.grad = torch.tensor(grads[name], dtype=dtype)
+        optimizer.step()
+        columns = optimizer.layer_stats()
+        rows = zip(*(columns[key].tolist() for key in ("weight_norm", "gradient_norm", "trust_ratio")), strict=True)
+        stats.append(dict(zip(optimizer.layer_names, rows, strict=True)))
+    return {name: parameter.detach().numpy() for name, parameter in parameters.items()}, stats
+
+
+def assert_same(ours, reference, dtype):
+    (weights, stats), (expected, expected_stats) = ours, reference
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for name, weight in weights.items():
+        difference = length(weight - expected[name]) / length(expected[name])
+        assert difference < tolerance, f"{name} is off by {difference}"
+    for row, expected_row in zip(stats, expected_stats, strict=True):
+        assert row.keys() == expected_row.keys()
+        for layer in row:
+            assert row[layer] == pytest.approx(expected_row[layer], rel=1e-5, abs=0)  # statistics are fp32
+
+
+LARS_OPTIONS = {
+    "defaults": {},
+    "plain": {"momentum": 0.0},
+    "momentum": {"momentum": 0.5},
+    "decay": {"weight_decay": 5e-2},
+    "trust_coefficient": {"trust_coefficient": 0.02},
+    "adapt_1d": {"adapt_1d": True, "weight_decay": 5e-2},
+    "decay_1d": {"decay_1d": True, "weight_decay": 5e-2},
+    "adapt_and_decay_1d": {"adapt_1d": True, "decay_1d": True, "weight_decay": 5e-2},
+    "norm_clip": {"norm_clip": 10.0, "weight_decay": 5e-2},
+    "norm_clip_all": {"norm_clip": 0.5, "adapt_1d": True},
+    "nesterov": {"nesterov": True, "weight_decay": 5e-4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("scale", GRADIENT_SCALES.values(), ids=GRADIENT_SCALES)
+@pytest.mark.parametrize("options", LARS_OPTIONS.values(), ids=LARS_OPTIONS)
+def test_lars_follows_its_formula(options, scale, dtype):
+    weights, steps = start(), gradients(scale)
+    ours = run(LARS, weights, steps, dtype, lr=2.0, **options)
+    assert_same(ours, reference_lars(weights, steps, lr=2.0, **options), dtype)
+
+
+# options of phi, and phi by the formula as it stands in the paper
+PHI_OPTIONS = {
+    "defaults": ({}, lambda t: 1 / (1 + math.exp(1e-3 * t))),
+    "steep": ({"lmbda": 0.3}, lambda t: 1 / (1 + math.exp(0.3 * t))),
+    "alpha": ({"lmbda": 0.1, "alpha": 0.1}, lambda t: 1 / (0.1 + math.exp(0.1 * t))),
+    "delay": ({"lmbda": 1.0, "delay": 12.5}, lambda t: 1 / (1 + math.exp(t - 12.5))),
+    "floor": ({"lmbda": 0.5, "gamma_min": 0.064}, lambda t: 1 / (1 + math.exp(0.5 * t)) + 0.064),
+    "published": (  # with the program's other settings
+        {"lmbda": 1e-2, "alpha": 0.1, "norm_clip": 10.0, "weight_decay": 5e-4},
+        lambda t: 1 / (0.1 + math.exp(1e-2 * t)),
+    ),
+    "adapt_1d": (
+        {"lmbda": 0.2, "adapt_1d": True, "decay_1d": True, "weight_decay": 5e-2},
+        lambda t: 1 / (1 + math.exp(0.2 * t)),
+    ),
+    "nesterov": ({"lmbda": 0.2, "nesterov": True, "momentum": 0.8}, lambda t: 1 / (1 + math.exp(0.2 * t))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("scale", GRADIENT_SCALES.values(), ids=GRADIENT_SCALES)
+@pytest.mark.parametrize(("options", "phi"), PHI_OPTIONS.values(), ids=PHI_OPTIONS)
+def test_tvlars_follows_its_formula(options, phi, scale, dtype):
+    weights, steps = start(), gradients(scale)
+    of_phi = ("lmbda", "alpha", "delay", "gamma_min")
+    shared = {key: value for key, value in options.items() if key not in of_phi}
+    ours = run(TVLARS, weights, steps, dtype, lr=4.0, **options)
+    assert_same(ours, reference_lars(weights, steps, lr=4.0, phi=phi, **shared), dtype)
+
+
+LAMB_OPTIONS = {
+    "defaults": {},
+    "betas_and_eps": {"betas": (0.8, 0.95), "eps": 1e-3},
+    "no_decay": {"weight_decay": 0.0},
+    "no_bias_correction": {"bias_correction": False},
+    "adapt_1d": {"adapt_1d": True, "weight_decay": 0.1},
+    "decay_1d": {"decay_1d": True, "weight_decay": 0.1},
+    "norm_clip": {"norm_clip": 10.0},
+    "published": {"bias_correction": False, "norm_clip": 10.0, "adapt_1d": True, "decay_1d": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("scale", GRADIENT_SCALES.values(), ids=GRADIENT_SCALES)
+@pytest.mark.parametrize("options", LAMB_OPTIONS.values(), ids=LAMB_OPTIONS)
+def test_lamb_follows_its_formula(options, scale, dtype):
+    weights, steps = start(), gradients(scale)
+    ours = run(LAMB, weights, steps, dtype, lr=0.02, **options)
+    assert_same(ours, reference_lamb(weights, steps, lr=0.02, **options), dtype)
+
+
+def test_norms_of_a_large_layer_are_accurate():
+    """A plain fp32 norm of so many elements is off by 4e-5 on CPU, which alone would spoil a trajectory."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(512, 512, 3, 3, generator=generator))
+    weight.grad = torch.randn(512, 512, 3, 3, generator=generator)
+    expected = 1e-3 * weight.detach().double().norm() / weight.grad.double().norm()
+    optimizer = LARS([weight], lr=1.0)
+    optimizer.step()
+    assert optimizer.layer_stats()["trust_ratio"].item() == pytest.approx(expected.item(), rel=1e-6)
