@@ -1,0 +1,94 @@
+"""Models: a small network of our own, torchvision's, timm's; their stems and weight initialisation."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from largebatch.config import ModelConfig
+from largebatch.errors import UserError, choices
+
+_INITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
+    "kaiming_normal": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
+}
+
+
+def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+    """A classifier from float images [B, channels, H, W] to logits [B, num_classes], randomly initialised.
+
+    Raises:
+        UserError: for a name that timm doesn't know, or arguments that it refuses.
+    """
+    builders = {"largebatch": _smallcnn, "torchvision": _torchvision, "timm": _timm}
+    model = builders[config.library](config, num_classes, channels)
+    if config.init != "default":
+        initialise(model, config.init)
+    return model
+
+
+def initialise(model: nn.Module, init: str) -> None:
+    """Draw the weights of every convolution and linear layer anew; biases and norm layers stay as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+            _INITS[init](module.weight)
+
+
+def _smallcnn(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+    """Four 3x3 convolutions (65,834 parameters on grey images with ten classes), global average pooling."""
+
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    inputs = channels
+    for number, outputs in enumerate((32, 32, 64, 64), start=1):
+        layers[f"conv{number}"] = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+        layers[f"norm{number}"] = nn.GroupNorm(8, outputs) if config.norm == "group" else nn.BatchNorm2d(outputs)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+        if number == 2:
+            layers["pool"] = nn.MaxPool2d(2, ceil_mode=True)
+        inputs = outputs
+    layers |= {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(inputs, num_classes)}
+    return nn.Sequential(layers)
+
+
+def _torchvision(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+    from torchvision import models  # 1.2 s to import
+
+    if config.name == "effb0":
+        network: Any = models.efficientnet_b0(num_classes=num_classes)
+        network.features[0][0] = _stem_convolution(network.features[0][0], channels, cifar=config.stem == "cifar")
+    else:
+        network = getattr(models, config.name)(num_classes=num_classes)
+        network.conv1 = _stem_convolution(network.conv1, channels, cifar=config.stem == "cifar")
+        if config.stem == "cifar":
+            network.maxpool = nn.Identity()
+    return cast(nn.Module, network)
+
+
+def _stem_convolution(original: nn.Conv2d, channels: int, *, cifar: bool) -> nn.Conv2d:
+    """The network's first convolution for ``channels`` inputs; with the CIFAR stem 3x3 and of stride 1."""
+    if not cifar and channels == original.in_channels:
+        return original
+    size, stride, padding = (3, 1, 1) if cifar else (original.kernel_size, original.stride, original.padding)
+    stem = nn.Conv2d(channels, original.out_channels, size, stride, padding, bias=original.bias is not None)  # type: ignore[arg-type]
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # torchvision's own, for both families
+    return stem
+
+
+def _timm(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+    import timm  # 0.7 to 3 s to import
+
+    if not timm.is_model(config.name):
+        raise UserError(f"model.name={config.name}: timm has no such model; {choices(config.name, timm.list_models())}")
+    try:
+        network: nn.Module = timm.create_model(
+            config.name, num_classes=num_classes, in_chans=channels, **config.options
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = f" with model.options={config.options}" if config.options else ""
+        raise UserError(f"model.name={config.name}{given}: timm refuses: {error}") from error
+    return network
