@@ -1,0 +1,49 @@
+"""Time spent training, apart from evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StepClock:
+    """Wall time of a run over its interruptions, and the speed of the steps since the last look.
+
+    Args:
+        seconds_before: wall seconds that earlier parts of the run took.
+        device: waited for before a pause, because a GPU's work is only queued.
+    """
+
+    def __init__(self, seconds_before: float, device: torch.device) -> None:
+        self._device = device
+        self._started = time.perf_counter() - seconds_before
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure speed from here on: what went before (the first step's set-up) isn't typical."""
+        self._mark, self._paused, self._steps = time.perf_counter(), 0.0, 0
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._started
+
+    def speed(self, batch_size: int) -> dict[str, float]:
+        """Images a second and milliseconds a step since the last call; empty when no step was timed."""
+        if self._steps == 0:
+            return {}
+        seconds = (time.perf_counter() - self._mark - self._paused) / self._steps
+        self.restart()
+        return {"perf/images_per_second": batch_size / seconds, "perf/step_ms": 1000 * seconds}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start

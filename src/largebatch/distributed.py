@@ -1,0 +1,135 @@
+"""The processes of one run: who am I, sums over all, batch statistics over all."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from largebatch.errors import UserError
+
+
+def start(device: str) -> tuple[int, int, torch.device]:
+    """Join the run's process group, as the launcher's environment says. Returns rank, processes and this one's device.
+
+    A run of one process needs no group, and has none.
+    """
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    where = torch.device("cpu")
+    if device == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(where)
+    if processes > 1:
+        # gloo beside nccl: small sums of host tensors must not wait for the device.
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, device_id=where if device == "cuda" else None)
+    return rank, processes, where
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """``values`` summed over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def smallest_over_processes(value: Tensor) -> float:
+    if dist.is_initialized():
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return float(value)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers (running statistics), as each training step does anyway."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm with statistics over all processes, on any device; torch's own refuses the CPU.
+
+    Input [B, C, ...] with the same B in every process. Training mode computes mean and (biased) variance over
+    processes, batch and positions; the running variance is the unbiased one, as in ``torch.nn.BatchNorm2d``.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(input)
+        self._check_input_dim(input)
+        dims = [0, *range(2, input.dim())]
+        shape = [1, -1, *[1] * (input.dim() - 2)]
+        values = input.float()
+        count = values.numel() / values.shape[1] * dist.get_world_size()
+        mean = _SumOverProcesses.apply(values.sum(dims)) / count
+        centred = values - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(dims)) / count
+        if self.running_mean is not None and self.running_var is not None:
+            self._track(mean.detach(), variance.detach() * count / max(count - 1, 1))
+        normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
+        return cast(Tensor, normalised.to(input.dtype))
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(unbiased_variance, momentum)
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` with its batch-norm layers replaced by ones with statistics over all processes.
+
+    Raises:
+        UserError: on CPU, for a model with batch-norm layers of its own kind (some of timm's).
+    """
+    if device.type == "cuda":
+        if type(model).__module__.startswith("timm."):
+            from timm.layers import convert_sync_batchnorm
+
+            return cast(nn.Module, convert_sync_batchnorm(model))
+        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(model))  # type: ignore[no-untyped-call]
+    for name, child in model.named_children():
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            assert isinstance(child, nn.modules.batchnorm._BatchNorm)
+            sync = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            sync.load_state_dict(child.state_dict())
+            setattr(model, name, sync)
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+            raise UserError(f"sync_bn=true: {type(child).__name__} has no synchronised form on CPU; use a GPU")
+        else:
+            synchronise_batch_norm(child, device)
+    return model

@@ -1,0 +1,90 @@
+"""What a run resolved to: rate, batch, length, device, versions. Printed, stored in the summary and sent to W&B."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from largebatch.batch import BatchPlan
+from largebatch.config import Config
+from largebatch.data import Data
+from largebatch.optimization import resolved_lr, resolved_options
+
+Facts = dict[str, Any]
+
+
+def resolved_precision(config: Config, device: torch.device) -> str:
+    """``fp32`` or ``bf16``: auto takes bf16 on a GPU that computes in it."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def gather_facts(
+    config: Config, data: Data, model: nn.Module, batch: BatchPlan, device: torch.device, steps: int, epoch_steps: int
+) -> Facts:
+    return {
+        "lr": resolved_lr(config),
+        "optimizer_options": resolved_options(config, epoch_steps),
+        "steps": steps,
+        "steps_per_epoch": epoch_steps,
+        "global_batch": batch.global_batch,
+        "processes": batch.processes,
+        "per_process_batch": batch.per_process,
+        "accumulation": batch.accumulation,
+        "micro_batch": batch.micro_batch,
+        "precision": resolved_precision(config, device),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_images": len(data.train),
+        "val_images": len(data.val) if data.val is not None else 0,
+        "test_images": len(data.test),
+        "classes": data.num_classes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        **_git_state(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def facts_in_words(config: Config, facts: Facts) -> list[str]:
+    held_out = f", {facts['val_images']:,} for validation" if facts["val_images"] else ""
+    scaled = f" (optimizer.lr={config.optimizer.lr:g}, lr_scaling.rule={config.lr_scaling.rule})"
+    return [
+        f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test; "
+        f"{config.model.name}: {facts['parameters']:,} parameters",
+        f"batch {facts['global_batch']:,} = {facts['processes']} process(es) x {facts['accumulation']} micro-batch(es) "
+        f"of {facts['micro_batch']:,}; {facts['steps_per_epoch']:,} steps an epoch, {facts['steps']:,} in all",
+        f"{config.optimizer.name}: lr {facts['lr']:g}{scaled}; schedule {config.schedule.name}; "
+        f"{facts['precision']} on {facts['device']}",
+    ]
+
+
+def _git_state() -> Facts:
+    """Commit of the code that runs, and whether it was changed since; nothing outside a git checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git on this machine
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {"git_commit": commit, "git_dirty": bool(git("status", "--porcelain", ".")) if commit else None}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("largebatch", "torch", "torchvision", "timm", "numpy", "wandb"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue  # an optional package that isn't there has no version
+    return found

@@ -1,0 +1,1 @@
+"""What a mode is: its model, its loss and its evaluation. Nothing about loops."""

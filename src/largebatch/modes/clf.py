@@ -1,0 +1,56 @@
+"""Mode ``clf``: classification with cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from largebatch.config import Config
+from largebatch.data import Data
+from largebatch.models import build_model as build_network
+
+# What a micro-batch adds to the running totals of training: sum of losses, correct predictions, images.
+TOTALS = 3
+
+
+def build_model(config: Config, data: Data) -> nn.Module:
+    return build_network(config.model, data.num_classes, data.channels)
+
+
+def loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64."""
+    logits = model(images).float()
+    value = F.cross_entropy(logits, labels)
+    with torch.no_grad():
+        correct = (logits.argmax(dim=1) == labels).sum()
+        count = len(labels)
+        totals = torch.stack([value.double() * count, correct.double(), correct.new_tensor(count, dtype=torch.float64)])
+    return value, totals
+
+
+def train_figures(totals: list[float]) -> dict[str, float]:
+    """Totals summed over micro-batches, steps and processes, as logged figures."""
+    losses, correct, count = totals
+    return {"train/loss": losses / count, "train/accuracy": correct / count}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """Totals [sum of losses, top-1 correct, top-5 correct, images] of this process's part of a split, in float64."""
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    for images, labels in batches:
+        logits = model(images).float()
+        top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        losses = F.cross_entropy(logits, labels, reduction="sum")
+        count = totals.new_tensor(len(labels))
+        totals += torch.stack([losses.double(), top5[:, 0].sum(), top5.any(dim=1).sum(), count])
+    return totals
+
+
+def evaluation_figures(split: str, totals: list[float]) -> dict[str, float]:
+    """Totals summed over processes, as logged figures of ``split`` (``val`` or ``test``)."""
+    losses, top1, top5, count = totals
+    return {f"{split}/loss": losses / count, f"{split}/accuracy": top1 / count, f"{split}/top5": top5 / count}

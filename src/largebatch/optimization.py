@@ -1,0 +1,126 @@
+"""From the configuration to a torch optimizer, its rate and its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from largebatch import optim
+from largebatch.config import Config, ScheduleConfig
+from largebatch.errors import UserError, choices
+from largebatch.validate import OPTIMIZER_OPTIONS
+
+_CLASSES: dict[str, type[torch.optim.Optimizer]] = {
+    "lars": optim.LARS,
+    "tvlars": optim.TVLARS,
+    "lamb": optim.LAMB,
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+def _spare_compiler_import() -> None:
+    """Keep torch from importing torch.compile's machinery (2 s, a third of a short run) when an optimizer is made.
+
+    ``torch.optim`` exempts some methods of ``Optimizer`` from compilation, and imports the compiler for that at their
+    first call. Nothing is compiled here, so each method is marked as its own exempt form; where torch should come to do
+    this differently, the mark has no effect.
+    """
+    for method in vars(torch.optim.Optimizer).values():
+        exempted = getattr(method, "__wrapped__", None)
+        if exempted is not None and not hasattr(exempted, "__dynamo_disable"):
+            setattr(exempted, "__dynamo_disable", exempted)  # noqa: B010
+
+
+def resolved_lr(config: Config) -> float:
+    """The full learning rate: ``optimizer.lr`` scaled from ``lr_scaling.base_batch`` to ``batch_size``."""
+    ratio = config.batch_size / config.lr_scaling.base_batch
+    return config.optimizer.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_scaling.rule]
+
+
+def resolved_options(config: Config, steps_per_epoch: int) -> dict[str, Any]:
+    """The keyword arguments of the optimizer's class, beside parameters and ``lr``."""
+    given = config.optimizer
+    if given.library == "timm":
+        return {"weight_decay": given.weight_decay or 0.0, **given.options}
+    options = {name: getattr(given, name) for name in OPTIMIZER_OPTIONS[given.library][given.name]}
+    if given.name == "tvlars":
+        options["delay"] = round(options.pop("delay_epochs") * steps_per_epoch)
+        if options["gamma_min"] == "auto":
+            options["gamma_min"] = 0.001 * config.batch_size / 256
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    return options
+
+
+def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> torch.optim.Optimizer:
+    """The optimizer over the model's trainable parameters, which carry their names.
+
+    Raises:
+        UserError: for a name that timm doesn't know, or options that the optimizer refuses.
+    """
+    _spare_compiler_import()
+    given = config.optimizer
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    options = resolved_options(config, steps_per_epoch)
+    try:
+        if given.library == "timm":
+            return _timm_optimizer(given.name, model, resolved_lr(config), options)
+        return _CLASSES[given.name](parameters, lr=resolved_lr(config), **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optimizer.name={given.name}: {error}") from error
+
+
+def _timm_optimizer(name: str, model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.Optimizer:
+    import timm.optim
+
+    names: list[str] = timm.optim.list_optimizers()
+    if name not in names:
+        raise UserError(f"optimizer.name={name}: timm has no such optimizer; {choices(name, names)}")
+    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(model, opt=name, lr=lr, **options)
+    return optimizer
+
+
+def warmup_steps(config: ScheduleConfig, steps_per_epoch: int) -> int:
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return round((config.warmup_epochs or 0) * steps_per_epoch)
+
+
+def schedule_factor(config: ScheduleConfig, total_steps: int, warmup: int) -> Callable[[int], float]:
+    """The part of the full rate at optimizer step t = 0, 1, ... ``total_steps`` - 1.
+
+    Warm-up of W steps: ``(t + 1) / W``. After it, with progress ``s = (t - W) / (total_steps - W)`` and final factor f:
+
+    - cosine: ``f + (1 - f) * (1 + cos(pi * s)) / 2``
+    - poly: ``f + (1 - f) * (1 - s) ** power``
+
+    Raises:
+        UserError: when the warm-up leaves no step after it.
+    """
+    if warmup >= total_steps:
+        key = "warmup_epochs" if config.warmup_steps is None else "warmup_steps"
+        raise UserError(
+            f"schedule.{key}={getattr(config, key):g}: {warmup} steps of warm-up, but the training has {total_steps}; "
+            "warm up for less, or train longer"
+        )
+    final, power = config.final_factor or 0.0, config.power or 1.0
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / (total_steps - warmup)
+        if config.name == "constant":
+            return 1.0
+        if config.name == "warmup_poly":
+            return final + (1 - final) * math.pow(1 - min(progress, 1.0), power)
+        return final + (1 - final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+    return factor

@@ -1,0 +1,27 @@
+"""Processes that don't outlive the one that started them (Linux; elsewhere they are only signalled)."""
+
+import ctypes
+import os
+import signal
+import sys
+
+LAUNCHER_PID = "LARGEBATCH_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def launcher_is_gone() -> bool:
+    """Whether the launcher that started this worker ended before ``die_with_parent`` took effect."""
+    pid = os.environ.get(LAUNCHER_PID)
+    if pid is None:  # started by hand
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    return False

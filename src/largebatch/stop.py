@@ -1,0 +1,59 @@
+"""Stopping and saving at the same step in every process."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class StepBoundary:
+    """Decides after each optimizer step whether to save and whether to stop, the same in every process.
+
+    SIGINT and SIGTERM ask for a stop; the clock of rank 0, or the step count, asks for a checkpoint. In a run of
+    several processes the wishes are summed in the background during the following step, so that no step waits for
+    it; they take effect one step later.
+    """
+
+    def __init__(self, every_seconds: float, every_steps: int | None, rank: int) -> None:
+        self.asked_to_stop = False
+        self._every_seconds = every_seconds
+        self._every_steps = every_steps
+        self._clock_counts = rank == 0 and every_steps is None
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+        self._in_flight: tuple[torch.Tensor, Any] | None = None
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop = True
+
+    def after_step(self, step: int) -> tuple[bool, bool]:
+        """Whether to stop now, and whether to save now, after ``step`` optimizer steps."""
+        by_clock = self._clock_counts and time.monotonic() - self._saved_at >= self._every_seconds
+        stop, save = self._agree(self.asked_to_stop, by_clock)
+        if step - self._saved_step <= 1:
+            save = False  # a wish from before the last save
+        if self._every_steps is not None:
+            save = step % self._every_steps == 0
+        return stop, save or stop
+
+    def saved(self, step: int) -> None:
+        self._saved_at, self._saved_step = time.monotonic(), step
+
+    def _agree(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        if not dist.is_initialized():
+            return stop, save
+        arrived = self._in_flight
+        wishes = torch.tensor([stop, save], dtype=torch.int32)
+        self._in_flight = wishes, dist.all_reduce(wishes, async_op=True)
+        if arrived is None:
+            return False, False
+        arrived[1].wait()
+        any_stop, any_save = arrived[0].tolist()
+        return any_stop > 0, any_save > 0

@@ -1,0 +1,249 @@
+"""Training from end to end with the real program: what a run leaves, equality over processes, exact resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import TINY, Launch, start
+
+from largebatch.tracking.metrics import read_rows
+
+TIMES = ("wall_seconds", "perf/images_per_second", "perf/step_ms")
+
+
+def parameters(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("step-*.pt"))[-1]
+    state: dict[str, torch.Tensor] = torch.load(newest, weights_only=True)["model"]
+    return state
+
+
+def the_run(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(run / "metrics.jsonl")]
+
+
+def test_a_run_leaves_its_whole_folder(launch: Launch, tmp_path: Path) -> None:
+    result = launch(*TINY, "steps=10", "optimizer=tvlars", "tracker.layers_every=5", "dataset.val_fraction=0.25")
+    assert result.returncode == 0, result.stderr
+    run = the_run(tmp_path)
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml", "status.json", "metrics.jsonl", "metrics.parquet", "layers.parquet", "summary.json",
+        "checkpoints", "log.txt",
+    }  # fmt: skip
+    assert not list(run.rglob("*.tmp"))
+
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["steps"]) == ("finished", 10, 10)
+    assert {"pid", "host", "message", "queued", "started", "ended"} <= status.keys()
+
+    rows = read_rows(run / "metrics.jsonl")
+    logged = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in logged] == [2, 4, 6, 8, 10]
+    assert {"epoch", "examples", "wall_seconds", "train/accuracy", "optim/lr", "optim/phi"} <= logged[-1].keys()
+    assert {"perf/images_per_second", "perf/step_ms"} <= logged[-1].keys()
+    evaluated = [row for row in rows if "test/accuracy" in row]
+    assert [row["step"] for row in evaluated] == [3, 6, 9, 10]  # an epoch of 48 images has three steps of 16
+    assert {"test/loss", "test/top5", "val/loss", "val/accuracy", "val/top5"} <= evaluated[-1].keys()
+    assert pyarrow.parquet.read_table(run / "metrics.parquet").num_rows == len(rows)
+
+    layers = pyarrow.parquet.read_table(run / "layers.parquet").to_pylist()
+    assert {row["step"] for row in layers} == {5, 10}
+    assert {row["layer"] for row in layers} == {
+        "conv1.weight",
+        "conv2.weight",
+        "conv3.weight",
+        "conv4.weight",
+        "head.weight",
+    }
+    assert all(row["weight_norm"] > 0 and row["gradient_norm"] > 0 and row["trust_ratio"] > 0 for row in layers)
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test/accuracy"] == evaluated[-1]["test/accuracy"]
+    chosen = max(evaluated, key=lambda row: (row["val/accuracy"], -row["step"]))
+    assert summary["best/test/accuracy"] == chosen["test/accuracy"]
+    assert summary["best/chosen_by"] == "val/accuracy"
+    assert {"images_per_second", "wall_seconds", "git_commit", "versions", "lr", "per_process_batch"} <= summary.keys()
+
+
+def test_the_whole_test_set_counts_once_whatever_the_processes(tmp_path: Path) -> None:
+    """20 test images over 3 processes: the accuracy is a multiple of 1/20 and the same as that of one process."""
+    figures = []
+    for number, extra in enumerate((["cluster.processes=1"], ["cluster.processes=3"])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        finish(start(*TINY, "batch_size=12", "steps=3", *extra, cwd=folder))
+        figures.append(json.loads((the_run(folder) / "summary.json").read_text()))
+    assert figures[0]["test/accuracy"] == figures[1]["test/accuracy"]
+    assert figures[0]["test/loss"] == pytest.approx(figures[1]["test/loss"], rel=1e-5)
+    assert (figures[1]["test/accuracy"] * 20) % 1 == pytest.approx(0, abs=1e-9)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, out + errors
+    return out
+
+
+SAME = {
+    "two processes": ["cluster.processes=2"],
+    "accumulation": ["micro_batch=4"],
+    "two processes and accumulation": ["cluster.processes=2", "micro_batch=4"],
+}
+
+
+@pytest.mark.parametrize("division", SAME.values(), ids=SAME.keys())
+def test_any_division_of_the_batch_trains_the_same(tmp_path: Path, division: list[str]) -> None:
+    assert_same_training(tmp_path, [], division)
+
+
+def test_synchronised_batch_norm_trains_the_same_over_processes(tmp_path: Path) -> None:
+    assert_same_training(tmp_path, ["model.norm=batch", "sync_bn=true"], ["cluster.processes=2"])
+
+
+def test_batch_norm_that_is_not_synchronised_does_not(tmp_path: Path) -> None:
+    """So the test above can fail."""
+    with pytest.raises(AssertionError, match="differ"):
+        assert_same_training(tmp_path, ["model.norm=batch"], ["cluster.processes=2"])
+
+
+def assert_same_training(tmp_path: Path, common: list[str], division: list[str]) -> None:
+    runs = []
+    for name, extra in (("one", []), ("divided", division)):
+        (tmp_path / name).mkdir()
+        finish(start(*TINY, "steps=20", "optimizer=lars", "optimizer.lr=0.5", *common, *extra, cwd=tmp_path / name))
+        runs.append(parameters(the_run(tmp_path / name)))
+    worst = max(float((runs[0][k].float() - runs[1][k].float()).abs().max()) for k in runs[0])
+    assert worst < 1e-5, f"parameters differ by {worst}"
+
+
+# Long enough to be stopped in the middle: a checkpoint every 5 of 120 steps.
+LONG = (
+    *TINY,
+    "steps=120",
+    "checkpoint.every_steps=5",
+    "tracker.layers_every=3",
+    "optimizer=tvlars",
+    "cluster.threads=1",
+)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the metrics of the run in ``folder`` have come to ``step``."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        if any(row["step"] >= step for path in folder.glob("runs/*/metrics.jsonl") for row in read_rows(path)):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run never got there")
+
+
+def worker_pid(run: Path) -> int:
+    pid: int = json.loads((run / "status.json").read_text())["pid"]
+    return pid
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("how", ["worker", "everything", "interrupt"])
+def test_a_stopped_run_continues_exactly(tmp_path: Path, how: str, processes: int) -> None:
+    command = (*LONG, f"cluster.processes={processes}", "model.norm=batch")
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    finish(start(*command, cwd=tmp_path / "whole"))
+    whole = the_run(tmp_path / "whole")
+
+    folder = tmp_path / "stopped"
+    process = start(*command, cwd=folder)
+    wait_for_step(folder, 40, process)
+    stopped = the_run(folder)
+    worker = worker_pid(stopped)
+    if how == "worker":
+        os.kill(worker, signal.SIGKILL)
+    elif how == "everything":
+        process.kill()
+    else:
+        process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=100)
+    deadline = time.monotonic() + 20
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(worker)
+    if how == "worker":
+        assert process.returncode == 1
+        assert "same command resumes" in errors
+    if how == "interrupt":
+        assert process.returncode == 130
+        assert json.loads((stopped / "status.json").read_text())["state"] == "preempted", out
+    assert not (stopped / "summary.json").exists()
+
+    out = finish(start(*command, cwd=folder))
+    assert "resumed after step" in out
+    resumed, undisturbed = parameters(stopped), parameters(whole)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    assert timeless(stopped) == timeless(whole)
+    assert (
+        pyarrow.parquet.read_table(stopped / "layers.parquet").to_pylist()
+        == pyarrow.parquet.read_table(whole / "layers.parquet").to_pylist()
+    )
+
+
+def test_a_run_in_hand_is_refused_with_pid_and_host(tmp_path: Path, launch: Launch) -> None:
+    process = start(*LONG, "steps=2000", cwd=tmp_path)
+    try:
+        wait_for_step(tmp_path, 2, process)
+        refused = launch(*LONG, "steps=2000")
+        assert refused.returncode == 2
+        assert f"pid {worker_pid(the_run(tmp_path))} on " in refused.stderr
+        assert process.poll() is None  # and the one that works on it goes on
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def test_divergence_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
+    command = (*TINY, "steps=40", "optimizer=sgd", "optimizer.lr=1e30")
+    result = launch(*command)
+    assert result.returncode == 0
+    run = the_run(tmp_path)
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "diverged"
+    assert "the loss was not finite at step 2" in status["message"]
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert summary["state"] == "diverged"
+    assert "diverged before" in launch(*command).stdout
+
+
+def test_an_exception_leaves_one_line_and_a_traceback_in_the_log(launch: Launch, tmp_path: Path) -> None:
+    result = launch(*TINY, "steps=2", "model=timm", "model.name=test_vit", "dataset.image_size=9")
+    assert result.returncode == 1
+    run = the_run(tmp_path)
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert str(run / "log.txt") in result.stderr
+    assert "Traceback" in (run / "log.txt").read_text()
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+
+
+def test_bf16_trains(launch: Launch, tmp_path: Path) -> None:
+    assert launch(*TINY, "steps=3", "precision=bf16").returncode == 0
+    assert json.loads((the_run(tmp_path) / "summary.json").read_text())["precision"] == "bf16"
