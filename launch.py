@@ -1,0 +1,63 @@
+"""The one entry point: Hydra composes, the plan is made, the plan is carried out.
+
+python launch.py optimizer=tvlars batch_size=1024
+python launch.py -m optimizer=lars,lamb,tvlars seed=0,1,2
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from largebatch.config import Config
+from largebatch.errors import UserError
+from largebatch.launch.grid import carry_out_plan, show_plan
+from largebatch.launch.messages import composition_error
+from largebatch.launch.plan import Composed, make_plan
+
+_jobs: list[Composed] = []
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def compose(tree: DictConfig) -> None:
+    """Called by Hydra once a job, in this process: only collects, so that a whole grid is checked before it starts."""
+    job = HydraConfig.get()
+    sweep = job.runtime.choices.get("sweeps") if job.mode == RunMode.RUN else None
+    _jobs.append(Composed(tuple(job.overrides.task), tree, sweep_without_multirun=sweep))
+
+
+def main() -> int:
+    ConfigStore.instance().store(name="schema", node=Config)
+    # Hydra copies its store for each group that it lists and each job that it composes: half of --help's time.
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
+    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message can be ours
+    try:
+        with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch:
+            os.environ["LARGEBATCH_SCRATCH"] = scratch  # where Hydra may put the files of its own that it insists on
+            compose()
+        if not _jobs:  # --help, --cfg, completion
+            return 0
+        plan = make_plan(_jobs)
+        return show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
+    except KeyboardInterrupt:  # between two runs; within one it is asked to save first
+        return 130
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        message = str(error) if isinstance(error, UserError) else composition_error(error)
+        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From composed configurations to finished runs: ``plan`` decides what, ``local`` carries out. Imports no torch."""

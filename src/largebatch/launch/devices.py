@@ -1,0 +1,63 @@
+"""What this machine has to run on, found without torch."""
+
+import os
+import shutil
+import subprocess
+
+from largebatch.batch import plan_batch
+from largebatch.config import ClusterConfig, Config
+from largebatch.errors import UserError
+
+
+def resolve_devices(config: Config) -> None:
+    """Fill in ``cluster.device`` and ``cluster.processes`` from this machine, and check that the batch divides.
+
+    Raises:
+        UserError: for GPUs that aren't there, or a batch that can't be divided over the processes.
+    """
+    cluster = config.cluster
+    if cluster.device == "cpu":
+        gpus: list[str] = []
+        if cluster.devices:
+            raise UserError(f"cluster.devices={cluster.devices}: names GPUs, but cluster.device=cpu")
+    else:
+        gpus = _chosen_gpus(cluster)
+    if cluster.device == "cuda" and not gpus:
+        raise UserError("cluster.device=cuda: no GPU was found here; allowed: auto, cpu")
+    cluster.device = "cuda" if gpus else "cpu"
+    cluster.processes = cluster.processes or max(1, len(gpus))
+    if gpus and cluster.processes > len(gpus):
+        raise UserError(f"cluster.processes={cluster.processes}: one process a GPU, and {len(gpus)} GPU(s) were found")
+    plan_batch(config.batch_size, cluster.processes, config.micro_batch)
+
+
+def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
+    """The environment variables that give a run's processes their devices and threads."""
+    processes = cluster.processes or 1
+    threads = cluster.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    gpus = ",".join(_chosen_gpus(cluster)[:processes]) if cluster.device == "cuda" else ""
+    # Threads that wait by spinning make a step several times slower where something else runs on the same cores.
+    waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    return {"CUDA_VISIBLE_DEVICES": gpus, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": waiting}
+
+
+def _chosen_gpus(cluster: ClusterConfig) -> list[str]:
+    visible = _visible_gpus()
+    if cluster.devices is None:
+        return visible
+    missing = [index for index in cluster.devices if not 0 <= index < len(visible)]
+    if missing:
+        raise UserError(f"cluster.devices={cluster.devices}: {len(visible)} GPU(s) found here, numbered from 0")
+    return [visible[index] for index in cluster.devices]
+
+
+def _visible_gpus() -> list[str]:
+    """Identifiers fit for CUDA_VISIBLE_DEVICES: what it names already, else every GPU of the machine."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    lines = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(index) for index in range(len(lines))] if listing.returncode == 0 else []

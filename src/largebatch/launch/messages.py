@@ -1,0 +1,36 @@
+"""One readable message for what Hydra and OmegaConf say of a wrong command line."""
+
+from __future__ import annotations
+
+import re
+
+from hydra.errors import OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from largebatch.config import explain, unknown_key
+from largebatch.errors import choices
+
+
+def composition_error(error: Exception) -> str:
+    """The key, what was given, what is allowed; Hydra's own words where they say that already."""
+    if isinstance(error, OmegaConfBaseException):
+        return explain(error)
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {text.splitlines()[0]}; quote values with commas, brackets or spaces for the shell"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        cause = error.__cause__
+        if isinstance(cause, OmegaConfBaseException) and "is not in struct" not in str(cause):
+            cause.full_key = cause.full_key or match[1]
+            return explain(cause)
+        return unknown_key(match[1])
+    if match := re.search(
+        r"Could not find '([^'/]+)/([^']+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text
+    ):
+        options = match[3].split()
+        return f"{match[1]}={match[2]}: {choices(match[2], options)}"
+    if match := re.search(r"Error merging override ([^\n]+)", text):
+        cause = error.__cause__
+        detail = explain(cause) if isinstance(cause, OmegaConfBaseException) else ""
+        return f"{match[1]}: {detail}"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,84 @@
+"""The plan: which runs a command line asks for, checked as a whole before the first one starts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from largebatch.config import Config, from_composed, run_name
+from largebatch.errors import UserError
+from largebatch.launch.devices import resolve_devices
+from largebatch.run_folder import RunFolder
+from largebatch.validate import validate
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What Hydra made of one job's overrides."""
+
+    overrides: tuple[str, ...]
+    tree: DictConfig
+    sweep_without_multirun: str | None = None  # a grid was chosen, but Hydra composed its first point only
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    config: Config
+    folder: RunFolder
+    label: str  # what tells this run from the others of its grid; empty for a single run
+
+
+def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
+    """The runs that ``jobs`` ask for, each once, in order.
+
+    Raises:
+        UserError: with every problem of every job, or when the runs' folder can't be written.
+    """
+    for job in jobs:
+        if job.sweep_without_multirun is not None:
+            command = " ".join(("python launch.py -m", *job.overrides))
+            raise UserError(f"sweeps={job.sweep_without_multirun} is a grid and needs -m: {command}")
+    common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs)) if len(jobs) > 1 else set()
+    plan: dict[str, PlannedRun] = {}
+    problems: dict[str, list[str]] = {}
+    for job in jobs:
+        label = " ".join(override for override in job.overrides if override not in common) if len(jobs) > 1 else ""
+        try:
+            config = from_composed(job.tree)
+            validate(config)
+            resolve_devices(config)
+        except UserError as error:
+            for line in str(error).splitlines():
+                problems.setdefault(line, []).append(label)
+            continue
+        name = run_name(config)
+        plan.setdefault(name, PlannedRun(config, RunFolder(Path(config.runs_dir) / name), label))
+    if problems:
+        raise UserError("\n".join(_with_jobs(problem, labels, len(jobs)) for problem, labels in problems.items()))
+    for runs_dir in {run.config.runs_dir for run in plan.values()}:
+        _check_writable(Path(runs_dir))
+    return list(plan.values())
+
+
+def _with_jobs(problem: str, labels: list[str], jobs: int) -> str:
+    if jobs == 1 or len(labels) == jobs:
+        return problem
+    return f"{problem}   [{labels[0]}{f' and {len(labels) - 1} more' if len(labels) > 1 else ''}]"
+
+
+def _check_writable(runs_dir: Path) -> None:
+    """Refuse a folder that can't be written, without making it yet."""
+    nearest = runs_dir
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        # Trying is the only sure way: permissions don't bind root, and a read-only file system has them too.
+        tempfile.TemporaryDirectory(dir=nearest, prefix=".largebatch-").cleanup()
+    except OSError as error:
+        raise UserError(
+            f"runs_dir={runs_dir}: can't be written ({error.strerror}: {nearest}); choose another with runs_dir=FOLDER"
+        ) from None

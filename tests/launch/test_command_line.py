@@ -1,0 +1,147 @@
+"""What users meet on the command line: help, mistakes, plans. The real program is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, Launch, environment
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["optimizer=larss"], "optimizer=larss: allowed: adagrad, adam, .*did you mean lars"),
+        (["optimizer.lrr=1"], "unknown key optimizer.lrr; keys in optimizer allowed: .*did you mean lr"),
+        (["+typo=1"], "unknown key typo; keys allowed: "),
+        (["batch_size=abc"], "batch_size: .*abc.*Integer"),
+        (["batch_size=-1"], "batch_size=-1: must be an integer of at least 1"),
+        (["batch_size=4096"], "batch_size=4096: larger than the training set; digits has 1437 images"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan: must be a finite number above 0"),
+        (["epochs=0"], "epochs=0: must be an integer of at least 1"),
+        (["cluster.processes=0"], "cluster.processes=0: must be"),
+        (["cluster.processes=3"], "batch_size=512 can't be divided over 3 processes; nearest: 510 or 513"),
+        (["runs_dir=/proc/none"], "runs_dir=/proc/none: "),
+        (["runs_dir=/dev/null/runs"], "runs_dir=/dev/null/runs: can't be written .Not a directory: /dev/null"),
+        (["sweeps=demo"], r"sweeps=demo is a grid and needs -m: python launch.py -m sweeps=demo"),
+        (["sweeps=demoo", "-m"], "sweeps=demoo: allowed: demo"),
+        (["optimizer=lars,lamb"], "optimizer.*lars,lamb"),
+        (["-m", "optimizer=lars,larss"], "larss"),
+        (["-m", "optimizer=lars,tvlars", "optimizer.lmbda=0.1"], r"optimizer.lmbda=0.1: lars has no such option"),
+        (["cluster.device=cuda"], "cluster.device=cuda: no GPU"),
+        (["batch_size=[1,2"], "batch_size"),
+    ],
+)
+def test_a_mistake_is_one_message_with_exit_code_2(
+    launch: Launch, tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    import re
+
+    result = launch(*overrides)
+    assert result.returncode == 2
+    assert re.search(says, result.stderr), result.stderr
+    assert all(line.startswith("error: ") for line in result.stderr.splitlines()), result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_groups_and_an_example(launch: Launch) -> None:
+    result = launch("--help")
+    assert result.returncode == 0
+    for text in ("optimizer: ", "tvlars", "dataset: ", "sweeps: ", "python launch.py", "dry_run=true"):
+        assert text in result.stdout
+
+
+def test_composed_configuration_can_be_shown(launch: Launch) -> None:
+    result = launch("--cfg", "job", "optimizer=tvlars")
+    assert result.returncode == 0
+    assert "lmbda:" in result.stdout
+
+
+def test_the_launching_side_never_imports_torch() -> None:
+    modules = "largebatch.config, largebatch.validate, largebatch.cli, largebatch.launch.grid, launch"
+    code = f"import sys; import {modules}; print(sorted(m for m in sys.modules if m in {{'torch','wandb','timm'}}))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_dry_run_shows_the_plan_and_starts_nothing(launch: Launch, tmp_path: Path) -> None:
+    result = launch("-m", "optimizer=lars,lamb", "seed=0,1", "batch_size=256", "dry_run=true")
+    assert result.returncode == 0
+    assert "4 run(s)" in result.stdout
+    assert "optimizer=lamb seed=1" in result.stdout
+    assert "batch_size=256" not in result.stdout  # what all runs share doesn't tell them apart
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_settings_are_one_run(launch: Launch) -> None:
+    result = launch("-m", "optimizer.lr=1,1.0", "dry_run=true")
+    assert "1 run(s)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model=timm", "model.name=nonsense"], "model.name=nonsense: timm has no such model"),
+        (["optimizer=timm", "optimizer.name=nonsense"], "optimizer.name=nonsense: timm has no such optimizer"),
+        (["dataset=cifar10", "dataset.download=false", "tracker=none"], "dataset.root.*dataset.download"),
+        (["schedule=warmup_cosine", "steps=10", "tracker=none"], "schedule.warmup_epochs=10: 20 steps of warm-up"),
+    ],
+)
+def test_what_only_the_worker_can_know_is_one_message_too(
+    launch: Launch, tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    import re
+
+    result = launch(*overrides)
+    assert result.returncode == 2
+    assert re.search(says, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_finished_runs_are_skipped_and_repeated_on_demand(launch: Launch, tmp_path: Path, only_run: object) -> None:
+    command = ("-m", *TINY, "steps=4", "optimizer=lars,lamb")
+    first = launch(*command)
+    assert first.returncode == 0, first.stderr
+    summaries = sorted((tmp_path / "runs").glob("*/summary.json"))
+    assert len(summaries) == 2
+    assert all(summary.parent.name in first.stdout for summary in summaries)  # the table says where they are
+    before = [summary.stat().st_mtime_ns for summary in summaries]
+
+    second = launch(*command)
+    assert second.returncode == 0
+    assert second.stdout.count("finished before; not repeated") == 2
+    assert [summary.stat().st_mtime_ns for summary in summaries] == before
+
+    third = launch(*command, "rerun=true")
+    assert third.returncode == 0, third.stderr
+    assert all(summary.stat().st_mtime_ns > old for summary, old in zip(summaries, before, strict=True))
+    for summary in summaries:  # the earlier result isn't lost
+        previous = summary.parent / "previous-1" / "summary.json"
+        assert json.loads(previous.read_text())["test/accuracy"] == json.loads(summary.read_text())["test/accuracy"]
+
+
+def test_a_failing_run_does_not_stop_the_others(launch: Launch, tmp_path: Path) -> None:
+    result = launch("-m", *TINY, "steps=2", "model=timm", "model.name=nonsense,test_resnet")
+    assert result.returncode == 2
+    assert "timm has no such model" in result.stderr
+    (finished,) = (tmp_path / "runs").glob("*/summary.json")
+    assert "test_resnet" in finished.parent.name
+    assert "finished" in result.stdout.splitlines()[-1]
+
+
+def test_status_lists_runs(launch: Launch, tmp_path: Path) -> None:
+    assert launch(*TINY, "steps=2").returncode == 0
+    command = [sys.executable, "-m", "largebatch.cli", "status", str(tmp_path / "runs")]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "synthetic-smallcnn-clf-lars" in table
+    assert "finished" in table
+    (row,) = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    assert row["state"] == "finished"
+    assert row["step"] == 2
