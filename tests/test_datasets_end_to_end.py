@@ -33,7 +33,7 @@ def test_cifar10_pickled_by_python_3(launch: Launch, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
         images = rng.integers(0, 256, (12, 3072), dtype=np.uint8)
-        entry = {"data": images, "labels": list(range(10)) + [0, 1], "filenames": ["x.png"] * 12, "batch_label": name}
+        entry = {"data": images, "labels": [*range(10), 0, 1], "filenames": ["x.png"] * 12, "batch_label": name}
         (folder / name).write_bytes(pickle.dumps(entry))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
     result = launch("dataset=cifar10", "dataset.verify=false", *SHORT)

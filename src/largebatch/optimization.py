@@ -36,7 +36,7 @@ def _spare_compiler_import() -> None:
     for method in vars(torch.optim.Optimizer).values():
         exempted = getattr(method, "__wrapped__", None)
         if exempted is not None and not hasattr(exempted, "__dynamo_disable"):
-            setattr(exempted, "__dynamo_disable", exempted)  # noqa: B010
+            setattr(exempted, "__dynamo_disable", exempted)
 
 
 def resolved_lr(config: Config) -> float:
