@@ -35,7 +35,12 @@ def compose(tree: DictConfig) -> None:
     _jobs.append(Composed(tuple(job.overrides.task), tree, sweep_without_multirun=sweep))
 
 
-def main() -> int:
+def composed_jobs() -> list[Composed]:
+    """What Hydra makes of the command line; empty after ``--help`` and the like.
+
+    Raises:
+        UserError: when it can't be composed.
+    """
     ConfigStore.instance().store(name="schema", node=Config)
     # Hydra copies its store for each group that it lists and each job that it composes: half of --help's time.
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
@@ -45,17 +50,24 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch:
             os.environ["LARGEBATCH_SCRATCH"] = scratch  # where Hydra may put the files of its own that it insists on
             compose()
-        if not _jobs:  # --help, --cfg, completion
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if wants_traceback:
+            raise
+        raise UserError(composition_error(error)) from error
+    return _jobs
+
+
+def main() -> int:
+    try:
+        jobs = composed_jobs()
+        if not jobs:
             return 0
-        plan = make_plan(_jobs)
+        plan = make_plan(jobs)
         return show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
     except KeyboardInterrupt:  # between two runs; within one it is asked to save first
         return 130
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
-            raise
-        message = str(error) if isinstance(error, UserError) else composition_error(error)
-        print("\n".join(f"error: {line}" for line in message.splitlines()), file=sys.stderr)
+    except UserError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
 
 

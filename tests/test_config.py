@@ -49,6 +49,8 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("model.stem=cifar", "smallcnn has no such choice"),
         ("model.init=xavier", "did you mean xavier_normal?"),
         ("optimizer.momentum=null", "lars needs a value"),
+        ("optimizer.momentum=1", "must be below 1"),
+        ("optimizer.momentum=nan", "must be a finite number"),
         ("+model.options.depth=3", "only timm's models"),
         ("micro_batch=100", "micro_batch=128"),
         ("dataset.mean=[0.1,0.2]", "one number a channel"),

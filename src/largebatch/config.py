@@ -71,7 +71,7 @@ class OptimizerConfig:
     lmbda: float | None = None  # tvlars: steepness of phi's decay, per optimizer step
     alpha: float | None = None  # tvlars: phi starts near 1/alpha; rmsprop: smoothing constant
     delay_epochs: float | None = None  # tvlars: epochs before phi is at its midpoint
-    gamma_min: float | str | None = None  # tvlars: phi's floor; auto = 0.001 * batch_size / 256
+    gamma_min: int | float | str | None = None  # tvlars: phi's floor; auto = 0.001 * batch_size / 256
     lr_decay: float | None = None  # adagrad
     centered: bool | None = None  # rmsprop
     amsgrad: bool | None = None  # adam, adamw
@@ -167,6 +167,8 @@ def from_composed(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     if config.epochs is None and config.steps is None:
         config.epochs = config.dataset.default_epochs
+    if isinstance(config.optimizer.gamma_min, int):  # one number has one identity
+        config.optimizer.gamma_min = float(config.optimizer.gamma_min)
     config.runs_dir = str(Path(config.runs_dir).expanduser().absolute())
     config.dataset.root = str(Path(config.dataset.root).expanduser().absolute())
     return config

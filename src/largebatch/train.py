@@ -183,7 +183,7 @@ def loop(run: Run, training: Training, recorder: Recorder | None, clock: StepClo
                 save_training(run, training, recorder, clock)
             boundary.saved(step)
             if stop and step < run.steps:
-                return "preempted", "stopped before its end"
+                return "preempted", ""
         if step == first_step:
             clock.restart()
 

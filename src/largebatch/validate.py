@@ -83,6 +83,7 @@ _NUMBERS: dict[str, tuple[float, bool]] = {
     "optimizer.trust_coefficient": (0, False),
     "optimizer.norm_clip": (0, False),
     "optimizer.alpha": (0, True),
+    "optimizer.lmbda": (0, True),
     "optimizer.delay_epochs": (0, True),
     "optimizer.lr_decay": (0, True),
     "lr_scaling.base_batch": (1, True),
@@ -107,18 +108,19 @@ def _check_numbers(config: Config) -> list[str]:
             kind = "an integer" if isinstance(value, int) else "a finite number"
             problems.append(f"{key}={value}: must be {kind} {'of at least' if inclusive else 'above'} {least:g}")
     optimizer = config.optimizer
-    if optimizer.lmbda is not None and not math.isfinite(optimizer.lmbda):
-        problems.append(f"optimizer.lmbda={optimizer.lmbda}: must be a finite number")
+    if optimizer.momentum is not None and optimizer.momentum >= 1:
+        problems.append(f"optimizer.momentum={optimizer.momentum}: must be below 1")
+    if optimizer.nesterov and not optimizer.momentum:
+        problems.append("optimizer.nesterov=true: needs optimizer.momentum above 0")
     for beta in optimizer.betas or []:
         if not 0 <= beta < 1:
             problems.append(f"optimizer.betas={optimizer.betas}: both must be at least 0 and below 1")
             break
     if optimizer.betas is not None and len(optimizer.betas) != 2:
         problems.append(f"optimizer.betas={optimizer.betas}: must be two numbers")
-    if isinstance(optimizer.gamma_min, str) and optimizer.gamma_min != "auto":
-        problems.append(
-            f"optimizer.gamma_min={optimizer.gamma_min}: must be a number or auto (0.001 * batch_size / 256)"
-        )
+    floor = optimizer.gamma_min
+    if floor is not None and floor != "auto" and (isinstance(floor, str) or not (math.isfinite(floor) and floor >= 0)):
+        problems.append(f"optimizer.gamma_min={floor}: must be a finite number of at least 0, or auto")
     if not 0 <= config.dataset.val_fraction < 1:
         problems.append(f"dataset.val_fraction={config.dataset.val_fraction}: must be at least 0 and below 1")
     if not config.dataset.rotation <= 180:

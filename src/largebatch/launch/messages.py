@@ -17,7 +17,8 @@ def composition_error(error: Exception) -> str:
         return explain(error)
     text = str(error)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: {text.splitlines()[0]}; quote values with commas, brackets or spaces for the shell"
+        reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
+        return f"{error.override}: {reason}; quote values with commas, brackets or spaces for the shell"
     if match := re.search(r"Could not override '([^']+)'", text):
         cause = error.__cause__
         if isinstance(cause, OmegaConfBaseException) and "is not in struct" not in str(cause):
@@ -30,7 +31,5 @@ def composition_error(error: Exception) -> str:
         options = match[3].split()
         return f"{match[1]}={match[2]}: {choices(match[2], options)}"
     if match := re.search(r"Error merging override ([^\n]+)", text):
-        cause = error.__cause__
-        detail = explain(cause) if isinstance(cause, OmegaConfBaseException) else ""
-        return f"{match[1]}: {detail}"
+        return f"{match[1]}: {str(error.__cause__).splitlines()[0]}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
