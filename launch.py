@@ -31,8 +31,8 @@ _jobs: list[Composed] = []
 def compose(tree: DictConfig) -> None:
     """Called by Hydra once a job, in this process: only collects, so that a whole grid is checked before it starts."""
     job = HydraConfig.get()
-    sweep = job.runtime.choices.get("sweeps") if job.mode == RunMode.RUN else None
-    _jobs.append(Composed(tuple(job.overrides.task), tree, sweep_without_multirun=sweep))
+    multirun = job.mode == RunMode.MULTIRUN
+    _jobs.append(Composed(tuple(job.overrides.task), tree, job.runtime.choices.get("sweeps"), multirun))
 
 
 def composed_jobs() -> list[Composed]:

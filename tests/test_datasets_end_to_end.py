@@ -77,7 +77,7 @@ def test_a_truncated_file_is_named(launch: Launch, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert str(batch) in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_batch_larger_than_what_the_files_hold(launch: Launch, tmp_path: Path) -> None:

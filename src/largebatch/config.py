@@ -113,7 +113,7 @@ class TrackerConfig:
     mode: str = "auto"  # auto, online, offline or disabled; auto is online when a key and a reachable host are there
     project: str = "largebatch"
     entity: str | None = None
-    group: str | None = None
+    group: str | None = None  # None: the name of the sweep, if the run is one of a named sweep's
     job_type: str | None = None  # None: the mode's name
     tags: list[str] = field(default_factory=list)  # beside data set, model, optimizer and schedule
     notes: str | None = None

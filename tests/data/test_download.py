@@ -93,12 +93,14 @@ def test_several_processes_fetch_it_once(server, archive, tmp_path):
 
 def test_a_changed_archive_is_refused_and_removed(server, archive, tmp_path):
     (address, _), (name, _) = server, archive
+    (tmp_path / "root").mkdir()
     with pytest.raises(UserError, match="came damaged or changed"):
         find(tmp_path / "root", f"{address}/{name}", "0" * 32)
     assert leftovers(tmp_path / "root") == []
 
 
 def test_no_network(tmp_path):
+    (tmp_path / "root").mkdir()
     with pytest.raises(
         UserError, match=r"couldn't be fetched.*dataset\.root=.*missing: data_batch_1.*dataset\.download"
     ):
@@ -138,3 +140,9 @@ def test_a_root_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"dataset\.root=.*file/below"):
         find(tmp_path / "file" / "below", "http://127.0.0.1:9/cifar.tar.gz", "0" * 32)
+
+
+def test_a_root_that_nothing_came_to_is_not_left_behind(tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.root"):
+        find(tmp_path / "root", "http://127.0.0.1:9/cifar.tar.gz", "0" * 32)
+    assert not (tmp_path / "root").exists()

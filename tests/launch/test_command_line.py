@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, Launch, environment
         (["optimizer=larss"], "optimizer=larss: allowed: adagrad, adam, .*did you mean lars"),
         (["optimizer.lrr=1"], "unknown key optimizer.lrr; keys in optimizer allowed: .*did you mean lr"),
         (["+typo=1"], "unknown key typo; keys allowed: "),
-        (["batch_size=abc"], "batch_size: .*abc.*Integer"),
+        (["batch_size=abc"], "batch_size=abc: .*Integer"),
         (["batch_size=-1"], "batch_size=-1: must be an integer of at least 1"),
         (["batch_size=4096"], "batch_size=4096: larger than the training set; digits has 1437 images"),
         (["optimizer.lr=nan"], "optimizer.lr=nan: must be a finite number above 0"),
@@ -102,7 +102,7 @@ def test_what_only_the_worker_can_know_is_one_message_too(
     assert result.returncode == 2
     assert re.search(says, result.stderr), result.stderr
     assert "Traceback" not in result.stderr + result.stdout
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
 
 
 def test_finished_runs_are_skipped_and_repeated_on_demand(launch: Launch, tmp_path: Path, only_run: object) -> None:

@@ -10,7 +10,7 @@ import tarfile
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -45,7 +45,7 @@ def find_or_download(config: DatasetConfig, folder: str, needed: tuple[str, ...]
                 _fetch(place, url, md5)
     except (UserError, OSError) as error:
         raise UserError(
-            f"dataset={config.name}: {error}. Looked in dataset.root={root} for {folder}/ with {', '.join(needed)}; "
+            f"dataset={config.name}: {error}. Looked in dataset.root={root} for {folder}/, "
             f"missing: {', '.join(_missing(place, needed))}. Put the unpacked archive of {url} there, point "
             "dataset.root to it, or set dataset.download=true where there is a network"
         ) from error
@@ -69,10 +69,19 @@ def _missing(place: Path, needed: tuple[str, ...]) -> list[str]:
 @contextmanager
 def _lock(place: Path) -> Iterator[None]:
     """One process at a time; the lock goes with the process that holds it, however that ends."""
+    made = not place.parent.exists()
     place.parent.mkdir(parents=True, exist_ok=True)
-    with (place.parent / f".{place.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    lock = place.parent / f".{place.name}.lock"
+    try:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except (UserError, OSError):
+        if made:  # a folder that nothing came to isn't left behind
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # something else came to it meanwhile
+                place.parent.rmdir()
+        raise
 
 
 def _fetch(place: Path, url: str, md5: str) -> None:

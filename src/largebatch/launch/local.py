@@ -40,7 +40,7 @@ def carry_out(run: PlannedRun) -> Outcome:
         StoppedByUser: after Ctrl-C, once no process of the run is left.
     """
     folder, config = run.folder, run.config
-    existed = folder.path.exists()
+    existed, runs_existed = folder.path.exists(), folder.path.parent.exists()
     try:
         with folder.hold():
             state = folder.state()
@@ -65,6 +65,9 @@ def carry_out(run: PlannedRun) -> Outcome:
     outcome = Outcome(run, status["state"], status["message"], status["exit_code"])
     if outcome.state == "failed" and outcome.exit_code == 2 and not existed:
         shutil.rmtree(folder.path)  # nothing was begun: what the user mends may make another run of it
+        if not runs_existed:
+            with contextlib.suppress(OSError):  # another run came to it meanwhile
+                folder.path.parent.rmdir()
     return outcome
 
 

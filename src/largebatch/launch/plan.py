@@ -22,7 +22,8 @@ class Composed:
 
     overrides: tuple[str, ...]
     tree: DictConfig
-    sweep_without_multirun: str | None = None  # a grid was chosen, but Hydra composed its first point only
+    sweep: str | None  # the named grid, where one was chosen
+    multirun: bool  # without -m, Hydra composes one point of a grid only
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
         UserError: with every problem of every job, or when the runs' folder can't be written.
     """
     for job in jobs:
-        if job.sweep_without_multirun is not None:
+        if job.sweep is not None and not job.multirun:
             command = " ".join(("python launch.py -m", *job.overrides))
-            raise UserError(f"sweeps={job.sweep_without_multirun} is a grid and needs -m: {command}")
+            raise UserError(f"sweeps={job.sweep} is a grid and needs -m: {command}")
     common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs)) if len(jobs) > 1 else set()
     plan: dict[str, PlannedRun] = {}
     problems: dict[str, list[str]] = {}
@@ -51,6 +52,7 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
             config = from_composed(job.tree)
             validate(config)
             resolve_devices(config)
+            config.tracker.group = config.tracker.group or job.sweep
         except UserError as error:
             for line in str(error).splitlines():
                 problems.setdefault(line, []).append(label)
