@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.errors import UserError
 
@@ -45,6 +46,21 @@ def smallest_over_processes(value: Tensor) -> float:
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return float(value)
+
+
+def replicate(model: nn.Module, example: Tensor) -> nn.Module:
+    """``model`` with gradients averaged over the run's processes; itself in a run of one.
+
+    DDP lays its buckets out anew after the first backward, which changes the order of sums over three or more
+    processes. A backward of ``example`` [n, C, H, W] brings that forward, so that a resumed run sums like a whole one.
+    """
+    if not dist.is_initialized():
+        return model
+    replica = DistributedDataParallel(model)
+    replica.eval()  # running statistics stay as they are
+    replica(example).sum().backward()
+    replica.zero_grad(set_to_none=True)
+    return replica
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -142,7 +142,8 @@ def set_up(run: Run) -> Training:
 def loop(run: Run, training: Training, recorder: Recorder | None, clock: StepClock) -> tuple[str, str]:
     """Step, log, evaluate, save, until there is a reason to end. Returns the run's state and a word on it."""
     config, mode = run.config, run.mode
-    replica = DistributedDataParallel(training.model) if run.processes > 1 else training.model
+    example = torch.zeros(2, run.data.channels, run.data.image_size, run.data.image_size, device=run.device)
+    replica = distributed.replicate(training.model, example)
     boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, run.rank)
     batches = train_batches(
         run.data.train, config.dataset, run.data.mean, run.data.std, batch_size=config.batch_size, rank=run.rank,

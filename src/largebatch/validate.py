@@ -171,20 +171,13 @@ def _check_model(config: Config) -> list[str]:
     names = MODELS.get(model.library)
     if names is not None and model.name not in names:
         problems.append(f"model.name={model.name}: {choices(model.name, names)}; any timm model with model=timm")
-    stems = ("imagenet", "cifar") if model.library == "torchvision" else (None,)
-    if model.stem not in stems:
-        problems.append(
-            f"model.stem={model.stem}: {model.name} has no such choice"
-            if stems == (None,)
-            else f"model.stem={model.stem}: {choices(model.stem, ('imagenet', 'cifar'))}"
-        )
-    norms = ("group", "batch") if model.library == "largebatch" else (None,)
-    if model.norm not in norms:
-        problems.append(
-            f"model.norm={model.norm}: {model.name} has no such choice"
-            if norms == (None,)
-            else f"model.norm={model.norm}: {choices(model.norm, ('group', 'batch'))}"
-        )
+    stems = ("imagenet", "cifar") if model.library == "torchvision" else ()
+    norms = ("group", "batch") if model.library == "largebatch" else ()
+    for key, given, allowed in (("stem", model.stem, stems), ("norm", model.norm, norms)):
+        if allowed and given not in allowed:
+            problems.append(f"model.{key}={given}: {choices(given, allowed)}")
+        elif not allowed and given is not None:
+            problems.append(f"model.{key}={given}: {model.name} has no such choice")
     if model.options and model.library != "timm":
         problems.append(f"model.options={model.options}: only timm's models take further options")
     return problems
