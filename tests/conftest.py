@@ -51,17 +51,6 @@ def launch(tmp_path: Path) -> Launch:
     return run
 
 
-@pytest.fixture
-def only_run(tmp_path: Path) -> Callable[[], Path]:
-    """The one run folder below ``tmp_path/runs``."""
-
-    def find() -> Path:
-        (run,) = (tmp_path / "runs").iterdir()
-        return run
-
-    return find
-
-
 def configuration(*overrides: str) -> Config:
     """The configuration that ``python launch.py`` makes of overrides, without its own process."""
     ConfigStore.instance().store(name="schema", node=Config)

@@ -105,7 +105,7 @@ def test_what_only_the_worker_can_know_is_one_message_too(
     assert not (tmp_path / "runs").exists()
 
 
-def test_finished_runs_are_skipped_and_repeated_on_demand(launch: Launch, tmp_path: Path, only_run: object) -> None:
+def test_finished_runs_are_skipped_and_repeated_on_demand(launch: Launch, tmp_path: Path) -> None:
     command = ("-m", *TINY, "steps=4", "optimizer=lars,lamb")
     first = launch(*command)
     assert first.returncode == 0, first.stderr
