@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, configuration
+from omegaconf import OmegaConf
 
 from largebatch.config import Config, from_composed, identity, load_config, run_name, to_yaml, unknown_key
 from largebatch.errors import UserError
-from largebatch.validate import DATASETS, OPTIMIZER_OPTIONS, SCHEDULE_OPTIONS, validate
+from largebatch.validate import DATASETS, OPTIMIZER_OPTIONS, SCHEDULE_OPTIONS, SURGE_OPTIMIZERS, validate
 
 PRESETS = [
     f"{group.name}={preset.stem}"
@@ -53,6 +54,11 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("optimizer.momentum=nan", "must be a finite number"),
         ("+model.options.depth=3", "only timm's models"),
         ("micro_batch=100", "micro_batch=128"),
+        ("lr_scaling.rule=surg", "did you mean surge?"),
+        ("lr_scaling.rule=surge", "docs/lr_scaling.md says how to measure it"),
+        ("lr_scaling.noise_scale=900", "only lr_scaling.rule=surge has it"),
+        ("lr_scaling.noise_scale=0", "must be a finite number above 0"),
+        ("lr_scaling.force=true", "only lr_scaling.rule=surge has it"),
         ("dataset.mean=[0.1,0.2]", "one number a channel"),
     ],
 )
@@ -67,6 +73,56 @@ def test_all_problems_are_said_at_once() -> None:
     with pytest.raises(UserError) as caught:
         validate(configuration("batch_size=-1", "seed=-2", "precision=fp8"))
     assert len(str(caught.value).splitlines()) == 3
+
+
+SURGE = ("lr_scaling.rule=surge", "lr_scaling.noise_scale=900")
+TIMM = "optimizer=timm"
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ["optimizer=adam"],
+        ["optimizer=adamw"],
+        ["optimizer=rmsprop"],
+        [TIMM, "optimizer.name=nadamw"],
+        [TIMM, "optimizer.name=lion"],
+    ],
+)
+def test_surge_scaling_is_for_updates_like_a_sign(optimizer: list[str]) -> None:
+    validate(configuration(*SURGE, *optimizer))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "used"),
+    [
+        (["optimizer=lars"], "lars"),
+        (["optimizer=tvlars"], "tvlars"),
+        (["optimizer=lamb"], "lamb"),
+        (["optimizer=sgd"], "sgd"),
+        (["optimizer=adagrad"], "adagrad"),
+        (["optimizer=rmsprop", "optimizer.centered=true"], "rmsprop with centered"),
+        (["optimizer=adamw", "optimizer.amsgrad=true"], "adamw with amsgrad"),
+        ([TIMM, "optimizer.name=lamb"], "lamb"),
+        ([TIMM, "optimizer.name=adamw", "+optimizer.options.amsgrad=true"], "adamw with amsgrad"),
+    ],
+)
+def test_surge_scaling_of_another_update_needs_force(optimizer: list[str], used: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"updates like a sign, as Adam's, and {used} has another.*force=true"
+    ) as caught:
+        validate(configuration(*SURGE, *optimizer))
+    assert len(str(caught.value).splitlines()) == 1
+    validate(configuration(*SURGE, *optimizer, "lr_scaling.force=true"))
+
+
+def test_every_optimizer_that_surge_scaling_covers_exists() -> None:
+    import timm.optim
+
+    torch_names = {name for name in OPTIMIZER_OPTIONS["torch"] if name in SURGE_OPTIMIZERS}
+    assert torch_names == {"adam", "adamw", "rmsprop"}
+    apex_and_bitsandbytes = {name for name in SURGE_OPTIMIZERS if name.startswith(("fused", "bnb"))}  # if installed
+    assert set(SURGE_OPTIMIZERS) - apex_and_bitsandbytes <= set(timm.optim.list_optimizers())
 
 
 def test_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
@@ -104,7 +160,7 @@ def test_a_key_added_by_force_is_still_unknown() -> None:
 IDENTITY_FREE = [
     "cluster.processes=2", "tracker=none", "tracker.project=x", "tracker.log_every=3", "runs_dir=elsewhere",
     "rerun=true", "dry_run=true", "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
-    "dataset.verify=false", "checkpoint.every_seconds=1", "epochs=120",
+    "dataset.verify=false", "checkpoint.every_seconds=1", "epochs=120", "lr_scaling.force=true",
 ]  # fmt: skip
 
 
@@ -121,11 +177,25 @@ def test_identity_ignores_what_cannot_change_the_result(override: str) -> None:
         "optimizer=lamb", "optimizer.lr=0.3", "optimizer.momentum=0.8", "schedule=cosine", "batch_size=256", "seed=1",
         "epochs=7", "steps=7", "model.init=xavier_uniform", "model.norm=batch", "precision=bf16", "sync_bn=true",
         "micro_batch=128", "dataset.rotation=0", "dataset.val_fraction=0.1", "lr_scaling.rule=sqrt", "eval_every=2",
-        "deterministic=true",
+        "deterministic=true", "lr_scaling.base_batch=128", "lr_scaling.noise_scale=900",
     ],
 )  # fmt: skip
 def test_identity_knows_what_can_change_the_result(override: str) -> None:
     assert identity(configuration(override)) != identity(configuration())
+
+
+def test_the_identity_of_earlier_runs_is_kept() -> None:
+    """A new option that isn't used must not rename the runs that there are."""
+    minimal = {
+        "dataset": {"name": "digits"},
+        "model": {"name": "smallcnn", "library": "largebatch"},
+        "optimizer": {"name": "sgd", "library": "torch", "lr": 0.1, "momentum": 0.9},
+        "schedule": {"name": "constant"},
+        "mode": {"name": "clf"},
+        "cluster": {"name": "local"},
+        "tracker": {"name": "none"},
+    }
+    assert identity(from_composed(OmegaConf.create(minimal))) == "693eba7a"
 
 
 def test_image_folders_are_told_apart_by_their_place() -> None:
@@ -143,8 +213,6 @@ def test_run_name_is_readable_and_fit_for_a_folder() -> None:
 
 
 def test_missing_value_is_named() -> None:
-    from omegaconf import OmegaConf
-
     with pytest.raises(UserError, match=r"dataset\.name has no value"):
         from_composed(OmegaConf.create({"batch_size": 4}))
 

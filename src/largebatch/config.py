@@ -80,8 +80,10 @@ class OptimizerConfig:
 
 @dataclass
 class LrScalingConfig:
-    rule: str = "none"  # none, linear (lr * B/base) or sqrt (lr * sqrt(B/base))
+    rule: str = "none"  # none, linear (lr * B/base), sqrt (lr * sqrt(B/base)) or surge (see docs/lr_scaling.md)
     base_batch: int = 256
+    noise_scale: float | None = None  # surge: the gradient noise scale B_noise in samples, where the rate peaks
+    force: bool = False  # surge: also for an optimizer that its theory doesn't cover
 
 
 @dataclass
@@ -236,6 +238,7 @@ def identity(config: Config) -> str:
     for key in _NOT_IDENTITY_DATASET:
         if not (key == "root" and config.dataset.name == "imagefolder"):
             del tree["dataset"][key]
+    del tree["lr_scaling"]["force"]  # it lets a run be, and changes nothing in it
     canonical = json.dumps(_without_none(tree), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 

@@ -54,7 +54,9 @@ def gather_facts(
 
 def facts_in_words(config: Config, facts: Facts) -> list[str]:
     held_out = f", {facts['val_images']:,} for validation" if facts["val_images"] else ""
-    scaled = f" (optimizer.lr={config.optimizer.lr:g}, lr_scaling.rule={config.lr_scaling.rule})"
+    noise = config.lr_scaling.noise_scale
+    rule = config.lr_scaling.rule + (f", lr_scaling.noise_scale={noise:g}" if noise is not None else "")
+    scaled = f" (optimizer.lr={config.optimizer.lr:g}, lr_scaling.rule={rule})"
     return [
         f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test; "
         f"{config.model.name}: {facts['parameters']:,} parameters",

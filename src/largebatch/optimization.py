@@ -40,9 +40,21 @@ def _spare_compiler_import() -> None:
 
 
 def resolved_lr(config: Config) -> float:
-    """The full learning rate: ``optimizer.lr`` scaled from ``lr_scaling.base_batch`` to ``batch_size``."""
-    ratio = config.batch_size / config.lr_scaling.base_batch
-    return config.optimizer.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_scaling.rule]
+    """The full learning rate: ``optimizer.lr`` scaled from ``lr_scaling.base_batch`` to ``batch_size``.
+
+    The surge rule (arXiv 2405.14578, theorem 3) is ``lr(B) = lr_max / (0.5 * (sqrt(N / B) + sqrt(B / N)))`` with the
+    gradient noise scale N. With the rate at the base batch b given, lr_max falls out:
+    ``lr(B) = lr(b) * sqrt(B / b) * (b + N) / (B + N)``.
+    """
+    scaling, batch = config.lr_scaling, config.batch_size
+    base, noise = scaling.base_batch, scaling.noise_scale or 0.0
+    factor = {
+        "none": 1.0,
+        "linear": batch / base,
+        "sqrt": math.sqrt(batch / base),
+        "surge": math.sqrt(batch / base) * (base + noise) / (batch + noise),
+    }
+    return config.optimizer.lr * factor[scaling.rule]
 
 
 def resolved_options(config: Config, steps_per_epoch: int) -> dict[str, Any]:

@@ -43,6 +43,13 @@ SCHEDULE_OPTIONS = {
     "warmup_poly": ("warmup_epochs", "warmup_steps", "final_factor", "power"),
 }
 _MAY_BE_NONE = ("norm_clip", "warmup_epochs", "warmup_steps")
+# Optimizers of torch and timm whose update is a gradient over its own recent size, or a sign: all that the theory
+# behind lr_scaling.rule=surge is about. Why others aren't here: docs/lr_scaling.md.
+SURGE_OPTIMIZERS = (
+    "adam", "adamw", "rmsprop", "adamwlegacy", "nadam", "nadamlegacy", "nadamw", "lion", "rmsproptf", "bnbadam",
+    "bnbadam8bit", "bnbadamw", "bnbadamw8bit", "bnblion", "bnblion8bit", "fusedadam", "fusedadamw",
+)  # fmt: skip
+_NOT_SURGE_OPTIONS = ("amsgrad", "centered")  # they divide by something else than the recent size
 
 
 def validate(config: Config) -> None:
@@ -52,6 +59,7 @@ def validate(config: Config) -> None:
         *_check_names(config),
         *_check_model(config),
         *_check_optimizer(config),
+        *_check_lr_scaling(config),
         *_check_schedule(config),
         *_check_length(config),
         *_check_batch(config),
@@ -87,6 +95,7 @@ _NUMBERS: dict[str, tuple[float, bool]] = {
     "optimizer.delay_epochs": (0, True),
     "optimizer.lr_decay": (0, True),
     "lr_scaling.base_batch": (1, True),
+    "lr_scaling.noise_scale": (0, False),
     "schedule.warmup_epochs": (0, True),
     "schedule.warmup_steps": (0, True),
     "schedule.final_factor": (0, True),
@@ -142,7 +151,7 @@ def _check_names(config: Config) -> list[str]:
         "model.library": (config.model.library, tuple(MODELS)),
         "model.init": (config.model.init, INITS),
         "optimizer.library": (config.optimizer.library, (*OPTIMIZER_OPTIONS, "timm")),
-        "lr_scaling.rule": (config.lr_scaling.rule, ("none", "linear", "sqrt")),
+        "lr_scaling.rule": (config.lr_scaling.rule, ("none", "linear", "sqrt", "surge")),
         "schedule.name": (config.schedule.name, tuple(SCHEDULE_OPTIONS)),
         "mode.name": (config.mode.name, ("clf",)),
         "cluster.name": (config.cluster.name, ("local",)),
@@ -191,6 +200,32 @@ def _check_optimizer(config: Config) -> list[str]:
     if optimizer.name not in options:
         return [f"optimizer.name={optimizer.name}: {choices(optimizer.name, options)}; choose it with optimizer=NAME"]
     return _check_options("optimizer", optimizer, options[optimizer.name])
+
+
+def _check_lr_scaling(config: Config) -> list[str]:
+    scaling, optimizer = config.lr_scaling, config.optimizer
+    if scaling.rule != "surge":
+        given = {"noise_scale": scaling.noise_scale, "force": scaling.force or None}
+        return [
+            f"lr_scaling.{key}={value}: only lr_scaling.rule=surge has it; leave it out, or set that rule"
+            for key, value in given.items()
+            if value is not None
+        ]
+    problems = []
+    if scaling.noise_scale is None:
+        problems.append(
+            "lr_scaling.noise_scale=null: lr_scaling.rule=surge needs the gradient noise scale, a number of samples; "
+            "docs/lr_scaling.md says how to measure it"
+        )
+    changed = [key for key in _NOT_SURGE_OPTIONS if getattr(optimizer, key) or optimizer.options.get(key)]
+    if not scaling.force and (optimizer.name not in SURGE_OPTIMIZERS or changed):
+        used = " with ".join([optimizer.name, *changed])
+        problems.append(
+            f"lr_scaling.rule=surge: its theory is of updates like a sign, as Adam's, and {used} has another; "
+            f"covered: {', '.join(SURGE_OPTIMIZERS)}, without {' or '.join(_NOT_SURGE_OPTIONS)}. Choose "
+            "lr_scaling.rule=linear, sqrt or none, or set lr_scaling.force=true to use the rule without a theory"
+        )
+    return problems
 
 
 def _check_schedule(config: Config) -> list[str]:
