@@ -6,29 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from conftest import ROOT, TINY, environment
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, TINY, Launch, environment
+from offline import history_of, records
 
+from largebatch.tracking.layers import COLUMNS
 from largebatch.tracking.metrics import read_rows
 
+WITH_WANDB = [item for item in TINY if item != "tracker=none"]
 SECRETS = {"WANDB_API_KEY": "5ec4e7" * 6 + "beef", "AWS_SECRET_ACCESS_KEY": "canary-aws", "MY_TOKEN": "canary-token"}
 
 
-def records(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """What W&B's own reader finds, by kind of record."""
-    (segment,) = (run / "wandb").glob("offline-run-*")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(segment)]
-    printed = subprocess.run(command, cwd=segment, capture_output=True, text=True, timeout=60, check=True).stdout
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in printed.splitlines():
-        record = json.loads(line)
-        found.setdefault(record["type"], []).append(record[record["type"]])
-    return found
-
-
 def test_an_offline_run_holds_config_history_and_summary_and_no_secret(tmp_path: Path) -> None:
-    overrides = [*(item for item in TINY if item != "tracker=none"), "steps=6", "tracker.group=mine"]
+    overrides = [*WITH_WANDB, "steps=6", "tracker.group=mine"]
     refused = {"WANDB_BASE_URL": "http://127.0.0.1:9"}
     result = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), *overrides], cwd=tmp_path, timeout=120, check=False,
@@ -45,9 +37,8 @@ def test_an_offline_run_holds_config_history_and_summary_and_no_secret(tmp_path:
     assert config["optimizer"]["name"] == "lars"
     assert config["resolved"]["steps"] == 6
     rows = read_rows(run / "metrics.jsonl")
-    history = [{k: v for k, v in entry["item"].items() if not k.startswith("_")} for entry in found["history"]]
+    history, summary = history_of(run)
     assert history == rows
-    summary = {k: v for entry in found["summary"] for k, v in entry["update"].items()}
     assert summary["test/accuracy"] == json.loads((run / "summary.json").read_text())["test/accuracy"]
 
     for path in run.rglob("*"):
@@ -55,3 +46,24 @@ def test_an_offline_run_holds_config_history_and_summary_and_no_secret(tmp_path:
             content = path.read_bytes()
             for secret in SECRETS.values():
                 assert secret.encode() not in content, path
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_layer_statistics_of_every_checkpoint_reach_wandb(launch: Launch, tmp_path: Path, optimizer: str) -> None:
+    """More rows than the device keeps, and checkpoints in between: each row once, equal to the table's."""
+    command = [*WITH_WANDB, f"optimizer={optimizer}", "steps=50", "tracker.layers_every=1", "checkpoint.every_steps=41"]
+    result = launch(*command)
+    assert result.returncode == 0, result.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    table = pyarrow.parquet.read_table(run / "layers.parquet").to_pylist()
+    assert {row["step"] for row in table} == set(range(1, 51))
+    expected: dict[int, dict[str, float]] = {}
+    for row in table:
+        figures = {f"layers/{column}/{row['layer']}": row[column] for column in COLUMNS}
+        expected.setdefault(row["step"], {"step": row["step"], "epoch": row["step"] / 4}).update(figures)
+
+    history, summary = history_of(run)
+    layers = [row for row in history if any(name.startswith("layers/") for name in row)]
+    assert layers == [expected[step] for step in range(1, 51)]
+    assert [row for row in history if row not in layers] == read_rows(run / "metrics.jsonl")
+    assert (summary["step"], summary["epoch"]) == (50, 12.5)

@@ -1,16 +1,38 @@
-"""``layers.parquet``: weight norm, gradient norm and trust ratio of every layer, every so many steps."""
+"""``layers.parquet``: weight norm, gradient norm and trust ratio of every layer, every so many steps.
+
+Reading a figure waits for the device, so rows gather there and are read together.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from largebatch.tracking.metrics import write_table
+if TYPE_CHECKING:
+    import pyarrow
 
 COLUMNS = ("weight_norm", "gradient_norm", "trust_ratio")
+CAPACITY = 32  # rows on the device: 20 kB for ResNet-50, and one wait in 640 steps at the default rate
+
+
+class LayerRow(NamedTuple):
+    """Statistics after optimizer step ``step``: for each of ``COLUMNS`` one figure a layer, in the order of names."""
+
+    step: int
+    names: list[str]
+    figures: list[list[float]]
+
+    def metrics(self) -> dict[str, float]:
+        """As ``{"layers/weight_norm/conv1.weight": 0.7, ...}``."""
+        return {
+            f"layers/{column}/{name}": figure
+            for column, figures in zip(COLUMNS, self.figures, strict=True)
+            for name, figure in zip(self.names, figures, strict=True)
+        }
 
 
 class LayerLog:
@@ -23,20 +45,76 @@ class LayerLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        self._rows: list[dict[str, Any]] = [row for row in _read(path) if row["step"] <= step]
-        self._on_device: list[tuple[int, list[str], Tensor]] = []
+        self._tables = _read(path, step)  # what left the device; not as Python objects, for it can be a million rows
+        self._names: list[str] = []
+        # Of shape [CAPACITY, columns, layers] once there is a row; the first of them are those of _steps.
+        self._buffer = torch.empty(0)
+        self._steps: list[int] = []
 
-    def add(self, step: int, names: list[str], statistics: dict[str, Tensor]) -> None:
-        """Statistics after optimizer step ``step``: a tensor of shape [layers] for each of ``COLUMNS``."""
-        self._on_device.append((step, names, torch.stack([statistics[c].detach().float() for c in COLUMNS])))
+    def add(self, step: int, names: list[str], statistics: dict[str, Tensor]) -> list[LayerRow]:
+        """Keep a tensor of shape [layers] for each of ``COLUMNS``, with one operation on its device and no wait.
 
-    def write(self) -> None:
-        for step, names, values in self._on_device:
-            for name, *figures in zip(names, *values.tolist(), strict=True):
-                self._rows.append({"step": step, "layer": name, **dict(zip(COLUMNS, figures, strict=True))})
-        self._on_device.clear()
-        if self._rows:
-            write_table(self._rows, self._path)
+        Returns:
+            The rows that left the device on this occasion: usually none.
+        """
+        if not names:  # an optimizer may have been told to adapt none
+            return []
+        columns = [statistics[column].detach() for column in COLUMNS]
+        left = []
+        if names != self._names:
+            left = self._read_back()
+            self._names = list(names)
+            shape = (CAPACITY, len(COLUMNS), len(names))
+            self._buffer = torch.empty(shape, dtype=torch.float32, device=columns[0].device)
+        torch.stack(columns, out=self._buffer[len(self._steps)])
+        self._steps.append(step)
+        return left + self._read_back() if len(self._steps) == CAPACITY else left
+
+    def write(self) -> list[LayerRow]:
+        """Bring the file up to date. Returns the rows that left the device for it."""
+        left = self._read_back()
+        if self._tables:
+            import pyarrow
+            import pyarrow.parquet
+
+            self._tables = [pyarrow.concat_tables(self._tables).combine_chunks()]
+            temporary = self._path.with_name(f".{self._path.name}.tmp")
+            pyarrow.parquet.write_table(self._tables[0], temporary)
+            os.replace(temporary, self._path)
+        return left
+
+    def _read_back(self) -> list[LayerRow]:
+        """Empty the buffer, with one copy."""
+        figures = self._buffer[: len(self._steps)].tolist()
+        rows = [LayerRow(step, self._names, row) for step, row in zip(self._steps, figures, strict=True)]
+        self._steps = []
+        if rows:
+            self._tables.append(_table(rows))
+        return rows
+
+
+def _table(rows: list[LayerRow]) -> pyarrow.Table:
+    """One row a step and layer."""
+    import pyarrow
+
+    columns = {
+        "step": [row.step for row in rows for _ in row.names],
+        "layer": [name for row in rows for name in row.names],
+        **{column: [f for row in rows for f in row.figures[i]] for i, column in enumerate(COLUMNS)},
+    }
+    return pyarrow.table(columns)
+
+
+def _read(path: Path, step: int) -> list[pyarrow.Table]:
+    """The table of a file, without the rows after ``step``: none where there is no file, or no row is left."""
+    if not path.exists():
+        return []
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    table = table.filter(pyarrow.compute.less_equal(table["step"], step))
+    return [table] if table.num_rows else []
 
 
 def plain_statistics(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
@@ -50,12 +128,3 @@ def plain_statistics(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
     gradients = torch.stack(torch._foreach_norm([gradient for _, _, gradient in layers]))
     statistics = {"weight_norm": weights, "gradient_norm": gradients, "trust_ratio": torch.ones_like(weights)}
     return [name for name, _, _ in layers], statistics
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    import pyarrow.parquet
-
-    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    return rows

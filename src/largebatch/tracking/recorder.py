@@ -14,10 +14,11 @@ from largebatch.config import Config
 from largebatch.run_folder import RunFolder, write_atomic
 from largebatch.tracking import wandb_run
 from largebatch.tracking.console import Console
-from largebatch.tracking.layers import LayerLog
+from largebatch.tracking.layers import LayerLog, LayerRow
 from largebatch.tracking.metrics import MetricsLog, Row, read_rows, write_table
 
 _STATUS_EVERY_SECONDS = 1.0
+_LAYER_ROWS_IN_WANDB = 1000  # of a run, at most: some 30 MB with 100 layers, and charts sample from more anyway
 
 
 class Recorder:
@@ -33,6 +34,8 @@ class Recorder:
         self._metrics = MetricsLog(folder.metrics, step)
         self._layers = LayerLog(folder.layers, step)
         self._status_at = 0.0
+        self._epoch_steps = facts["steps_per_epoch"]
+        self._wandb_layers_every = wandb_layers_every(config.tracker.layers_every, facts["steps"])
         repetition = folder.read_status().get("repetition", 0)
         run_id = folder.name.rsplit("-", 1)[-1] + (f"-{repetition}" if repetition else "")
         self._wandb = wandb_run.start(config, folder.path, run_id, folder.name, facts, console.say)
@@ -49,15 +52,21 @@ class Recorder:
             self._folder.update_status(step=row["step"])
 
     def layers(self, step: int, names: list[str], statistics: dict[str, Tensor]) -> None:
-        self._layers.add(step, names, statistics)
+        """Statistics after optimizer step ``step``: a tensor of shape [layers] for each of ``layers.COLUMNS``."""
+        self._layers_to_wandb(self._layers.add(step, names, statistics))
 
     def before_checkpoint(self) -> None:
         """Layer statistics reach the disk before the checkpoint that says they are there."""
-        self._layers.write()
+        self._layers_to_wandb(self._layers.write())
+
+    def _layers_to_wandb(self, rows: list[LayerRow]) -> None:
+        for row in rows:
+            if self._wandb and row.step % self._wandb_layers_every == 0:
+                self._wandb.log({"step": row.step, "epoch": row.step / self._epoch_steps} | row.metrics())
 
     def finish(self, state: str, step: int, message: str, seconds: float) -> None:
         """Close the run in ``state``; a run that has an outcome leaves its table and its summary."""
-        self._layers.write()
+        self._layers_to_wandb(self._layers.write())
         self._metrics.close()
         if state in ("finished", "diverged"):
             rows = read_rows(self._folder.metrics)
@@ -65,7 +74,8 @@ class Recorder:
             summary = summarise(rows, self._facts) | {"state": state, "step": step, "wall_seconds": seconds}
             write_atomic(self._folder.summary, json.dumps(summary, indent=1) + "\n")
             if self._wandb:
-                self._wandb.summarize(summary)
+                # The epoch too: layers' rows come late, and W&B's summary has the one that came last.
+                self._wandb.summarize(summary | {"epoch": step / self._epoch_steps})
         self._end(0 if state in ("finished", "diverged") else 1)
         self._folder.update_status(state=state, step=step, message=message, ended=time.time())
 
@@ -81,6 +91,12 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end(1)  # nothing to end unless the run came here by an exception
+
+
+def wandb_layers_every(layers_every: int, steps: int) -> int:
+    """Steps between the layer rows that W&B gets: ``tracker.layers_every``, or the multiple that a long run needs."""
+    every = max(layers_every, 1)  # 0 is off: there are no rows
+    return every * math.ceil(steps / every / _LAYER_ROWS_IN_WANDB)
 
 
 def summarise(rows: list[Row], facts: dict[str, Any]) -> dict[str, Any]:

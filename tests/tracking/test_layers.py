@@ -1,0 +1,193 @@
+"""Layer statistics wait on the device, leave it together, and are all in the table and in W&B."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import environment
+from offline import history_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from largebatch.tracking.layers import CAPACITY, COLUMNS, LayerLog
+from largebatch.tracking.recorder import wandb_layers_every
+
+NAMES = ["conv1.weight", "head.weight"]
+
+
+def statistics(step: int, layers: int = 2) -> dict[str, torch.Tensor]:
+    """Figures that tell step, column and layer, exact in fp32."""
+    return {column: step + i / 4 + torch.arange(layers) / 16 for i, column in enumerate(COLUMNS)}
+
+
+def expected(step: int, layers: int = 2) -> list[dict[str, Any]]:
+    """The table's rows of a step."""
+    figures = {column: [step + i / 4 + layer / 16 for layer in range(layers)] for i, column in enumerate(COLUMNS)}
+    names = ["conv1.weight", "head.weight"][:layers]
+    return [
+        {"step": step, "layer": name, **{column: figures[column][layer] for column in COLUMNS}}
+        for layer, name in enumerate(names)
+    ]
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is asked of the device, views apart, and what it makes and copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_adding_a_row_is_one_operation_and_a_full_buffer_one_reading(tmp_path: Path) -> None:
+    log = LayerLog(tmp_path / "layers.parquet", 0)
+    assert log.add(1, NAMES, statistics(1)) == []
+    for step in range(2, CAPACITY):
+        given = statistics(step)
+        with Operations() as operations:
+            assert log.add(step, NAMES, given) == []
+        assert operations.names == ["aten.stack.out"]
+    rows = log.add(CAPACITY, NAMES, statistics(CAPACITY))
+    assert [row.step for row in rows] == list(range(1, CAPACITY + 1))
+    assert not (tmp_path / "layers.parquet").exists()
+    assert log.write() == []
+    assert table(tmp_path / "layers.parquet") == [row for step in range(1, CAPACITY + 1) for row in expected(step)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_waited_for(tmp_path: Path) -> None:
+    log = LayerLog(tmp_path / "layers.parquet", 0)
+    given = {column: values.cuda() for column, values in statistics(3).items()}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, CAPACITY):
+            assert log.add(step, NAMES, given) == []
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(log.write()) == CAPACITY - 1
+
+
+@pytest.mark.parametrize("rows", [1, CAPACITY - 1, CAPACITY, CAPACITY + 1, 3 * CAPACITY + 5])
+@pytest.mark.parametrize("write_every", [7, 10**9])
+def test_every_row_is_written_once_and_in_order(tmp_path: Path, rows: int, write_every: int) -> None:
+    log = LayerLog(tmp_path / "layers.parquet", 0)
+    left = []
+    for step in range(1, rows + 1):
+        left += log.add(step, NAMES, statistics(step))
+        if step % write_every == 0:
+            left += log.write()
+    left += log.write()
+    assert table(tmp_path / "layers.parquet") == [row for step in range(1, rows + 1) for row in expected(step)]
+    assert [row.step for row in left] == list(range(1, rows + 1))
+    assert left[-1].metrics() == {
+        f"layers/{column}/{row['layer']}": row[column] for row in expected(rows) for column in COLUMNS
+    }
+
+
+def test_figures_that_the_caller_reuses_are_kept(tmp_path: Path) -> None:
+    log = LayerLog(tmp_path / "layers.parquet", 0)
+    given, names = statistics(1), list(NAMES)
+    log.add(1, names, given)
+    for values in given.values():
+        values.zero_()
+    names.clear()
+    log.write()
+    assert table(tmp_path / "layers.parquet") == expected(1)
+
+
+def test_another_set_of_layers_starts_a_new_buffer(tmp_path: Path) -> None:
+    log = LayerLog(tmp_path / "layers.parquet", 0)
+    for step in (1, 2):
+        assert log.add(step, NAMES, statistics(step)) == []
+    assert [row.step for row in log.add(3, NAMES[:1], statistics(3, layers=1))] == [1, 2]
+    assert log.add(4, [], statistics(4, layers=0)) == []
+    log.write()
+    assert table(tmp_path / "layers.parquet") == [*expected(1), *expected(2), *expected(3, layers=1)]
+
+
+def test_a_resumed_run_keeps_the_rows_up_to_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "layers.parquet"
+    first = LayerLog(path, 0)
+    for step in (1, 2, 3, 4):
+        first.add(step, NAMES, statistics(step))
+    first.write()
+    second = LayerLog(path, 2)
+    second.add(3, NAMES, statistics(30))
+    second.write()
+    assert [row["step"] for row in table(path)] == [1, 1, 2, 2, 3, 3]
+    assert [row["weight_norm"] for row in table(path)][4:] == [30.0, 30.0625]
+    third = LayerLog(path, 0)  # from the start, as after damaged checkpoints
+    third.add(1, NAMES, statistics(1))
+    third.write()
+    assert table(path) == expected(1)
+
+
+def test_no_rows_make_no_file(tmp_path: Path) -> None:
+    assert LayerLog(tmp_path / "layers.parquet", 0).write() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_are_kept_in_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
+    log = LayerLog(tmp_path / "layers.parquet", 0)
+    log.add(1, NAMES, {column: torch.tensor([0.5, 1 / 3], dtype=dtype) for column in COLUMNS})
+    third = float(torch.tensor(1 / 3, dtype=dtype).float())
+    log.write()
+    assert [row["weight_norm"] for row in table(tmp_path / "layers.parquet")] == [0.5, third]
+
+
+@pytest.mark.parametrize("every", [1, 3, 20, 0])
+@pytest.mark.parametrize("steps", [1, 999, 1000, 1001, 20_000, 20_001, 250_000])
+def test_wandb_gets_at_most_a_thousand_rows_and_all_of_a_short_run(every: int, steps: int) -> None:
+    interval, every = wandb_layers_every(every, steps), max(every, 1)
+    assert interval % every == 0
+    assert steps // interval <= 1000
+    if steps // every <= 1000:
+        assert interval == every or steps // every == 1000
+    else:
+        assert steps // interval >= 400
+
+
+def test_wandb_gets_the_rows_of_the_table(tmp_path: Path) -> None:
+    """Late, for they wait on the device, yet none is dropped; every third here, to stay below a thousand."""
+    run = tmp_path / "digits-0123abcd"
+    run.mkdir()
+    command = [sys.executable, str(Path(__file__).parent / "record_layers.py"), str(run)]
+    subprocess.run(command, env=environment(), cwd=tmp_path, check=True, timeout=60)
+    rows = table(run / "layers.parquet")
+    assert [(row["step"], row["layer"]) for row in rows] == [
+        (step, name) for step in range(1, 71) for name in (NAMES if step <= 40 else NAMES[:1])
+    ]
+
+    history, summary = history_of(run)
+    layers = [row for row in history if "layers/weight_norm/conv1.weight" in row]
+    assert [row["step"] for row in layers] == list(range(3, 71, 3))
+    assert len(history) == len(layers) + 1
+    for got in layers:
+        want = {
+            f"layers/{column}/{row['layer']}": row[column]
+            for row in rows
+            if row["step"] == got["step"]
+            for column in COLUMNS
+        }
+        figures = {name: float(value) for name, value in got.items()}  # W&B's reader prints NaN as a string
+        assert figures == pytest.approx({"step": got["step"], "epoch": got["step"] / 10, **want}, rel=0, nan_ok=True)
+    infinite, undefined = layers[1], layers[2]  # steps 6 and 9
+    assert float(infinite["layers/gradient_norm/head.weight"]) == math.inf
+    assert math.isnan(float(undefined["layers/trust_ratio/head.weight"]))
+    assert (summary["step"], summary["epoch"]) == (75, 7.5), "the last layer row is older than the run's end"
