@@ -1,0 +1,253 @@
+"""What CLARS divides by: the mean, over samples, of the norm of each layer's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from largebatch.optim.group_norms import Conv, bias_group_norms, conv_group_norms, linear_group_norms, norms
+
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # exactly these: a subclass may compute something else
+_PASSES = 'method="passes" can do it'
+
+
+class SampleNorms:
+    """Sums, over groups of samples, of the norm of what each group adds to a layer's gradient.
+
+    CLARS's rate of layer k is ``trust_coefficient * ||w_k|| / mean_i ||grad_k f_i(w)||``. When the loss that is
+    backpropagated is a mean over samples, ``p.grad`` is a sum over groups j of their contributions c_j, and the mean
+    over the groups of ``||gradient of the group's own mean loss||`` is ``sum_j ||c_j||``. So this class only adds up
+    norms of contributions, in whatever scale the backward passes run: loss scaling and accumulation,
+    ``(loss / accumulation).backward()``, need no counting.
+
+    Attach it before the first forward pass, run forward and backward passes as usual, and call ``means()`` once an
+    optimizer step. ``p.grad`` stays what it would be without.
+
+    - ``hooks``: one backward pass over any number of groups. Each layer must belong to one ``nn.Linear`` or
+      ``nn.Conv1d/2d/3d`` that is called once a backward pass, with samples along the first dimension.
+      A group is ``sample_size`` consecutive samples of a micro-batch. See ``group_norms`` for the computation.
+    - ``passes``: each ``backward()`` is one group, so feed ``sample_size`` samples at a time. Any model and parameter;
+      a shared parameter counts as one.
+
+    Batch norm in training mode couples samples. With hooks the contributions are then still exact and add up to
+    ``p.grad``: what flows back through a group's own activations, the statistics being the micro-batch's. With passes
+    each group has statistics of its own.
+
+    Works inside DistributedDataParallel (hand over the inner module or the replica), with ``no_sync`` and autocast, and
+    with ``torch.utils.checkpoint(use_reentrant=False)``. A forward pass without gradients stores nothing, and nothing
+    outlives the backward pass.
+
+    Args:
+        model: the model, on its device, its parameters frozen or not as they will be.
+        sample_size: samples a group. With hooks every micro-batch must be a multiple of it.
+        method: ``auto`` takes hooks where every layer allows them, else passes; ``why`` says what decided.
+        parameters: the layers; by default all trainable parameters of more than one dimension. Others (biases, norm
+            layers) may be among them; hooks know those of linear layers and convolutions.
+
+    Raises:
+        ValueError: for a ``sample_size`` below 1, no layers, a layer that isn't a trainable parameter of the model,
+            or, with ``hooks``, one that hooks don't know. During a backward pass a ``RuntimeError`` says what hooks
+            can't do: a module called twice, samples not along the first dimension, a micro-batch that
+            ``sample_size`` doesn't divide.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sample_size: int = 1,
+        *,
+        method: Literal["auto", "hooks", "passes"] = "auto",
+        parameters: Iterable[Tensor] | None = None,
+    ) -> None:
+        if isinstance(sample_size, bool) or not isinstance(sample_size, int) or sample_size < 1:
+            raise ValueError(f"sample_size must be a whole number of at least 1, got {sample_size!r}")
+        if method not in ("auto", "hooks", "passes"):
+            raise ValueError(f'method must be "auto", "hooks" or "passes", got {method!r}')
+        self.sample_size = sample_size
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._layers = _layers(self._names, parameters)
+        self._places: dict[Tensor, int] = {layer: place for place, layer in enumerate(self._layers)}
+        self._sums: Tensor | None = None  # [number of layers], of this step; None before its first backward pass
+        self._visits: dict[nn.Module, int] = {}  # the latest backward pass that came by
+        self._batch = (-1, 0, "")  # the latest backward pass, its number of samples, and the module that told
+        self._modules = {module: name or type(module).__name__ for name, module in model.named_modules()}
+        obstacle = _obstacle(model, self._layers, self._names)
+        if method == "hooks" and obstacle:
+            raise ValueError(f'method="hooks" needs layers of nn.Linear and nn.Conv modules: {obstacle}; {_PASSES}')
+        self.method, self.why = _resolve(method, obstacle)
+        self._handles: list[Any] = self._attach_hooks() if self.method == "hooks" else self._attach_passes()
+
+    def means(self, scale: float = 1.0) -> dict[nn.Parameter, Tensor]:
+        """The mean over groups of each layer's gradient norm since the last call; the sums start anew.
+
+        With ``torch.distributed`` initialised it is of all ranks, taking the loss of a step to be the mean of theirs
+        as DistributedDataParallel does; every rank must call it. No synchronisation with the device.
+
+        Args:
+            scale: what the loss was multiplied by, a ``GradScaler``'s scale.
+
+        Returns:
+            fp32 tensors of no dimension, on the model's device.
+
+        Raises:
+            RuntimeError: where no backward pass came by since the last call.
+        """
+        sums, self._sums = self._sums, None
+        if sums is None:
+            raise RuntimeError("no backward pass came by since the last call of means(), or since SampleNorms was made")
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        sums /= scale
+        return dict(zip(self._layers, sums.unbind(), strict=True))
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _add(self, layer: Tensor, norm: Tensor) -> None:
+        if self._sums is None:
+            self._sums = torch.zeros(len(self._layers), device=norm.device)
+        self._sums[self._places[layer]] += norm
+
+    # -- method "passes"
+
+    def _attach_passes(self) -> list[Any]:
+        return [_register(layer, partial(self._add_pass, layer)) for layer in self._layers]
+
+    @torch.no_grad()
+    def _add_pass(self, layer: nn.Parameter, gradient: Tensor) -> None:
+        self._add(layer, norms(gradient[None, ..., None])[0])
+
+    # -- method "hooks"
+
+    def _attach_hooks(self) -> list[Any]:
+        handles: list[Any] = []
+        for module in self._modules:
+            layers = [layer for layer in module.parameters(recurse=False) if layer in self._places]
+            if layers:
+                handles.append(module.register_forward_hook(self._forward, with_kwargs=True))
+                handles += [_register(layer, partial(self._check_visited, module, layer)) for layer in layers]
+        return handles
+
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if output.requires_grad:
+            inputs = args[0] if args else kwargs["input"]
+            held = [_held(inputs)]
+            _register(output, partial(self._backward, cast(nn.Linear | Conv, module), held))
+
+    @torch.no_grad()
+    def _backward(self, module: nn.Linear | Conv, held: list[Any], gradient: Tensor) -> None:
+        """Add the norms of one module's groups, given the gradient with respect to its output."""
+        name = self._modules[module]
+        if not held:
+            raise RuntimeError(f"a second backward pass through the same graph, at {name}: hooks allow one; {_PASSES}")
+        (inputs,) = held.pop().saved_tensors  # popped: the graph may outlive its backward pass
+        linear = isinstance(module, nn.Linear)
+        if inputs.ndim < (2 if linear else module.weight.ndim):  # one sample, without a dimension of samples
+            inputs, gradient = inputs[None], gradient[None]
+        self._check_backward(module, name, len(inputs))
+        with torch.autocast(inputs.device.type, enabled=False):
+            if module.weight in self._places:
+                if linear:
+                    found = linear_group_norms(inputs, gradient, self.sample_size)
+                else:
+                    found = conv_group_norms(inputs, gradient, self.sample_size, cast(Conv, module))
+                self._add(module.weight, found.sum())
+            if module.bias is not None and module.bias in self._places:
+                found = bias_group_norms(gradient, self.sample_size, channels=-1 if linear else 1)
+                self._add(module.bias, found.sum())
+
+    def _check_backward(self, module: nn.Module, name: str, samples: int) -> None:
+        task = torch._C._current_graph_task_id()  # a number for each call of backward()
+        if self._visits.get(module) == task:
+            raise RuntimeError(f"{name} was called twice in one backward pass, which hooks can't tell apart; {_PASSES}")
+        self._visits[module] = task
+        if self._batch[0] != task:
+            self._batch = (task, samples, name)
+        elif self._batch[1] != samples:
+            raise RuntimeError(
+                f"{name} was given {samples} rows along its first dimension and {self._batch[2]} {self._batch[1]}, "
+                f"so these aren't samples everywhere, as hooks need; {_PASSES}"
+            )
+        if samples % self.sample_size:
+            raise RuntimeError(f"a micro-batch of {samples} samples isn't a multiple of sample_size={self.sample_size}")
+
+    def _check_visited(self, module: nn.Module, layer: nn.Parameter, gradient: Tensor) -> None:
+        if self._visits.get(module) != torch._C._current_graph_task_id():
+            raise RuntimeError(
+                f"{self._names[layer]} got a gradient though its module wasn't called: its weight is used elsewhere, "
+                f"where hooks don't see it; {_PASSES}"
+            )
+
+
+def _register(tensor: Tensor, hook: Callable[[Tensor], None]) -> Any:
+    """``hook`` gets the gradient with respect to ``tensor``, once a backward pass."""
+    return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+class _Held(torch.autograd.Function):
+    """Saves a tensor the way a layer saves its input, so that checkpointing and offloading treat them alike."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("no gradient flows here")
+
+
+def _held(tensor: Tensor) -> Any:
+    """A graph node whose ``saved_tensors`` is ``(tensor,)``."""
+    return _Held.apply(torch.empty(0, requires_grad=True), tensor.detach()).grad_fn
+
+
+# -- layers, and which method does for them
+
+
+def _layers(names: dict[Tensor, str], wanted: Iterable[Tensor] | None) -> list[nn.Parameter]:
+    if wanted is None:
+        wanted = [parameter for parameter in names if parameter.requires_grad and parameter.ndim > 1]
+    layers = list(dict.fromkeys(wanted))
+    for layer in layers:
+        if layer not in names or not layer.requires_grad:
+            what = f"{names[layer]} is frozen" if layer in names else f"one of shape {list(layer.shape)} isn't"
+            raise ValueError(f"the layers must be trainable parameters of the model: {what}")
+    if not layers:
+        raise ValueError("no layers: the model has no trainable parameter of more than one dimension, or none is given")
+    return cast(list[nn.Parameter], layers)
+
+
+def _obstacle(model: nn.Module, layers: list[nn.Parameter], names: dict[Tensor, str]) -> str:
+    """What keeps hooks from the first layer that they can't do; empty if they can do all."""
+    owners: dict[nn.Parameter, list[nn.Module]] = {layer: [] for layer in layers}
+    for module in model.modules():
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter in owners:
+                owners[parameter].append(module)
+    for layer, modules in owners.items():
+        if len(modules) > 1:
+            return f"{names[layer]} is shared"
+        (owner,) = modules
+        if type(owner) not in _KINDS:
+            return f"{names[layer]} belongs to {type(owner).__name__}"
+        if layer is not owner.weight and layer is not owner.bias:
+            return f"{names[layer]} isn't the weight or bias of its {type(owner).__name__}"
+    return ""
+
+
+def _resolve(method: Literal["auto", "hooks", "passes"], obstacle: str) -> tuple[Literal["hooks", "passes"], str]:
+    if method != "auto":
+        return method, "as asked for"
+    if obstacle:
+        return "passes", obstacle
+    return "hooks", "every layer belongs to one nn.Linear or nn.Conv module"
