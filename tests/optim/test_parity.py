@@ -57,6 +57,84 @@ def test_lamb_is_timms_without_its_gradient_clipping(weight_decay, bias_correcti
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("lr", [0.002, 2.0])  # with a clip, the small one is the limit and the large one isn't
+def test_lars_with_decay_is_timms_with_its_denominator(lr, clip, nesterov):
+    shared = {"lr": lr, "momentum": 0.9, "weight_decay": 0.3, "nesterov": nesterov}
+    variant = {"denominator": "sum_of_norms", "eps": 1e-8, "adapt_1d": True, "decay_1d": True}
+    larc = {"larc": True, "max_ratio": 1.0} if clip else {}
+    shapes = [*MATRICES, (7,), (12,)]
+    ours = train(lambda p: LARS(p, trust_coefficient=0.02, **shared, **variant, **larc), shapes)
+    options = {"trust_coeff": 0.02, "always_adapt": True, "trust_clip": clip, "foreach": False}
+    theirs = train(lambda p: timm.optim.Lars(p, **shared, **options), shapes)
+    assert_close(ours, theirs)
+
+
+def test_groups_that_say_so_themselves_are_timms_groups():
+    """timm scales and decays what is in a group with decay, whatever its dimensions."""
+
+    def groups(parameters, **own):
+        return [
+            {"params": parameters[::2], "weight_decay": 0.3, **({"adapt": True, "decay_1d": True} if own else {})},
+            {"params": parameters[1::2], "weight_decay": 0.0, **({"adapt": False} if own else {})},
+        ]
+
+    shapes = [*MATRICES, (7,), (12,)]
+    variant = {"denominator": "sum_of_norms", "eps": 1e-8}
+    ours = train(lambda p: LARS(groups(p, own=True), lr=0.5, **variant), shapes)
+    theirs = train(lambda p: timm.optim.Lars(groups(p), lr=0.5, momentum=0.9, foreach=False), shapes)
+    assert_close(ours, theirs)
+
+
+def test_lambc_is_timms_with_its_clip():
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    ours = train(lambda p: LAMB(p, max_ratio=1.0, **options), MATRICES)
+    unclipped = {"max_grad_norm": None, "always_adapt": True, "foreach": False}
+    theirs = train(lambda p: timm.optim.Lamb(p, trust_clip=True, **unclipped, **options), MATRICES)
+    assert_close(ours, theirs)
+    assert not torch.equal(ours[0], train(lambda p: LAMB(p, **options), MATRICES)[0])
+
+
+def test_the_rate_inside_the_momentum_is_sgd_on_a_scaled_gradient():
+    """At a constant rate, inside and outside are the same; at a changing one they aren't."""
+
+    def constant(p, **options):
+        return LARS(p, lr=0.5, weight_decay=0.1, **options)
+
+    def at_a_constant_rate(**options):
+        (weight,) = weights([(12, 8)])
+        optimizer = constant([weight], **options)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(STEPS):
+            weight.grad = torch.randn(12, 8, generator=generator)
+            optimizer.step()
+        return [weight.detach()]
+
+    assert_close(at_a_constant_rate(lr_in_momentum=True), at_a_constant_rate())
+    inside = train(lambda p: constant(p, lr_in_momentum=True), MATRICES)
+    outside = train(constant, MATRICES)
+    assert (inside[0] - outside[0]).norm() > 1e-3 * outside[0].norm()
+
+
+@pytest.mark.parametrize("optimizer", [LARS, LAMB])
+def test_maximize_is_descent_on_the_negative(optimizer):
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    up = train(lambda p: optimizer(p, maximize=True, **options), MATRICES + VECTORS)
+    down = train(lambda p: optimizer(p, **options), MATRICES + VECTORS, scale=-1.0)
+    assert_close(up, down)
+
+
+def test_the_default_step_is_the_same_in_each_way():
+    for optimizer in (LARS, TVLARS, LAMB):
+        ways = [
+            train(lambda p, way=way, optimizer=optimizer: optimizer(p, lr=0.1, weight_decay=0.1, **way), MATRICES)
+            for way in ({"fused": True}, {"foreach": True}, {"foreach": False})
+        ]
+        assert_close(ways[0], ways[1])
+        assert_close(ways[1], ways[2])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
 def test_lars_of_excluded_parameters_is_sgd(nesterov):
     options = {"momentum": 0.9, "weight_decay": 0.1, "nesterov": nesterov}
     ours = train(lambda p: LARS(p, lr=0.02, decay_1d=True, **options), VECTORS)

@@ -25,6 +25,25 @@ def test_phi_is_the_formula(lmbda, alpha):
         assert tvlars.phi(step) == pytest.approx(float(expected), rel=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.float32])
+def test_phi_of_a_tensor_is_phi_of_each_step(dtype):
+    tvlars = optimizer(lmbda=0.05, alpha=0.1, delay=300, gamma_min=0.01)
+    steps = torch.arange(0, 900, 7).view(3, -1)
+    values = tvlars.phi(steps.to(dtype))
+    assert values.shape == steps.shape
+    assert values.dtype == (torch.float32 if dtype == torch.float32 else torch.float64)
+    expected = [[tvlars.phi(step) for step in row] for row in steps.tolist()]
+    assert values.tolist() == [pytest.approx(row, rel=1e-5 if dtype == torch.float32 else 1e-14) for row in expected]
+
+
+@pytest.mark.parametrize("options", [{"lmbda": 1.0}, {"lmbda": 1e300}, {"lmbda": 1.0, "alpha": 0.0}, {"lmbda": 0.0}])
+def test_phi_of_a_tensor_is_safe_at_any_time(options):
+    tvlars = optimizer(delay=10**9, gamma_min=0.25, **options)
+    values = tvlars.phi(torch.tensor([1.0, 10**9, 10**12], dtype=torch.float64))
+    assert values.isfinite().all()
+    assert values.tolist() == pytest.approx([tvlars.phi(step) for step in (1, 10**9, 10**12)], rel=1e-12)
+
+
 def test_phi_is_safe_at_any_time():
     assert optimizer(lmbda=1.0, gamma_min=0.25).phi(10**15) == 0.25
     assert optimizer(lmbda=1e300, gamma_min=0.25).phi(10**15) == 0.25

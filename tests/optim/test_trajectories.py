@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from largebatch.optim import LAMB, LARS, TVLARS
+from largebatch.optim import CLARS, LAMB, LARS, TVLARS
 
 STEPS = 25
 # A convolution, a matrix with a norm above 30 (clipping at 10 bites), one that starts at zero, a bias and a scalar.
@@ -41,6 +41,9 @@ def learning_rate(base, step):
     return base * (1 + 0.5 * math.sin(step))
 
 
+SAMPLE_NORMS = {"conv": 13.0, "large": 20.0, "zero": 6.0, "bias": 0.0, "scalar": 2.0}  # of CLARS, at scale 1
+
+
 def length(array):
     return math.sqrt(sum(x * x for x in array.ravel().tolist()))
 
@@ -56,7 +59,15 @@ def reference_lars(
     decay_1d=False,
     norm_clip=None,
     nesterov=False,
+    denominator="norm_of_sum",
+    lr_in_momentum=False,
+    max_ratio=math.inf,
+    larc=False,
+    eps=0.0,
+    maximize=False,
+    adapt=None,
     phi=lambda t: 1.0,
+    given_norms=None,
 ):
     weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
     buffers = {name: np.zeros_like(weight) for name, weight in weights.items()}
@@ -64,21 +75,27 @@ def reference_lars(
     for t, grads in enumerate(steps, start=1):
         stats.append({})
         for name, w in weights.items():
-            g = raw = grads[name].astype(np.float64)
-            matrix = len(SHAPES[name]) > 1
-            if matrix or decay_1d:
-                g = g + weight_decay * w
+            raw = grads[name].astype(np.float64)
+            matrix, rate = len(SHAPES[name]) > 1, learning_rate(lr, t)
+            decay = weight_decay if matrix or decay_1d else 0.0
+            g = (-raw if maximize else raw) + decay * w
             q = 1.0
-            if matrix or adapt_1d:
+            if (matrix or adapt_1d) if adapt is None else adapt:
                 w_norm, g_norm = length(w), length(g)
+                if given_norms is not None:
+                    g_norm = given_norms[name]
+                if denominator == "sum_of_norms":
+                    g_norm = (length(raw) if given_norms is None else given_norms[name]) + decay * w_norm
                 if norm_clip is not None:
                     w_norm, g_norm = min(w_norm, norm_clip), min(g_norm, norm_clip)
                 if w_norm > 0 and g_norm > 0:
-                    q = trust_coefficient * phi(t) * w_norm / g_norm
+                    q = trust_coefficient * phi(t) * w_norm / (g_norm + eps)
+                q = min(q / rate if larc else q, max_ratio)
                 stats[-1][name] = (length(w), length(raw), q)
-            buffers[name] = momentum * buffers[name] + q * g
-            move = q * g + momentum * buffers[name] if nesterov else buffers[name]
-            weights[name] = w - learning_rate(lr, t) * move
+            inside, outside = (rate, 1.0) if lr_in_momentum else (1.0, rate)
+            buffers[name] = momentum * buffers[name] + inside * q * g
+            move = inside * q * g + momentum * buffers[name] if nesterov else buffers[name]
+            weights[name] = w - outside * move
     return weights, stats
 
 
@@ -93,6 +110,9 @@ def reference_lamb(
     adapt_1d=False,
     decay_1d=False,
     norm_clip=None,
+    max_ratio=math.inf,
+    maximize=False,
+    adapt=None,
 ):
     weights = {name: weight.astype(np.float64) for name, weight in weights.items()}
     m = {name: np.zeros_like(weight) for name, weight in weights.items()}
@@ -101,7 +121,7 @@ def reference_lamb(
     for t, grads in enumerate(steps, start=1):
         stats.append({})
         for name, w in weights.items():
-            g = grads[name].astype(np.float64)
+            g = -grads[name].astype(np.float64) if maximize else grads[name].astype(np.float64)
             matrix = len(SHAPES[name]) > 1
             m[name] = betas[0] * m[name] + (1 - betas[0]) * g
             v[name] = betas[1] * v[name] + (1 - betas[1]) * g**2
@@ -111,16 +131,35 @@ def reference_lamb(
             if matrix or decay_1d:
                 u = u + weight_decay * w
             q = 1.0
-            if matrix or adapt_1d:
+            if (matrix or adapt_1d) if adapt is None else adapt:
                 w_norm = length(w) if norm_clip is None else min(length(w), norm_clip)
                 if w_norm > 0 and length(u) > 0:
                     q = w_norm / length(u)
+                q = min(q, max_ratio)
                 stats[-1][name] = (length(w), length(g), q)
             weights[name] = w - learning_rate(lr, t) * q * u
     return weights, stats
 
 
-def run(optimizer_class, weights, steps, dtype, lr, **options):
+# How a step is carried out, and in which type: the fused one is for fp32 on CPU.
+WAYS = {
+    "fused": ({"fused": True}, torch.float32),
+    "foreach": ({"foreach": True}, torch.float32),
+    "for-loop": ({"foreach": False}, torch.float64),
+}
+WITH_A_CLOCK = {**WAYS, "capturable": ({"capturable": True}, torch.float32)}  # counts steps on the device
+each_way = pytest.mark.parametrize(("way", "dtype"), WAYS.values(), ids=WAYS)
+each_way_with_a_clock = pytest.mark.parametrize(("way", "dtype"), WITH_A_CLOCK.values(), ids=WITH_A_CLOCK)
+each_scale = pytest.mark.parametrize("scale", GRADIENT_SCALES.values(), ids=GRADIENT_SCALES)
+
+
+@pytest.fixture(autouse=True)
+def no_way_falls_back(recwarn):
+    yield
+    assert [str(warning.message) for warning in recwarn if "takes the unfused step" in str(warning.message)] == []
+
+
+def run(optimizer_class, weights, steps, dtype, lr, sample_norms=None, **options):
     parameters = {name: torch.nn.Parameter(torch.tensor(weight, dtype=dtype)) for name, weight in weights.items()}
     optimizer = optimizer_class(parameters.items(), lr=lr, **options)
     stats = []
@@ -128,6 +167,8 @@ def run(optimizer_class, weights, steps, dtype, lr, **options):
         optimizer.param_groups[0]["lr"] = learning_rate(lr, t)
         for name, parameter in parameters.items():
             parameter.grad = torch.tensor(grads[name], dtype=dtype)
+        if sample_norms:
+            optimizer.set_sample_norms({parameters[name]: torch.tensor(norm) for name, norm in sample_norms.items()})
         optimizer.step()
         columns = optimizer.layer_stats()
         rows = zip(*(columns[key].tolist() for key in ("weight_norm", "gradient_norm", "trust_ratio")), strict=True)
@@ -159,16 +200,45 @@ LARS_OPTIONS = {
     "norm_clip": {"norm_clip": 10.0, "weight_decay": 5e-2},
     "norm_clip_all": {"norm_clip": 0.5, "adapt_1d": True},
     "nesterov": {"nesterov": True, "weight_decay": 5e-4},
+    "sum_of_norms": {"denominator": "sum_of_norms", "weight_decay": 0.5},
+    "sum_of_norms_adapt_1d": {"denominator": "sum_of_norms", "weight_decay": 0.5, "adapt_1d": True},
+    "lr_in_momentum": {"lr_in_momentum": True, "weight_decay": 5e-2},
+    "lr_in_momentum_nesterov": {"lr_in_momentum": True, "nesterov": True},
+    "max_ratio": {"max_ratio": 1e-3, "trust_coefficient": 0.02},
+    "larc": {"larc": True, "max_ratio": 1.0, "trust_coefficient": 0.5, "weight_decay": 5e-2},
+    "eps": {"eps": 0.5, "weight_decay": 5e-2},
+    "maximize": {"maximize": True, "weight_decay": 5e-2},
+    "adapt_all": {"adapt": True},
+    "adapt_none": {"adapt": False},
+    "paper": {"denominator": "sum_of_norms", "lr_in_momentum": True, "weight_decay": 5e-2},
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("scale", GRADIENT_SCALES.values(), ids=GRADIENT_SCALES)
+@each_way
+@each_scale
 @pytest.mark.parametrize("options", LARS_OPTIONS.values(), ids=LARS_OPTIONS)
-def test_lars_follows_its_formula(options, scale, dtype):
+def test_lars_follows_its_formula(options, scale, way, dtype):
     weights, steps = start(), gradients(scale)
-    ours = run(LARS, weights, steps, dtype, lr=2.0, **options)
+    ours = run(LARS, weights, steps, dtype, lr=2.0, **options, **way)
     assert_same(ours, reference_lars(weights, steps, lr=2.0, **options), dtype)
+
+
+CLARS_OPTIONS = {  # decay only where it is bounded
+    key: options if "weight_decay" not in options else {**options, "denominator": "sum_of_norms"}
+    for key, options in LARS_OPTIONS.items()
+}
+
+
+@each_way
+@each_scale
+@pytest.mark.parametrize("options", CLARS_OPTIONS.values(), ids=CLARS_OPTIONS)
+def test_clars_follows_its_formula(options, scale, way, dtype):
+    """Given the mean norms of the samples' gradients, a zero one among them."""
+    weights, steps = start(), gradients(scale)
+    norms = {name: float(np.float32(norm * scale)) for name, norm in SAMPLE_NORMS.items()}
+    ours = run(CLARS, weights, steps, dtype, lr=2.0, sample_norms=norms, **options, **way)
+    expected = reference_lars(weights, steps, lr=2.0, given_norms=norms, **options)
+    assert_same(ours, expected, dtype)
 
 
 # options of phi, and phi by the formula as it stands in the paper
@@ -190,14 +260,14 @@ PHI_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("scale", GRADIENT_SCALES.values(), ids=GRADIENT_SCALES)
+@each_way_with_a_clock
+@each_scale
 @pytest.mark.parametrize(("options", "phi"), PHI_OPTIONS.values(), ids=PHI_OPTIONS)
-def test_tvlars_follows_its_formula(options, phi, scale, dtype):
+def test_tvlars_follows_its_formula(options, phi, scale, way, dtype):
     weights, steps = start(), gradients(scale)
     of_phi = ("lmbda", "alpha", "delay", "gamma_min")
     shared = {key: value for key, value in options.items() if key not in of_phi}
-    ours = run(TVLARS, weights, steps, dtype, lr=4.0, **options)
+    ours = run(TVLARS, weights, steps, dtype, lr=4.0, **options, **way)
     assert_same(ours, reference_lars(weights, steps, lr=4.0, phi=phi, **shared), dtype)
 
 
@@ -210,24 +280,44 @@ LAMB_OPTIONS = {
     "decay_1d": {"decay_1d": True, "weight_decay": 0.1},
     "norm_clip": {"norm_clip": 10.0},
     "published": {"bias_correction": False, "norm_clip": 10.0, "adapt_1d": True, "decay_1d": True},
+    "max_ratio": {"max_ratio": 0.3},
+    "maximize": {"maximize": True},
+    "adapt_none": {"adapt": False},
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("scale", GRADIENT_SCALES.values(), ids=GRADIENT_SCALES)
+@each_way_with_a_clock
+@each_scale
 @pytest.mark.parametrize("options", LAMB_OPTIONS.values(), ids=LAMB_OPTIONS)
-def test_lamb_follows_its_formula(options, scale, dtype):
+def test_lamb_follows_its_formula(options, scale, way, dtype):
     weights, steps = start(), gradients(scale)
-    ours = run(LAMB, weights, steps, dtype, lr=0.02, **options)
+    ours = run(LAMB, weights, steps, dtype, lr=0.02, **options, **way)
     assert_same(ours, reference_lamb(weights, steps, lr=0.02, **options), dtype)
 
 
-def test_norms_of_a_large_layer_are_accurate():
+@pytest.mark.parametrize("way", [way for way, dtype in WAYS.values() if dtype == torch.float32])
+def test_norms_of_a_large_layer_are_accurate(way):
     """A plain fp32 norm of so many elements is off by 4e-5 on CPU, which alone would spoil a trajectory."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(512, 512, 3, 3, generator=generator))
-    weight.grad = torch.randn(512, 512, 3, 3, generator=generator)
-    expected = 1e-3 * weight.detach().double().norm() / weight.grad.double().norm()
-    optimizer = LARS([weight], lr=1.0)
+    small = torch.nn.Parameter(torch.randn(3, 5, generator=generator))
+    for parameter in (weight, small):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    expected = [1e-3 * (p.detach().double().norm() / p.grad.double().norm()).item() for p in (weight, small)]
+    optimizer = LARS([weight, small], lr=1.0, **way)
     optimizer.step()
-    assert optimizer.layer_stats()["trust_ratio"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert optimizer.layer_stats()["trust_ratio"].tolist() == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("way", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=lambda way: str(way))
+@pytest.mark.parametrize("build", [LARS, TVLARS, LAMB])
+def test_a_gradient_that_isnt_finite_shows(build, way):
+    """A divergence must come to the weights, where it is noticed, whatever limits there are."""
+    for bad in (math.nan, math.inf):
+        weight = torch.nn.Parameter(torch.ones(4, 3))
+        weight.grad = torch.full((4, 3), 0.5)
+        weight.grad[2, 1] = bad
+        optimizer = build([weight], lr=0.1, norm_clip=10.0, max_ratio=1.0, **way)
+        optimizer.step()
+        optimizer.step()
+        assert weight.isnan().any() or weight.isinf().any()

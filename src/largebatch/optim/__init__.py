@@ -1,7 +1,9 @@
 """Large-batch optimizers for any PyTorch program; this package needs torch alone."""
 
+from largebatch.optim.clars import CLARS
 from largebatch.optim.lamb import LAMB
 from largebatch.optim.lars import LARS
+from largebatch.optim.sample_norms import SampleNorms
 from largebatch.optim.tvlars import TVLARS
 
-__all__ = ["LAMB", "LARS", "TVLARS"]
+__all__ = ["CLARS", "LAMB", "LARS", "TVLARS", "SampleNorms"]

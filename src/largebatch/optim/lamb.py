@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.layerwise import (
-    Group,
-    LayerwiseOptimizer,
-    Measured,
+from largebatch.optim.layerwise import LayerwiseOptimizer, Measured
+from largebatch.optim.numbers import LambNumbers
+from largebatch.optim.options import Group, check_fraction, check_non_negative, limit, options_of
+from largebatch.optim.part import (
+    Part,
     at_least_float32,
-    check_fraction,
-    check_non_negative,
-    check_positive,
     clipped,
-    is_adapted,
-    is_decayed,
-    norm,
-    trust_ratio,
+    norms,
+    one_where_zero,
+    only,
+    parts,
+    subtract_,
 )
 
 
@@ -33,11 +34,12 @@ class LAMB(LayerwiseOptimizer):
         v  = beta2 * v + (1 - beta2) * g^2
         r  = m_hat / (sqrt(v_hat) + eps)             # m_hat = m / (1 - beta1^t), v_hat = v / (1 - beta2^t)
         u  = r + weight_decay * w
-        w -= lr * z(||w||) / ||u|| * u               # z(x) = min(x, norm_clip); the factor is 1 if either norm is 0
+        q  = z(||w||) / ||u||                        # z(x) = min(x, norm_clip); 1 if either norm is 0
+        w -= lr * min(q, max_ratio) * u
 
     Args:
         params: parameters, named parameters (``model.named_parameters()``) or groups of them.
-        lr: learning rate.
+        lr: learning rate; a number, or a 0-dimensional tensor.
         betas: decay of the two moments, each in [0, 1). The paper's values.
         eps: the paper's 1e-6.
         weight_decay: decoupled, but inside the direction that is normalised. The paper's 0.01.
@@ -46,15 +48,20 @@ class LAMB(LayerwiseOptimizer):
         adapt_1d: scale parameters of at most one dimension (biases, norm layers) too; otherwise their factor is 1.
         decay_1d: decay those parameters too.
         norm_clip: limit of the weight norm. The paper has a clamp without its values; the TVLARS program has 10.
+        max_ratio: limit of the trust ratio. LAMBC (arXiv 2011.13584) has one, best at 1 in its experiments.
+        adapt, maximize, foreach, fused: as in ``LARS``.
+        capturable: only what may be captured in a CUDA graph; the step counts are then tensors on the device.
 
     Raises:
         ValueError: for a hyper-parameter out of its range, also in a parameter group.
     """
 
+    STATE = ("step", "exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         params: ParamsT,
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
@@ -63,71 +70,120 @@ class LAMB(LayerwiseOptimizer):
         adapt_1d: bool = False,
         decay_1d: bool = False,
         norm_clip: float | None = None,
+        max_ratio: float | None = None,
+        adapt: bool | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bias_correction": bias_correction,
-            "adapt_1d": adapt_1d,
-            "decay_1d": decay_1d,
-            "norm_clip": norm_clip,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, options_of(locals()))
 
     def _check_group(self, group: Group) -> None:
-        check_non_negative("lr", group["lr"])
+        super()._check_group(group)
         if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
             raise ValueError(f"betas must be two numbers, got {group['betas']!r}")
         for index, beta in enumerate(group["betas"]):
             check_fraction(f"betas[{index}]", beta)
         check_non_negative("eps", group["eps"])
-        check_non_negative("weight_decay", group["weight_decay"])
-        if group["norm_clip"] is not None:
-            check_positive("norm_clip", group["norm_clip"])
 
-    def _update_group(self, group: Group, parameters: list[Tensor]) -> None:
-        for parameter in parameters:
-            measured = lamb_update(parameter, group, self.state[parameter])
-            if measured is not None:
-                self._record(parameter, measured)
+    def _steps_taken(self, parameter: Tensor, group: Group) -> int | Tensor:
+        """Counted for each parameter, because the bias to correct is that of its own moments."""
+        # A Python int: the correction is then a host scalar. A graph that is replayed has to find the count on the
+        # device, in a tensor of its own.
+        state = self.state[parameter]
+        step: int | Tensor = state.get("step", 0)
+        if group["capturable"] and not isinstance(step, Tensor):
+            step = state["step"] = torch.tensor(float(step), device=parameter.device)
+        elif isinstance(step, Tensor) and not group["capturable"]:
+            step = int(step)
+        return step
+
+    def _step_group(
+        self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]
+    ) -> list[Measured]:
+        exp_avgs, exp_avg_sqs = self._buffers(parameters, "exp_avg"), self._buffers(parameters, "exp_avg_sq")
+        steps: list[Any] = [self._steps_taken(parameter, group) for parameter in parameters]
+        if group["capturable"] and steps:
+            torch._foreach_add_(steps, 1)
+            corrected = steps if group["bias_correction"] else []
+            divided = parts(group, parameters, gradients, exp_avgs, exp_avg_sqs, corrected)
+            return [self._step_part(index, group, part, _numbers(group)) for part in divided]
+        measured = []
+        for step in dict.fromkeys(steps):  # one, unless some parameters had no gradient for a while
+            now = [step == other for other in steps]
+            for parameter in only(parameters, now):
+                self.state[parameter]["step"] = step + 1
+            lists = [only(tensors, now) for tensors in (parameters, gradients, exp_avgs, exp_avg_sqs)]
+            divided = parts(group, *lists, [])
+            measured += [self._step_part(index, group, part, _numbers(group, step + 1)) for part in divided]
+        return measured
+
+    def _fused(self, kernels: ModuleType, part: Part, numbers: LambNumbers, tables: dict[Any, Any]) -> Tensor:
+        exp_avgs, exp_avg_sqs, _ = part.state
+        measured: Tensor = kernels.lamb(
+            part.weights, part.gradients, exp_avgs, exp_avg_sqs, part.adapted, part.decayed, numbers, tables
+        )
+        return measured
+
+    def _eager(self, part: Part, numbers: LambNumbers) -> Tensor:
+        weights, gradients = at_least_float32(part.weights), at_least_float32(part.gradients)
+        if numbers.maximize:
+            gradients = list(torch._foreach_neg(gradients))
+        directions = _adam_directions(gradients, part, numbers)
+        if any(part.decayed):
+            decayed = only(directions, part.decayed)
+            torch._foreach_add_(decayed, only(weights, part.decayed), alpha=numbers.weight_decay)
+        measured = torch.empty(3, 0, device=weights[0].device)
+        if any(part.adapted):
+            layers = only(directions, part.adapted)
+            lists = [only(weights, part.adapted), only(gradients, part.adapted), layers]
+            weight_norm, gradient_norm, direction_norm = norms(lists, part.shards)
+            ratio = clipped(weight_norm, numbers.norm_clip) / direction_norm
+            ratio = clipped(one_where_zero(ratio, weight_norm, direction_norm), numbers.max_ratio)
+            measured = torch.stack([weight_norm, gradient_norm, ratio])
+            torch._foreach_mul_(layers, ratio.unbind())
+        subtract_(part.weights, directions, numbers.lr)
+        return measured.float()
 
 
-def lamb_update(parameter: Tensor, group: Group, state: dict[str, Any]) -> Measured | None:
-    """One step of one parameter, in place.
-
-    Returns:
-        Weight norm, gradient norm and trust ratio, or None for a parameter that isn't adapted.
-    """
-    assert parameter.grad is not None
-    weight, gradient = at_least_float32(parameter), at_least_float32(parameter.grad)
-    direction = _adam_direction(gradient, group, state)
-    if is_decayed(parameter, group):
-        direction.add_(weight, alpha=group["weight_decay"])
-    measured = None
-    if is_adapted(parameter, group):
-        weight_norm = norm(weight)
-        ratio = trust_ratio(1.0, clipped(weight_norm, group["norm_clip"]), norm(direction))
-        direction.mul_(ratio)
-        measured = weight_norm, norm(gradient), ratio
-    parameter.sub_(direction, alpha=group["lr"])
-    return measured
+def _adam_directions(gradients: list[Tensor], part: Part, numbers: LambNumbers) -> list[Tensor]:
+    """``r``, new tensors; the moments advance by one step."""
+    exp_avgs, exp_avg_sqs, steps = part.state
+    torch._foreach_lerp_(exp_avgs, gradients, 1 - numbers.beta1)
+    torch._foreach_mul_(exp_avg_sqs, numbers.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - numbers.beta2)
+    correction1: Any = numbers.correction1
+    correction2: Any = numbers.correction2
+    if steps:
+        taken = torch.stack(steps)
+        correction1, correction2 = (_correction(beta, taken).unbind() for beta in (numbers.beta1, numbers.beta2))
+    denominators = list(torch._foreach_div(exp_avg_sqs, correction2))
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, numbers.eps)
+    directions = list(torch._foreach_div(exp_avgs, correction1))
+    torch._foreach_div_(directions, denominators)
+    return directions
 
 
-def _adam_direction(gradient: Tensor, group: Group, state: dict[str, Any]) -> Tensor:
-    """``r``, a new tensor; the moments in ``state`` advance by one step."""
-    if not state:
-        # Counted for each parameter, because the bias to correct is that of its own moments. A Python int: the
-        # correction is a host scalar, and torch carries it through state_dict unchanged.
-        state["step"] = 0
-        state["exp_avg"] = torch.zeros_like(gradient)
-        state["exp_avg_sq"] = torch.zeros_like(gradient)
-    state["step"] += 1
+def _correction(beta: float, steps: Tensor) -> Tensor:
+    """``1 - beta^t`` to the last digit, which is lost in fp32 where ``beta^t`` is near 1."""
+    return -torch.expm1(steps * (math.log(beta) if beta else -math.inf))
+
+
+def _numbers(group: Group, step: int | None = None) -> LambNumbers:
+    """``step``: t, or None where the counts are tensors and the corrections are made of them."""
     beta1, beta2 = group["betas"]
-    first: Tensor = state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
-    second: Tensor = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    if group["bias_correction"]:
-        first = first / (1 - beta1 ** state["step"])
-        second = second / (1 - beta2 ** state["step"])
-    return first / second.sqrt().add_(group["eps"])
+    corrects = group["bias_correction"] and step is not None
+    return LambNumbers(
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        correction1=1 - beta1**step if corrects else 1.0,
+        correction2=1 - beta2**step if corrects else 1.0,
+        norm_clip=limit(group["norm_clip"]),
+        max_ratio=limit(group["max_ratio"]),
+        maximize=group["maximize"],
+    )

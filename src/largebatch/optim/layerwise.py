@@ -1,40 +1,58 @@
-"""What layer-wise adaptive optimizers share: the walk over the parameters, norms and trust ratios, the statistics."""
+"""What layer-wise adaptive optimizers share: the step, the choice of how to carry it out, the layers' statistics."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain
-from numbers import Real
-from typing import Any, overload
+from types import ModuleType
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Group = dict[str, Any]
-Measured = tuple[Tensor, Tensor, Tensor]  # weight norm, gradient norm and trust ratio of a layer, 0-dimensional
+from largebatch.optim.fused import fused_kernels
+from largebatch.optim.options import Group, check_common, is_adapted
+from largebatch.optim.part import HALF, Part
 
-_HALF = (torch.float16, torch.bfloat16)
+Measured = tuple[list[Tensor], Tensor]  # layers, and their statistics as fp32 [3, layers]
+
+# Options that came after the first version: a state_dict without them is continued with their defaults.
+_ADDED = frozenset(
+    {"adapt", "denominator", "eps", "foreach", "fused", "capturable", "larc", "lr_in_momentum", "max_ratio", "maximize"}
+)
 
 
 class LayerwiseOptimizer(Optimizer):
-    """The common part of LARS, TVLARS and LAMB; each of them writes ``_check_group`` and ``_update_group``.
+    """The common part of LARS, TVLARS, CLARS and LAMB.
 
-    A *layer* is a parameter that is adapted: one with more than one dimension, or any with ``adapt_1d``. State is kept
-    in fp32 for fp16 and bf16 parameters, else in the parameter's own type.
+    A *layer* is a parameter that is adapted (see ``is_adapted``). State is kept in fp32 for fp16 and bf16 parameters,
+    else in the parameter's own type. Sharded parameters (DTensor, as FSDP2 makes them) have the norms of the whole.
+
+    Each optimizer writes ``_check_group``, which refuses bad hyper-parameters; ``_step_group``, which collects what has
+    a gradient and calls ``_step_part``; and two ways to update a part, ``_fused`` and ``_eager``.
     """
+
+    STATE: ClassVar[tuple[str, ...]] = ()  # what is kept for a parameter
+
+    _measured: list[Measured]  # of the latest step
+    _tables: dict[Any, dict[Any, Any]]  # what the fused step keeps for each part
+    _warned: bool
 
     def __init__(self, params: Any, defaults: Group) -> None:
         super().__init__(params, defaults)
-        self._measured: dict[Tensor, Measured] = {}  # by layer, of the latest step
+        self._forget()
 
     def _check_group(self, group: Group) -> None:
         """Raise ``ValueError`` for a hyper-parameter of ``group`` that is out of its range."""
-        raise NotImplementedError
+        check_common(group)
 
-    def _update_group(self, group: Group, parameters: list[Tensor]) -> None:
-        """Update ``parameters``, those of ``group`` that have a gradient, and ``_record`` what each layer did."""
+    def _step_group(
+        self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]
+    ) -> list[Measured]:
+        """Update the parameters of the group at ``index`` that have a gradient; what was measured, by parts."""
         raise NotImplementedError
 
     @overload
@@ -60,25 +78,77 @@ class LayerwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with_gradient = [self._parameters_with_gradient(group) for group in self.param_groups]
+        with_gradient = [self._with_gradient(group) for group in self.param_groups]  # raises before anything is changed
+        # In place: torch.compile drops an assignment to an optimizer's attribute.
         self._measured.clear()
-        for group, parameters in zip(self.param_groups, with_gradient, strict=True):
-            self._update_group(group, parameters)
+        for index, (group, found) in enumerate(zip(self.param_groups, with_gradient, strict=True)):
+            self._measured.extend(self._step_group(index, group, *found))
         return loss
 
-    def _parameters_with_gradient(self, group: Group) -> list[Tensor]:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        for parameter in parameters:
-            kind = "sparse" if parameter.grad.layout != torch.strided else "complex"
-            if kind == "sparse" or parameter.grad.is_complex():
+    def _with_gradient(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+        """The group's parameters that have a gradient, and the gradients."""
+        found = [(parameter, parameter.grad) for parameter in group["params"]]
+        found = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
+        for parameter, gradient in found:
+            if gradient.layout != torch.strided or gradient.is_complex():
+                kind = "complex" if gradient.layout == torch.strided else "sparse"
                 name = next(name for name, other, _ in self._named_parameters() if other is parameter)
                 raise RuntimeError(
                     f"{type(self).__name__} takes dense real gradients only, and that of {name} is {kind}; "
                     "give this parameter to another optimizer"
                 )
-        return parameters
+        return [parameter for parameter, _ in found], [gradient for _, gradient in found]
+
+    def _buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
+        """The parameters' state of this name; zeros at the first step."""
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if name not in state:
+                kind = torch.float32 if parameter.dtype in HALF else parameter.dtype
+                state[name] = torch.zeros_like(parameter, dtype=kind, requires_grad=False)
+        return [state[name] for state in states]
+
+    # -- how a step is carried out
+
+    def _step_part(self, index: int, group: Group, part: Part, numbers: Any) -> Measured:
+        """Update a part of the group at ``index`` in the way that its options and its tensors allow."""
+        kernels = self._kernels(group, part)
+        if kernels is not None:
+            tables = self._tables.setdefault((index, part.weights[0].device, part.weights[0].dtype), {})
+            statistics = self._fused(kernels, part, numbers, tables)
+            # Written past torch's eyes: autograd has to know that what it may have saved is no longer the same.
+            torch.autograd.graph.increment_version(chain(part.weights, *part.state))
+        elif group["foreach"] or (group["foreach"] is None and _many_at_once(part)):
+            statistics = self._eager(part, numbers)
+        else:
+            statistics = torch.cat([self._eager(one, numbers) for one in part.one_by_one()], dim=1)
+        return part.layers(), statistics
+
+    def _fused(self, kernels: ModuleType, part: Part, numbers: Any, tables: dict[Any, Any]) -> Tensor:
+        """The update by compiled code. Returns fp32 [3, layers]: weight norm, gradient norm, trust ratio."""
+        raise NotImplementedError
+
+    def _eager(self, part: Part, numbers: Any) -> Tensor:
+        """The same by torch's operations over lists of tensors."""
+        raise NotImplementedError
+
+    def _kernels(self, group: Group, part: Part) -> ModuleType | None:
+        if group["fused"] is False or (group["fused"] is None and group["foreach"] is not None):
+            return None
+        if torch.compiler.is_compiling():  # which fuses by itself, and can't trace a warning
+            return None
+        kernels, reason = fused_kernels(group, part)
+        if kernels is None and group["fused"] and not self._warned:
+            self._warned = True
+            warnings.warn(f"{type(self).__name__}(fused=True) takes the unfused step instead: {reason}", stacklevel=2)
+        return kernels
 
     # -- statistics
+
+    @property
+    def layers(self) -> list[Tensor]:
+        """The parameters that are adapted, in the order of ``layer_names``."""
+        return [parameter for _, parameter, group in self._named_parameters() if is_adapted(parameter, group)]
 
     @property
     def layer_names(self) -> list[str]:
@@ -93,19 +163,20 @@ class LayerwiseOptimizer(Optimizer):
             and ``gradient_norm`` (of ``p.grad``, without decay), both unclipped, and ``trust_ratio``, the factor that
             was applied. NaN where the layer had no gradient. Reading them here costs no synchronisation.
         """
-        layers = [parameter for _, parameter, group in self._named_parameters() if is_adapted(parameter, group)]
+        layers = self.layers
         keys = ("weight_norm", "gradient_norm", "trust_ratio")
+        measured = list(chain.from_iterable(parameters for parameters, _ in self._measured))
+        if len(measured) == len(layers) > 0 and all(one is other for one, other in zip(measured, layers, strict=True)):
+            table = torch.cat([values.to(layers[0].device) for _, values in self._measured], dim=1)
+            return dict(zip(keys, table.unbind(), strict=True))
         if not layers:
             return {key: torch.empty(0) for key in keys}
-        missing = torch.full((), math.nan, device=layers[0].device)
-        rows = [self._measured.get(layer, (missing, missing, missing)) for layer in layers]
-        return {
-            key: torch.stack([row[column].to(missing) for row in rows])  # .to: of the same device and type
-            for column, key in enumerate(keys)
-        }
-
-    def _record(self, layer: Tensor, measured: Measured) -> None:
-        self._measured[layer] = measured
+        missing = torch.full((3,), math.nan, device=layers[0].device)
+        columns = dict(
+            zip(map(id, measured), chain.from_iterable(values.unbind(1) for _, values in self._measured), strict=True)
+        )
+        table = torch.stack([columns.get(id(layer), missing).to(missing.device) for layer in layers], dim=1)
+        return dict(zip(keys, table.unbind(), strict=True))
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor, Group]]:
         index = 0
@@ -128,80 +199,48 @@ class LayerwiseOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where ``state_dict()`` was taken."""
+        """Continue exactly where ``state_dict()`` was taken, on any device; also of the first version.
+
+        Raises:
+            ValueError: for the state of another optimizer, or of other parameters; then nothing is changed.
+        """
+        self._check_state_dict(state_dict)
         super().load_state_dict(state_dict)
         # torch has cast all state to its parameter's type, which rounds the fp32 state of half-precision parameters.
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, parameter in zip(saved, own, strict=True):
-            if parameter.dtype in _HALF:
+            if parameter.dtype in HALF:
                 for key, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor):
                         self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
 
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        name = type(self).__name__
+        for group in state_dict["param_groups"]:
+            if missing := sorted(self.defaults.keys() - _ADDED - group.keys()):
+                raise ValueError(f"this state_dict is not of {name}: its groups have no {', '.join(missing)}")
+        for state in state_dict["state"].values():
+            if unknown := sorted(state.keys() - set(self.STATE)):
+                raise ValueError(
+                    f"this state_dict is not of {name}: it keeps {', '.join(unknown)} for a parameter, "
+                    f"and {name} keeps {', '.join(self.STATE)}"
+                )
+
     def __setstate__(self, state: dict[str, Any]) -> None:  # after unpickling, a deep copy and load_state_dict
         super().__setstate__(state)
-        self._measured = {}
+        for group in self.param_groups:
+            for name in _ADDED & self.defaults.keys():
+                group.setdefault(name, self.defaults[name])
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without what belongs to this object alone and not to its state."""
+        self._measured = []
+        self._tables = {}
+        self._warned = False
 
 
-# -- parameters of one dimension
-
-
-def is_adapted(parameter: Tensor, group: Group) -> bool:
-    """Biases and norm parameters (at most one dimension) keep the global rate unless ``adapt_1d``."""
-    return parameter.ndim > 1 or bool(group["adapt_1d"])
-
-
-def is_decayed(parameter: Tensor, group: Group) -> bool:
-    """Biases and norm parameters (at most one dimension) aren't decayed unless ``decay_1d``."""
-    return group["weight_decay"] != 0 and (parameter.ndim > 1 or bool(group["decay_1d"]))
-
-
-# -- norms and ratios; everything stays on the device
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """``tensor``, in fp32 if it is fp16 or bf16."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
-
-
-def norm(tensor: Tensor) -> Tensor:
-    """The L2 norm of all elements, a 0-dimensional tensor."""
-    # In two levels: over a large fp32 tensor at once, torch's CPU kernel is off by 4e-5 (2.4 million elements).
-    if tensor.ndim > 1:
-        tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)))
-    total: Tensor = torch.linalg.vector_norm(tensor)
-    return total
-
-
-def clipped(norm: Tensor, limit: float | None) -> Tensor:
-    """``min(norm, limit)``; no limit where it is None."""
-    return norm if limit is None else norm.clamp(max=limit)
-
-
-def trust_ratio(coefficient: float, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """``coefficient * numerator / denominator``, and 1 where either norm is 0."""
-    ratio = coefficient * numerator / denominator
-    return torch.where((numerator == 0) | (denominator == 0), 1.0, ratio)
-
-
-# -- checks of hyper-parameters
-
-
-def check_non_negative(name: str, value: Any) -> None:
-    if not (_is_finite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-
-
-def check_positive(name: str, value: Any) -> None:
-    if not (_is_finite(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-
-
-def check_fraction(name: str, value: Any) -> None:
-    if not (_is_finite(value) and 0 <= value < 1):
-        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+def _many_at_once(part: Part) -> bool:
+    """Lists spare launches and the compiler's time; on CPU, one tensor at a time is still in the cache when needed."""
+    return part.weights[0].device.type != "cpu" or torch.compiler.is_compiling()

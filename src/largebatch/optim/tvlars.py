@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any, overload
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.lars import check_lars, lars_update
-from largebatch.optim.layerwise import Group, LayerwiseOptimizer, check_non_negative
+from largebatch.optim.lars import LarsFamily
+from largebatch.optim.options import Group, check_non_negative, options_of
 
 
-def phi(step: float, lmbda: float, alpha: float, delay: float, gamma_min: float) -> float:
+@overload
+def phi(step: float, lmbda: float, alpha: float, delay: float, gamma_min: float) -> float: ...
+
+
+@overload
+def phi(step: Tensor, lmbda: float, alpha: float, delay: float, gamma_min: float) -> Tensor: ...
+
+
+def phi(step: float | Tensor, lmbda: float, alpha: float, delay: float, gamma_min: float) -> float | Tensor:
     """``1 / (alpha + exp(lmbda * (step - delay))) + gamma_min`` (arXiv 2309.14053, section 4), for any ``step``.
 
-    Falls from at most ``1/alpha + gamma_min`` to ``gamma_min``; half-way at ``delay + ln(alpha)/lmbda``.
+    Falls from at most ``1/alpha + gamma_min`` to ``gamma_min``; half-way at ``delay + ln(alpha)/lmbda``. Of a tensor of
+    steps, the tensor of values: on its device, in its type if that is floating-point, else in fp64.
     """
+    if isinstance(step, Tensor):
+        return _phi_of_tensor(step, lmbda, alpha, delay, gamma_min)
     exponent = lmbda * (step - delay)
     if exponent > 0:  # the formula's fraction multiplied by exp(-exponent), which can't overflow
         decayed = math.exp(-exponent)
@@ -25,7 +38,16 @@ def phi(step: float, lmbda: float, alpha: float, delay: float, gamma_min: float)
     return 1 / max(alpha + math.exp(exponent), sys.float_info.min) + gamma_min
 
 
-class TVLARS(LayerwiseOptimizer):
+def _phi_of_tensor(step: Tensor, lmbda: float, alpha: float, delay: float, gamma_min: float) -> Tensor:
+    steps = step if step.is_floating_point() else step.double()
+    exponent = lmbda * (steps - delay)
+    decayed = torch.exp(-exponent.abs())
+    after = decayed / (1 + alpha * decayed)
+    before = 1 / (alpha + decayed).clamp(min=torch.finfo(steps.dtype).tiny)
+    return torch.where(exponent > 0, after, before) + gamma_min
+
+
+class TVLARS(LarsFamily):
     """TVLARS (arXiv 2309.14053), in the form of its program: LARS with ``q`` multiplied by ``phi(t)``.
 
     For every layer, with gradient ``g``, weight ``w`` and ``t = 1`` at the first optimizer step::
@@ -40,12 +62,12 @@ class TVLARS(LayerwiseOptimizer):
     norm keep ``q = 1`` without it.
 
     Args:
-        params, lr, momentum, weight_decay, trust_coefficient, adapt_1d, decay_1d, norm_clip, nesterov: as in ``LARS``.
         lmbda: steepness of the decay, per optimizer step. 1e-3 in the program.
         alpha: the fraction is below ``1/alpha``. 1 keeps phi at or below LARS's rate (with no floor); the program has
             0.1.
         delay: the paper's d_e, here in optimizer steps. The program has none.
         gamma_min: phi's floor. The paper has one; the program has none.
+        params, lr, and all others: as in ``LARS``.
 
     Raises:
         ValueError: for a hyper-parameter out of its range, also in a parameter group.
@@ -54,62 +76,77 @@ class TVLARS(LayerwiseOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
         *,
-        adapt_1d: bool = False,
-        decay_1d: bool = False,
-        norm_clip: float | None = None,
-        nesterov: bool = False,
         lmbda: float = 1e-3,
         alpha: float = 1.0,
         delay: float = 0,
         gamma_min: float = 0.0,
+        adapt_1d: bool = False,
+        decay_1d: bool = False,
+        norm_clip: float | None = None,
+        nesterov: bool = False,
+        denominator: str = "norm_of_sum",
+        lr_in_momentum: bool = False,
+        max_ratio: float | None = None,
+        larc: bool = False,
+        eps: float = 0.0,
+        adapt: bool | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "adapt_1d": adapt_1d,
-            "decay_1d": decay_1d,
-            "norm_clip": norm_clip,
-            "nesterov": nesterov,
-            "lmbda": lmbda,
-            "alpha": alpha,
-            "delay": delay,
-            "gamma_min": gamma_min,
-            # t, the optimizer steps taken. In the groups because it belongs to no parameter (one that has no gradient
-            # for a while doesn't stop the clock), and because state_dict carries what is in a group.
-            "step": 0,
-        }
-        super().__init__(params, defaults)
+        # step is t, the optimizer steps taken. In the groups because it belongs to no parameter (one that has no
+        # gradient for a while doesn't stop the clock), and because state_dict carries what is in a group.
+        super().__init__(params, options_of(locals()) | {"step": 0})
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group that may set any option for itself; its phi runs on the optimizer's clock."""
         if self.param_groups and isinstance(param_group, dict):
-            param_group.setdefault("step", self.param_groups[0]["step"])
+            step = self.param_groups[0]["step"]
+            param_group.setdefault("step", step.clone() if isinstance(step, Tensor) else step)
         super().add_param_group(param_group)
+        _set_clock(self.param_groups[-1])
 
-    def phi(self, step: float) -> float:
-        """phi at optimizer step ``step`` (1 is the first), before or after it, with the first group's options."""
+    def phi(self, step: Any) -> Any:
+        """phi at optimizer step ``step`` (1 is the first), before or after it, with the first group's options.
+
+        Args:
+            step: a number, or a tensor of any shape.
+
+        Returns:
+            A float, or a tensor of that shape.
+        """
         return _group_phi(step, self.param_groups[0])
 
     def _check_group(self, group: Group) -> None:
-        check_lars(group)
+        super()._check_group(group)
         for name in ("lmbda", "alpha", "delay", "gamma_min"):
             check_non_negative(name, group[name])
 
-    def _update_group(self, group: Group, parameters: list[Tensor]) -> None:
-        group["step"] += 1
-        coefficient = group["trust_coefficient"] * _group_phi(group["step"], group)
-        for parameter in parameters:
-            measured = lars_update(parameter, group, self.state[parameter], coefficient)
-            if measured is not None:
-                self._record(parameter, measured)
+    def _coefficient(self, group: Group) -> float:
+        _set_clock(group)  # torch.compile traces every step as a capturable one
+        group["step"] += 1  # in place where it is a tensor
+        coefficient: float = group["trust_coefficient"] * _group_phi(group["step"], group)
+        return coefficient
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            _set_clock(group)
 
 
-def _group_phi(step: float, group: Group) -> float:
+def _set_clock(group: Group) -> None:
+    """A graph that is replayed has to find the time on the device; otherwise it is a Python int."""
+    if group["capturable"] and group["params"]:
+        group["step"] = torch.as_tensor(group["step"], dtype=torch.float32, device=group["params"][0].device)
+    elif isinstance(group["step"], Tensor):
+        group["step"] = int(group["step"])
+
+
+def _group_phi(step: Any, group: Group) -> Any:
     return phi(step, group["lmbda"], group["alpha"], group["delay"], group["gamma_min"])

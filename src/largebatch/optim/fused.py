@@ -1,0 +1,63 @@
+"""Which tensors can take the fused step, and which module has it for them."""
+
+from __future__ import annotations
+
+from itertools import chain
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from largebatch.optim.options import Group
+from largebatch.optim.part import Part
+
+
+def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:
+    """The module with the fused step for these tensors, or None and the reason.
+
+    The module has ``why_not(weights)``, ``lars(...)`` and ``lamb(...)``; it is imported here because it may need a
+    compiler, and nothing else does.
+    """
+    weights, device = part.weights, part.weights[0].device.type
+    if group["capturable"]:
+        return None, "capturable=True"
+    if isinstance(group["lr"], Tensor):
+        return None, "the learning rate is a tensor"
+    if part.shards or not {type(weight) for weight in weights} <= {Tensor, torch.nn.Parameter}:
+        return None, "parameters are sharded or of a special tensor type"
+    if part.gradients[0].dtype != weights[0].dtype:
+        return None, "gradients are of another type than their parameters"
+    if not _same_layout(weights, part.gradients, *part.state):
+        return None, "parameters, gradients and state have different memory layouts, or gaps in memory"
+    if device == "cpu":
+        from largebatch.optim import fused_cpu as kernels
+    elif device == "cuda":
+        from largebatch.optim import fused_cuda as kernels  # type: ignore[no-redef]
+    else:
+        return None, f"there is none for {device}"
+    reason = kernels.why_not(weights)
+    return (None, reason) if reason else (kernels, "")
+
+
+def _same_layout(weights: list[Tensor], *others: list[Tensor]) -> bool:
+    """Whether elements that belong together are at the same offset of their tensors' memory, without gaps."""
+    if all(map(Tensor.is_contiguous, chain(weights, *others))):
+        return True
+    layouts = [_layout(weight) for weight in weights]
+    return all(_is_dense(layout) for layout in layouts) and all(
+        [_layout(tensor) for tensor in tensors] == layouts for tensors in others if tensors
+    )
+
+
+def _layout(tensor: Tensor) -> list[tuple[int, int]]:
+    """Size and stride of each dimension that has one to speak of."""
+    return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+
+
+def _is_dense(layout: list[tuple[int, int]]) -> bool:
+    expected = 1
+    for size, stride in sorted(layout, key=lambda dimension: dimension[1]):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,272 @@
+# mypy: ignore-errors
+# ruff: noqa: N803 (capitals are compile-time constants, as in all triton programs)
+"""The Triton kernels of ``fused_cuda.py``; importing this needs triton.
+
+All tensors of a step are cut into chunks of ``CHUNK`` elements, one program each, so that a step takes three launches
+whatever the number of layers: sums of squares of each chunk, trust ratio of each layer, update of each chunk. The
+arithmetic of an element is fp32; ``tl.sum`` adds a chunk's 4096 squares in a tree of at most 25 levels (16 elements in
+a thread, then across threads), so a norm is right to 8e-7 whatever the numbers are, and chunks are added up in fp64.
+No atomics: sums are in the same order in every run.
+
+Tables, all int64 on the device:
+    chunks [chunks, 5]: tensor, first element, elements left in the tensor from there, row (place among the adapted
+        tensors; -1: not adapted), decayed (1 or 0). Those of adapted tensors come first.
+    rows [adapted tensors, 3]: first chunk, number of chunks, decayed.
+    pointers [kinds, tensors]: addresses of weights, gradients and state.
+"""
+
+# No ``from __future__ import annotations``: triton's interpreter compares annotations with tl.constexpr itself.
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the decorators below read it
+
+Number = tl.float32  # said of arguments: else triton looks at each value at each launch, and compiles anew for an int
+
+# The work is bound by memory (28 bytes an element in LARS, 40 in LAMB). 16 elements a thread are four 16-byte loads of
+# each of 2 to 4 tensors in flight, some 100 KB an SM, where Hopper needs about 20 KB to hide its latency; and the
+# 11 million elements of ResNet-18 still are 2,700 programs, enough to fill 132 SMs evenly.
+CHUNK = tl.constexpr(4096)
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # fusion said: triton's default for it is changing
+# Partial sums that a program adds at a time: all of ResNet-50's largest layer (576) in one go.
+_PARTIALS = tl.constexpr(1024)
+RATIO_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _chunk(chunks, number):
+    record = chunks + number.to(tl.int64) * 5
+    first = tl.multiple_of(tl.load(record + 1), CHUNK)
+    return tl.load(record), first, tl.load(record + 2), tl.load(record + 3), tl.load(record + 4)
+
+
+@triton.jit
+def _address(pointers, tensor, first, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Of a chunk; what the compiler knows of its alignment decides how wide the accesses are."""
+    pointer = tl.load(pointers + tensor).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, ALIGN) + first
+
+
+@triton.jit
+def _load(address, left, MASKED: tl.constexpr):
+    offsets = tl.arange(0, CHUNK)
+    if MASKED:
+        values = tl.load(address + offsets, mask=offsets < left, other=0.0)
+    else:
+        values = tl.load(address + offsets)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store(address, values, left, MASKED: tl.constexpr):
+    offsets = tl.arange(0, CHUNK)
+    if MASKED:
+        tl.store(address + offsets, values.to(address.dtype.element_ty), mask=offsets < left)
+    else:
+        tl.store(address + offsets, values.to(address.dtype.element_ty))
+
+
+@triton.jit
+def _with_decay(direction, weight, weight_decay, decayed):
+    # A choice, not a product with 0: that would make NaN of an infinite weight.
+    return tl.where(decayed != 0, direction + weight_decay * weight, direction)
+
+
+@triton.jit
+def _at_most(value, limit):
+    return tl.where(value > limit, limit, value)  # NaN stays NaN
+
+
+# -- trust ratios
+
+
+@triton.jit(do_not_specialize=["chunk_count", "row_count"])
+def trust_ratios(
+    rows, partials, given_norms, stats, chunk_count, row_count,
+    coefficient: Number, weight_decay: Number, eps: Number, numerator_clip: Number, denominator_clip: Number,
+    divisor: Number, max_ratio: Number, SUM_OF_NORMS: tl.constexpr,
+):  # fmt: skip
+    """One program a row: the norms, and ``coefficient * ||w|| / (||direction|| + eps) / divisor``, in fp64."""
+    row = tl.program_id(0)
+    first, count = tl.load(rows + row * 3), tl.load(rows + row * 3 + 1)
+    places = tl.arange(0, _PARTIALS)
+    squares_w = tl.zeros([_PARTIALS], tl.float64)
+    squares_g = tl.zeros([_PARTIALS], tl.float64)
+    squares_d = tl.zeros([_PARTIALS], tl.float64)
+    for start in range(0, count, _PARTIALS):
+        partial, mask = partials + first + start + places, start + places < count
+        squares_w += tl.load(partial, mask=mask, other=0.0).to(tl.float64)
+        squares_g += tl.load(partial + chunk_count, mask=mask, other=0.0).to(tl.float64)
+        squares_d += tl.load(partial + 2 * chunk_count, mask=mask, other=0.0).to(tl.float64)
+    weight_norm, gradient_norm = tl.sqrt(tl.sum(squares_w)), tl.sqrt(tl.sum(squares_g))
+    norm = gradient_norm
+    if given_norms is not None:
+        norm = tl.load(given_norms + row).to(tl.float64)
+    if SUM_OF_NORMS:
+        norm = _with_decay(norm, weight_norm, weight_decay, tl.load(rows + row * 3 + 2))
+    elif given_norms is None:
+        norm = tl.sqrt(tl.sum(squares_d))
+    ratio = coefficient * _at_most(weight_norm, numerator_clip) / (_at_most(norm, denominator_clip) + eps)
+    ratio = tl.where((weight_norm == 0) | (norm == 0), 1.0, ratio) / divisor
+    tl.store(stats + row, weight_norm.to(tl.float32))
+    tl.store(stats + row_count + row, gradient_norm.to(tl.float32))
+    tl.store(stats + 2 * row_count + row, _at_most(ratio, max_ratio).to(tl.float32))
+
+
+@triton.jit
+def _ratio(stats, row, row_count):
+    return tl.load(stats + 2 * row_count + row, mask=row >= 0, other=1.0)
+
+
+@triton.jit
+def _store_sums(partials, number, chunk_count, weight, gradient, direction):
+    tl.store(partials + number, tl.sum(weight * weight))
+    tl.store(partials + chunk_count + number, tl.sum(gradient * gradient))
+    tl.store(partials + 2 * chunk_count + number, tl.sum(direction * direction))
+
+
+# -- LARS
+
+
+@triton.jit(do_not_specialize=["tensor_count", "chunk_count"])
+def lars_norms(
+    chunks, pointers, partials, tensor_count, chunk_count, weight_decay: Number, sign: Number,
+    DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Sums of the squares of weights, gradients and decayed gradients, a program a chunk."""
+    number = tl.program_id(0)
+    tensor, first, left, _, decayed = _chunk(chunks, number)
+    weights = _address(pointers, tensor, first, DTYPE, ALIGN)
+    gradients = _address(pointers + tensor_count, tensor, first, DTYPE, GRADIENT_ALIGN)
+    if left >= CHUNK:  # two copies of the body: a mask, whose end is known only here, would forbid wide accesses
+        _lars_sums(weights, gradients, partials, number, chunk_count, left, decayed, weight_decay, sign, False)
+    else:
+        _lars_sums(weights, gradients, partials, number, chunk_count, left, decayed, weight_decay, sign, True)
+
+
+@triton.jit
+def _lars_sums(
+    weights, gradients, partials, number, chunk_count, left, decayed, weight_decay, sign, MASKED: tl.constexpr
+):  # fmt: skip
+    weight, gradient = _load(weights, left, MASKED), _load(gradients, left, MASKED) * sign
+    direction = _with_decay(gradient, weight, weight_decay, decayed)
+    _store_sums(partials, number, chunk_count, weight, gradient, direction)
+
+
+@triton.jit(do_not_specialize=["tensor_count", "row_count"])
+def lars_update(
+    chunks, pointers, stats, tensor_count, row_count,
+    weight_decay: Number, sign: Number, momentum: Number, inner_rate: Number, outer_rate: Number,
+    DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+):  # fmt: skip
+    """``v = momentum * v + ratio * inner_rate * (g + weight_decay * w)`` and ``w -= outer_rate * v``."""
+    # Backwards: what the first pass read last is still in the cache (50 MB; ResNet-18's weights and gradients are 89).
+    tensor, first, left, row, decayed = _chunk(chunks, tl.num_programs(0) - 1 - tl.program_id(0))
+    weights = _address(pointers, tensor, first, DTYPE, ALIGN)
+    gradients = _address(pointers + tensor_count, tensor, first, DTYPE, GRADIENT_ALIGN)
+    buffers = weights
+    if MOMENTUM:
+        buffers = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
+    rate = _ratio(stats, row, row_count) * inner_rate
+    if left >= CHUNK:
+        _lars_step(weights, gradients, buffers, left, decayed, rate, weight_decay, sign, momentum, outer_rate,
+                   False, MOMENTUM, NESTEROV)  # fmt: skip
+    else:
+        _lars_step(weights, gradients, buffers, left, decayed, rate, weight_decay, sign, momentum, outer_rate,
+                   True, MOMENTUM, NESTEROV)  # fmt: skip
+
+
+@triton.jit
+def _lars_step(
+    weights, gradients, buffers, left, decayed, rate, weight_decay, sign, momentum, outer_rate,
+    MASKED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+):  # fmt: skip
+    weight, gradient = _load(weights, left, MASKED), _load(gradients, left, MASKED) * sign
+    move = rate * _with_decay(gradient, weight, weight_decay, decayed)
+    if MOMENTUM:
+        buffer = momentum * _load(buffers, left, MASKED) + move
+        _store(buffers, buffer, left, MASKED)
+        if NESTEROV:
+            move += momentum * buffer
+        else:
+            move = buffer
+    _store(weights, weight - outer_rate * move, left, MASKED)
+
+
+# -- LAMB
+
+
+@triton.jit(do_not_specialize=["tensor_count", "chunk_count"])
+def lamb_moments(
+    chunks, pointers, partials, tensor_count, chunk_count,
+    sign: Number, beta1: Number, rest1: Number, beta2: Number, rest2: Number,
+    scale1: Number, scale2: Number, eps: Number, weight_decay: Number,
+    DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Both moments of all chunks; sums of the squares of weights, gradients and directions."""
+    number = tl.program_id(0)
+    tensor, first, left, _, decayed = _chunk(chunks, number)
+    weights = _address(pointers, tensor, first, DTYPE, ALIGN)
+    gradients = _address(pointers + tensor_count, tensor, first, DTYPE, GRADIENT_ALIGN)
+    firsts = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
+    seconds = _address(pointers + 3 * tensor_count, tensor, first, tl.float32, ALIGN)
+    if left >= CHUNK:
+        _lamb_sums(weights, gradients, firsts, seconds, partials, number, chunk_count, left, decayed,
+                   sign, beta1, rest1, beta2, rest2, scale1, scale2, eps, weight_decay, False)  # fmt: skip
+    else:
+        _lamb_sums(weights, gradients, firsts, seconds, partials, number, chunk_count, left, decayed,
+                   sign, beta1, rest1, beta2, rest2, scale1, scale2, eps, weight_decay, True)  # fmt: skip
+
+
+@triton.jit
+def _lamb_sums(
+    weights, gradients, firsts, seconds, partials, number, chunk_count, left, decayed,
+    sign, beta1, rest1, beta2, rest2, scale1, scale2, eps, weight_decay, MASKED: tl.constexpr,
+):  # fmt: skip
+    weight, gradient = _load(weights, left, MASKED), _load(gradients, left, MASKED) * sign
+    moment1 = beta1 * _load(firsts, left, MASKED) + rest1 * gradient
+    moment2 = beta2 * _load(seconds, left, MASKED) + rest2 * gradient * gradient
+    _store(firsts, moment1, left, MASKED)
+    _store(seconds, moment2, left, MASKED)
+    direction = _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay, decayed)
+    if MASKED:
+        direction = tl.where(tl.arange(0, CHUNK) < left, direction, 0.0)  # without eps it is 0 / 0 beyond the end
+    _store_sums(partials, number, chunk_count, weight, gradient, direction)
+
+
+@triton.jit
+def _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay, decayed):
+    # Exact division and root: triton's own are approximate in fp32.
+    adam = tl.div_rn(moment1 * scale1, tl.sqrt_rn(moment2 * scale2) + eps)
+    return _with_decay(adam, weight, weight_decay, decayed)
+
+
+@triton.jit(do_not_specialize=["tensor_count", "row_count"])
+def lamb_update(
+    chunks, pointers, stats, tensor_count, row_count,
+    lr: Number, scale1: Number, scale2: Number, eps: Number, weight_decay: Number,
+    DTYPE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """``w -= lr * ratio * direction``; the direction is made again: storing it would be 8 bytes an element more."""
+    tensor, first, left, row, decayed = _chunk(chunks, tl.num_programs(0) - 1 - tl.program_id(0))  # as in LARS
+    weights = _address(pointers, tensor, first, DTYPE, ALIGN)
+    firsts = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
+    seconds = _address(pointers + 3 * tensor_count, tensor, first, tl.float32, ALIGN)
+    rate = lr * _ratio(stats, row, row_count)
+    if left >= CHUNK:
+        _lamb_step(weights, firsts, seconds, left, decayed, rate, scale1, scale2, eps, weight_decay, False)
+    else:
+        _lamb_step(weights, firsts, seconds, left, decayed, rate, scale1, scale2, eps, weight_decay, True)
+
+
+@triton.jit
+def _lamb_step(
+    weights, firsts, seconds, left, decayed, rate, scale1, scale2, eps, weight_decay, MASKED: tl.constexpr
+):  # fmt: skip
+    weight, moment1, moment2 = _load(weights, left, MASKED), _load(firsts, left, MASKED), _load(seconds, left, MASKED)
+    direction = _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay, decayed)
+    _store(weights, weight - rate * direction, left, MASKED)

@@ -1,0 +1,389 @@
+"""The optimizers together with the rest of torch: compiling, scaling, schedules, copies, CUDA graphs, processes."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch._dynamo.utils import counters
+from two_processes import CASES, KINDS, PROCESSES, Run, batch, close, loss_of, run_cases, same_weights, small_model
+
+from largebatch.optim import LARS, fused_cpu
+
+ALL = pytest.mark.parametrize("kind", KINDS)
+
+
+def rate(kind):
+    return KINDS[kind][1]["lr"]
+
+
+def equal_weights(one, other):
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def needs_cpp_compiler():
+    if reason := fused_cpu.why_not([torch.ones(1)]):
+        pytest.skip(reason)
+
+
+# -- torch.compile
+
+
+def compare_compiled(eager, traced, steps, backend, before=lambda: None):
+    """Trajectory, statistics, and the number of graphs."""
+    torch._dynamo.reset()
+    counters.clear()
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def compiled_step():
+        traced.optimizer.step()
+
+    for step in steps:
+        before()
+        eager.train([step])
+        traced.backward(step)
+        traced.give_norms()
+        compiled_step()
+        close(list(traced.model.parameters()), list(eager.model.parameters()), rtol=1e-6)
+        close(traced.optimizer.layer_stats(), eager.optimizer.layer_stats(), rtol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 2  # the first makes the state
+
+
+@ALL
+def test_the_compiled_step_is_the_eager_step(kind):
+    """As one graph, for more steps than torch recompiles; then goes on without the compiler."""
+    eager, traced = Run(kind, small_model(), foreach=True), Run(kind, small_model())
+    compare_compiled(eager, traced, range(10), "eager")
+    if kind == "clars":
+        with pytest.raises(RuntimeError, match="no sample norms"):  # given for the compiled step alone
+            traced.optimizer.step()
+    eager.train(range(10, 12))
+    traced.train(range(10, 12))
+    same_weights(traced.model, eager.model)
+
+
+@ALL
+def test_the_compiled_capturable_step_follows_a_tensor_rate(kind):
+    """Changes of the rate need no other graph. fused=True is no obstacle: the compiler fuses."""
+    rates = [torch.tensor(rate(kind)), torch.tensor(rate(kind))]
+    eager = Run(kind, small_model(), lr=rates[0], foreach=True)
+    traced = Run(kind, small_model(), lr=rates[1], capturable=True, fused=True)
+    compare_compiled(eager, traced, range(5), "aot_eager", before=lambda: torch._foreach_mul_(rates, 0.8))
+    assert rates[1] < 0.5 * rate(kind)
+
+
+def test_inductor():
+    needs_cpp_compiler()
+    eager, traced = (Run("lars", torch.nn.Linear(7, 1), foreach=foreach) for foreach in (True, None))
+    traced.model.load_state_dict(eager.model.state_dict())
+    compare_compiled(eager, traced, range(5), "inductor")
+
+
+# -- loss scaling
+
+
+@ALL
+def test_grad_scaler(kind):
+    """A scaled loss makes the same step, and a gradient of infinity makes none."""
+    alone, run = Run(kind, small_model()), Run(kind, small_model())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+    def scaled_step(step, factor=1.0):
+        run.optimizer.zero_grad()
+        scaler.scale(loss_of(run.model, *batch(step)) * factor).backward()
+        run.give_norms(scaler.get_scale())
+        scaler.step(run.optimizer)
+        scaler.update()
+
+    for step in range(5):
+        alone.train([step])
+        scaled_step(step)
+        if step == 2:
+            state = copy.deepcopy(run.optimizer.state_dict())
+            scaled_step(step, factor=float("inf"))
+            assert str(run.optimizer.state_dict()) == str(state)
+        close(list(run.model.parameters()), list(alone.model.parameters()), rtol=1e-6)
+    close(run.optimizer.layer_stats(), alone.optimizer.layer_stats())
+    assert scaler.get_scale() == 1024.0 * 2 * 0.5 * 2
+
+
+# -- schedules, closures, gradients
+
+
+@ALL
+def test_one_cycle_sets_rate_and_momentum(kind):
+    """As it does for torch's own optimizers, whose numbers are given here by hand."""
+
+    def one_cycle(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate(kind), total_steps=6, max_momentum=0.9)
+
+    like = {"betas": (0.9, 0.999)} if kind == "lamb" else {"momentum": 0.9}
+    torchs = (torch.optim.Adam if kind == "lamb" else torch.optim.SGD)([torch.nn.Parameter(torch.ones(1))], 0.1, **like)
+    by_hand, run = Run(kind, small_model()), Run(kind, small_model())
+    schedules = one_cycle(run.optimizer), one_cycle(torchs)
+    (hers,) = torchs.param_groups
+    seen = set()
+    for step in range(5):
+        now = {name: hers[name] for name in ("lr", *like)}
+        seen.add(str(now))
+        by_hand.optimizer.param_groups[0].update(now)
+        by_hand.train([step])
+        run.train([step])
+        torchs.step()
+        for schedule in schedules:
+            schedule.step()
+    equal_weights(run.model, by_hand.model)
+    assert len(seen) == 5
+
+
+@ALL
+def test_a_schedule_moves_a_tensor_rate(kind):
+    runs = [Run(kind, small_model()), Run(kind, small_model(), lr=torch.tensor(rate(kind)))]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 0.7**step) for run in runs]
+    for step in range(5):
+        for run, schedule in zip(runs, schedules, strict=True):
+            run.train([step])
+            schedule.step()
+    close(list(runs[1].model.parameters()), list(runs[0].model.parameters()), rtol=1e-6)
+
+
+@ALL
+def test_a_closure_may_do_all_before_the_step(kind):
+    """Gradients, and CLARS's sample norms."""
+    plain, run = Run(kind, small_model()), Run(kind, small_model())
+    for step in range(3):
+        before = loss_of(run.model, *batch(step))
+
+        def closure(step=step):
+            loss = run.backward(step)
+            run.give_norms()
+            return loss
+
+        assert run.optimizer.step(closure) == before
+    plain.train(range(3))
+    equal_weights(run.model, plain.model)
+
+
+@ALL
+def test_gradients_zeroed_in_place(kind):
+    plain, run = Run(kind, small_model()), Run(kind, small_model())
+    for step in range(4):
+        plain.train([step])
+        run.optimizer.zero_grad(set_to_none=False)
+        loss_of(run.model, *batch(step)).backward()
+        run.step()
+    equal_weights(run.model, plain.model)
+
+
+# -- copies and state
+
+
+@ALL
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
+def test_a_copy_continues_bit_for_bit(kind, way, capturable):
+    run = Run(kind, small_model(), capturable=capturable)
+    run.train(range(3))
+    if run.norms is not None:
+        run.norms.remove()  # its hooks are the model's, and no part of the optimizer
+    twin = copy.copy(run)
+    twin.model, twin.optimizer = way((run.model, run.optimizer))
+    for one in (run, twin):
+        one.watch()
+        one.train(range(3, 6))
+    assert twin.model[0].weight is not run.model[0].weight
+    equal_weights(run.model, twin.model)
+
+
+@ALL
+def test_capturable_keeps_everything_that_changes_in_tensors(kind):
+    plain, run = Run(kind, small_model()), Run(kind, small_model(), capturable=True)
+    for step in range(5):
+        plain.train([step])
+        run.train([step])
+        close(list(run.model.parameters()), list(plain.model.parameters()), rtol=1e-6)
+        close(run.optimizer.layer_stats(), plain.optimizer.layer_stats(), rtol=1e-6)
+    assert all(isinstance(value, torch.Tensor) for state in run.optimizer.state.values() for value in state.values())
+    (group,) = run.optimizer.param_groups
+    assert {name for name, value in group.items() if isinstance(value, torch.Tensor)} == ({"step"} & group.keys())
+
+
+@ALL
+@pytest.mark.parametrize("capturable", [False, True])
+def test_state_goes_from_plain_to_capturable_and_back(kind, capturable):
+    """Loaded, the options are those of the saved groups, as with torch's optimizers; then they are set anew."""
+    first = Run(kind, small_model(), capturable=not capturable)
+    first.train(range(3))
+    file = io.BytesIO()
+    torch.save(first.optimizer.state_dict(), file)
+    file.seek(0)
+    second = Run(kind, small_model(seed=1), capturable=capturable)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(torch.load(file))
+    assert second.optimizer.param_groups[0]["capturable"] is not capturable
+    second.optimizer.param_groups[0]["capturable"] = capturable
+    first.train(range(3, 6))
+    second.train(range(3, 6))
+    same_weights(second.model, first.model)
+    clocks = [group["step"] for group in second.optimizer.param_groups if "step" in group]
+    counts = [state["step"] for state in second.optimizer.state.values() if "step" in state]
+    assert all(isinstance(step, torch.Tensor) is capturable and step == 6 for step in clocks + counts)
+    assert (len(clocks), len(counts)) == {"tvlars": (1, 0), "lamb": (0, 8)}.get(kind, (0, 0))
+
+
+# -- parameters
+
+
+@ALL
+def test_a_shared_weight_is_updated_once(kind):
+    """By the sum of the gradients of both its uses."""
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    alone = torch.nn.Linear(4, 4, bias=False)
+    alone.load_state_dict(first.state_dict())
+    optimizer, defaults = KINDS[kind]
+    tied = optimizer(torch.nn.Sequential(first, second).named_parameters(), **defaults)
+    plain = optimizer(alone.named_parameters(), **defaults)
+    assert tied.layer_names == ["0.weight"]
+    for step in range(3):
+        inputs = batch(step)[0][:, :4]
+        tied.zero_grad()
+        second(first(inputs).tanh()).square().mean().backward()
+        outer = torch.autograd.grad(second(first(inputs).tanh().detach()).square().mean(), second.weight)[0]
+        assert not torch.allclose(outer, first.weight.grad)
+        alone.weight.grad = first.weight.grad.clone()
+        for one in (tied, plain):
+            if kind == "clars":
+                one.set_sample_norms({layer: torch.tensor(2.0) for layer in one.layers})
+            one.step()
+        assert torch.equal(first.weight, alone.weight)
+
+
+@ALL
+def test_a_frozen_parameter_is_not_touched(kind):
+    model = small_model()
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model[0].state_dict())
+    optimizer, defaults = KINDS[kind]
+    run = optimizer(model.named_parameters(), **defaults)
+    for step in range(3):
+        run.zero_grad()
+        loss_of(model, *batch(step)).backward()
+        if kind == "clars":
+            run.set_sample_norms({layer: torch.tensor(2.0) for layer in run.layers[1:]})
+        run.step()
+    for name, value in model[0].state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not any(parameter in run.state for parameter in model[0].parameters())
+    assert run.layer_names == ["0.weight", "3.weight", "4.weight"]
+    for value in run.layer_stats().values():
+        assert value.isnan().tolist() == [True, False, False]
+
+
+@ALL
+@pytest.mark.parametrize("foreach", [None, True])
+def test_data_may_be_replaced(kind, foreach):
+    """By memory elsewhere, also of another layout than that of the state."""
+    plain, run = Run(kind, small_model(), foreach=foreach), Run(kind, small_model(), foreach=foreach)
+    for step in range(6):
+        for parameter in run.model.parameters():
+            if step == 2:
+                parameter.data = parameter.data.clone()
+            if step == 4 and parameter.ndim == 2:
+                parameter.data = parameter.data.t().contiguous().t()
+        plain.train([step])
+        run.train([step])
+    assert run.model[0].weight.stride() == (1, 5)
+    close(list(run.model.parameters()), list(plain.model.parameters()), rtol=1e-6)
+
+
+def test_sum_of_norms_with_layers_that_are_not_decayed():
+    """A layer's decay is its own: 0 for a bias that is adapted."""
+    weight, bias = torch.nn.Parameter(torch.full((2, 2), 3.0)), torch.nn.Parameter(torch.full((4,), 3.0))
+    options = {"lr": 1.0, "weight_decay": 0.5, "trust_coefficient": 1.0, "denominator": "sum_of_norms"}
+    optimizer = LARS([weight, bias], adapt_1d=True, foreach=True, **options)
+    weight.grad, bias.grad = torch.ones(2, 2), torch.ones(4)
+    optimizer.step()
+    assert optimizer.layer_stats()["trust_ratio"].tolist() == pytest.approx([6 / (2 + 0.5 * 6), 6 / 2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("sgd", "foreach"), *((kind, way) for kind in KINDS for way in ("foreach", "fused"))]
+)
+@pytest.mark.filterwarnings("error")
+def test_backward_through_an_overwritten_weight_is_refused(kind, way):
+    """As with torch.optim.SGD: autograd sees the update, by whatever code it is made."""
+    needs_cpp_compiler()
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    inputs = torch.ones(2, 2, requires_grad=True)
+    optimizer, defaults = KINDS.get(kind, (torch.optim.SGD, {"lr": 0.1}))
+    optimizer = optimizer([weight], **{**defaults, way: True})
+    loss = (inputs @ weight).square().sum()
+    loss.backward(retain_graph=True)
+    if kind == "clars":
+        optimizer.set_sample_norms({weight: torch.tensor(2.0)})
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# -- CUDA graphs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"adapt_1d": True, "max_ratio": 1.0}], ids=["default", "limited"])
+@ALL
+def test_cuda_graph(kind, options):
+    """Captured once and replayed with another rate each time; statistics are those of the latest replay."""
+    if kind == "lars" and options:
+        options = {**options, "denominator": "sum_of_norms", "lr_in_momentum": True}
+    lr = torch.tensor(rate(kind), device="cuda")
+    eager = Run(kind, small_model().cuda(), foreach=True, **options)
+    run = Run(kind, small_model().cuda(), lr=lr, capturable=True, **options)
+    for one in (eager, run):  # the gradients stay the same: this is about the step
+        loss_of(one.model, *(tensor.cuda() for tensor in batch(0))).backward()
+        one.given = {layer: torch.tensor(2.0, device="cuda") for layer in one.optimizer.layers}
+
+    def step(one):
+        if kind == "clars":
+            one.optimizer.set_sample_norms(one.given)
+        one.optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(run)
+    torch.cuda.current_stream().wait_stream(side)
+    step(eager)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(run)
+    for factor in (1.0, 0.5, 2.0):
+        lr.fill_(rate(kind) * factor)
+        eager.optimizer.param_groups[0]["lr"] = rate(kind) * factor
+        graph.replay()
+        step(eager)
+        close(list(run.model.parameters()), list(eager.model.parameters()))
+        close(run.optimizer.layer_stats(), eager.optimizer.layer_stats())
+
+
+# -- processes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_processes")
+    mp.spawn(run_cases, (str(folder),), nprocs=PROCESSES)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(outcomes, case):
+    for rank in range(PROCESSES):
+        outcome = outcomes / f"{case}-{rank}"
+        assert outcome.exists(), "an earlier case failed"
+        assert outcome.read_text() == ""
