@@ -121,6 +121,44 @@ def test_accumulation_trains_the_same(tmp_path: Path, undivided: Path, division:
     assert difference(undivided, train_in(tmp_path / "divided", *GENTLE, *division)) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def clars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_in(tmp_path_factory.mktemp("runs") / "clars", *GENTLE, *CLARS)
+
+
+CLARS = ("optimizer=clars", "optimizer.lr=2", "optimizer.sample_size=2")
+
+
+@pytest.mark.parametrize("division", [["cluster.processes=2"], ["micro_batch=4"]])
+def test_clars_trains_the_same_on_several_processes_and_with_accumulation(
+    tmp_path: Path, clars: Path, division: list[str]
+) -> None:
+    """Groups of two samples, whose gradients' norms add up over micro-batches and processes."""
+    assert "gradient norms of 2 samples at a time by hooks" in (clars / "log.txt").read_text()
+    assert difference(clars, train_in(tmp_path / "divided", *GENTLE, *CLARS, *division)) < 1e-5
+    single = train_in(tmp_path / "single", *GENTLE, *CLARS, "optimizer.sample_size=1")
+    assert difference(clars, single) > 1e-4
+
+
+def test_clars_on_a_model_whose_layers_have_no_hooks(tmp_path: Path) -> None:
+    """A vision transformer's position embedding isn't a layer: the norms are of micro-batches then."""
+    vit = (
+        "model=timm", "model.name=vit_tiny_patch16_224", "dataset.channels=3", "optimizer.sample_size=8",
+        "+model.options={img_size:8,patch_size:4,depth:1,embed_dim:12,num_heads:2}", "steps=3",
+    )  # fmt: skip
+    run = train_in(tmp_path / "vit", *TINY, "optimizer=clars", "cluster.threads=1", *vit)
+    log = (run / "log.txt").read_text()
+    assert "gradient norms of 8 samples at a time by passes: cls_token" in log
+    assert "1 process(es) x 2 micro-batch(es) of 8" in log
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_clars_sample_size_must_divide_the_micro_batch(launch: Launch) -> None:
+    result = launch(*TINY, "optimizer=clars", "optimizer.sample_size=3")
+    assert result.returncode == 2
+    assert "optimizer.sample_size=3 doesn't divide the micro-batch of 16 images; nearest: 2" in result.stderr
+
+
 def test_batch_norm_trains_the_same_over_processes_only_when_synchronised(tmp_path: Path) -> None:
     whole = train_in(tmp_path / "whole", *GENTLE, "model.norm=batch")
     synchronised = ("model.norm=batch", "sync_bn=true", "cluster.processes=2")

@@ -23,12 +23,25 @@ class BatchPlan:
         return self.accumulation * self.micro_batch
 
 
-def plan_batch(global_batch: int, processes: int, micro_batch: int | None) -> BatchPlan:
+def plan_batch(global_batch: int, processes: int, micro_batch: int | None, sample_size: int | None = None) -> BatchPlan:
     """Divide ``global_batch`` over ``processes``, and each share into micro-batches of ``micro_batch`` images.
+
+    Args:
+        sample_size: must divide the micro-batch: CLARS's groups of samples aren't spread over two.
 
     Raises:
         UserError: when a division leaves a remainder; the message names the nearest sizes that leave none.
     """
+    plan = _divide(global_batch, processes, micro_batch)
+    if sample_size is not None and plan.micro_batch % sample_size:
+        raise UserError(
+            f"optimizer.sample_size={sample_size} doesn't divide the micro-batch of {plan.micro_batch} images; "
+            f"nearest: {_nearest_divisor(plan.micro_batch, sample_size)}"
+        )
+    return plan
+
+
+def _divide(global_batch: int, processes: int, micro_batch: int | None) -> BatchPlan:
     if global_batch % processes:
         near = _nearest_multiples(global_batch, processes)
         raise UserError(f"batch_size={global_batch} can't be divided over {processes} processes; nearest: {near}")
@@ -37,13 +50,16 @@ def plan_batch(global_batch: int, processes: int, micro_batch: int | None) -> Ba
         return BatchPlan(global_batch, processes, 1, share)
     if share % micro_batch:
         near = _nearest_multiples(global_batch, processes * micro_batch)
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        nearest = min(divisors, key=lambda d: abs(d - micro_batch))
+        nearest = _nearest_divisor(share, micro_batch)
         raise UserError(
             f"micro_batch={micro_batch} doesn't divide the {share} images of batch_size={global_batch} that each of "
             f"{processes} process(es) takes; nearest: micro_batch={nearest}, or batch_size {near}"
         )
     return BatchPlan(global_batch, processes, share // micro_batch, micro_batch)
+
+
+def _nearest_divisor(size: int, wanted: int) -> int:
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - wanted))
 
 
 def _nearest_multiples(size: int, unit: int) -> str:

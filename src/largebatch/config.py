@@ -67,6 +67,11 @@ class OptimizerConfig:
     adapt_1d: bool | None = None  # scale biases and norm parameters layer-wise too
     decay_1d: bool | None = None  # decay them too
     norm_clip: float | None = None  # clip the norms of the trust ratio from above
+    max_ratio: float | None = None  # clip the trust ratio itself
+    denominator: str | None = None  # norm_of_sum (||g + wd*w||) or sum_of_norms (||g|| + wd*||w||); clars: sample_norms
+    lr_in_momentum: bool | None = None  # lars, tvlars, clars: the rate inside the momentum buffer
+    larc: bool | None = None  # likewise: divide the trust ratio by lr before max_ratio clips it
+    sample_size: int | None = None  # clars: samples whose mean gradient's norm counts as one
     bias_correction: bool | None = None  # lamb
     lmbda: float | None = None  # tvlars: steepness of phi's decay, per optimizer step
     alpha: float | None = None  # tvlars: phi starts near 1/alpha; rmsprop: smoothing constant
@@ -223,6 +228,8 @@ def unknown_key(key: str) -> str:
 
 # Keys that can't change a run's result, and so aren't part of what it is.
 _NOT_IDENTITY = ("cluster", "tracker", "checkpoint", "runs_dir", "rerun", "dry_run")
+# Options that came after the first version, at what that did: left out, so that its runs keep their names.
+_LATER_OPTIONS = {"denominator": "norm_of_sum", "lr_in_momentum": False, "larc": False, "eps": 0.0}
 _NOT_IDENTITY_DATASET = ("root", "download", "verify", "workers", "default_epochs")
 
 
@@ -239,6 +246,10 @@ def identity(config: Config) -> str:
         if not (key == "root" and config.dataset.name == "imagefolder"):
             del tree["dataset"][key]
     del tree["lr_scaling"]["force"]  # it lets a run be, and changes nothing in it
+    if config.optimizer.library == "largebatch":
+        for key, default in _LATER_OPTIONS.items():
+            if tree["optimizer"][key] == default:
+                del tree["optimizer"][key]
     canonical = json.dumps(_without_none(tree), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 

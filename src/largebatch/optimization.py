@@ -17,6 +17,7 @@ from largebatch.validate import OPTIMIZER_OPTIONS
 _CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "lars": optim.LARS,
     "tvlars": optim.TVLARS,
+    "clars": optim.CLARS,
     "lamb": optim.LAMB,
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
@@ -67,6 +68,7 @@ def resolved_options(config: Config, steps_per_epoch: int) -> dict[str, Any]:
         options["delay"] = round(options.pop("delay_epochs") * steps_per_epoch)
         if options["gamma_min"] == "auto":
             options["gamma_min"] = 0.001 * config.batch_size / 256
+    options.pop("sample_size", None)  # the training's, which measures the norms
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
     return options

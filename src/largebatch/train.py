@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +32,7 @@ from largebatch.data import Data, eval_batches, load_data, steps_per_epoch, trai
 from largebatch.errors import UserError
 from largebatch.facts import facts_in_words, gather_facts, resolved_precision
 from largebatch.modes import clf
-from largebatch.optim import TVLARS
+from largebatch.optim import CLARS, TVLARS, SampleNorms
 from largebatch.optim.layerwise import LayerwiseOptimizer
 from largebatch.optimization import build_optimizer, schedule_factor, warmup_steps
 from largebatch.process import die_with_parent, launcher_is_gone
@@ -69,8 +69,10 @@ class Training:
     """What changes while a run trains, and so what a checkpoint holds."""
 
     model: nn.Module
+    replica: nn.Module  # the same, with gradients averaged over the processes
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
+    norms: SampleNorms | None  # what CLARS divides by
     totals: Tensor  # of this process, since the last logged row
     step: int = 0
     seconds: float = 0.0  # wall time of the parts before this one
@@ -97,6 +99,10 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
     """Carry a run from where it stands to its end, a divergence or a request to stop."""
     run = prepare(config, folder, rank, processes, device)
     training = set_up(run)
+    if training.norms is not None:
+        run = with_sample_norms(run, training.norms)
+        groups = f"{training.norms.sample_size} sample{'s' * (training.norms.sample_size > 1)} at a time"
+        console.say(f"gradient norms of {groups} by {training.norms.method}: {training.norms.why}")
     saved = load_newest(folder.checkpoints, device, console.say)
     if saved is not None:
         training.load(saved, rank)
@@ -116,7 +122,7 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
 def prepare(config: Config, folder: RunFolder, rank: int, processes: int, device: torch.device) -> Run:
     """Load the data and work out the run's length and how its batches are divided."""
     data = load_data(config.dataset, config.seed)
-    batch = plan_batch(config.batch_size, processes, config.micro_batch)
+    batch = plan_batch(config.batch_size, processes, config.micro_batch, config.optimizer.sample_size)
     epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
     steps = config.steps if config.steps is not None else (config.epochs or 0) * epoch_steps
     bf16 = resolved_precision(config, device) == "bf16"
@@ -133,17 +139,27 @@ def set_up(run: Run) -> Training:
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, run.device)
     optimizer = build_optimizer(config, model, run.epoch_steps)
+    example = torch.zeros(2, run.data.channels, run.data.image_size, run.data.image_size, device=run.device)
+    replica = distributed.replicate(model, example)
+    norms = None
+    if isinstance(optimizer, CLARS):
+        norms = SampleNorms(model, config.optimizer.sample_size or 1, parameters=optimizer.layers)
     warmup = warmup_steps(config.schedule, run.epoch_steps)
     schedule = LambdaLR(optimizer, schedule_factor(config.schedule, run.steps, warmup))
     totals = torch.zeros(run.mode.TOTALS, dtype=torch.float64, device=run.device)
-    return Training(model, optimizer, schedule, totals)
+    return Training(model, replica, optimizer, schedule, norms, totals)
+
+
+def with_sample_norms(run: Run, norms: SampleNorms) -> Run:
+    """The run in micro-batches from which CLARS's norms can be taken."""
+    if norms.method == "hooks":
+        return run
+    return replace(run, batch=plan_batch(run.config.batch_size, run.processes, norms.sample_size))
 
 
 def loop(run: Run, training: Training, recorder: Recorder | None, clock: StepClock) -> tuple[str, str]:
     """Step, log, evaluate, save, until there is a reason to end. Returns the run's state and a word on it."""
     config, mode = run.config, run.mode
-    example = torch.zeros(2, run.data.channels, run.data.image_size, run.data.image_size, device=run.device)
-    replica = distributed.replicate(training.model, example)
     boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, run.rank)
     batches = train_batches(
         run.data.train, config.dataset, run.data.mean, run.data.std, batch_size=config.batch_size, rank=run.rank,
@@ -156,7 +172,7 @@ def loop(run: Run, training: Training, recorder: Recorder | None, clock: StepClo
     while training.step < run.steps and not diverged:
         training.step = step = training.step + 1
         torch.manual_seed(derive_seed(config.seed, "step", step, run.rank))  # dropout; no random state needs saving
-        finite = forward_backward(run, replica, batches, training.totals)
+        finite = forward_backward(run, training.replica, batches, training.totals)
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
         lr = training.optimizer.param_groups[0]["lr"]
         update(training, recorder, every=config.tracker.layers_every)
@@ -226,6 +242,8 @@ def update(training: Training, recorder: Recorder | None, every: int) -> None:
     due = recorder is not None and every > 0 and training.step % every == 0
     layerwise = isinstance(optimizer, LayerwiseOptimizer)
     plain = plain_statistics(training.model) if due and not layerwise else None
+    if training.norms is not None and isinstance(optimizer, CLARS):
+        optimizer.set_sample_norms(training.norms.means())
     optimizer.step()
     if recorder and plain:
         recorder.layers(training.step, *plain)

@@ -18,14 +18,19 @@ MODELS = {
 }
 INITS = ("default", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 
-_LARS = ("weight_decay", "momentum", "nesterov", "trust_coefficient", "adapt_1d", "decay_1d", "norm_clip")
+_LARS = (
+    "weight_decay", "momentum", "nesterov", "trust_coefficient", "denominator", "eps", "adapt_1d", "decay_1d",
+    "norm_clip", "max_ratio", "larc", "lr_in_momentum",
+)  # fmt: skip
 _ADAM = ("weight_decay", "betas", "eps", "amsgrad")
-# Which options an optimizer has beside lr. The names are the keyword arguments of its class, TVLARS's delay apart.
+# Which options an optimizer has beside lr. The names are the keyword arguments of its class, apart from TVLARS's delay
+# and CLARS's sample_size.
 OPTIMIZER_OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "largebatch": {
         "lars": _LARS,
         "tvlars": (*_LARS, "lmbda", "alpha", "delay_epochs", "gamma_min"),
-        "lamb": ("weight_decay", "betas", "eps", "bias_correction", "adapt_1d", "decay_1d", "norm_clip"),
+        "clars": (*_LARS, "sample_size"),
+        "lamb": ("weight_decay", "betas", "eps", "bias_correction", "adapt_1d", "decay_1d", "norm_clip", "max_ratio"),
     },
     "torch": {
         "sgd": ("weight_decay", "momentum", "nesterov"),
@@ -42,7 +47,7 @@ SCHEDULE_OPTIONS = {
     "warmup_cosine": ("warmup_epochs", "warmup_steps", "final_factor"),
     "warmup_poly": ("warmup_epochs", "warmup_steps", "final_factor", "power"),
 }
-_MAY_BE_NONE = ("norm_clip", "warmup_epochs", "warmup_steps")
+_MAY_BE_NONE = ("norm_clip", "max_ratio", "warmup_epochs", "warmup_steps")
 # Optimizers of torch and timm whose update is a gradient over its own recent size, or a sign: all that the theory
 # behind lr_scaling.rule=surge is about. Why others aren't here: docs/lr_scaling.md.
 SURGE_OPTIMIZERS = (
@@ -90,6 +95,8 @@ _NUMBERS: dict[str, tuple[float, bool]] = {
     "optimizer.eps": (0, True),
     "optimizer.trust_coefficient": (0, False),
     "optimizer.norm_clip": (0, False),
+    "optimizer.max_ratio": (0, False),
+    "optimizer.sample_size": (1, True),
     "optimizer.alpha": (0, True),
     "optimizer.lmbda": (0, True),
     "optimizer.delay_epochs": (0, True),
@@ -121,6 +128,8 @@ def _check_numbers(config: Config) -> list[str]:
         problems.append(f"optimizer.momentum={optimizer.momentum}: must be below 1")
     if optimizer.nesterov and not optimizer.momentum:
         problems.append("optimizer.nesterov=true: needs optimizer.momentum above 0")
+    if optimizer.larc and optimizer.max_ratio is None:
+        problems.append("optimizer.larc=true: needs optimizer.max_ratio, LARC's own is 1")
     for beta in optimizer.betas or []:
         if not 0 <= beta < 1:
             problems.append(f"optimizer.betas={optimizer.betas}: both must be at least 0 and below 1")
@@ -165,6 +174,9 @@ def _check_names(config: Config) -> list[str]:
         for key, (given, allowed) in named.items()
         if given not in allowed
     ]
+    denominator, denominators = config.optimizer.denominator, _denominators(config.optimizer.name)
+    if denominator not in (None, *denominators):
+        problems.append(f"optimizer.denominator={denominator}: {choices(denominator, denominators)}")
     channels = config.dataset.channels
     for key in ("mean", "std"):
         values = getattr(config.dataset, key)
@@ -173,6 +185,10 @@ def _check_names(config: Config) -> list[str]:
     if any(value <= 0 for value in config.dataset.std or []):
         problems.append(f"dataset.std={config.dataset.std}: must be above 0")
     return problems
+
+
+def _denominators(optimizer: str) -> tuple[str, str]:
+    return ("sample_norms" if optimizer == "clars" else "norm_of_sum", "sum_of_norms")
 
 
 def _check_model(config: Config) -> list[str]:
@@ -280,10 +296,11 @@ def _check_length(config: Config) -> list[str]:
 def _check_batch(config: Config) -> list[str]:
     problems = []
     processes = config.cluster.processes
-    sizes_ok = config.batch_size >= 1 and (config.micro_batch is None or config.micro_batch >= 1)
+    sizes = (config.batch_size, config.micro_batch, config.optimizer.sample_size)
+    sizes_ok = all(size is None or size >= 1 for size in sizes)
     if sizes_ok and (processes is None or processes >= 1):
         try:
-            plan_batch(config.batch_size, processes or 1, config.micro_batch)
+            plan_batch(config.batch_size, processes or 1, config.micro_batch, config.optimizer.sample_size)
         except UserError as error:
             problems.append(str(error))
     size = config.dataset.train_size

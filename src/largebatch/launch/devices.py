@@ -28,7 +28,7 @@ def resolve_devices(config: Config) -> None:
     cluster.processes = cluster.processes or max(1, len(gpus))
     if gpus and cluster.processes > len(gpus):
         raise UserError(f"cluster.processes={cluster.processes}: one process a GPU, and {len(gpus)} GPU(s) were found")
-    plan_batch(config.batch_size, cluster.processes, config.micro_batch)
+    plan_batch(config.batch_size, cluster.processes, config.micro_batch, config.optimizer.sample_size)
 
 
 def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
