@@ -15,6 +15,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
 demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs, under two minutes
 	$(BIN)/python launch.py -m sweeps=demo
 
@@ -26,7 +30,7 @@ lint: install ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ## print the benchmarks' ratios, measured side by side
+bench: $(VENV)/.installed-bench ## print the benchmarks' ratios, measured side by side
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the environment and caches; runs and data stay

@@ -1,0 +1,383 @@
+"""What an optimizer's step costs: ours beside torch's, timm's and pytorch_optimizer's, on real parameter shapes.
+
+Everything runs interleaved in one process, the order reversed every other repeat; medians [quartiles]; ratios last.
+`python benchmarks/optimizer_step.py [--device cuda] [--models resnet18 resnet50] [--repeats 11] [--out FILE.json]`
+
+The byte limit is the least traffic to memory that a step needs, at the bandwidth of an in-place addition of 1 GiB
+arrays, which takes its turn among the optimizers. Bytes a parameter in fp32: SGD reads weight, gradient and momentum
+and writes two of them (20); LARS must read weight and gradient once more, for the norms (28); AdamW has a second
+moment (28); LAMB reads weight and moments again after their norms are known (40). A layer that stays in the cache
+between its two passes goes below the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for a run; read when torch is loaded
+
+import timm.optim
+import torch
+import torchvision
+from tabulate import tabulate
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from largebatch import optim
+
+WARM_UP = 3
+STATISTICS_EVERY = 20  # steps between two rows of layers.parquet, the default of tracker.layers_every
+ADDITION = "in-place addition of 1 GiB arrays"  # the clock of the byte limit
+ADDITION_ELEMENTS, ADDITION_BYTES = 1 << 28, 12  # fp32; read two, write one
+
+BYTES = {"SGD": 20, "LARS": 28, "AdamW": 28, "LAMB": 40}  # a parameter, by family
+YARDSTICK = {"SGD": "torch SGD, fused", "LARS": "torch SGD, fused", "AdamW": "torch AdamW, fused"}
+YARDSTICK["LAMB"] = YARDSTICK["AdamW"]
+
+# The very first fused step of each optimizer, in a process that has torch warm. Prints a name and seconds a line.
+FIRST_STEPS = """
+import sys, time, torch, warnings
+from largebatch import optim
+
+warnings.filterwarnings("error", ".*fused=True")  # no fused step here
+
+def step(optimizer_class):
+    weight = torch.nn.Parameter(torch.ones(64, 64, device=sys.argv[1]))
+    weight.grad = torch.ones_like(weight)
+    started = time.perf_counter()
+    optimizer_class([weight], lr=1e-3, weight_decay=5e-4, fused=True).step()
+    if sys.argv[1] == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+step(torch.optim.SGD)
+for name in ("LARS", "TVLARS", "LAMB"):
+    print(name, step(getattr(optim, name)))
+"""
+
+Make = Callable[[list[Parameter]], Optimizer]
+
+
+@dataclass
+class Candidate:
+    """An optimizer over parameters of its own. ``gradients`` are restored before each step if a step changes them."""
+
+    family: str
+    parameters: list[Parameter]
+    optimizer: Any
+    gradients: list[Tensor] | None = None
+
+    def prepare(self) -> None:
+        """What a step needs and is not timed."""
+        if self.gradients is not None:
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad.copy_(gradient)
+        if hasattr(self.optimizer, "set_sample_norms"):  # CLARS: its norms come from the backward pass
+            self.optimizer.set_sample_norms(dict.fromkeys(self.parameters, self.parameters[0].new_ones(())))
+
+
+# -- what is compared
+
+
+def contestants() -> dict[str, tuple[str, Make]]:
+    """By name: the family and how to make it. Weight decay everywhere, else each library's defaults."""
+    shared = {"lr": 1e-3, "weight_decay": 5e-4}
+    momentum = {**shared, "momentum": 0.9}
+    forms = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
+    made: dict[str, tuple[str, Make]] = {}
+
+    def add(name: str, family: str, optimizer_class: Any, **options: Any) -> None:
+        made[name] = family, lambda parameters: optimizer_class(parameters, **options)
+
+    for form, options in forms.items():
+        add(f"torch SGD, {form}", "SGD", torch.optim.SGD, **momentum, **options)
+    for name in ("LARS", "TVLARS"):
+        for form, options in {**forms, "default": {}}.items():
+            add(f"{name}, {form}", "LARS", getattr(optim, name), **momentum, **options)
+    add("CLARS (norms given), default", "LARS", optim.CLARS, **momentum)
+    add("timm Lars", "LARS", timm.optim.Lars, **momentum)
+    for form, options in forms.items():
+        add(f"torch AdamW, {form}", "AdamW", torch.optim.AdamW, **shared, **options)
+    for form, options in {**forms, "default": {}}.items():
+        add(f"LAMB, {form}", "LAMB", optim.LAMB, **shared, **options)
+    add("timm Lamb", "LAMB", timm.optim.Lamb, **shared)
+    if importlib.util.find_spec("pytorch_optimizer"):
+        import pytorch_optimizer
+
+        add("pytorch_optimizer LARS", "LARS", pytorch_optimizer.LARS, **momentum)
+        add("pytorch_optimizer Lamb", "LAMB", pytorch_optimizer.Lamb, **shared)
+    else:
+        print("pytorch_optimizer isn't installed and is left out; the extra `bench` has it\n")
+    return dict(sorted(made.items(), key=lambda item: list(BYTES).index(item[1][0])))  # by family
+
+
+def candidates(model: str, device: str) -> dict[str, Candidate]:
+    """All contestants on the shapes of ``model``, warm: three steps taken, state made, kernels compiled."""
+    shapes = [parameter.shape for parameter in getattr(torchvision.models, model)().parameters()]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator).mul_(0.05).to(device) for shape in shapes]
+    gradients = [torch.randn(shape, generator=generator).mul_(0.01).to(device) for shape in shapes]
+    warm = {}
+    for name, (family, make) in contestants().items():
+        parameters = [Parameter(weight.clone()) for weight in weights]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        candidate = Candidate(family, parameters, make(parameters))
+        candidate.prepare()
+        try:
+            candidate.optimizer.step()
+        except UserWarning as no_fused_step:  # no compiler, say
+            print(f"{name} is left out: {no_fused_step}\n")
+            continue
+        if not all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True)):
+            candidate.gradients = gradients
+        for _ in range(WARM_UP - 1):
+            candidate.prepare()
+            candidate.optimizer.step()
+        warm[name] = candidate
+    return warm
+
+
+# -- measuring
+
+
+def seconds(action: Callable[[], object], device: str) -> float:
+    """From the first kernel's launch to the last one's end."""
+    if device == "cuda":
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        started.record()
+        action()
+        ended.record()
+        torch.cuda.synchronize()
+        return started.elapsed_time(ended) / 1000
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def interleaved(warm: dict[str, Candidate], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each step, of each ``layer_stats()`` and of the addition."""
+    total, summand = torch.ones(ADDITION_ELEMENTS, device=device), torch.ones(ADDITION_ELEMENTS, device=device)
+    actions: dict[str, Callable[[], object]] = {ADDITION: lambda: total.add_(summand)}
+    actions[ADDITION]()
+    for name, candidate in warm.items():
+        actions[name] = candidate.optimizer.step
+        if hasattr(candidate.optimizer, "layer_stats") and name.endswith("default"):
+            actions[f"{name}: layer_stats()"] = candidate.optimizer.layer_stats
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    gc.disable()
+    for repeat in range(repeats):
+        for name in list(actions) if repeat % 2 == 0 else reversed(actions):
+            if name in warm:
+                warm[name].prepare()
+            times[name].append(seconds(actions[name], device))
+        gc.collect()
+    gc.enable()
+    return times
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher, without those that only look at a tensor in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not operation.is_view and operation.namespace != "profiler":  # torch.optim marks each step for the profiler
+            self.counts[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def dispatched(candidate: Candidate) -> dict[str, int]:
+    """Of one step. Our fused kernels are called without torch's dispatcher and aren't among them.
+
+    Some scalars are on the host even when training on a device: the step counters of AdamW's unfused forms.
+    """
+    candidate.prepare()
+    with Dispatched() as mode:
+        candidate.optimizer.step()
+    reads = mode.counts.pop("_local_scalar_dense", 0)
+    return {"operations": mode.counts.total(), "scalar_reads": reads}
+
+
+def cuda_calls(action: Callable[[], object]) -> dict[str, int]:
+    """Kernels launched and waits for the device, as torch.profiler sees the CUDA runtime being called."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        action()
+    counts = {"launches": 0, "synchronisations": 0}
+    for event in profile.key_averages():
+        if event.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")):
+            counts["launches"] += event.count
+        elif event.key.startswith(("cuda", "cu")) and event.key.endswith("Synchronize"):
+            counts["synchronisations"] += event.count
+    return counts
+
+
+def profiled(candidate: Candidate) -> dict[str, int]:
+    """Of one step; the profiler's own waiting is taken off."""
+    candidate.prepare()
+    torch.cuda.synchronize()
+    of_nothing, of_step = cuda_calls(lambda: None), cuda_calls(candidate.optimizer.step)
+    return {key: of_step[key] - of_nothing[key] for key in of_step}
+
+
+def first_steps(device: str, threads: int) -> dict[str, dict[str, float]]:
+    """Seconds of the fused forms' very first step, in a fresh process with an empty and with a filled cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "LARGEBATCH_CACHE": folder,
+            "TRITON_CACHE_DIR": folder,
+            "OMP_NUM_THREADS": str(threads),
+        }
+        found: dict[str, dict[str, float]] = {}
+        for cache in ("empty", "filled"):
+            command = [sys.executable, "-c", FIRST_STEPS, device]
+            process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if process.returncode:
+                print("the first fused steps can't be timed:", process.stderr.strip().splitlines()[-1], "\n")
+                return {}
+            found[cache] = {name: float(time) for name, time in map(str.split, process.stdout.splitlines())}
+    return found
+
+
+# -- reporting
+
+
+def measure(model: str, device: str, repeats: int) -> dict[str, Any]:
+    warm = candidates(model, device)
+    times = interleaved(warm, repeats, device)
+    quartiles = {name: statistics.quantiles(values, method="inclusive") for name, values in times.items()}
+    bandwidth = ADDITION_BYTES * ADDITION_ELEMENTS / quartiles[ADDITION][1]
+    weights = next(iter(warm.values())).parameters
+    count = sum(weight.numel() for weight in weights)
+    rows = []
+    for name, candidate in warm.items():
+        median = quartiles[name][1]
+        rows.append(
+            {
+                "optimizer": name,
+                "family": candidate.family,
+                "seconds": quartiles[name],
+                "against": YARDSTICK[candidate.family],
+                "ratio": median / quartiles[YARDSTICK[candidate.family]][1],
+                "byte_limit_ratio": median * bandwidth / (BYTES[candidate.family] * count),
+                **dispatched(candidate),
+                **(profiled(candidate) if device == "cuda" else {}),
+            }
+        )
+    statistics_rows = [
+        {
+            "optimizer": name,
+            "seconds": quartiles[f"{name}: layer_stats()"],
+            "part_of_steps": quartiles[f"{name}: layer_stats()"][1] / (STATISTICS_EVERY * quartiles[name][1]),
+        }
+        for name in warm
+        if f"{name}: layer_stats()" in quartiles
+    ]
+    altering = [name for name, candidate in warm.items() if candidate.gradients is not None]
+    return {
+        "tensors": len(weights),
+        "parameters": count,
+        "bytes_per_second": bandwidth,
+        "rows": rows,
+        "layer_statistics": statistics_rows,
+        "altering": altering,
+    }
+
+
+def milliseconds(quartiles: list[float]) -> str:
+    low, median, high = (f"{1000 * value:.0f}" if value >= 0.1 else f"{1000 * value:.3g}" for value in quartiles)
+    return f"{median} [{low}-{high}]"
+
+
+def show(model: str, result: dict[str, Any], device: str) -> None:
+    print(f"{model}: {result['parameters']:,} parameters in {result['tensors']} tensors; ", end="")
+    print(f"bandwidth {result['bytes_per_second'] / 1e9:.1f} GB/s\n")
+    headers = ["optimizer", "ms", "x SGD fused", "x AdamW fused", "x byte limit", "operations", "scalar reads"]
+    headers += ["launches", "synchronisations"] if device == "cuda" else []
+    table = [
+        [
+            row["optimizer"],
+            milliseconds(row["seconds"]),
+            *(f"{row['ratio']:.2f}" if row["against"] == YARDSTICK[family] else "" for family in ("SGD", "AdamW")),
+            f"{row['byte_limit_ratio']:.2f}",
+            *(row[key] for key in ("operations", "scalar_reads", "launches", "synchronisations") if key in row),
+        ]
+        for row in result["rows"]
+    ]
+    aligned = ("left", "left", *["right"] * (len(headers) - 2))
+    print(tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=aligned), "\n")
+    if result["altering"]:
+        print(f"Gradients altered by a step, and restored before it, untimed: {', '.join(result['altering'])}\n")
+    table = [
+        [row["optimizer"], milliseconds(row["seconds"]), f"{100 * row['part_of_steps']:.2f} %"]
+        for row in result["layer_statistics"]
+    ]
+    headers = ["layer_stats() of", "ms", f"of the steps, once every {STATISTICS_EVERY}"]
+    print(tabulate(table, headers, tablefmt="github", disable_numparse=True), "\n")
+
+
+def show_first_steps(found: dict[str, dict[str, float]]) -> None:
+    table = [[f"{cache} cache", *(f"{time:.2f}" for time in times.values())] for cache, times in found.items()]
+    headers = ["first fused step, fresh process, s", *next(iter(found.values()))]
+    print(tabulate(table, headers, tablefmt="github", disable_numparse=True), "\n")
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; 2 by default")
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"], help="names that torchvision knows")
+    parser.add_argument("--repeats", type=int, default=11, help="at least 2; 11 by default")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("error", ".*fused=True")  # our optimizers take another step instead, and say so
+    torch.set_num_threads(given.threads)
+    about = {"device": device_name(given.device), "threads": given.threads, "python": platform.python_version()}
+    about |= {"torch": torch.__version__, "date": str(date.today()), "repeats": given.repeats}
+    print(", ".join(f"{key} {value}" for key, value in about.items()), "\n")
+    found = {**about, "first_steps": first_steps(given.device, given.threads), "models": {}}
+    if found["first_steps"]:
+        show_first_steps(found["first_steps"])
+    for model in given.models:
+        found["models"][model] = measure(model, given.device, given.repeats)
+        show(model, found["models"][model], given.device)
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
