@@ -80,7 +80,7 @@ def test_a_step_takes_the_fused_way_unless_told_otherwise(build):
     assert "_foreach_norm" not in operations()
     assert "_foreach_norm" in operations(fused=False)
     assert "_foreach_norm" in operations(foreach=True)
-    assert operations(fused=False) == operations(foreach=False) != operations(foreach=True)
+    assert operations(fused=False) == operations(foreach=True) != operations(foreach=False)
 
 
 @each

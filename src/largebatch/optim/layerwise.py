@@ -118,10 +118,10 @@ class LayerwiseOptimizer(Optimizer):
             statistics = self._fused(kernels, part, numbers, tables)
             # Written past torch's eyes: autograd has to know that what it may have saved is no longer the same.
             torch.autograd.graph.increment_version(chain(part.weights, *part.state))
-        elif group["foreach"] or (group["foreach"] is None and _many_at_once(part)):
-            statistics = self._eager(part, numbers)
-        else:
+        elif group["foreach"] is False:
             statistics = torch.cat([self._eager(one, numbers) for one in part.one_by_one()], dim=1)
+        else:
+            statistics = self._eager(part, numbers)
         return part.layers(), statistics
 
     def _fused(self, kernels: ModuleType, part: Part, numbers: Any, tables: dict[Any, Any]) -> Tensor:
@@ -239,8 +239,3 @@ class LayerwiseOptimizer(Optimizer):
         self._measured = []
         self._tables = {}
         self._warned = False
-
-
-def _many_at_once(part: Part) -> bool:
-    """Lists spare launches and the compiler's time; on CPU, one tensor at a time is still in the cache when needed."""
-    return part.weights[0].device.type != "cpu" or torch.compiler.is_compiling()
