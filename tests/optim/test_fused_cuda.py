@@ -453,5 +453,18 @@ def test_why_not_names_the_reason() -> None:
     )
 
 
+def test_kernels_that_fail_their_trial_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They raise, or do nothing to the weights: a warning says so, and the step is carried out another way."""
+
+    def broken(*arguments: Any) -> Tensor:
+        raise ValueError("no such\ninstruction")
+
+    for failing, reason in ((broken, "ValueError: no such instruction"), (lambda *arguments: None, "something else")):
+        monkeypatch.setattr(fused_cuda, "lars", failing)
+        monkeypatch.setattr(fused_cuda, "lamb", failing)
+        with pytest.warns(UserWarning, match=f"fused step isn't taken: .*{reason}"):
+            assert reason in fused_cuda._failed_trial.__wrapped__(torch.device("cpu"), torch.float32)
+
+
 def check_why_not_finds_nothing_wrong() -> None:
     assert fused_cuda.why_not([torch.ones(2, device=DEVICE)]) == ""

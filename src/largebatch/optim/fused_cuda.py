@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import operator
+import warnings
 from array import array
 from collections.abc import Sequence
 from itertools import chain
@@ -27,19 +28,19 @@ _OLDEST = (7, 0)  # compute capability that triton supports
 
 def why_not(weights: list[Tensor]) -> str:
     """Why these tensors can't take the fused step; empty where they can."""
-    if any(weight.dtype not in _DTYPES for weight in weights):
+    if weights[0].dtype not in _DTYPES:  # all are of one type
         return "the fused step on CUDA is for fp32, bf16 and fp16 parameters"
     device = weights[0].device
     kernels = _kernels()
     if isinstance(kernels, str):
         return kernels
     if kernels.INTERPRETED:
-        return "" if device.type == "cpu" else "TRITON_INTERPRET is set"
+        return _failed_trial(device, weights[0].dtype) if device.type == "cpu" else "TRITON_INTERPRET is set"
     if device.type != "cuda" or torch.version.hip is not None:
         return "the fused step in triton is for NVIDIA devices"
     if torch.cuda.get_device_capability(device) < _OLDEST:
         return f"triton needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer"
-    return _broken_driver()
+    return _broken_driver() or _failed_trial(device, weights[0].dtype)
 
 
 def lars(
@@ -233,3 +234,30 @@ def _broken_driver() -> str:
     except Exception as error:  # whatever it is, another way of stepping takes over and says why
         return f"triton can't start ({error})".replace("\n", " ")
     return ""
+
+
+@functools.cache
+def _failed_trial(device: torch.device, dtype: torch.dtype) -> str:
+    """What goes wrong in a small step on this device, or nothing.
+
+    The kernels are compiled here by whatever Triton and driver there are; a model's weights are worth a look first.
+    """
+    weights, gradients = ([torch.full((2, 2), value, device=device, dtype=dtype)] for value in (2.0, 0.5))
+    state = [[torch.zeros(2, 2, device=device)] for _ in range(3)]
+    flags = (True,)
+    try:
+        # ||w|| = 4 and ||g|| = 1, so q = 0.4 and w - lr * q * g = 2 - 0.5 * 0.4 * 0.5 = 1.9.
+        plain = LarsNumbers(0.5, 0.1, 0.5, 0.0, 0.0, _INFINITY, _INFINITY, *[False] * 5)
+        lars(weights, gradients, state[0], flags, (False,), None, plain, {})
+        expected = torch.full_like(weights[0], 1.9)
+        # u = g / sqrt(g^2) = 1, ||u|| = 2 and ||w|| = 3.8, so w - lr * q * u = 1.9 - 0.5 * 1.9 = 0.95.
+        adam = LambNumbers(0.5, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, _INFINITY, _INFINITY, False)
+        right = torch.allclose(weights[0], expected, rtol=0.01)
+        lamb(weights, gradients, state[1], state[2], flags, (False,), adam, {})
+        right &= torch.allclose(weights[0], expected / 2, rtol=0.01)
+        failed = "" if right else "its Triton kernels compute something else on this device"
+    except Exception as error:  # whatever it is, another way of stepping takes over and says why
+        failed = f"its Triton kernels don't run on this device ({type(error).__name__}: {error})".replace("\n", " ")
+    if failed:
+        warnings.warn(f"largebatch's fused step isn't taken: {failed}", stacklevel=2)
+    return failed
