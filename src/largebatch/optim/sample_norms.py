@@ -149,7 +149,8 @@ class SampleNorms:
         name = self._modules[module]
         if not held:
             raise RuntimeError(f"a second backward pass through the same graph, at {name}: hooks allow one; {_PASSES}")
-        (inputs,) = held.pop().saved_tensors  # popped: the graph may outlive its backward pass
+        anchor = held.pop()  # popped: the graph may outlive its backward pass
+        (inputs,) = anchor.grad_fn.saved_tensors
         linear = isinstance(module, nn.Linear)
         if inputs.ndim < (2 if linear else module.weight.ndim):  # one sample, without a dimension of samples
             inputs, gradient = inputs[None], gradient[None]
@@ -207,8 +208,8 @@ class _Held(torch.autograd.Function):
 
 
 def _held(tensor: Tensor) -> Any:
-    """A graph node whose ``saved_tensors`` is ``(tensor,)``."""
-    return _Held.apply(torch.empty(0, requires_grad=True), tensor.detach()).grad_fn
+    """An empty tensor whose graph node has saved ``tensor``; torch frees that when the empty one goes."""
+    return _Held.apply(torch.empty(0, requires_grad=True), tensor.detach())
 
 
 # -- layers, and which method does for them
