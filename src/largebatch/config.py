@@ -228,9 +228,10 @@ def unknown_key(key: str) -> str:
 
 # Keys that can't change a run's result, and so aren't part of what it is.
 _NOT_IDENTITY = ("cluster", "tracker", "checkpoint", "runs_dir", "rerun", "dry_run")
-# Options that came after the first version, at what that did: left out, so that its runs keep their names.
-_LATER_OPTIONS = {"denominator": "norm_of_sum", "lr_in_momentum": False, "larc": False, "eps": 0.0}
 _NOT_IDENTITY_DATASET = ("root", "download", "verify", "workers", "default_epochs")
+# Options of lars and tvlars that came after the first version, at what that did: left out, so that its runs keep their
+# names.
+_LATER_OPTIONS = {"denominator": "norm_of_sum", "lr_in_momentum": False, "larc": False, "eps": 0.0}
 
 
 def identity(config: Config) -> str:
@@ -246,7 +247,7 @@ def identity(config: Config) -> str:
         if not (key == "root" and config.dataset.name == "imagefolder"):
             del tree["dataset"][key]
     del tree["lr_scaling"]["force"]  # it lets a run be, and changes nothing in it
-    if config.optimizer.library == "largebatch":
+    if config.optimizer.name in ("lars", "tvlars"):
         for key, default in _LATER_OPTIONS.items():
             if tree["optimizer"][key] == default:
                 del tree["optimizer"][key]
