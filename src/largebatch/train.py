@@ -66,7 +66,7 @@ class Run:
 
 @dataclass
 class Training:
-    """What changes while a run trains, and so what a checkpoint holds."""
+    """What changes while a run trains; ``state`` is what a checkpoint holds of it."""
 
     model: nn.Module
     replica: nn.Module  # the same, with gradients averaged over the processes

@@ -160,6 +160,17 @@ def test_the_result_does_not_depend_on_the_number_of_threads(build):
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_fused_steps_norms_are_right_where_fp32_squares_vanish_or_overflow(size):
+    weight = torch.nn.Parameter(torch.full((4, 4), 2.0))
+    weight.grad = torch.full((4, 4), size)
+    optimizer = LARS([weight], lr=0.0, fused=True)
+    optimizer.step()
+    stats = optimizer.layer_stats()
+    assert stats["gradient_norm"].item() == pytest.approx(4 * size, rel=1e-6)
+    assert stats["trust_ratio"].item() == pytest.approx(1e-3 * 8 / (4 * size), rel=1e-6)
+
+
 # -- compiling the step on CPU
 
 TRY = """
