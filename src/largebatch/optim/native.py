@@ -1,0 +1,66 @@
+"""C++ that is compiled once for this machine with its own compiler, and called through ctypes.
+
+Compiling takes about a second and is done when it is first needed; the library is kept in ``$LARGEBATCH_CACHE``, by
+default ``~/.cache/largebatch``. torch's extension builder isn't used: with torch's headers it takes half a minute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+# -fno-math-errno and -fno-trapping-math allow vector square roots; NaN and infinity keep their meaning.
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+
+
+@functools.cache
+def library(source: Path) -> ctypes.CDLL | str:
+    """The compiled ``source``, or why there is none."""
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return "there is no C++ compiler (c++, g++ or $CXX)"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = "\n".join([source.read_text(), " ".join(_FLAGS), version, processor()])
+    name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    try:
+        path = cache_folder() / name
+        if not path.exists():
+            _compile(compiler, source, path)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['without a word'])[0]}"
+    except (OSError, RuntimeError) as error:  # no place to write, no home at all, or a library that doesn't load
+        return f"its library can't be made or loaded: {error}"
+
+
+def _compile(compiler: str, source: Path, path: Path) -> None:
+    # Under a name of its own, then renamed: several processes may be compiling at once.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        command = [compiler, *_FLAGS, str(source), "-o", str(temporary)]
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        os.replace(temporary, path)
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries, and what was measured on this machine, are kept from run to run."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("LARGEBATCH_CACHE") or Path(caches) / "largebatch")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def processor() -> str:
+    """What ``-march=native`` depends on: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() + platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
