@@ -23,16 +23,19 @@ class BatchPlan:
         return self.accumulation * self.micro_batch
 
 
-def plan_batch(global_batch: int, processes: int, micro_batch: int | None, sample_size: int | None = None) -> BatchPlan:
+def plan_batch(
+    global_batch: int, processes: int, micro_batch: int | str | None, sample_size: int | None = None
+) -> BatchPlan:
     """Divide ``global_batch`` over ``processes``, and each share into micro-batches of ``micro_batch`` images.
 
     Args:
+        micro_batch: None and ``auto`` leave the share whole; what ``auto`` comes to is found in training.
         sample_size: must divide the micro-batch: CLARS's groups of samples aren't spread over two.
 
     Raises:
         UserError: when a division leaves a remainder; the message names the nearest sizes that leave none.
     """
-    plan = _divide(global_batch, processes, micro_batch)
+    plan = _divide(global_batch, processes, micro_batch if isinstance(micro_batch, int) else None)
     if sample_size is not None and plan.micro_batch % sample_size:
         raise UserError(
             f"optimizer.sample_size={sample_size} doesn't divide the micro-batch of {plan.micro_batch} images; "

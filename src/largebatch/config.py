@@ -29,6 +29,8 @@ class DatasetConfig:
     download: bool = True  # fetch what isn't there, if there is a network
     verify: bool = True  # check the files' checksums, where the data set has published ones
     workers: int = 2  # decoding processes a rank; only data sets that are decoded while training use them
+    location: str = "auto"  # of the decoded pixels: device, host, or auto (the device where they fit)
+    on_error: str = "stop"  # at an image that can't be read: stop, or skip (it is left out and counted)
     val_fraction: float = 0.0  # part of the training set held out for choosing settings; stratified, fixed by `seed`
     train_size: int | None = None  # images, where known beforehand; chosen for `synthetic`
     test_size: int | None = None
@@ -146,17 +148,20 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     batch_size: int = 512  # global: over all processes and accumulation
-    micro_batch: int | None = None  # most images a process takes through the model at once; None: its whole share
+    # Most images a process takes through the model at once; None: its whole share; auto: the most that fit into memory.
+    micro_batch: int | str | None = None
     epochs: int | None = None  # one of the two; neither: dataset.default_epochs
     steps: int | None = None
     seed: int = 0
-    precision: str = "auto"  # fp32, bf16 or auto (bf16 on a GPU that has it, else fp32)
+    precision: str = "auto"  # fp32, bf16 or auto: the faster one for this model on this device
+    compile: bool | str = "auto"  # torch.compile: true, false or auto (on GPUs, for runs that are long enough)
     sync_bn: bool = False  # batch-norm statistics over all processes
     deterministic: bool = False  # deterministic CUDA kernels, for bit-exact repeats on a GPU
     eval_every: int = 1  # epochs between evaluations; the end is always evaluated
     runs_dir: str = "runs"
     rerun: bool = False  # repeat a finished run from scratch
     dry_run: bool = False  # show the plan, start nothing
+    profile: bool = False  # write a trace of some steps, and a table of where their time goes
 
 
 def from_composed(composed: DictConfig) -> Config:
@@ -227,10 +232,12 @@ def unknown_key(key: str) -> str:
 
 
 # Keys that can't change a run's result, and so aren't part of what it is.
-_NOT_IDENTITY = ("cluster", "tracker", "checkpoint", "runs_dir", "rerun", "dry_run")
-_NOT_IDENTITY_DATASET = ("root", "download", "verify", "workers", "default_epochs")
-# Options of lars and tvlars that came after the first version, at what that did: left out, so that its runs keep their
-# names.
+_NOT_IDENTITY = ("cluster", "tracker", "checkpoint", "runs_dir", "rerun", "dry_run", "profile")
+_NOT_IDENTITY_DATASET = ("root", "download", "verify", "workers", "location", "default_epochs")
+# Keys that came after the first version, at what that did: left out, so that its runs keep their names.
+_LATER_KEYS = {"compile": "auto"}
+_LATER_DATASET_KEYS = {"on_error": "stop"}
+# Of lars and tvlars:
 _LATER_OPTIONS = {"denominator": "norm_of_sum", "lr_in_momentum": False, "larc": False, "eps": 0.0}
 
 
@@ -247,10 +254,13 @@ def identity(config: Config) -> str:
         if not (key == "root" and config.dataset.name == "imagefolder"):
             del tree["dataset"][key]
     del tree["lr_scaling"]["force"]  # it lets a run be, and changes nothing in it
+    later = [(tree, _LATER_KEYS), (tree["dataset"], _LATER_DATASET_KEYS)]
     if config.optimizer.name in ("lars", "tvlars"):
-        for key, default in _LATER_OPTIONS.items():
-            if tree["optimizer"][key] == default:
-                del tree["optimizer"][key]
+        later.append((tree["optimizer"], _LATER_OPTIONS))
+    for branch, defaults in later:
+        for key, default in defaults.items():
+            if branch[key] == default:
+                del branch[key]
     canonical = json.dumps(_without_none(tree), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 

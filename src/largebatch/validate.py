@@ -120,7 +120,10 @@ def _check_numbers(config: Config) -> list[str]:
     problems = []
     for key, (least, inclusive) in _NUMBERS.items():
         value = _value(config, key)
-        if value is not None and not (math.isfinite(value) and (value > least or (inclusive and value == least))):
+        if isinstance(value, str):
+            if value != "auto":
+                problems.append(f"{key}={value}: must be an integer of at least {least:g}, or auto")
+        elif value is not None and not (math.isfinite(value) and (value > least or (inclusive and value == least))):
             kind = "an integer" if isinstance(value, int) else "a finite number"
             problems.append(f"{key}={value}: must be {kind} {'of at least' if inclusive else 'above'} {least:g}")
     optimizer = config.optimizer
@@ -166,11 +169,14 @@ def _check_names(config: Config) -> list[str]:
         "cluster.name": (config.cluster.name, ("local",)),
         "cluster.device": (config.cluster.device, ("auto", "cpu", "cuda")),
         "tracker.name": (config.tracker.name, ("wandb", "none")),
+        "dataset.location": (config.dataset.location, ("auto", "device", "host")),
+        "dataset.on_error": (config.dataset.on_error, ("stop", "skip")),
         "tracker.mode": (config.tracker.mode, ("auto", "online", "offline", "disabled")),
         "precision": (config.precision, ("auto", "fp32", "bf16")),
+        "compile": (config.compile, (True, False, "auto")),
     }
     problems = [
-        f"{key}={given}: {choices(given, [str(name) for name in allowed])}"
+        f"{key}={given}: {choices(str(given), [str(name).lower() for name in allowed])}"
         for key, (given, allowed) in named.items()
         if given not in allowed
     ]
@@ -297,7 +303,7 @@ def _check_batch(config: Config) -> list[str]:
     problems = []
     processes = config.cluster.processes
     sizes = (config.batch_size, config.micro_batch, config.optimizer.sample_size)
-    sizes_ok = all(size is None or size >= 1 for size in sizes)
+    sizes_ok = all(not isinstance(size, int) or size >= 1 for size in sizes)
     if sizes_ok and (processes is None or processes >= 1):
         try:
             plan_batch(config.batch_size, processes or 1, config.micro_batch, config.optimizer.sample_size)
