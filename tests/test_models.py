@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 import torch
-from conftest import configuration
+from conftest import ROOT, configuration
 from torch import nn
 
 from largebatch.errors import UserError
 from largebatch.models import build_model
+from largebatch.resnet import RESNETS, resnet
 
 
 def build(*overrides: str, num_classes: int = 10, channels: int = 3) -> nn.Module:
@@ -40,13 +44,61 @@ def test_torchvision_models_fit_classes_and_channels(name: str, stem: str, chann
     assert model(torch.randn(2, channels, 32, 32)).shape == (2, 7)
 
 
-def test_imagenet_stem_is_torchvision_s_own() -> None:
+def equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """The same names in the same order, and the same values bit for bit."""
+    return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def ours_and_torchvision_s(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """Both built under the same seed."""
     from torchvision import models
 
     torch.manual_seed(0)
-    theirs = models.resnet18(num_classes=10).state_dict()
-    ours = build("model=resnet18").state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours = resnet(name, num_classes)
+    torch.manual_seed(0)
+    return ours, getattr(models, name)(num_classes=num_classes)
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_our_resnets_are_torchvision_s_bit_for_bit(name: str) -> None:
+    """Weights under a seed, outputs, gradients and running statistics."""
+    ours, theirs = ours_and_torchvision_s(name, num_classes=7)
+    assert equal(ours.state_dict(), theirs.state_dict())
+    assert {n for n, _ in ours.named_modules()} == {n for n, _ in theirs.named_modules()}
+    images = torch.randn(3, 3, 64, 64)
+    outputs = [model(images) for model in (ours, theirs)]  # in training mode
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().mean().backward()
+    gradients = [{n: p.grad for n, p in model.named_parameters()} for model in (ours, theirs)]
+    assert equal(*gradients)
+    assert equal(ours.state_dict(), theirs.state_dict())
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_the_same_weights_as_when_torchvision_built_them(name: str) -> None:
+    """A model's initial weights follow from its seed alone, with the CIFAR stem too, which is drawn last."""
+    assert equal(build(f"model={name}").state_dict(), ours_and_torchvision_s(name, num_classes=10)[1].state_dict())
+    _, theirs = ours_and_torchvision_s(name, num_classes=10)
+    stem = nn.Conv2d(1, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    cifar = build(f"model={name}", "model.stem=cifar", channels=1).state_dict()
+    assert equal(cifar, theirs.state_dict() | {"conv1.weight": stem.weight.detach()})
+
+
+def test_a_resnet_is_built_without_torchvision_and_the_compiler() -> None:
+    """They take longer to import than the network takes to build."""
+    program = """
+import sys
+from largebatch.config import ModelConfig
+from largebatch.models import build_model
+model = build_model(ModelConfig(name="resnet18", library="torchvision", stem="imagenet"), 10, 3)
+assert sum(p.numel() for p in model.parameters()) == 11_181_642
+print([name for name in ("torchvision", "torch._dynamo") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == "[]\n", result.stderr
 
 
 def test_timm_models_by_name() -> None:
