@@ -9,7 +9,7 @@ from datafiles import make_imagefolder, make_tinyimagenet, save_image
 from PIL import Image
 
 from largebatch.config import DatasetConfig
-from largebatch.data import FileImages, MemoryImages, imagefolder, load_data
+from largebatch.data import load_data
 from largebatch.errors import UserError
 
 
@@ -97,17 +97,6 @@ def test_imagefolder_prefers_test_and_its_classes_may_be_fewer(tmp_path):
     data = load_data(folder_config(tmp_path), 0)
     assert data.test.labels.tolist() == [1] * 3 + [2] * 3
     assert data.num_classes == 3
-
-
-def test_large_imagefolders_stay_in_their_files(tmp_path, monkeypatch):
-    make_imagefolder(tmp_path)
-    in_memory = load_data(folder_config(tmp_path), 0)
-    assert isinstance(in_memory.train.images, MemoryImages)
-    monkeypatch.setattr(imagefolder, "MEMORY_LIMIT", 27 * 3 * 16 * 16 - 1)
-    in_files = load_data(folder_config(tmp_path, val_fraction=0.5, workers=0), 0)
-    assert isinstance(in_files.train.images, FileImages)
-    assert isinstance(in_files.val.images, FileImages)
-    assert torch.equal(in_files.test.images.to_memory().pixels, in_memory.test.images.pixels)
 
 
 def remove_train(root):

@@ -1,8 +1,11 @@
-"""Crop, flip and rotation for a whole batch with one draw an image, as one gather.
+"""Crop, flip, rotation and normalisation of a batch in one pass, with one draw an image.
 
-The result is that of torchvision's PIL chain ``RandomCrop(S, padding) -> RandomHorizontalFlip -> RandomRotation`` at
-equal parameters, pixel for pixel: the rotation is PIL's nearest-neighbour one in its 16-bit fixed point arithmetic.
-What it brings in from outside the crop is 0, even where the padded image had a pixel there, as in the chain.
+The pixels are those of torchvision's PIL chain ``RandomCrop(S, padding) -> RandomHorizontalFlip -> RandomRotation`` at
+equal parameters: the rotation is PIL's nearest-neighbour one in its 16-bit fixed point arithmetic. What it brings in
+from outside the crop is 0, even where the padded image had a pixel there, as in the chain.
+
+On CPU this is done in C++ (``augment_cpu.py``); elsewhere, and where there is no compiler, as one gather in torch. Both
+give the same bits.
 """
 
 from __future__ import annotations
@@ -12,89 +15,150 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from largebatch.data import augment_cpu
+from largebatch.data.transfer import to_device
 
 _FIXED_POINT = 1 << 16  # PIL's affine transform counts in 1/65536 of a pixel
-_CPU_SLICE = 512  # images at once; more leave the processor's cache (4096 of 32x32: half the speed)
+_LARGEST_SIDE = 1 << 14  # pixels; beyond it a position may overflow int32
+_CPU_SLICE = 1 << 19  # pixels at once in torch; more leave the processor's cache
 
 
 @dataclass(frozen=True)
 class Draws:
-    """One image's random numbers in each row; ``draws[a:b]`` are those of a part of the batch.
+    """One image's random numbers in each row of ``table``; ``draws[a:b]`` are those of a part of the batch.
 
-    Shapes [N]: ``top`` and ``left`` int64, the crop's corner in the padded image; ``flip`` bool; ``angle`` float64,
-    degrees counter-clockwise. ``padding`` is the border in pixels.
+    ``table`` is int32 [N, 8]: ``top`` and ``left``, the crop's corner in the padded image, 0 to ``2 * padding``;
+    ``flip``, 0 or 1; and the rotation in 1/65536: ``cos``, ``sin``, ``-sin`` of the angle, and the row and the column
+    in the crop that the pixel in row 0, column 0 comes from. ``padding`` is the border in pixels.
     """
 
     padding: int
-    top: Tensor
-    left: Tensor
-    flip: Tensor
-    angle: Tensor
+    table: Tensor
+
+    def __len__(self) -> int:
+        return len(self.table)
 
     def __getitem__(self, part: slice) -> Draws:
-        return Draws(self.padding, self.top[part], self.left[part], self.flip[part], self.angle[part])
+        return Draws(self.padding, self.table[part])
+
+    def to(self, device: torch.device | str) -> Draws:
+        """The same on ``device``, in one transfer; to a GPU without waiting for it."""
+        return Draws(self.padding, to_device(self.table, torch.device(device)))
 
 
-def draw(generator: torch.Generator, n: int, *, padding: int, flip: bool, rotation: float) -> Draws:
-    """``n`` draws: corners uniform in 0..2*padding, a flip with probability 0.5, an angle uniform in +-``rotation``."""
-    top, left = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
+def draw(generator: torch.Generator, n: int, *, padding: int, flip: bool, rotation: float, side: int) -> Draws:
+    """``n`` draws for images of ``side`` pixels, on the CPU.
+
+    Corners are uniform in 0..2*padding, a flip has probability 0.5, angles are uniform in +-``rotation`` degrees.
+    Raises ValueError for images of more than 16384 pixels a side.
+    """
+    if side > _LARGEST_SIDE:
+        raise ValueError(f"{side=} is more than {_LARGEST_SIDE}")
+    corners = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
     flipped = torch.rand(n, generator=generator) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
     angle = (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1) * rotation
-    return Draws(padding, top, left, flipped, angle)
+    table = torch.stack([*corners, flipped, *_rotation(angle, side)])
+    return Draws(padding, table.t().to(torch.int32, memory_format=torch.contiguous_format))
 
 
-def apply(images: Tensor, draws: Draws) -> Tensor:
-    """Augment uint8 ``images`` [N, C, S, S], on their device, with ``draws`` of length N; gives the same shape."""
-    if images.device.type == "cpu" and len(images) > _CPU_SLICE:
-        parts = [slice(first, first + _CPU_SLICE) for first in range(0, len(images), _CPU_SLICE)]
-        return torch.cat([apply(images[part], draws[part]) for part in parts])
-    n, channels, side, _ = images.shape
-    border = max(draws.padding, 1)  # at least one, so that position 0 of the canvas is always an empty pixel
-    width = side + 2 * border
-    canvas = pad(images, (border,) * 4).view(n, channels, width * width)
-
-    row, column, inside = _rotated_positions(draws.angle, side, images.device)
-    step = torch.where(draws.flip, -1, 1)
-    corner = draws.left + (border - draws.padding) + torch.where(draws.flip, side - 1, 0)
-    origin = (draws.top + (border - draws.padding)) * width + corner
-    index = row.mul_(width).add_(column.mul_(_per_image(step, images.device))).add_(_per_image(origin, images.device))
-    index.mul_(inside)  # outside the crop: the empty pixel
-
-    index = index.view(n, 1, side * side).long().expand(-1, channels, -1)
-    return canvas.gather(2, index).view_as(images)
-
-
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """float32 ``(images / 255 - mean) / std`` of uint8 ``images`` [N, C, H, W], by channel."""
-    scaled_mean = torch.tensor(mean, device=images.device).mul_(255).view(-1, 1, 1)
-    scaled_std = torch.tensor(std, device=images.device).mul_(255).view(-1, 1, 1)
-    return images.float().sub_(scaled_mean).div_(scaled_std)
-
-
-def _rotated_positions(angle: Tensor, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and column in the crop that each rotated pixel comes from, int32 [N, S, S], and whether they lie inside."""
+def _rotation(angle: Tensor, side: int) -> Tensor:
+    """The last five columns of ``Draws.table``, as [5, N], for ``angle`` float64 [N], degrees counter-clockwise."""
     radians = angle * (-math.pi / 180)
     cos, sin = radians.cos(), radians.sin()
+    # The middle of the pixel in row 0, column 0 is at (0.5, 0.5).
     centre = side / 2
-    # Source of the pixel in row 0, column 0, whose middle is at (0.5, 0.5).
-    first_column = centre + (cos + sin) * (0.5 - centre)
     first_row = centre + (cos - sin) * (0.5 - centre)
+    first_column = centre + (cos + sin) * (0.5 - centre)
+    return torch.stack([cos, sin, -sin, first_row, first_column]).mul_(_FIXED_POINT).add_(0.5).floor_()
 
-    # int32 overflows at a side of 2 ** 15 pixels, which nobody trains on.
-    fixed = [(number * _FIXED_POINT + 0.5).floor() for number in (cos, sin, -sin, first_row, first_column)]
-    cos, sin, minus_sin, first_row, first_column = (_per_image(number, device) for number in fixed)
-    across = torch.arange(side, dtype=torch.int32, device=device)
+
+def augmented(
+    pixels: Tensor,
+    indices: Tensor | None,
+    draws: Draws | None,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    channels_last: bool = False,
+) -> Tensor:
+    """Images out of ``pixels``, augmented and normalised: ``(image / 255 - mean) / std``. All on one device.
+
+    Nothing is copied to the device here, and nothing waits for it.
+
+    Args:
+        pixels: uint8 [M, C, S, S], each image contiguous; a whole data set, of which only the images at ``indices`` are
+            read.
+        indices: int64 [n], which images; None for all of them, in order.
+        draws: of length n, made for images of S pixels; None only normalises.
+        mean, std: float32 [C], for pixels in 0..1.
+        channels_last: the memory format of the result.
+
+    Returns:
+        float32 [n, C, S, S].
+    """
+    in_cpp = pixels.device.type == "cpu" and not augment_cpu.why_not()
+    way = augment_cpu.augmented if in_cpp else augmented_torch
+    return way(pixels, indices, draws, mean, std, channels_last=channels_last)
+
+
+def augmented_torch(
+    pixels: Tensor,
+    indices: Tensor | None,
+    draws: Draws | None,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    channels_last: bool = False,
+) -> Tensor:
+    """``augmented`` in torch, on any device; for ``torch.compile`` too."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    n = len(pixels) if indices is None else len(indices)
+    at_once = max(_CPU_SLICE // pixels.shape[2] ** 2, 1)
+    if pixels.device.type != "cpu" or n <= at_once or torch.compiler.is_compiling():
+        return _augmented_part(pixels, indices, draws, mean, std, memory_format)
+
+    result = torch.empty((n, *pixels.shape[1:]), memory_format=memory_format)
+    for first in range(0, n, at_once):
+        part = slice(first, first + at_once)
+        images, which = (pixels[part], None) if indices is None else (pixels, indices[part])
+        of_part = None if draws is None else draws[part]
+        result[part] = _augmented_part(images, which, of_part, mean, std, memory_format)
+    return result
+
+
+def _augmented_part(
+    pixels: Tensor,
+    indices: Tensor | None,
+    draws: Draws | None,
+    mean: Tensor,
+    std: Tensor,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    images = pixels if indices is None else pixels[indices]
+    if draws is not None:
+        position, inside = _sources(draws, pixels.shape[2])
+        index = position.long().unsqueeze(1).expand(images.shape)
+        images = images.flatten(2).gather(2, index.flatten(2)).view_as(images).mul_(inside.unsqueeze(1))
+    images = images.contiguous(memory_format=memory_format)
+    return (images - (mean * 255).view(-1, 1, 1)).div_((std * 255).view(-1, 1, 1))  # in float32
+
+
+def _sources(draws: Draws, side: int) -> tuple[Tensor, Tensor]:
+    """The pixel that each pixel comes from, int32 [N, S, S] in 0..S*S-1, and whether there is one, bool [N, S, S]."""
+    top, left, flip, cos, sin, minus_sin, first_row, first_column = draws.table[:, :, None, None].unbind(1)
+    across = torch.arange(side, dtype=torch.int32, device=draws.table.device)
     down = across[:, None]
-    column = (first_column + sin * down) + cos * across
-    row = (first_row + cos * down) + minus_sin * across
-    column >>= 16
-    row >>= 16
-    last = side - 1
-    inside = (row.clamp(0, last) == row).logical_and_(column.clamp(0, last) == column)
-    return row, column, inside
+    column = ((first_column + sin * down) + cos * across).bitwise_right_shift_(16)
+    row = ((first_row + cos * down) + minus_sin * across).bitwise_right_shift_(16)
 
-
-def _per_image(numbers: Tensor, device: torch.device) -> Tensor:
-    """[N] as int32 [N, 1, 1] on ``device``."""
-    return numbers.to(torch.int32).to(device, non_blocking=True).view(-1, 1, 1)
+    # The crop's row 0 is the image's row `top - padding`; flipped, its column 0 is the image's column `left - padding`
+    # plus S - 1. Rows and columns are used that lie both in the crop and in the image.
+    top, left = top - draws.padding, left - draws.padding
+    before = torch.where(flip.bool(), left, -left)  # columns of the crop before the image begins
+    inside = (row >= (-top).clamp(min=0)).logical_and_(row < (side - top).clamp(max=side))
+    inside.logical_and_(column >= before.clamp(min=0)).logical_and_(column < (side + before).clamp(max=side))
+    step = 1 - 2 * flip
+    origin = top * side + left + flip * (side - 1)
+    position = row.mul_(side).add_(column.mul_(step)).add_(origin).mul_(inside)
+    return position, inside

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from largebatch.config import DatasetConfig
-from largebatch.data import augment
+from largebatch.data import views
+from largebatch.data.augment import Draws, augmented, draw
+from largebatch.data.images import MemoryImages
 from largebatch.data.sampling import evaluation_share, global_batches, steps_per_epoch
 from largebatch.data.split import Split
 from largebatch.data.stream import stream
+from largebatch.data.transfer import one_ahead, to_device
 from largebatch.seeding import derive_seed
 
 Batch = tuple[Tensor, Tensor]
@@ -30,6 +34,8 @@ def train_batches(
     seed: int,
     start_step: int,
     device: torch.device | str,
+    channels_last: bool = False,
+    two_views: bool = False,
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank from optimizer step ``start_step`` (from 0) on, augmented and normalised.
 
@@ -38,51 +44,47 @@ def train_batches(
     takes its r-th part, and the micro-batches are that part's pieces. Random numbers are drawn for the whole global
     batch, so an image gets the same ones with any number of processes, any accumulation, and after a resume.
 
+    Args:
+        channels_last: the memory format of the images.
+        two_views: images are [2 * micro_batch, C, S, S], the first views and then the second of Barlow Twins, in place
+            of the crops, flips and rotations of ``config``.
+
     Raises:
         UserError: when ``batch_size`` is larger than ``split``; while iterating, when an image file can't be read.
     """
     steps_per_epoch(len(split), batch_size)  # raises now, not at the first batch
     if batch_size % (processes * micro_batch):
         raise ValueError(f"{batch_size=} isn't a multiple of {processes=} times {micro_batch=}")
-    return _train_batches(
-        split, config, mean, std, batch_size, rank, processes, micro_batch, seed, start_step, torch.device(device)
-    )
-
-
-def _train_batches(
-    split: Split,
-    config: DatasetConfig,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    batch_size: int,
-    rank: int,
-    processes: int,
-    micro_batch: int,
-    seed: int,
-    start_step: int,
-    device: torch.device,
-) -> Iterator[Batch]:
+    where = torch.device(device)
+    statistics = to_device(torch.tensor(mean), where), to_device(torch.tensor(std), where)
     share = batch_size // processes
-    parts = [slice(i, i + micro_batch) for i in range(rank * share, (rank + 1) * share, micro_batch)]
+    parts = [slice(first, first + micro_batch) for first in range(0, share, micro_batch)]
 
     def steps() -> Iterator[tuple[int, Tensor]]:
-        return global_batches(len(split), batch_size, seed, start_step)
+        """This rank's indices of each step."""
+        for step, indices in global_batches(len(split), batch_size, seed, start_step):
+            yield step, indices[rank * share : (rank + 1) * share]
 
-    # Decoding runs ahead of the loop below, so it walks through the same steps on its own.
-    wanted = (indices[part] for _, indices in steps() for part in parts)
-    decoded = stream(split.images, wanted, batch=micro_batch, workers=config.workers)
-    augmented = config.crop_padding > 0 or config.flip or config.rotation > 0
-    for step, indices in steps():
-        generator = torch.Generator().manual_seed(derive_seed(seed, "augment", step))
-        draws = augment.draw(
-            generator, batch_size, padding=config.crop_padding, flip=config.flip, rotation=config.rotation
-        )
-        for part in parts:
-            pixels = next(decoded).to(device, non_blocking=True)
-            if augmented:
-                pixels = augment.apply(pixels, draws[part])
-            labels = split.labels[indices[part]].to(device, non_blocking=True)
-            yield augment.normalise(pixels, mean, std), labels
+    def augment(pixels: Tensor, indices: Tensor | None, draws: list[Any]) -> Tensor:
+        if not draws:
+            return augmented(pixels, indices, None, *statistics, channels_last=channels_last)
+        way = views.view if two_views else augmented
+        images = [way(pixels, indices, one, *statistics, channels_last=channels_last) for one in draws]
+        return torch.cat(images) if two_views else images[0]
+
+    def batches() -> Iterator[Batch]:
+        # Decoding runs ahead of the loop below, so it walks through the same steps on its own.
+        wanted = (indices[part] for _, indices in steps() for part in parts)
+        pixels = _pixels(split, wanted, micro_batch, config.workers, where)
+        for step, indices in steps():
+            generator = torch.Generator().manual_seed(derive_seed(seed, "augment", step))
+            drawn = _draw(generator, split, batch_size, config, two_views)
+            draws = [one[rank * share : (rank + 1) * share].to(where) for one in drawn]
+            labels = _labels(split, indices, where)
+            for part in parts:
+                yield augment(*next(pixels), [one[part] for one in draws]), labels[part]
+
+    return batches()
 
 
 def eval_batches(
@@ -95,13 +97,50 @@ def eval_batches(
     batch: int,
     device: torch.device | str,
     workers: int,
+    channels_last: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of the whole split, once, as (images float32 [<= batch, C, S, S], labels int64 [<= batch]).
 
     The shares are disjoint and complete; where sizes don't divide, ranks get different numbers of images, maybe none.
     """
+    where = torch.device(device)
+    statistics = to_device(torch.tensor(mean), where), to_device(torch.tensor(std), where)
     share = evaluation_share(len(split), rank, processes)
     parts = torch.split(share, batch) if len(share) else ()
-    for part, pixels in zip(parts, stream(split.images, parts, batch=batch, workers=workers), strict=True):
-        on_device = pixels.to(device, non_blocking=True)
-        yield augment.normalise(on_device, mean, std), split.labels[part].to(device, non_blocking=True)
+    found = _pixels(split, iter(parts), batch, workers, where)
+    for part, (pixels, indices) in zip(parts, found, strict=True):
+        images = augmented(pixels, indices, None, *statistics, channels_last=channels_last)
+        yield images, _labels(split, part, where)
+
+
+def _pixels(
+    split: Split, wanted: Iterator[Tensor], batch: int, workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """uint8 images on ``device`` for each of ``wanted`` (int64 [n]): all that there are and the indices, or just those.
+
+    Images that are on the device are picked by the augmentation itself. Others are brought there a batch ahead.
+    """
+    images = split.images
+    if isinstance(images, MemoryImages) and images.pixels.device == device:
+        return ((images.pixels, to_device(indices, device)) for indices in wanted)
+    fetched = stream(images, wanted, batch=batch, workers=workers)
+    return ((pixels, None) for pixels in one_ahead(fetched, device))
+
+
+def _labels(split: Split, indices: Tensor, device: torch.device) -> Tensor:
+    if split.labels.device == device:
+        return split.labels[to_device(indices, device)]
+    return to_device(split.labels[indices], device)
+
+
+def _draw(
+    generator: torch.Generator, split: Split, n: int, config: DatasetConfig, two_views: bool
+) -> list[Draws] | list[views.ViewDraws]:
+    """Draws for a global batch, one a view; none where nothing is to be drawn."""
+    side = split.images.image_size
+    if two_views:
+        return [views.draw(generator, n, side, view) for view in views.VIEWS]
+    padding, flip, rotation = config.crop_padding, config.flip, config.rotation
+    if padding == 0 and not flip and rotation == 0:
+        return []
+    return [draw(generator, n, padding=padding, flip=flip, rotation=rotation, side=side)]

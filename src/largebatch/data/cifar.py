@@ -5,18 +5,22 @@ from __future__ import annotations
 import pickle
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from largebatch.config import DatasetConfig
+from largebatch.data.cache import Block, Say, cache_path, fingerprint, kept, read_decoded, write_decoded
 from largebatch.data.download import find_or_download, md5_of
-from largebatch.data.images import MemoryImages
+from largebatch.data.images import MemoryImages, resize
 from largebatch.data.split import Split
 from largebatch.errors import UserError
+
+_IMAGE_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ ARCHIVES = {
 }
 
 
-def load_cifar(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
-    """CIFAR-10 or CIFAR-100, as ``config.name`` says.
+def load_cifar(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
+    """CIFAR-10 or CIFAR-100, as ``config.name`` says, at ``config.image_size``; kept beside the files as plain pixels.
 
     ``config.verify`` compares the files with their published checksums; without it, files of the same format with any
     number of images are read. The pickles can only make arrays and plain values, never call anything else.
@@ -76,13 +80,25 @@ def load_cifar(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
     archive = ARCHIVES[config.name]
     files = {**archive.train, **archive.test, **archive.meta}
     folder = find_or_download(config, archive.folder, tuple(files), archive.url, archive.md5)
-    if config.verify:
-        for name, md5 in files.items():
-            _verify(folder / name, md5)
-    classes = _read_names(folder / next(iter(archive.meta)), archive.names_key)
-    train = _read_split([folder / name for name in archive.train], archive.labels_key, len(classes))
-    test = _read_split([folder / name for name in archive.test], archive.labels_key, len(classes))
-    return train, test, classes
+    size = config.image_size or _IMAGE_SIZE
+    # Files that weren't compared don't stand for those that are to be.
+    source = fingerprint(config.root, [f"{folder}/{name}" for name in files], (size, files if config.verify else None))
+
+    def write(file: BinaryIO) -> None:
+        if config.verify:
+            for name, md5 in files.items():
+                _verify(folder / name, md5)
+        classes = _read_names(folder / next(iter(archive.meta)), archive.names_key)
+        train, test = (
+            _read_split([folder / name for name in part], archive.labels_key, len(classes), size)
+            for part in (archive.train, archive.test)
+        )
+        write_decoded(file, source, classes, [train], [test])
+
+    path = cache_path(config, f"3x{size}.pixels")
+    read = partial(read_decoded, fingerprint=source)
+    found = kept(path, read, write, f"reading the files of {config.name}", say)
+    return found.train, found.test, found.classes
 
 
 def _verify(path: Path, md5: str) -> None:
@@ -104,11 +120,13 @@ def _read_names(path: Path, key: str) -> tuple[str, ...]:
     return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
 
 
-def _read_split(paths: list[Path], labels_key: str, num_classes: int) -> Split:
+def _read_split(paths: list[Path], labels_key: str, num_classes: int, size: int) -> Block:
     parts = [_read_batch(path, labels_key, num_classes) for path in paths]
     pixels = np.concatenate([images for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts])
-    return Split(MemoryImages(torch.from_numpy(pixels)), torch.from_numpy(labels))
+    if size != _IMAGE_SIZE:
+        pixels = resize(MemoryImages(torch.from_numpy(pixels)), size).pixels.numpy()
+    return pixels, torch.from_numpy(labels), []
 
 
 def _read_batch(path: Path, labels_key: str, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -13,19 +13,17 @@ from largebatch.data.split import Split
 from largebatch.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-MEMORY_LIMIT = 1 << 30  # bytes of decoded pixels, in each process
 
 
 def load_imagefolder(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
     """``root/train/<class>/...`` and ``root/test/<class>/...``, or ``root/val`` where there is no ``root/test``.
 
     Images may lie in folders below a class's; hidden files and other extensions are passed over. The sorted class
-    folders of ``train`` fix the labels. Training and test set are decoded into memory now if they take at most 1 GiB
-    together (87,000 RGB images of 64x64), and otherwise whenever they are fetched, by ``dataset.workers`` processes.
+    folders of ``train`` fix the labels. The images stay in their files.
 
     Raises:
-        UserError: naming the folder that is missing, empty or not among the training classes; the image that can't be
-            read; or ``dataset.image_size`` when it isn't given.
+        UserError: naming the folder that is missing, empty or not among the training classes; or
+            ``dataset.image_size`` when it isn't given.
     """
     root = Path(config.root)
     if config.image_size is None:
@@ -40,12 +38,8 @@ def load_imagefolder(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ..
         raise UserError(f"{test_folder / unknown[0]}: no such class in {train_folder}, whose folders fix the classes")
 
     classes = tuple(train)
-    splits = [_split(files, classes, config.channels, config.image_size) for files in (train, test)]
-    if sum(images.decoded_bytes for images, _ in splits) <= MEMORY_LIMIT:
-        in_memory = [Split(images.to_memory(), labels) for images, labels in splits]
-        return in_memory[0], in_memory[1], classes
-    on_disk = [Split(images, labels) for images, labels in splits]
-    return on_disk[0], on_disk[1], classes
+    train_split, test_split = (_split(files, classes, config.channels, config.image_size) for files in (train, test))
+    return train_split, test_split, classes
 
 
 def _trees(root: Path, dataset: str) -> tuple[Path, Path]:
@@ -78,14 +72,12 @@ def _image_files(folder: Path) -> list[str]:
     found = []
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(place, name) for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
+        found += [f"{place}/{name}" for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
     return sorted(found)
 
 
-def _split(
-    files: dict[str, list[str]], classes: tuple[str, ...], channels: int, image_size: int
-) -> tuple[FileImages, torch.Tensor]:
+def _split(files: dict[str, list[str]], classes: tuple[str, ...], channels: int, image_size: int) -> Split:
     paths = tuple(path for found in files.values() for path in found)
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of[name] for name, found in files.items() for _ in found]
-    return FileImages(paths, channels, image_size), torch.tensor(labels)
+    return Split(FileImages(paths, channels, image_size), torch.tensor(labels))

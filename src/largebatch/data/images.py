@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch.nn.functional import interpolate
 from largebatch.errors import UserError
 
 _MODES = {1: "L", 3: "RGB"}
+_TASK = 16  # files that a thread takes at a time
+_BLOCK_BYTES = 64 << 20  # of pixels, decoded together
 
 
 @dataclass(frozen=True)
@@ -50,28 +53,79 @@ class FileImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    @property
-    def decoded_bytes(self) -> int:
-        return len(self) * self.channels * self.image_size**2
-
     def select(self, indices: Tensor) -> FileImages:
         return FileImages(tuple(self.paths[i] for i in indices.tolist()), self.channels, self.image_size)
 
     def to_memory(self) -> MemoryImages:
-        """Decode every file, in threads (PIL lets go of the interpreter while it decodes)."""
+        """Decode every file.
+
+        Raises:
+            UserError: naming the first file that can't be read.
+        """
         pixels = np.empty((len(self), self.channels, self.image_size, self.image_size), dtype=np.uint8)
-
-        def decode_part(first: int) -> None:
-            for i in range(first, min(first + 64, len(self))):
-                pixels[i] = decode(self.paths[i], self.channels, self.image_size)
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for _ in pool.map(decode_part, range(0, len(self), 64)):
-                pass  # asks for the results only to raise the first error
+        filled = 0
+        for block, unreadable in decoded_blocks(self, torch.get_num_threads()):
+            for i in unreadable:
+                decode(self.paths[i], self.channels, self.image_size)  # raises
+            pixels[filled : filled + len(block)] = block
+            filled += len(block)
         return MemoryImages(torch.from_numpy(pixels))
 
 
 Images = MemoryImages | FileImages
+
+
+def decoded_bytes(images: Images) -> int:
+    return len(images) * images.channels * images.image_size**2
+
+
+def decoded_blocks(images: FileImages, threads: int) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
+    """Every file in order, some 64 MiB at a time, decoded in threads (PIL lets go of the interpreter meanwhile).
+
+    Each block is the pixels, uint8 [n, C, S, S], of the files that can be read, and the indices of those that can't.
+    """
+    size = max(_BLOCK_BYTES // (images.channels * images.image_size**2), _TASK * threads)
+    with ThreadPoolExecutor(threads) as pool:
+        for block in _pieces(range(len(images)), size):
+            yield _decode_block(images, block, pool)
+
+
+def _decode_block(images: FileImages, block: range, pool: Executor) -> tuple[NDArray[np.uint8], list[int]]:
+    pixels = np.empty((len(block), images.channels, images.image_size, images.image_size), dtype=np.uint8)
+
+    def decode_files(indices: range) -> list[int]:
+        unreadable = []
+        for i in indices:
+            try:
+                pixels[i - block.start] = decode(images.paths[i], images.channels, images.image_size)
+            except UserError:
+                unreadable.append(i)
+        return unreadable
+
+    unreadable = [i for part in pool.map(decode_files, _pieces(block, _TASK)) for i in part]
+    return np.delete(pixels, [i - block.start for i in unreadable], axis=0) if unreadable else pixels, unreadable
+
+
+def unreadable_files(images: FileImages, threads: int) -> list[int]:
+    """The indices of the files that ``decode`` would refuse: all are read, in threads, and nothing is kept of them."""
+
+    def read_files(indices: range) -> list[int]:
+        return [i for i in indices if not is_readable(images.paths[i], images.channels)]
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [i for part in pool.map(read_files, _pieces(range(len(images)), _TASK)) for i in part]
+
+
+def is_readable(path: str, channels: int) -> bool:
+    try:
+        _read(path, channels)
+    except UserError:
+        return False
+    return True
+
+
+def _pieces(whole: range, size: int) -> list[range]:
+    return [whole[first : first + size] for first in range(0, len(whole), size)]
 
 
 def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
@@ -83,9 +137,14 @@ def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
     Raises:
         UserError: when the file can't be read as an image, whole.
     """
+    array = np.asarray(_resized(_read(path, channels), image_size))
+    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+
+
+def _read(path: str, channels: int) -> Image.Image:
     try:
         with Image.open(path) as opened:
-            image = _in_mode(opened, _MODES[channels])
+            return _in_mode(opened, _MODES[channels])
     except (
         OSError,
         SyntaxError,
@@ -98,8 +157,6 @@ def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
         raise UserError(
             f"{path} can't be read as an image ({error}): the file is damaged or cut short; replace or remove it"
         ) from error
-    array = np.asarray(_resized(image, image_size))
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -123,6 +180,8 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
 
 def resize(images: MemoryImages, image_size: int) -> MemoryImages:
     """Square images in memory, resized like files (bilinear, antialiased)."""
-    parts = torch.split(images.pixels, 1024)
     size = (image_size, image_size)
-    return MemoryImages(torch.cat([interpolate(part, size, mode="bilinear", antialias=True) for part in parts]))
+    resized = torch.empty(*images.pixels.shape[:2], *size, dtype=torch.uint8)
+    for part, result in zip(torch.split(images.pixels, 1024), torch.split(resized, 1024), strict=True):
+        result.copy_(interpolate(part, size, mode="bilinear", antialias=True))
+    return MemoryImages(resized)

@@ -1,4 +1,4 @@
-"""From the configuration to images in memory (or their files), classes and statistics."""
+"""From the configuration to images on the device, in memory or in their files, with classes and statistics."""
 
 from __future__ import annotations
 
@@ -6,35 +6,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from largebatch.config import DatasetConfig
+from largebatch.data.cache import Say
 from largebatch.data.cifar import load_cifar
+from largebatch.data.decoding import check_all, decode_all, without
 from largebatch.data.digits import load_digits
 from largebatch.data.imagefolder import load_imagefolder
-from largebatch.data.images import Images, MemoryImages, resize
+from largebatch.data.images import FileImages, Images, MemoryImages, decoded_bytes, resize
+from largebatch.data.location import Place, choose_location, on_device
 from largebatch.data.split import Split, hold_out
 from largebatch.data.stream import stream
 from largebatch.data.synthetic import load_synthetic
 from largebatch.data.tinyimagenet import load_tinyimagenet
 from largebatch.errors import UserError, choices
+from largebatch.memory import free_memory, host_memory
 from largebatch.seeding import derive_seed
 
-Loaded = tuple[Split, Split, tuple[str, ...]]  # training set, test set, names of the classes
-_LOADERS: dict[str, Callable[[DatasetConfig], Loaded]] = {
-    "digits": load_digits,
+Loaded = tuple[Split, Split, tuple[str, ...]]  # training set, test set, class names
+_LOADERS: dict[str, Callable[[DatasetConfig, Say], Loaded]] = {
+    "digits": lambda config, say: load_digits(config),
     "cifar10": load_cifar,
     "cifar100": load_cifar,
-    "tinyimagenet": load_tinyimagenet,
-    "imagefolder": load_imagefolder,
-    "imagenet": load_imagefolder,
-    "synthetic": load_synthetic,
+    "tinyimagenet": lambda config, say: load_tinyimagenet(config),
+    "imagefolder": lambda config, say: load_imagefolder(config),
+    "imagenet": lambda config, say: load_imagefolder(config),
+    "synthetic": lambda config, say: load_synthetic(config),
 }
 _MEASURED_IMAGES = 2000
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: its splits, class names by label, and per-channel statistics of pixels in 0..1."""
+    """A data set: its splits, class names by label, and per-channel statistics of pixels in 0..1.
+
+    ``place`` is where the pixels are: on the ``device`` (and the labels with them), in the ``host``'s memory, or in
+    ``files`` that are decoded when they are fetched. ``skipped`` images couldn't be read and were left out.
+    """
 
     train: Split
     val: Split | None
@@ -42,6 +52,8 @@ class Data:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    place: Place = "host"
+    skipped: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -56,19 +68,68 @@ class Data:
         return self.train.images.image_size
 
 
-def load_data(config: DatasetConfig, seed: int) -> Data:
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def load_data(
+    config: DatasetConfig, seed: int, device: torch.device = _CPU, say: Say = _say_nothing, processes_here: int = 1
+) -> Data:
     """Load the data set ``config.name``, downloading it where that is allowed and needed.
 
+    Where ``config.location`` and the free memory of ``device`` and host allow it, all images are decoded now (and kept
+    in ``config.root/.largebatch`` for the next start) and stay in memory; otherwise each is decoded when it is fetched.
     ``config.val_fraction`` of the training set is held out, stratified, as ``seed`` has it; the test set is never
     touched. Sizes and numbers of classes are what the files hold; the configuration's are for the launcher only.
+
+    Args:
+        device: what the run computes on.
+        say: takes a line on anything that takes long or isn't as asked for.
+        processes_here: of this run on this machine; they share the host's memory and its cores.
 
     Raises:
         UserError: when files are missing, damaged or not what the configuration says; it names the file or key.
     """
+    train, test, classes = _load(config, say)
+    listed, in_files = (train, test), isinstance(train.images, FileImages)
+    size = decoded_bytes(train.images) + decoded_bytes(test.images)
+    device_free = free_memory(device) if device.type != "cpu" else None
+    host_free = host_memory() // processes_here
+    place, why = choose_location(config.location, size, device_free, host_free, in_memory=not in_files)
+    if place == "files" or (config.location == "device" and device_free is not None and place != "device"):
+        say(f"dataset.location={config.location}: {why}")
+
+    unreadable: tuple[str, ...] = ()
+    threads = torch.get_num_threads() * processes_here  # one process decodes while the others wait
+    if in_files and place != "files":
+        decoded = decode_all(train, test, classes, config, threads, say)
+        train, test, unreadable = decoded.train, decoded.test, decoded.unreadable
+    elif in_files and config.verify:
+        unreadable = check_all(train, test, config, threads, say)
+        train, test = without(train, unreadable, config.root), without(test, unreadable, config.root)
+
+    kept, held = _validation_part(train.labels, config.val_fraction, seed)
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        sample = train.images.select(kept[_evenly_spaced(len(kept))])
+        measured_mean, measured_std = measure_statistics(sample, config.workers)
+        mean, std = mean or measured_mean, std or measured_std
+    try:
+        splits = _placed(train, test, kept, held, device if place == "device" else None)
+    except torch.OutOfMemoryError:
+        place, why = choose_location("host", size, None, host_free, in_memory=not in_files)
+        say(f"dataset.location={config.location}: there wasn't room for all pixels on the device; {why}")
+        if place == "files":
+            train, test = (without(split, unreadable, config.root) for split in listed)
+        splits = _placed(train, test, kept, held, None)
+    return Data(*splits, classes, tuple(mean), tuple(std), place, len(unreadable))
+
+
+def _load(config: DatasetConfig, say: Say) -> Loaded:
     if config.name not in _LOADERS:
         raise UserError(f"dataset.name={config.name}: {choices(config.name, _LOADERS)}")
     try:
-        train, test, classes = _LOADERS[config.name](config)
+        train, test, classes = _LOADERS[config.name](config, say)
     except OSError as error:  # for example a folder that one may not read
         raise UserError(f"dataset={config.name}: {error}; look at dataset.root={config.root}") from error
     if train.images.channels != config.channels:
@@ -76,13 +137,27 @@ def load_data(config: DatasetConfig, seed: int) -> Data:
             f"dataset.channels={config.channels}: the images of {config.name} have {train.images.channels}; "
             "only imagefolder, imagenet and synthetic can have another number"
         )
-    train, test = _at_size(train, config.image_size), _at_size(test, config.image_size)
-    train, val = _validation_split(train, config.val_fraction, seed)
-    mean, std = config.mean, config.std
-    if mean is None or std is None:
-        measured_mean, measured_std = measure_statistics(train.images, config.workers)
-        mean, std = mean or measured_mean, std or measured_std
-    return Data(train, val, test, classes, tuple(mean), tuple(std))
+    size = config.image_size
+    return (train, test, classes) if size is None else (_at_size(train, size), _at_size(test, size), classes)
+
+
+def _placed(
+    train: Split, test: Split, kept: Tensor, held: Tensor | None, device: torch.device | None
+) -> tuple[Split, Split | None, Split]:
+    """Training, validation and test set: on ``device``, or where they are for None.
+
+    A selection is a copy. On the host, the whole that it comes from goes as soon as this is done: a mapped file of
+    pixels is the system's to drop, and nothing else refers to other pixels. On a device no whole is ever made.
+    """
+
+    def place(split: Split, indices: Tensor | None) -> Split:
+        if device is not None:
+            return on_device(split, indices, device)
+        return split if indices is None else split.select(indices)
+
+    if held is None:
+        return place(train, None), None, place(test, None)
+    return place(train, kept), place(train, held), place(test, None)
 
 
 def measure_statistics(images: Images, workers: int = 0) -> tuple[list[float], list[float]]:
@@ -90,33 +165,38 @@ def measure_statistics(images: Images, workers: int = 0) -> tuple[list[float], l
 
     A channel that is the same everywhere gets 1/255 as its deviation, so that one can divide by it.
     """
-    count = min(len(images), _MEASURED_IMAGES)
-    parts = torch.split(torch.arange(count) * len(images) // count, 256)
+    chosen = _evenly_spaced(len(images))
     total = torch.zeros(images.channels, dtype=torch.float64)
     squares = torch.zeros(images.channels, dtype=torch.float64)
-    for pixels in stream(images, parts, batch=256, workers=workers):
+    for pixels in stream(images, torch.split(chosen, 256), batch=256, workers=workers):
         scaled = pixels.double().div_(255).transpose(0, 1).flatten(1)
         total += scaled.sum(1)
         squares += scaled.square().sum(1)
-    pixels_a_channel = count * images.image_size**2
+    pixels_a_channel = len(chosen) * images.image_size**2
     mean = total / pixels_a_channel
     std = (squares / pixels_a_channel - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
     return mean.tolist(), std.tolist()
 
 
-def _at_size(split: Split, image_size: int | None) -> Split:
+def _evenly_spaced(n: int) -> Tensor:
+    """The indices of the up to 2000 among ``n`` images that are measured."""
+    count = min(n, _MEASURED_IMAGES)
+    return torch.arange(count) * n // count
+
+
+def _at_size(split: Split, image_size: int) -> Split:
     images = split.images
-    if image_size is None or image_size == images.image_size or not isinstance(images, MemoryImages):
+    if image_size == images.image_size or not isinstance(images, MemoryImages):
         return split
     return Split(resize(images, image_size), split.labels)
 
 
-def _validation_split(train: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
+def _validation_part(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Indices of the training images that are kept, and of those held out."""
     if fraction == 0:
-        return train, None
-    count = len(train) - round(len(train) * (1 - fraction))  # as the launcher counts
+        return torch.arange(len(labels)), None
+    count = len(labels) - round(len(labels) * (1 - fraction))  # as the launcher counts
     try:
-        kept, held = hold_out(train.labels, count, derive_seed(seed, "validation"))
+        return hold_out(labels, count, derive_seed(seed, "validation"))
     except UserError as error:
         raise UserError(f"dataset.val_fraction={fraction}: {error}") from None
-    return train.select(kept), train.select(held)

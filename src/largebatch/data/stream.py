@@ -67,7 +67,7 @@ class _Decoder(Dataset[Tensor | UserError]):
             decoded = [decode(images.paths[i], images.channels, images.image_size) for i in indices]
         except UserError as error:
             return error
-        return torch.from_numpy(np.stack(decoded))
+        return torch.from_numpy(np.stack(decoded)).contiguous()  # PIL's are laid out pixel by pixel
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

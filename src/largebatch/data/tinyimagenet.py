@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ _IMAGE_SIZE = 64
 def load_tinyimagenet(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
     """Training set ``train/<wnid>/images``, test set ``val/`` (the archive's own test set has no labels).
 
-    The sorted folders of ``train`` are the classes and fix the labels. All images are decoded into memory at once, as
+    The sorted folders of ``train`` are the classes and fix the labels. The images stay in their files, to be decoded as
     ``config.channels`` (some files are grey) and ``config.image_size``.
 
     Raises:
@@ -34,21 +35,21 @@ def load_tinyimagenet(config: DatasetConfig) -> tuple[Split, Split, tuple[str, .
         raise UserError(f"{folder / 'train'} has {len(classes)} class folders; it needs at least two")
     label_of = {name: label for label, name in enumerate(classes)}
     train, test = _train_files(folder, label_of), _test_files(folder, label_of)
-    return _decoded(train, config), _decoded(test, config), tuple(classes)
+    return _split(train, config), _split(test, config), tuple(classes)
 
 
-def _train_files(folder: Path, label_of: dict[str, int]) -> list[tuple[Path, int]]:
+def _train_files(folder: Path, label_of: dict[str, int]) -> list[tuple[str, int]]:
     files = []
     for name, label in label_of.items():
         images = folder / "train" / name / "images"
-        found = sorted(images.glob("*.JPEG"))
+        found = sorted(file for file in os.listdir(images) if file.endswith(".JPEG")) if images.is_dir() else []
         if not found:
             raise UserError(f"{images} has no *.JPEG images: the archive isn't unpacked completely")
-        files += [(path, label) for path in found]
+        files += [(f"{images}/{file}", label) for file in found]
     return files
 
 
-def _test_files(folder: Path, label_of: dict[str, int]) -> list[tuple[Path, int]]:
+def _test_files(folder: Path, label_of: dict[str, int]) -> list[tuple[str, int]]:
     annotations = folder / _ANNOTATIONS
     try:
         lines = [line for line in annotations.read_text().splitlines() if line.strip()]
@@ -62,13 +63,12 @@ def _test_files(folder: Path, label_of: dict[str, int]) -> list[tuple[Path, int]
                 f"{annotations}, line {number}: {line!r} must be a file name, a tab and one of the {len(label_of)} "
                 "classes in train/"
             )
-        files.append((folder / "val" / "images" / fields[0], label_of[fields[1]]))
+        files.append((f"{folder}/val/images/{fields[0]}", label_of[fields[1]]))
     if not files:
         raise UserError(f"{annotations} is empty: the archive isn't unpacked completely")
     return files
 
 
-def _decoded(files: list[tuple[Path, int]], config: DatasetConfig) -> Split:
-    size = config.image_size or _IMAGE_SIZE
-    images = FileImages(tuple(str(path) for path, _ in files), config.channels, size).to_memory()
+def _split(files: list[tuple[str, int]], config: DatasetConfig) -> Split:
+    images = FileImages(tuple(path for path, _ in files), config.channels, config.image_size or _IMAGE_SIZE)
     return Split(images, torch.tensor([label for _, label in files]))

@@ -1,0 +1,79 @@
+"""``augment.augmented`` on CPU: ``augment_cpu.cpp``, compiled once for this machine."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from largebatch.optim.native import library
+
+if TYPE_CHECKING:
+    from largebatch.data.augment import Draws
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("pixels", "indices", "draws", "mean", "std", "result")),
+        *((name, ctypes.c_int64) for name in ("images", "image_stride", "count")),
+        *((name, ctypes.c_int32) for name in ("channels", "side", "padding", "threads")),
+        ("channels_last", ctypes.c_bool),
+    )
+
+
+def why_not() -> str:
+    """Why there is no compiled code; empty where there is."""
+    compiled = library(_SOURCE)
+    return compiled if isinstance(compiled, str) else ""
+
+
+def augmented(
+    pixels: Tensor,
+    indices: Tensor | None,
+    draws: Draws | None,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    channels_last: bool = False,
+) -> Tensor:
+    """As ``augment.augmented``, with ``torch.get_num_threads()`` threads.
+
+    Raises:
+        IndexError: when an index isn't in 0..M-1.
+        ValueError: when a tensor isn't what ``augment.augmented`` asks for: memory is read without further checks.
+    """
+    compiled = library(_SOURCE)
+    assert isinstance(compiled, ctypes.CDLL), compiled
+    images, channels, side, _ = pixels.shape
+    count = images if indices is None else len(indices)
+    table = None if draws is None else draws.table
+    _check(pixels[:1], torch.uint8, (min(images, 1), channels, side, side))
+    _check(indices, torch.int64, (count,))
+    _check(table, torch.int32, (count, 8))
+    _check(mean, torch.float32, (channels,))
+    _check(std, torch.float32, (channels,))
+
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    result = torch.empty((count, channels, side, side), memory_format=memory_format)
+    mean, std = mean * 255, std * 255
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (pixels, indices, table, mean, std, result)]
+    padding = 0 if draws is None else draws.padding
+    sizes = (images, pixels.stride(0), count, channels, side, padding, torch.get_num_threads())
+    batch = _Batch(*pointers, *sizes, channels_last)
+    compiled.augment.restype = ctypes.c_bool
+    if not compiled.augment(ctypes.byref(batch)):
+        raise IndexError(f"an index isn't in 0..{images - 1}")
+    return result
+
+
+def _check(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    given = (tensor.dtype, tuple(tensor.shape), tensor.device.type, tensor.is_contiguous())
+    if given != (dtype, shape, "cpu", True):
+        raise ValueError(f"expected {dtype} {shape} on cpu, contiguous: {given}")

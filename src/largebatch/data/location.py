@@ -1,0 +1,75 @@
+"""Where the pixels of a data set are kept: in the device's memory, in the host's, or in their files."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from largebatch.data.images import MemoryImages
+from largebatch.data.split import Split
+
+Place = Literal["device", "host", "files"]
+
+# Without being asked, data takes no more than this part of what is free, nor more than so many bytes.
+_PART = 4
+_MOST = 8 << 30
+_PIECE_BYTES = 64 << 20
+
+
+def choose_location(
+    location: str, decoded_bytes: int, device_free: int | None, host_free: int, in_memory: bool = False
+) -> tuple[Place, str]:
+    """Where ``decoded_bytes`` of pixels go by ``dataset.location``, and a sentence that says why.
+
+    ``device_free`` and ``host_free`` are the bytes that can be taken there; None stands for a device whose memory is
+    the host's. ``auto`` takes the device, and ``host`` the host's memory, for at most a quarter of what is free and at
+    most 8 GiB; ``device`` goes up to 80 % of the device's. What doesn't fit on the device goes to the host's memory,
+    and what doesn't fit there stays in its files; pixels that are ``in_memory`` already stay in the host's.
+    """
+    size = f"{in_words(decoded_bytes)} of pixels"
+    passed_over = ""
+    if device_free is not None and location != "host":
+        room, rule = _room(device_free)
+        if location == "device":
+            room, rule = device_free * 4 // 5, "80 %"
+        free = f"{rule} of the device's {in_words(device_free)} of free memory"
+        if decoded_bytes <= room:
+            return "device", f"{size} take at most {free}, so they are kept there"
+        passed_over = f"more than {free}, and "
+    if in_memory:
+        return "host", f"{size} are {passed_over}in the host's memory already, so they stay there"
+    room, rule = _room(host_free)
+    free = f"{rule} of the host's {in_words(host_free)} of free memory"
+    if decoded_bytes <= room:
+        return "host", f"{size} are {passed_over}at most {free}, so they are kept there"
+    return "files", f"{size} are {passed_over}more than {free}, so images are decoded while training"
+
+
+def _room(free: int) -> tuple[int, str]:
+    """How much may be taken without being asked for, and that in words."""
+    if free // _PART > _MOST:
+        return _MOST, f"{in_words(_MOST)}, the most that is taken unasked,"
+    return free // _PART, "a quarter"
+
+
+def in_words(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def on_device(split: Split, indices: Tensor | None, device: torch.device) -> Split:
+    """The images (all, or those of ``indices``) and labels of a split in memory, as a copy on ``device``.
+
+    Copied piece by piece: nothing beside the copy takes memory there, and the host gathers no second one.
+    """
+    assert isinstance(split.images, MemoryImages)
+    pixels, labels = split.images.pixels, split.labels
+    if indices is not None:
+        labels = labels[indices]
+    moved = torch.empty(len(labels), *pixels.shape[1:], dtype=torch.uint8, device=device)
+    size = max(_PIECE_BYTES // max(pixels[0].numel(), 1), 1)
+    for first in range(0, len(labels), size):
+        piece = slice(first, first + size)
+        moved[piece] = pixels[piece] if indices is None else pixels[indices[piece]]
+    return Split(MemoryImages(moved), labels.to(device))

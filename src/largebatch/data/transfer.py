@@ -1,0 +1,40 @@
+"""From host memory to the device, without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; to a GPU from pinned memory, in the order of its stream."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def one_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Each of ``tensors`` (host memory) on ``device``; to a GPU on its own stream, while the one before is used."""
+    if device.type != "cuda":
+        yield from (tensor.to(device) for tensor in tensors)
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def upload() -> tuple[Tensor, torch.cuda.Event] | None:
+        tensor = next(tensors, None)
+        if tensor is None:
+            return None
+        with torch.cuda.stream(copying):
+            uploaded = to_device(tensor, device)
+            return uploaded, copying.record_event()
+
+    coming = upload()
+    while coming is not None:
+        uploaded, done = coming
+        coming = upload()
+        using = torch.cuda.current_stream(device)
+        using.wait_event(done)
+        uploaded.record_stream(using)  # or its memory would be given out again while it is read
+        yield uploaded

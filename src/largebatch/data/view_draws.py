@@ -1,0 +1,111 @@
+"""The random numbers of the two Barlow Twins views, drawn for a whole batch at once.
+
+The recipe is the one of ``facebookresearch/barlowtwins``, in its order: resized crop (scale 0.08..1, ratio 3/4..4/3,
+bicubic), flip, colour jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; with probability 0.8, its four
+steps in random order), grayscale (0.2), Gaussian blur (sigma 0.1..2 pixels) and solarize, these two with the view's
+own probabilities. Each number is distributed as in torchvision's transforms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SCALE = (0.08, 1.0)
+_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
+_JITTERED, _GRAY = 0.8, 0.2
+_SIGMA = (0.1, 2.0)
+_TRIES = 10  # for a crop that fits into the image
+
+# Steps of the colour jitter, as numbered in ViewDraws.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_WHOLE = (
+    *("top", "left", "height", "width", "flip", "jitter"),
+    *("step0", "step1", "step2", "step3", "hue", "gray", "solarize"),
+)
+_REAL = ("brightness", "contrast", "saturation", "sigma")
+
+
+@dataclass(frozen=True)
+class View:
+    """The probabilities in which the two views differ."""
+
+    blur: float
+    solarize: float
+
+
+VIEWS = (View(blur=1.0, solarize=0.0), View(blur=0.1, solarize=0.2))
+
+
+@dataclass(frozen=True)
+class ViewDraws:
+    """One image's random numbers in each row; ``draws[a:b]`` are those of a part of the batch.
+
+    ``whole`` is int32 [N, 13]: top, left, height and width of the crop in pixels; flip, 0 or 1; jitter, 0 or 1; its
+    four steps in their order (0 brightness, 1 contrast, 2 saturation, 3 hue); hue, what is added modulo 256 to the
+    hue in bytes; gray and solarize, 0 or 1. ``real`` is float32 [N, 4]: the factors of brightness, contrast and
+    saturation, and the blur's sigma in pixels, at most 2.4, or 0 for none. ``views_cpu.cpp`` has the same columns.
+    """
+
+    whole: Tensor
+    real: Tensor
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, part: slice) -> ViewDraws:
+        return ViewDraws(self.whole[part], self.real[part])
+
+    def to(self, device: torch.device | str) -> ViewDraws:
+        """These draws on ``device``; to CUDA in two transfers that the host doesn't wait for."""
+        device = torch.device(device)
+        whole, real = self.whole, self.real
+        if device.type == "cuda" and whole.device.type == "cpu":
+            whole, real = whole.pin_memory(), real.pin_memory()
+        return ViewDraws(whole.to(device, non_blocking=True), real.to(device, non_blocking=True))
+
+    def columns(self) -> dict[str, Tensor]:
+        """Each number by its name, of shape [N]."""
+        whole = zip(_WHOLE, self.whole.unbind(1), strict=True)
+        return {**dict(whole), **dict(zip(_REAL, self.real.unbind(1), strict=True))}
+
+
+def draw(generator: torch.Generator, n: int, side: int, view: View) -> ViewDraws:
+    """``n`` draws on CPU for images of ``side`` x ``side`` pixels, from a CPU ``generator``."""
+
+    def chance(probability: float) -> Tensor:
+        return torch.rand(n, generator=generator) < probability
+
+    def factor(spread: float) -> Tensor:
+        return torch.empty(n).uniform_(1 - spread, 1 + spread, generator=generator)
+
+    height, width = _crop_sizes(generator, n, side)
+    top, left = (_up_to(generator, side - length) for length in (height, width))
+    order = torch.rand(n, 4, generator=generator).argsort(1)
+    hue = torch.empty(n).uniform_(-_HUE, _HUE, generator=generator)
+    sigma = torch.empty(n).uniform_(*_SIGMA, generator=generator)
+    whole = [top, left, height, width, chance(0.5), chance(_JITTERED), *order.unbind(1)]
+    whole += [(hue.double() * 255).int(), chance(_GRAY), chance(view.solarize)]  # towards 0, as in torchvision
+    real = [factor(_BRIGHTNESS), factor(_CONTRAST), factor(_SATURATION), sigma * chance(view.blur)]
+    return ViewDraws(torch.stack([column.int() for column in whole], 1), torch.stack(real, 1))
+
+
+def _crop_sizes(generator: torch.Generator, n: int, side: int) -> tuple[Tensor, Tensor]:
+    """Heights and widths [N]: the first of ten tries that fits, else the whole image."""
+    shape = (n, _TRIES)
+    area = torch.empty(shape, dtype=torch.float64).uniform_(*_SCALE, generator=generator) * side**2
+    ratio = torch.empty(shape, dtype=torch.float64).uniform_(*_LOG_RATIO, generator=generator).exp()
+    height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (height >= 1) & (height <= side) & (width >= 1) & (width <= side)
+    first = fits.byte().argmax(1, keepdim=True)  # of equal ones the first
+    height, width = (torch.where(fits, length, side).gather(1, first).squeeze(1) for length in (height, width))
+    return height, width
+
+
+def _up_to(generator: torch.Generator, last: Tensor) -> Tensor:
+    """Whole numbers [N], uniform in 0..last."""
+    return (torch.rand(len(last), dtype=torch.float64, generator=generator) * (last + 1)).floor().minimum(last)

@@ -1,0 +1,83 @@
+"""How much memory is free, and what a failed allocation looks like."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+# torch's CPU allocator, oneDNN, the standard library.
+_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is a failed allocation, on a GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: of the GPU's memory, or of the host's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes that this process can still take: of the system's, its control group's, its own limit (``ulimit -v``)."""
+    return min(_of_the_system(), _of_the_group(), _of_the_process())
+
+
+def _of_the_system() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: what there is, less what programs usually take
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+
+
+def _of_the_group() -> int:
+    """Of the control groups (version 2 or 1) that a container or a SLURM job is in: the least of all levels."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return sys.maxsize
+    least = sys.maxsize
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            least = min(least, _of_the_levels(Path("/sys/fs/cgroup"), group, "memory.max", "memory.current"))
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            least = min(least, _of_the_levels(Path("/sys/fs/cgroup/memory"), group, *names))
+    return least
+
+
+def _of_the_levels(root: Path, group: str, limit: str, used: str) -> int:
+    least = sys.maxsize
+    folder = root / group.lstrip("/")
+    for level in (folder, *folder.parents):
+        if not level.is_relative_to(root):
+            break
+        try:
+            given, taken = (level / limit).read_text().strip(), int((level / used).read_text())
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)$", (level / "memory.stat").read_text(), re.MULTILINE)
+        except OSError:  # the top level has no limit, and a container doesn't see those above its own
+            continue
+        if given != "max":
+            least = min(least, int(given) - taken + (int(cached[1]) if cached else 0))
+    return max(least, 0)
+
+
+def _of_the_process() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    return max(limit - taken, 0)
