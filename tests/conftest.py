@@ -16,6 +16,9 @@ from largebatch.config import Config, from_composed
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# What is compiled and measured while other tests run isn't what the user's own runs shall find.
+os.environ["LARGEBATCH_CACHE"] = str(ROOT / ".pytest_cache" / "largebatch")
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 # The default network on 64 training images: a whole run takes a second beside the imports.

@@ -54,6 +54,10 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("optimizer.momentum=nan", "must be a finite number"),
         ("+model.options.depth=3", "only timm's models"),
         ("micro_batch=100", "micro_batch=128"),
+        ("micro_batch=most", "or auto"),
+        ("compile=ture", "did you mean true?"),
+        ("dataset.location=gpu", "allowed: auto, device, host"),
+        ("dataset.on_error=ignore", "allowed: stop, skip"),
         ("lr_scaling.rule=surg", "did you mean surge?"),
         ("lr_scaling.rule=surge", "docs/lr_scaling.md says how to measure it"),
         ("lr_scaling.noise_scale=900", "only lr_scaling.rule=surge has it"),
@@ -158,6 +162,7 @@ def test_a_key_added_by_force_is_still_unknown() -> None:
 
 
 IDENTITY_FREE = [
+    "profile=true", "dataset.location=host", "dataset.location=device",
     "cluster.processes=2", "tracker=none", "tracker.project=x", "tracker.log_every=3", "runs_dir=elsewhere",
     "rerun=true", "dry_run=true", "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
     "dataset.verify=false", "checkpoint.every_seconds=1", "epochs=120", "lr_scaling.force=true",
@@ -177,7 +182,8 @@ def test_identity_ignores_what_cannot_change_the_result(override: str) -> None:
         "optimizer=lamb", "optimizer.lr=0.3", "optimizer.momentum=0.8", "schedule=cosine", "batch_size=256", "seed=1",
         "epochs=7", "steps=7", "model.init=xavier_uniform", "model.norm=batch", "precision=bf16", "sync_bn=true",
         "micro_batch=128", "dataset.rotation=0", "dataset.val_fraction=0.1", "lr_scaling.rule=sqrt", "eval_every=2",
-        "deterministic=true", "lr_scaling.base_batch=128", "lr_scaling.noise_scale=900",
+        "deterministic=true", "lr_scaling.base_batch=128", "lr_scaling.noise_scale=900", "micro_batch=auto",
+        "compile=true", "compile=false", "dataset.on_error=skip",
     ],
 )  # fmt: skip
 def test_identity_knows_what_can_change_the_result(override: str) -> None:

@@ -1,4 +1,4 @@
-"""A run folder's status, lock and checkpoints."""
+"""A run folder's status, lock and metrics."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from largebatch.checkpoint import load_newest, save_checkpoint
 from largebatch.run_folder import RunBusyError, RunFolder, this_process
 from largebatch.tracking.metrics import MetricsLog, read_rows, write_table
 
@@ -47,25 +45,6 @@ def test_status_is_merged(tmp_path: Path) -> None:
     assert folder.state() == "running"
     assert folder.read_status()["steps"] == 5
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
-
-
-def test_newest_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
-    said: list[str] = []
-    for step in (9, 10, 100):
-        save_checkpoint(tmp_path, step, {"weights": torch.full((3,), float(step))})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010.pt", "step-00000100.pt"]
-    newest = tmp_path / "step-00000100.pt"
-    newest.write_bytes(newest.read_bytes()[:200])
-    state = load_newest(tmp_path, torch.device("cpu"), said.append)
-    assert state is not None
-    assert state["step"] == 10
-    assert torch.equal(state["weights"], torch.full((3,), 10.0))
-    assert len(said) == 1
-    assert str(newest) in said[0]
-
-
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert load_newest(tmp_path / "none", torch.device("cpu"), print) is None
 
 
 def test_metrics_of_a_resumed_run_have_no_row_twice_and_none_missing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Time spent training, apart from evaluation and checkpoints."""
+"""Time spent training, apart from evaluation."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ def identity(config: Config) -> str:
         if not (key == "root" and config.dataset.name == "imagefolder"):
             del tree["dataset"][key]
     del tree["lr_scaling"]["force"]  # it lets a run be, and changes nothing in it
-    later = [(tree, _LATER_KEYS), (tree["dataset"], _LATER_DATASET_KEYS)]
+    later: list[tuple[dict[str, Any], dict[str, Any]]] = [(tree, _LATER_KEYS), (tree["dataset"], _LATER_DATASET_KEYS)]
     if config.optimizer.name in ("lars", "tvlars"):
         later.append((tree["optimizer"], _LATER_OPTIONS))
     for branch, defaults in later:

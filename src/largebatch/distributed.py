@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.errors import UserError
+
+T = TypeVar("T")
 
 
 def start(device: str) -> tuple[int, int, torch.device]:
@@ -48,6 +50,37 @@ def smallest_over_processes(value: Tensor) -> float:
     return float(value)
 
 
+def any_process(here: bool) -> bool:
+    """Whether it is so in any process; every process must ask."""
+    if not dist.is_initialized():
+        return here
+    answer = torch.tensor(here, dtype=torch.int32)  # on the host: no device is waited for
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer)
+
+
+def from_rank_0(value: T) -> T:
+    """Rank 0's ``value``, in every process."""
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+    return held[0]
+
+
+def average_gradients(model: nn.Module) -> None:
+    """What DDP does along the backward pass, after it."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    means = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view(gradient.shape))
+
+
 def replicate(model: nn.Module, example: Tensor) -> nn.Module:
     """``model`` with gradients averaged over the run's processes; itself in a run of one.
 
@@ -56,7 +89,7 @@ def replicate(model: nn.Module, example: Tensor) -> nn.Module:
     """
     if not dist.is_initialized():
         return model
-    replica = DistributedDataParallel(model)
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=True)  # gradients aren't copied into the buckets
     replica.eval()  # running statistics stay as they are
     replica(example).sum().backward()
     replica.zero_grad(set_to_none=True)

@@ -11,39 +11,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from largebatch.batch import BatchPlan
 from largebatch.config import Config
-from largebatch.data import Data
 from largebatch.optimization import resolved_lr, resolved_options
+from largebatch.state import Run
 
 Facts = dict[str, Any]
+_PLACES = {"device": "on the device", "host": "in host memory", "files": "decoded while training"}
 
 
-def resolved_precision(config: Config, device: torch.device) -> str:
-    """``fp32`` or ``bf16``: auto takes bf16 on a GPU that computes in it."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def gather_facts(
-    config: Config, data: Data, model: nn.Module, batch: BatchPlan, device: torch.device, steps: int, epoch_steps: int
-) -> Facts:
+def gather_facts(run: Run, model: nn.Module) -> Facts:
+    config, data, batch, device = run.config, run.data, run.batch, run.device
     return {
         "lr": resolved_lr(config),
-        "optimizer_options": resolved_options(config, epoch_steps),
-        "steps": steps,
-        "steps_per_epoch": epoch_steps,
+        "optimizer_options": resolved_options(config, run.epoch_steps),
+        "steps": run.steps,
+        "steps_per_epoch": run.epoch_steps,
         "global_batch": batch.global_batch,
         "processes": batch.processes,
         "per_process_batch": batch.per_process,
         "accumulation": batch.accumulation,
         "micro_batch": batch.micro_batch,
-        "precision": resolved_precision(config, device),
+        "precision": run.arithmetic.precision,
+        "channels_last": run.arithmetic.channels_last,
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_images": len(data.train),
         "val_images": len(data.val) if data.val is not None else 0,
         "test_images": len(data.test),
+        "skipped_images": data.skipped,
+        "data_location": data.place,
         "classes": data.num_classes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
@@ -54,16 +49,17 @@ def gather_facts(
 
 def facts_in_words(config: Config, facts: Facts) -> list[str]:
     held_out = f", {facts['val_images']:,} for validation" if facts["val_images"] else ""
+    skipped = f", {facts['skipped_images']:,} unreadable and left out" if facts["skipped_images"] else ""
     noise = config.lr_scaling.noise_scale
     rule = config.lr_scaling.rule + (f", lr_scaling.noise_scale={noise:g}" if noise is not None else "")
     scaled = f" (optimizer.lr={config.optimizer.lr:g}, lr_scaling.rule={rule})"
     return [
-        f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test; "
-        f"{config.model.name}: {facts['parameters']:,} parameters",
+        f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test"
+        f"{skipped}, {_PLACES[facts['data_location']]}; {config.model.name}: {facts['parameters']:,} parameters",
         f"batch {facts['global_batch']:,} = {facts['processes']} process(es) x {facts['accumulation']} micro-batch(es) "
         f"of {facts['micro_batch']:,}; {facts['steps_per_epoch']:,} steps an epoch, {facts['steps']:,} in all",
         f"{config.optimizer.name}: lr {facts['lr']:g}{scaled}; schedule {config.schedule.name}; "
-        f"{facts['precision']} on {facts['device']}",
+        f"{facts['precision']}{', channels last,' if facts['channels_last'] else ''} on {facts['device']}",
     ]
 
 

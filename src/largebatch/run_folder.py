@@ -42,6 +42,7 @@ class RunFolder:
         self.layers = self.path / "layers.parquet"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
+        self.profile = self.path / "profile"
         self.log = self.path / "log.txt"
 
     @property

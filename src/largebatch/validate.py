@@ -221,7 +221,10 @@ def _check_optimizer(config: Config) -> list[str]:
     options = OPTIMIZER_OPTIONS.get(optimizer.library, {})
     if optimizer.name not in options:
         return [f"optimizer.name={optimizer.name}: {choices(optimizer.name, options)}; choose it with optimizer=NAME"]
-    return _check_options("optimizer", optimizer, options[optimizer.name])
+    problems = _check_options("optimizer", optimizer, options[optimizer.name])
+    if optimizer.name == "clars" and config.compile is True:
+        problems.append("compile=true: clars measures gradient norms by hooks, which compiled passes don't call")
+    return problems
 
 
 def _check_lr_scaling(config: Config) -> list[str]:

@@ -32,7 +32,9 @@ def config(**options):
     return DatasetConfig(name="imagefolder", crop_padding=2, **{"workers": 0, **options})
 
 
-def training(split, steps, *, batch_size=12, rank=0, processes=1, micro_batch=12, seed=0, start_step=0, **options):
+def training(
+    split, steps, *, batch_size=12, rank=0, processes=1, micro_batch=12, seed=0, start_step=0, how=(), **options
+):
     batches = train_batches(
         split,
         config(**options),
@@ -45,6 +47,7 @@ def training(split, steps, *, batch_size=12, rank=0, processes=1, micro_batch=12
         seed=seed,
         start_step=start_step,
         device="cpu",
+        **dict.fromkeys(how, True),
     )
     count = steps * batch_size // processes // micro_batch
     return list(itertools.islice(batches, count))
@@ -63,6 +66,38 @@ def test_shapes_and_types(in_memory):
     (images, labels), *_ = training(in_memory, 1, micro_batch=4)
     assert (images.dtype, images.shape) == (torch.float32, (4, 3, 8, 8))
     assert (labels.dtype, labels.shape) == (torch.int64, (4,))
+
+
+def test_channels_last_images_are_the_same(in_memory, in_files):
+    expected = training(in_memory, 2)
+    for split in (in_memory, in_files):
+        got = training(split, 2, how=["channels_last"])
+        assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in got)
+        assert same(joined(got), joined(expected))
+
+
+def test_two_views_of_each_image(in_memory):
+    """First views and then second ones, of the images that classification would see, augmented one by one."""
+    (images, labels), *_ = training(in_memory, 1, micro_batch=4, how=["two_views", "channels_last"])
+    assert images.shape == (8, 3, 8, 8)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(labels, training(in_memory, 1, micro_batch=4)[0][1])
+    assert len({image.numpy().tobytes() for image in images}) == 8
+
+
+@pytest.mark.parametrize("division", [{"micro_batch": 3}, {"processes": 2, "micro_batch": 6}, {"start_step": 1}])
+def test_two_views_are_the_same_however_the_batch_is_divided(in_memory, in_files, division):
+    def views(split, rank=0, steps=2, **options):
+        batches = training(split, steps, rank=rank, how=["two_views"], **options)
+        return torch.cat([images.unflatten(0, (2, -1)) for images, _ in batches], dim=1)
+
+    whole = views(in_memory)
+    if "start_step" in division:
+        assert torch.equal(views(in_files, steps=1, **division), whole[:, 12:])
+    else:
+        ranks = [views(in_memory, rank, **division) for rank in range(division.get("processes", 1))]
+        steps = [part for both in zip(*(r.chunk(2, dim=1) for r in ranks), strict=True) for part in both]
+        assert torch.equal(torch.cat(steps, dim=1), whole)
 
 
 def test_accumulation_sees_the_same_images(in_memory):

@@ -32,7 +32,7 @@ def record(folder: RunFolder) -> None:
             names = ["conv1.weight", "head.weight"] if step <= 40 else ["conv1.weight"]
             recorder.layers(step, names, statistics(step, len(names)))
             if step == 50:
-                recorder.before_checkpoint()
+                recorder.layers_to_write()()
         recorder.row({"step": 75, "epoch": 7.5, "examples": 75, "wall_seconds": 1.0, "train/loss": 1.0})
         recorder.finish("finished", 75, "", 1.0)
 

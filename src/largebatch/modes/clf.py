@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,14 @@ def build_model(config: Config, data: Data) -> nn.Module:
     return build_network(config.model, data.num_classes, data.channels)
 
 
-def loss(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def loss(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64."""
     logits = model(images).float()
     value = F.cross_entropy(logits, labels)
     with torch.no_grad():
         correct = (logits.argmax(dim=1) == labels).sum()
-        count = len(labels)
-        totals = torch.stack([value.double() * count, correct.double(), correct.new_tensor(count, dtype=torch.float64)])
+        count = torch.full_like(correct, len(labels), dtype=torch.float64)  # made on the device, where nothing waits
+        totals = torch.stack([value.double() * count, correct.double(), count])
     return value, totals
 
 

@@ -106,6 +106,10 @@ class SampleNorms:
         sums /= scale
         return dict(zip(self._layers, sums.unbind(), strict=True))
 
+    def forget(self) -> None:
+        """Drop what the backward passes since the last call of ``means`` added, because their step is taken again."""
+        self._sums = None
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         for handle in self._handles:

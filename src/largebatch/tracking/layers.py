@@ -6,6 +6,8 @@ Reading a figure waits for the device, so rows gather there and are read togethe
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,17 +72,15 @@ class LayerLog:
         self._steps.append(step)
         return left + self._read_back() if len(self._steps) == CAPACITY else left
 
+    def to_write(self) -> tuple[list[LayerRow], Callable[[], None]]:
+        """The rows that now left the device, and what brings the file up to date with all so far, in any thread."""
+        left = self._read_back()
+        return left, partial(_write, list(self._tables), self._path)
+
     def write(self) -> list[LayerRow]:
         """Bring the file up to date. Returns the rows that left the device for it."""
-        left = self._read_back()
-        if self._tables:
-            import pyarrow
-            import pyarrow.parquet
-
-            self._tables = [pyarrow.concat_tables(self._tables).combine_chunks()]
-            temporary = self._path.with_name(f".{self._path.name}.tmp")
-            pyarrow.parquet.write_table(self._tables[0], temporary)
-            os.replace(temporary, self._path)
+        left, write = self.to_write()
+        write()
         return left
 
     def _read_back(self) -> list[LayerRow]:
@@ -91,6 +91,16 @@ class LayerLog:
         if rows:
             self._tables.append(_table(rows))
         return rows
+
+
+def _write(tables: list[pyarrow.Table], path: Path) -> None:
+    if tables:
+        import pyarrow
+        import pyarrow.parquet
+
+        temporary = path.with_name(f".{path.name}.tmp")
+        pyarrow.parquet.write_table(pyarrow.concat_tables(tables), temporary)
+        os.replace(temporary, path)
 
 
 def _table(rows: list[LayerRow]) -> pyarrow.Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -55,9 +56,11 @@ class Recorder:
         """Statistics after optimizer step ``step``: a tensor of shape [layers] for each of ``layers.COLUMNS``."""
         self._layers_to_wandb(self._layers.add(step, names, statistics))
 
-    def before_checkpoint(self) -> None:
-        """Layer statistics reach the disk before the checkpoint that says they are there."""
-        self._layers_to_wandb(self._layers.write())
+    def layers_to_write(self) -> Callable[[], None]:
+        """What brings the layers' file up to date with what was recorded so far, in any thread."""
+        rows, write = self._layers.to_write()
+        self._layers_to_wandb(rows)
+        return write
 
     def _layers_to_wandb(self, rows: list[LayerRow]) -> None:
         for row in rows:
