@@ -181,10 +181,10 @@ def _work(config: Config, folder: RunFolder, rank: int, console: Console) -> int
     if rank == 0:
         folder.update_status(state="running", started=time.time(), **this_process())
     try:
+        torch.backends.cudnn.benchmark = not config.deterministic  # all micro-batches have one shape
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
         rank, processes, device = distributed.start(config.cluster.device)
         train(config, folder, rank, processes, device, console)
     except UserError as error:
