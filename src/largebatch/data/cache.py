@@ -146,9 +146,7 @@ def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with temporary.open("w+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            write(file)  # not synced, which takes seconds: what a crash of the machine leaves is told by its checksum
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from largebatch.data.transfer import to_device
+
 _SCALE = (0.08, 1.0)
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
@@ -62,11 +64,8 @@ class ViewDraws:
 
     def to(self, device: torch.device | str) -> ViewDraws:
         """These draws on ``device``; to CUDA in two transfers that the host doesn't wait for."""
-        device = torch.device(device)
-        whole, real = self.whole, self.real
-        if device.type == "cuda" and whole.device.type == "cpu":
-            whole, real = whole.pin_memory(), real.pin_memory()
-        return ViewDraws(whole.to(device, non_blocking=True), real.to(device, non_blocking=True))
+        where = torch.device(device)
+        return ViewDraws(to_device(self.whole, where), to_device(self.real, where))
 
     def columns(self) -> dict[str, Tensor]:
         """Each number by its name, of shape [N]."""
