@@ -22,9 +22,9 @@ from largebatch.run_folder import write_atomic
 from largebatch.trial import Image, trial_images, trial_pass
 
 _SMALL = 1_000_000  # parameters; see choose_arithmetic
-_PASS_SECONDS = 0.25  # of the trial; ResNet-18 with the CIFAR stem is tried with 10 to 20 images on two cores
+_PASS_SECONDS = 0.6  # of the trial; on two cores 300 images for ResNet-18, or 20 with the CIFAR stem
 _ROUNDS = 3
-_CALM = 1.5  # times that one of equal passes may take longer than another
+_CALM = 1.25  # times that one of equal passes may take longer than another
 _DISTURBED_SECONDS = 3600  # how long a measurement counts that wasn't calm
 _WORTH = {"bf16": 1.10, "channels_last": 1.03}  # times faster, to be taken: timings of equal things differ by as much
 
@@ -62,12 +62,7 @@ def choose_arithmetic(
     """
     if sum(p.numel() for p in model.parameters()) < _SMALL:
         return Arithmetic("bf16" if config.precision == "bf16" else "fp32", channels_last=False), ""
-    candidates = [
-        Arithmetic(precision, channels_last)
-        for precision in (("fp32", "bf16") if config.precision == "auto" else (config.precision,))
-        for channels_last in (False, True)
-        if config.precision != "auto" or precision == "fp32" or _computes_in_bf16(device)
-    ]
+    candidates = _candidates(config.precision, device)
     try:
         folder = cache_folder()
     except (OSError, RuntimeError) as error:
@@ -82,6 +77,13 @@ def choose_arithmetic(
         chosen = _fastest(seconds)
         write_atomic(path, json.dumps({"arithmetic": asdict(chosen), "calm": _is_calm(seconds)}))
     return chosen, "measured now"
+
+
+def _candidates(precision: str, device: torch.device) -> list[Arithmetic]:
+    if precision == "auto":  # bf16 with channels last has always been faster than without
+        bf16 = [Arithmetic("bf16", True)] if _computes_in_bf16(device) else []
+        return [*_candidates("fp32", device), *bf16]
+    return [Arithmetic(precision, channels_last) for channels_last in (False, True)]
 
 
 def measure(

@@ -1,0 +1,140 @@
+"""What accumulation costs: the program's step in 1, 2 and 4 micro-batches, and a loop written by hand in 4.
+
+ResNet-18 on random images of 32x32, LARS, a global batch of 512. Everything takes turns in one process, the order
+reversed every other time; medians [quartiles]; ratios, of turns in the same repeat, last.
+`python benchmarks/accumulation.py [--device cuda] [--precision auto] [--repeats 11]`
+
+The program's step is `step.gradient` and `step.update` on the batches that its loop takes; the hand-written one calls
+the same model, augmentation, loss and optimizer in the same arithmetic. All compute in the arithmetic that the program
+chooses for the whole batch. A turn is some steps after one that isn't counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for a run; read when torch is loaded
+
+import torch
+from tabulate import tabulate
+from torch.nn import functional as F
+from training_step import (
+    IMAGES,
+    PADDING,
+    ROTATION,
+    SIDE,
+    Steps,
+    configuration,
+    interleaved,
+    pixels_and_labels,
+    ratio,
+    set_up_run,
+    timed,
+)
+
+from largebatch import distributed
+from largebatch.data.augment import augmented, draw
+from largebatch.data.transfer import to_device
+from largebatch.profile import Profile
+from largebatch.state import Run, Training
+from largebatch.step import gradient, update
+from largebatch.train import batches_from
+
+ACCUMULATIONS = (1, 2, 4)
+BY_HAND = 4
+
+
+def programs_steps(run: Run, training: Training) -> Steps:
+    batches, profile = batches_from(run, training.step), Profile(None, run.device, run.steps)
+    while True:
+        training.step += 1
+        gradient(run, training, batches, profile)
+        update(training, None, 0, profile)
+        yield
+
+
+def steps_by_hand(run: Run, training: Training) -> Steps:
+    network, optimizer, pixels, labels = training.network, training.optimizer, *pixels_and_labels(run)
+    mean, std = torch.tensor(run.data.mean, device=run.device), torch.tensor(run.data.std, device=run.device)
+    batch, size, generator = run.batch.global_batch, run.batch.micro_batch, torch.Generator().manual_seed(0)
+    totals = torch.zeros(2, device=run.device)
+    training.model.train()
+    while True:
+        for indices in torch.randperm(IMAGES)[: IMAGES // batch * batch].split(batch):
+            where = to_device(indices, run.device)
+            draws = draw(generator, batch, padding=PADDING, flip=True, rotation=ROTATION, side=SIDE).to(run.device)
+            for first in range(0, batch, size):
+                part = slice(first, first + size)
+                last = run.arithmetic.channels_last
+                images = augmented(pixels, where[part], draws[part], mean, std, channels_last=last)
+                answers = labels[where[part]]
+                with run.autocast:
+                    logits = network(images).float()
+                    loss = F.cross_entropy(logits, answers)
+                (loss * (size / batch)).backward()
+                totals += torch.stack([loss.detach() * size, (logits.argmax(dim=1) == answers).sum()])
+            optimizer.step()
+            optimizer.zero_grad()
+            yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; 2 by default")
+    parser.add_argument("--stem", choices=("imagenet", "cifar"), default="imagenet")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32", help="fp32 by default")
+    parser.add_argument("--batch", type=int, default=512, help="images a step, in all; 512 by default")
+    parser.add_argument("--steps", type=int, help="that are counted of a turn; 2 by default, on a GPU 100")
+    parser.add_argument("--repeats", type=int, default=11, help="at least 2; 11 by default")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(given.threads)
+    *_, device = distributed.start(given.device)
+    steps = given.steps or (100 if given.device == "cuda" else 2)
+    overrides = [f"model.stem={given.stem}", f"batch_size={given.batch}", f"precision={given.precision}"]
+    overrides.append("compile=false")
+
+    with tempfile.TemporaryDirectory() as folder:
+        arithmetic, turns = None, {}
+        for number in (*ACCUMULATIONS, "by hand"):
+            accumulation = BY_HAND if number == "by hand" else number
+            config = configuration(*overrides, f"micro_batch={given.batch // accumulation}")
+            begun = set_up_run(config, Path(folder) / str(number), device, arithmetic)
+            arithmetic = begun[0].arithmetic
+            way = steps_by_hand if number == "by hand" else programs_steps
+            turns[name_of(number, given.batch)] = timed(lambda way=way, begun=begun: way(*begun), steps, device)
+        seconds = interleaved(turns, given.repeats)
+
+    where = torch.cuda.get_device_name() if given.device == "cuda" else f"cpu, {given.threads} threads"
+    print(f"{where}, torch {torch.__version__}, python {platform.python_version()}; {given.stem} stem, {arithmetic}\n")
+    table = []
+    for name, of_turns in seconds.items():
+        low, median, high = (1000 * q / steps for q in statistics.quantiles(of_turns, method="inclusive"))
+        table.append([name, f"{median:.1f} [{low:.1f}-{high:.1f}]", f"{1000 * given.batch / median:,.0f}"])
+    aligned = ("left", "right", "right")
+    print(tabulate(table, ["", "ms a step", "images/s"], tablefmt="github", disable_numparse=True, colalign=aligned))
+    print()
+    whole, *parted = (name_of(number, given.batch) for number in ACCUMULATIONS)
+    for name in parted:
+        print(f"{name} takes {ratio(seconds, name, whole):.3f} x the whole batch at once")
+    by_hand = name_of("by hand", given.batch)
+    print(f"{by_hand} takes {ratio(seconds, by_hand, whole):.3f} x the whole batch at once")
+    print(
+        f"{name_of(BY_HAND, given.batch)} takes {ratio(seconds, name_of(BY_HAND, given.batch), by_hand):.3f} x by hand"
+    )
+
+
+def name_of(number: int | str, batch: int) -> str:
+    accumulation = BY_HAND if number == "by hand" else int(number)
+    return f"{'by hand' if number == 'by hand' else 'largebatch'}, {accumulation} x {batch // accumulation}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What processes bring: two of one thread against one of one thread and one of two, at the same global batch.
+
+The program itself (`python launch.py ...`), ResNet-18 on random images of 32x32, LARS; runs take turns, the order
+reversed every other time. The figure of a run is the median of `perf/images_per_second` over the rows of its
+`metrics.jsonl` after four steps of warm-up; printed are medians [quartiles] over repeats, and ratios last, of runs in
+the same repeat. `python benchmarks/scaling.py [--precision fp32 auto] [--repeats 5]`; with `--device cuda` it is two
+GPUs against one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 4  # steps; the program itself leaves out the first
+ROWS_EVERY = 2  # steps
+# name: processes, threads of each
+WAYS = {
+    "cpu": {
+        "1 process of 1 thread": (1, 1),
+        "1 process of 2 threads": (1, 2),
+        "2 processes of 1 thread": (2, 1),
+    },
+    "cuda": {"1 GPU": (1, 2), "2 GPUs": (2, 2)},
+}
+
+
+def images_per_second(given: argparse.Namespace, precision: str, way: tuple[int, int], runs: Path) -> float:
+    """Of one run, from its own rows. Ends the benchmark with the program's words if it fails."""
+    processes, threads = way
+    command = [
+        sys.executable, str(ROOT / "launch.py"), f"runs_dir={runs}", "dataset=synthetic", "dataset.train_size=10000",
+        "dataset.test_size=256", "model=resnet18", f"model.stem={given.stem}", "optimizer=lars", "optimizer.lr=0.1",
+        f"batch_size={given.batch}", f"steps={WARM_UP + given.steps}", f"precision={precision}", "tracker=none",
+        f"tracker.log_every={ROWS_EVERY}", "eval_every=1000000", "checkpoint.every_seconds=1e9", "compile=false",
+        f"cluster.device={given.device}", f"cluster.processes={processes}", f"cluster.threads={threads}",
+    ]  # fmt: skip
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\n{process.stdout}{process.stderr}")
+    (metrics,) = runs.glob("*/metrics.jsonl")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    name = "perf/images_per_second"
+    return statistics.median(row[name] for row in rows if name in row and row["step"] > WARM_UP)
+
+
+def measure(given: argparse.Namespace, precision: str) -> dict[str, list[float]]:
+    """Images a second of each way, one a repeat."""
+    ways = WAYS[given.device]
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(given.repeats):
+        for name in list(ways) if repeat % 2 == 0 else reversed(ways):
+            with tempfile.TemporaryDirectory(prefix="largebatch-") as runs:
+                rates[name].append(images_per_second(given, precision, ways[name], Path(runs)))
+    return rates
+
+
+def show(precision: str, rates: dict[str, list[float]]) -> None:
+    table = []
+    for name, values in rates.items():
+        low, median, high = statistics.quantiles(values, method="inclusive")
+        table.append([name, f"{median:,.0f} [{low:,.0f}-{high:,.0f}]"])
+    headers = [f"precision={precision}", "images/s"]
+    print(tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=("left", "right")), "\n")
+    *others, last = rates
+    for other in others:
+        factor = statistics.median(a / b for a, b in zip(rates[last], rates[other], strict=True))
+        print(f"{last} against {other}: {factor:.2f} times faster")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--stem", choices=("imagenet", "cifar"), default="imagenet")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "auto"), default=["fp32"])
+    parser.add_argument("--batch", type=int, help="images a step, in all; 256 by default, on GPUs 4096")
+    parser.add_argument("--steps", type=int, help="that are counted of a run; 8 by default, on GPUs 400")
+    parser.add_argument("--repeats", type=int, default=5, help="at least 2; 5 by default")
+    given = parser.parse_args()
+    on_gpus = given.device == "cuda"
+    given.batch = given.batch or (4096 if on_gpus else 256)
+    given.steps = given.steps or (400 if on_gpus else 8)
+    print(f"{given.device}, {os.cpu_count()} cores, {given.stem} stem, batch {given.batch}, {given.repeats} repeats\n")
+    for precision in given.precision:
+        show(precision, measure(given, precision))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""What a training step costs from end to end: the program's loop, a bare one, and one as published programs have it.
+
+ResNet-18 on random images of 32x32. Everything takes turns in one process, the order reversed every other time; medians
+[quartiles]; ratios, of turns in the same repeat, last.
+`python benchmarks/training_step.py [--stem both] [--device cuda] [--precision auto] [--repeats 9] [--out FILE.json]`
+
+A turn is some steps after one that isn't counted, to the end of the last one's work on the device.
+
+- `largebatch` is `largebatch.train.loop` after `set_up`, continued from turn to turn: data, augmentation, forward and
+  backward, LARS, schedule, metrics of every tenth step and of a turn's last one, layer statistics every twentieth, the
+  files of both. The end of its time is where the evaluation after its last step begins; there are no checkpoints.
+- `bare loop` calls the same model, augmentation, loss and optimizer in the same arithmetic, and nothing else.
+- `as published` takes each image through PIL transforms in a DataLoader of two workers (`--workers`), computes in
+  fp32, steps a LARS that goes from tensor to tensor and reads its norms, and reads loss and accuracy every step. Its
+  workers live for an epoch. A turn is part of one, with more batches to come, so that they have as much to do as in a
+  long one; starting them is given apart. All threads wait passively, which such programs don't ask for, and which helps
+  them here.
+- `model alone` is forward and backward of one batch that is there: the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for a run; read when torch is loaded
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from PIL import Image
+from tabulate import tabulate
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+from largebatch import distributed, train
+from largebatch.arithmetic import Arithmetic
+from largebatch.clock import StepClock
+from largebatch.config import Config, from_composed
+from largebatch.data.augment import augmented, draw
+from largebatch.data.transfer import to_device
+from largebatch.facts import gather_facts
+from largebatch.models import build_model
+from largebatch.run_folder import RunFolder
+from largebatch.set_up import set_up
+from largebatch.state import Run, Training
+from largebatch.tracking.console import Console
+from largebatch.tracking.recorder import Recorder
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES, SIDE, CLASSES = 20_000, 32, 10
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PADDING, ROTATION = 4, 15
+LR, DECAY, MOMENTUM, TRUST = 0.1, 5e-4, 0.9, 1e-3
+AHEAD = 2  # batches that each worker of a DataLoader makes before they are asked for
+
+OURS, OURS_FP32, BARE, PUBLISHED = "largebatch", "largebatch, precision=fp32", "bare loop", "as published"
+ALONE = "limit: model alone"
+
+Turn = Callable[[], float]  # gives its seconds
+Steps = Generator[None, None, None]  # takes a training step each time
+
+
+# -- turns
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(begin: Callable[[], Steps], steps: int, device: torch.device) -> Turn:
+    """Turns of ``steps`` steps after one that isn't counted, of what ``begin`` starts anew."""
+
+    def turn() -> float:
+        with contextlib.closing(begin()) as taken:
+            next(taken)
+            finish(device)
+            started = time.perf_counter()
+            for _ in range(steps):
+                next(taken)
+            finish(device)
+            return time.perf_counter() - started
+
+    return turn
+
+
+def interleaved(turns: dict[str, Turn], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each turn, after one that isn't counted."""
+    for turn in turns.values():
+        turn()
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for repeat in range(repeats):
+        for name in list(turns) if repeat % 2 == 0 else reversed(turns):
+            seconds[name].append(turns[name]())
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
+    """How many times as long as ``other`` the turns of ``one`` took: the median over repeats."""
+    return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+
+
+# -- the program
+
+
+def configuration(*overrides: str) -> Config:
+    """What ``python launch.py`` would make of ``overrides``, on images like this benchmark's and with nothing beside
+    the steps."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    sizes = ["dataset=synthetic", f"dataset.train_size={IMAGES}", "dataset.test_size=2", f"dataset.image_size={SIDE}"]
+    method = ["model=resnet18", "optimizer=lars", f"optimizer.lr={LR}", "tracker=none", "steps=1000000000"]
+    rare = ["eval_every=1000000000", "checkpoint.every_seconds=1e9"]
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        return from_composed(compose(config_name="config", overrides=[*sizes, *method, *rare, *overrides]))
+
+
+def set_up_run(
+    config: Config, path: Path, device: torch.device, arithmetic: Arithmetic | None = None
+) -> tuple[Run, Training]:
+    """A run at step 0, with its folder at ``path``; in ``arithmetic``, or what the program chooses."""
+    path.mkdir()
+    folder = RunFolder(path)
+    saved = None if arithmetic is None else {"arithmetic": asdict(arithmetic)}
+    return set_up(config, folder, 0, 1, device, Console(folder.log, speaking=False), saved)
+
+
+class Stopwatch(StepClock):
+    """Also the ``seconds`` from the end of a loop's first step to its first pause, the device waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(0.0, device)
+        self._started: float | None = None
+        self.seconds = 0.0
+
+    def step(self) -> None:
+        super().step()
+        if self._started is None:
+            finish(self._device)
+            self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        with super().paused():  # which waits for the device
+            self.seconds = self.seconds or time.perf_counter() - self._started
+            yield
+
+
+def program_turn(run: Run, training: Training, steps: int) -> Turn:
+    console = Console(run.folder.log, speaking=False)
+    recorder = Recorder(run.config, run.folder, 0, gather_facts(run, training.model), console)
+
+    def turn() -> float:
+        stopwatch = Stopwatch(run.device)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        part = replace(run, steps=training.step + 1 + steps)
+        state, message = train.loop(part, training, recorder, None, stopwatch, console)
+        for number, handler in handlers.items():  # the loop has its own, which ask it to stop
+            signal.signal(number, handler)
+        if state == "preempted":
+            raise KeyboardInterrupt
+        if state != "finished":
+            raise RuntimeError(f"{state}: {message}")
+        return stopwatch.seconds
+
+    return turn
+
+
+# -- what it is compared with
+
+
+def bare_loop(run: Run, training: Training) -> Steps:
+    network, optimizer, pixels, labels = training.network, training.optimizer, *pixels_and_labels(run)
+    mean, std = torch.tensor(run.data.mean, device=run.device), torch.tensor(run.data.std, device=run.device)
+    batch, generator = run.batch.global_batch, torch.Generator().manual_seed(0)
+    totals = torch.zeros(2, device=run.device)
+    training.model.train()
+    while True:
+        for indices in torch.randperm(IMAGES)[: IMAGES // batch * batch].split(batch):
+            where = to_device(indices, run.device)
+            draws = draw(generator, batch, padding=PADDING, flip=True, rotation=ROTATION, side=SIDE).to(run.device)
+            images = augmented(pixels, where, draws, mean, std, channels_last=run.arithmetic.channels_last)
+            answers = labels[where]
+            with run.autocast:
+                logits = network(images).float()
+                loss = F.cross_entropy(logits, answers)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            totals += torch.stack([loss.detach() * batch, (logits.argmax(dim=1) == answers).sum()])
+            yield
+
+
+def pixels_and_labels(run: Run) -> tuple[Tensor, Tensor]:
+    """Of the training set, on the run's device."""
+    return run.data.train.images.pixels.to(run.device), run.data.train.labels.to(run.device)
+
+
+def model_alone(run: Run, training: Training) -> Steps:
+    pixels, labels = pixels_and_labels(run)
+    images = (pixels[: run.batch.global_batch] / 255).to(memory_format=run.arithmetic.memory_format)
+    answers = labels[: run.batch.global_batch]
+    training.model.train()
+    while True:
+        with run.autocast:
+            loss = F.cross_entropy(training.network(images).float(), answers)
+        loss.backward()
+        training.optimizer.zero_grad()
+        yield
+
+
+class PILImages(Dataset[Any]):
+    """As torchvision's CIFAR-10: an array, and a PIL image of it when it is asked for."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        self.pixels = random.integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+        self.labels = random.integers(0, CLASSES, IMAGES).tolist()
+        moved = [transforms.RandomCrop(SIDE, padding=PADDING), transforms.RandomHorizontalFlip()]
+        moved.append(transforms.RandomRotation(ROTATION))
+        self.transform = transforms.Compose([*moved, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
+
+
+class Published:
+    """A training as published programs write it."""
+
+    def __init__(self, config: Config, steps: int, workers: int, device: torch.device) -> None:
+        self.device, self.batch = device, config.batch_size
+        self.model = build_model(config.model, CLASSES, 3).to(device)
+        self.momenta = {p: torch.zeros_like(p) for p in self.model.parameters()}
+        images = PILImages()
+        shuffled = RandomSampler(images, num_samples=(1 + steps + AHEAD * workers) * self.batch)
+        self.loader = DataLoader(
+            images, self.batch, sampler=shuffled, num_workers=workers, pin_memory=device.type == "cuda"
+        )
+        self.seconds_to_first_batch: list[float] = []
+
+    def epoch(self) -> Steps:
+        self.model.train()
+        total, correct, count = 0.0, 0, 0
+        asked = time.perf_counter()
+        for images, labels in self.loader:
+            if count == 0:
+                self.seconds_to_first_batch.append(time.perf_counter() - asked)
+            images, labels = images.to(self.device), labels.to(self.device)
+            self.model.zero_grad()
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            self.lars()
+            total += loss.item()
+            correct += (logits.argmax(dim=1) == labels).sum().item()
+            count += len(labels)
+            yield
+
+    @torch.no_grad()
+    def lars(self) -> None:
+        for p, momentum in self.momenta.items():
+            gradient = p.grad
+            if p.ndim > 1:
+                weight_norm, gradient_norm = p.norm().item(), gradient.norm().item()
+                gradient = gradient + DECAY * p
+                if weight_norm > 0 and gradient_norm > 0:
+                    gradient = gradient * (TRUST * weight_norm / (gradient_norm + DECAY * weight_norm))
+            momentum.mul_(MOMENTUM).add_(gradient)
+            p.add_(momentum, alpha=-LR)
+
+
+# -- measuring and reporting
+
+
+def measure(stem: str, given: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
+    batch = given.batch or (64 if stem == "cifar" and given.device == "cpu" else 512)
+    steps = given.steps or (200 if given.device == "cuda" else 4)
+    overrides = [f"model.stem={stem}", f"batch_size={batch}", f"compile={str(given.compile).lower()}"]
+    config = configuration(*overrides, f"precision={given.precision}")
+    run, training = set_up_run(config, folder / "auto", device)
+    run_fp32, training_fp32 = set_up_run(configuration(*overrides, "precision=fp32"), folder / "fp32", device)
+    bare = set_up_run(config, folder / "bare", device, run.arithmetic)
+    alone = set_up_run(config, folder / "alone", device, run.arithmetic)
+    published = Published(config, steps, given.workers, device)
+    turns = {
+        OURS: program_turn(run, training, steps),
+        BARE: timed(lambda: bare_loop(*bare), steps, device),
+        PUBLISHED: timed(published.epoch, steps, device),
+        OURS_FP32: program_turn(run_fp32, training_fp32, steps),
+        ALONE: timed(lambda: model_alone(*alone), steps, device),
+    }
+    seconds = interleaved(turns, given.repeats)
+    return {
+        "batch": batch,
+        "steps": steps,
+        "arithmetic": {OURS: str(run.arithmetic), OURS_FP32: str(run_fp32.arithmetic)},
+        "images_per_second": {
+            name: statistics.quantiles([steps * batch / one for one in of_turns], method="inclusive")
+            for name, of_turns in seconds.items()
+        },
+        "seconds_to_first_batch": statistics.median(published.seconds_to_first_batch),
+        "ratios": {
+            "largebatch takes, times a bare loop": ratio(seconds, OURS, BARE),
+            "largebatch is faster than as published, times": ratio(seconds, PUBLISHED, OURS),
+            f"precision={given.precision} is faster than fp32, times": ratio(seconds, OURS_FP32, OURS),
+            "largebatch takes, times the model alone": ratio(seconds, OURS, ALONE),
+        },
+    }
+
+
+def show(stem: str, result: dict[str, Any]) -> None:
+    arithmetic = "; ".join(f"{name}: {value}" for name, value in result["arithmetic"].items())
+    print(f"{stem} stem, batch {result['batch']}, turns of {result['steps']} steps; {arithmetic}\n")
+    table = [
+        [name, "{1:,.0f} [{0:,.0f}-{2:,.0f}]".format(*quartiles), f"{1000 * result['batch'] / quartiles[1]:.1f}"]
+        for name, quartiles in result["images_per_second"].items()
+    ]
+    aligned = ("left", "right", "right")
+    print(tabulate(table, ["", "images/s", "ms a step"], tablefmt="github", disable_numparse=True, colalign=aligned))
+    print(f"\nnot counted: the published program's first batch, {result['seconds_to_first_batch']:.2f} s an epoch\n")
+    for name, value in result["ratios"].items():
+        print(f"{name:48} {value:.3f}")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU; 2 by default")
+    parser.add_argument("--stem", choices=("imagenet", "cifar", "both"), default="imagenet")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto by default")
+    parser.add_argument("--workers", type=int, default=2, help="of the published program's loader; 2 by default")
+    parser.add_argument("--batch", type=int, help="images a step; 512 by default, with the CIFAR stem on CPU 64")
+    parser.add_argument("--steps", type=int, help="that are counted of a turn; 4 by default, on a GPU 200")
+    parser.add_argument("--repeats", type=int, default=9, help="at least 2; 9 by default")
+    parser.add_argument("--compile", action="store_true", help="the models, as compile=true; not the published one")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
+    given = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(given.threads)
+    *_, device = distributed.start(given.device)
+    about = {"device": torch.cuda.get_device_name() if given.device == "cuda" else platform.machine()}
+    about |= {"cores": os.cpu_count(), "threads": given.threads, "python": platform.python_version()}
+    about |= {"torch": torch.__version__, "date": str(date.today()), "repeats": given.repeats}
+    about |= {"workers": given.workers, "compile": given.compile}
+    print(", ".join(f"{key} {value}" for key, value in about.items()), "\n")
+    found: dict[str, Any] = dict(about)
+    for stem in ("imagenet", "cifar") if given.stem == "both" else (given.stem,):
+        with tempfile.TemporaryDirectory() as folder:
+            found[stem] = measure(stem, given, device, Path(folder))
+        show(stem, found[stem])
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
