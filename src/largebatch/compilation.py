@@ -21,9 +21,9 @@ def compiled(run: Run, replica: nn.Module, model: nn.Module, norms: bool) -> tup
     """``replica`` as training shall call it, and what was done in words (none where nothing was asked for or done).
 
     ``auto`` compiles on GPUs, for runs long enough to pay. Where launches are what a small network waits for, its
-    passes are replayed as CUDA graphs (``reduce-overhead``): in one process without accumulation, since gradients must
-    not outlive a replay. A micro-batch is taken through forward and backward here, and not in the first step: what
-    ``auto`` can't compile is then trained as it is, and says so.
+    passes are replayed as CUDA graphs (``reduce-overhead``): in one process without accumulation, to which
+    ``micro_batch=auto`` may come, since gradients must not outlive a replay. A micro-batch is taken through forward and
+    backward here, and not in the first step: what ``auto`` can't compile is then trained as it is, and says so.
 
     Args:
         norms: whether hooks measure CLARS's norms; compiled passes wouldn't call them.
@@ -35,7 +35,8 @@ def compiled(run: Run, replica: nn.Module, model: nn.Module, norms: bool) -> tup
     pays = device.type == "cuda" and run.steps * config.batch_size >= _PAYS_FROM and not norms
     if config.compile is False or (config.compile == "auto" and not pays):
         return replica, ""
-    graphs = device.type == "cuda" and run.processes == 1 and run.batch.accumulation == 1
+    whole = run.processes == 1 and run.batch.accumulation == 1 and config.micro_batch != "auto"
+    graphs = device.type == "cuda" and whole
     try:
         network = cast(Network, torch.compile(replica, dynamic=False, mode="reduce-overhead" if graphs else None))
         images = trial_images(run.image, run.batch.micro_batch, run.arithmetic.memory_format, device)

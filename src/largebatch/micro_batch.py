@@ -72,17 +72,21 @@ def release_memory(device: torch.device) -> None:
 
 
 def _fits(run: Run, model: nn.Module, n: int) -> bool:
+    fits = True
     try:
-        beside = torch.empty(_other_bytes(model), dtype=torch.uint8, device=run.device)
-        trial_pass(model, model, trial_images(run.image, n, run.arithmetic.memory_format, run.device), run.autocast)
-        del beside
-        fits = True
+        _pass_beside_the_optimizer(run, model, n)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         fits = False
     release_memory(run.device)
     return fits
+
+
+def _pass_beside_the_optimizer(run: Run, model: nn.Module, n: int) -> None:
+    beside = torch.empty(_other_bytes(model), dtype=torch.uint8, device=run.device)
+    trial_pass(model, model, trial_images(run.image, n, run.arithmetic.memory_format, run.device), run.autocast)
+    del beside
 
 
 def _saved_bytes(run: Run, model: nn.Module) -> float:

@@ -89,7 +89,7 @@ def _arithmetic(
     console: Console,
     saved: dict[str, Any] | None,
 ) -> Arithmetic:
-    if saved is not None:
+    if saved is not None and "arithmetic" in saved:  # the first version's checkpoints have none
         return Arithmetic(**saved["arithmetic"])
     chosen = None
     if rank == 0:

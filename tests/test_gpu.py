@@ -1,0 +1,55 @@
+"""The real program on a GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+RUN = (
+    "dataset=synthetic", "dataset.train_size=512", "dataset.test_size=64", "model=resnet18", "batch_size=128",
+    "tracker=none", "steps=6", "optimizer.lr=0.1", "cluster.processes=1",
+)  # fmt: skip
+
+
+def train(folder: Path, *overrides: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The parameters that a run ends with, and its log."""
+    folder.mkdir()
+    command = [sys.executable, str(ROOT / "launch.py"), *RUN, *overrides]
+    result = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (run,) = (folder / "runs").iterdir()
+    state = torch.load(run / "checkpoints" / "step-00000006.pt", map_location="cpu", weights_only=True)
+    return state["model"], (run / "log.txt").read_text()
+
+
+def test_where_the_pixels_are_changes_nothing(tmp_path: Path) -> None:
+    common = ("deterministic=true", "precision=fp32")
+    on_device, log = train(tmp_path / "device", *common, "dataset.location=device")
+    in_host_memory, other_log = train(tmp_path / "host", *common, "dataset.location=host")
+    assert "on the device" in log
+    assert "in host memory" in other_log
+    assert all(torch.equal(tensor, in_host_memory[name]) for name, tensor in on_device.items())
+
+
+@pytest.mark.parametrize("division", ["micro_batch=null", "micro_batch=32"])
+def test_compiled_passes_train_the_same_but_for_rounding(tmp_path: Path, division: str) -> None:
+    """With CUDA graphs where nothing is accumulated."""
+    eager, _ = train(tmp_path / "eager", "precision=fp32", "compile=false", division)
+    compiled, log = train(tmp_path / "compiled", "precision=fp32", "compile=true", division)
+    assert ("with CUDA graphs" in log) == (division == "micro_batch=null")
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_auto_everything_trains(tmp_path: Path) -> None:
+    _, log = train(tmp_path / "run", "micro_batch=auto", "precision=auto", "profile=true")
+    assert "the fastest for resnet18 here" in log
+    assert "finished after step 6 of 6" in log
