@@ -3,8 +3,9 @@
 The program itself (`python launch.py ...`), ResNet-18 on random images of 32x32, LARS; runs take turns, the order
 reversed every other time. The figure of a run is the median of `perf/images_per_second` over the rows of its
 `metrics.jsonl` after four steps of warm-up; printed are medians [quartiles] over repeats, and ratios last, of runs in
-the same repeat. `python benchmarks/scaling.py [--precision fp32 auto] [--repeats 5]`; with `--device cuda` it is two
-GPUs against one.
+the same repeat. The limit is two runs at once that have nothing to do with each other, each of half the batch: cores
+may share more than memory. `python benchmarks/scaling.py [--precision fp32 auto] [--repeats 5]`; with `--device cuda`
+it is two GPUs against one, without that limit.
 """
 
 from __future__ import annotations
@@ -23,31 +24,43 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 4  # steps; the program itself leaves out the first
 ROWS_EVERY = 2  # steps
-# name: processes, threads of each
+# name: runs at once, processes of each, threads of each
 WAYS = {
     "cpu": {
-        "1 process of 1 thread": (1, 1),
-        "1 process of 2 threads": (1, 2),
-        "2 processes of 1 thread": (2, 1),
+        "1 process of 1 thread": (1, 1, 1),
+        "1 process of 2 threads": (1, 1, 2),
+        "limit: 2 runs of 1 thread": (2, 1, 1),
+        "2 processes of 1 thread": (1, 2, 1),
     },
-    "cuda": {"1 GPU": (1, 2), "2 GPUs": (2, 2)},
+    "cuda": {"1 GPU": (1, 1, 2), "2 GPUs": (1, 2, 2)},
 }
 
 
-def images_per_second(given: argparse.Namespace, precision: str, way: tuple[int, int], runs: Path) -> float:
-    """Of one run, from its own rows. Ends the benchmark with the program's words if it fails."""
-    processes, threads = way
+def images_per_second(given: argparse.Namespace, precision: str, way: tuple[int, int, int], runs: Path) -> float:
+    """Of all runs of a way, from their own rows. Ends the benchmark with the program's words if one fails."""
+    at_once, processes, threads = way
     command = [
-        sys.executable, str(ROOT / "launch.py"), f"runs_dir={runs}", "dataset=synthetic", "dataset.train_size=10000",
+        sys.executable, str(ROOT / "launch.py"), "dataset=synthetic", "dataset.train_size=10000",
         "dataset.test_size=256", "model=resnet18", f"model.stem={given.stem}", "optimizer=lars", "optimizer.lr=0.1",
-        f"batch_size={given.batch}", f"steps={WARM_UP + given.steps}", f"precision={precision}", "tracker=none",
-        f"tracker.log_every={ROWS_EVERY}", "eval_every=1000000", "checkpoint.every_seconds=1e9", "compile=false",
-        f"cluster.device={given.device}", f"cluster.processes={processes}", f"cluster.threads={threads}",
+        f"batch_size={given.batch // at_once}", f"steps={WARM_UP + given.steps}", f"precision={precision}",
+        "tracker=none", f"tracker.log_every={ROWS_EVERY}", "eval_every=1000000", "checkpoint.every_seconds=1e9",
+        "compile=false", f"cluster.device={given.device}", f"cluster.processes={processes}",
+        f"cluster.threads={threads}",
     ]  # fmt: skip
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}\n{process.stdout}{process.stderr}")
-    (metrics,) = runs.glob("*/metrics.jsonl")
+    started = [
+        subprocess.Popen(
+            [*command, f"runs_dir={runs / str(number)}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for number in range(at_once)
+    ]
+    for process in started:
+        printed, _ = process.communicate()
+        if process.returncode:
+            sys.exit(f"{' '.join(command)}\n{printed}")
+    return sum(median_rate(metrics) for metrics in runs.glob("*/*/metrics.jsonl"))
+
+
+def median_rate(metrics: Path) -> float:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     name = "perf/images_per_second"
     return statistics.median(row[name] for row in rows if name in row and row["step"] > WARM_UP)

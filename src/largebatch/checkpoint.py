@@ -6,6 +6,8 @@ import copy
 import os
 import pickle
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -39,7 +41,7 @@ class CheckpointWriter:
         self._folder = folder
         self._device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self._buffers: list[Tensor] = []  # of bytes, one for each storage of the last state, in its order
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=_give_way)
         self._writing: Future[None] | None = None
         for leftover in folder.glob("step-*.tmp"):
             leftover.unlink()
@@ -148,6 +150,12 @@ def load_newest(folder: Path, device: torch.device, say: Callable[[str], None]) 
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def _give_way() -> None:
+    """Let training have the processor first: a step during a write then takes a tenth longer and not half."""
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _write(

@@ -89,7 +89,9 @@ def replicate(model: nn.Module, example: Tensor) -> nn.Module:
     """
     if not dist.is_initialized():
         return model
-    replica = DistributedDataParallel(model, gradient_as_bucket_view=True)  # gradients aren't copied into the buckets
+    # Gradients aren't copied into the buckets. Running statistics are rank 0's, which evaluation and checkpoints take
+    # (share_buffers); to share them at every step as well would change nothing and have the processes wait.
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     replica.eval()  # running statistics stay as they are
     replica(example).sum().backward()
     replica.zero_grad(set_to_none=True)
@@ -97,7 +99,7 @@ def replicate(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process rank 0's buffers (running statistics), as each training step does anyway."""
+    """Give every process rank 0's buffers: running statistics, which differ since each sees its own images."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

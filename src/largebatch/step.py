@@ -32,7 +32,6 @@ def gradient(run: Run, training: Training, batches: Batches, profile: Profile) -
     """
     if not run.within_memory:
         return _forward_backward(run, training, batches, profile), run
-    distributed.share_buffers(training.model)
     buffers = list(training.model.buffers())
     before = [tensor.clone() for tensor in (training.totals, *buffers)]
     finite = None
