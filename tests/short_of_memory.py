@@ -26,7 +26,7 @@ def limit_from_the_second_step_on() -> None:
         for step, indices in asked(*arguments):  # type: ignore[arg-type]
             if step == 1:
                 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (taken + 30 * MIB, resource.RLIM_INFINITY))
+                resource.setrlimit(resource.RLIMIT_AS, (taken + 60 * MIB, resource.RLIM_INFINITY))
             yield step, indices
 
     batches.global_batches = steps  # type: ignore[assignment]

@@ -10,13 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, Launch
+from runs import the_run
 
 from largebatch.tracking.metrics import read_rows
-
-
-def the_run(folder: Path) -> Path:
-    (run,) = (folder / "runs").iterdir()
-    return run
 
 
 @pytest.mark.parametrize(("steps", "profiled"), [(20, 10), (5, 2)])

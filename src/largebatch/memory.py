@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-# torch's CPU allocator, oneDNN, the standard library.
-_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+# torch's CPU allocator, the standard library, and oneDNN, which has no other words for it.
+_WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a primitive")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,52 @@
+"""What a step must not do: read figures back from the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, configuration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from largebatch.profile import Profile
+from largebatch.run_folder import RunFolder
+from largebatch.set_up import set_up
+from largebatch.step import gradient, update
+from largebatch.tracking.console import Console
+from largebatch.train import batches_from
+
+CPU = torch.device("cpu")
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[str(function.overloadpacket)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "lamb", "tvlars", "clars", "sgd"])
+@pytest.mark.parametrize("division", [(), ("micro_batch=4",), ("micro_batch=auto",)])
+def test_no_figure_is_read_back_in_a_step(tmp_path: Path, optimizer: str, division: tuple[str, ...]) -> None:
+    """On a GPU each would wait for everything that was queued."""
+    config = configuration(*TINY, "steps=9", f"optimizer={optimizer}", *division)
+    with Console(tmp_path / "log.txt", speaking=False) as console:
+        run, training = set_up(config, RunFolder(tmp_path), 0, 1, CPU, console, None)
+    batches, nothing = batches_from(run, 0), Profile(None, CPU, 9)
+    ready = [next(batches) for _ in range(run.batch.accumulation)]
+    for step in (1, 2, 3):
+        training.step = step
+        with Counting() as counting:
+            finite, _ = gradient(run, training, iter(ready), nothing)
+            update(training, None, 0, nothing)
+        assert finite is not None
+        assert counting.operations["aten.convolution_backward"] > 0
+        assert counting.operations["aten._local_scalar_dense"] == 0
