@@ -30,7 +30,7 @@ lint: install ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-bench ## print the benchmarks' ratios, measured side by side
+bench: $(VENV)/.installed-bench ## print the benchmarks' ratios, measured side by side (half an hour)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the environment and caches; runs and data stay

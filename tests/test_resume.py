@@ -17,11 +17,11 @@ from runs import finish, parameters, the_run, timeless, train_in
 
 from largebatch.tracking.metrics import read_rows
 
-# Long enough to be stopped in the middle: a checkpoint every 5 of 120 steps.
+# Long enough to be stopped in the middle: a checkpoint every 5 of 60 steps.
 LONG = (
     *TINY,
     "batch_size=18",  # also of three processes, where the order of a sum matters
-    "steps=120",
+    "steps=60",
     "checkpoint.every_steps=5",
     "tracker.layers_every=3",
     "optimizer=tvlars",
@@ -65,7 +65,7 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, how: str, undisturbed: 
     folder = tmp_path / "stopped"
     folder.mkdir()
     process = start(*command, cwd=folder)
-    wait_for_step(folder, 40, process)
+    wait_for_step(folder, 20, process)
     stopped = the_run(folder)
     worker = worker_pid(stopped)
     if how == "worker":

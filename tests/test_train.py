@@ -147,6 +147,16 @@ def test_the_whole_test_set_counts_once_whatever_the_processes(
         assert summary["test_images"] == 21
 
 
+def test_speed_is_in_every_row_but_that_of_the_first_step(launch: Launch, tmp_path: Path) -> None:
+    assert launch(*TINY, "steps=4", "tracker.log_every=1").returncode == 0
+    run = the_run(tmp_path)
+    timed = {row["step"]: row.get("perf/step_ms") for row in read_rows(run / "metrics.jsonl") if "train/loss" in row}
+    assert timed.pop(1) is None  # it would show what comes once, such as allocations
+    assert len(timed) == 3
+    assert all(0 < milliseconds < 1000 for milliseconds in timed.values())
+    assert json.loads((run / "summary.json").read_text())["images_per_second"] > 0
+
+
 def test_divergence_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
     command = (*TINY, "steps=40", "optimizer=sgd", "optimizer.lr=1e30")
     result = launch(*command)

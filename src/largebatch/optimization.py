@@ -31,8 +31,8 @@ def _spare_compiler_import() -> None:
     """Keep torch from importing torch.compile's machinery (2 s, a third of a short run) when an optimizer is made.
 
     ``torch.optim`` exempts some methods of ``Optimizer`` from compilation, and imports the compiler for that at their
-    first call. Nothing is compiled here, so each method is marked as its own exempt form; where torch should come to do
-    this differently, the mark has no effect.
+    first call. No optimizer is compiled here, so each method is marked as its own exempt form; where torch should come
+    to do this differently, the mark has no effect.
     """
     for method in vars(torch.optim.Optimizer).values():
         exempted = getattr(method, "__wrapped__", None)

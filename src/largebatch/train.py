@@ -102,7 +102,9 @@ def loop(
             with profile.phase("logging"):
                 figures = mode.train_figures(distributed.sum_over_processes(training.totals).tolist())
                 training.totals.zero_()
-                figures |= {"optim/lr": lr} | phi(training.optimizer, step) | clock.speed(config.batch_size)
+                figures |= {"optim/lr": lr} | phi(training.optimizer, step)
+                if step > first_step:
+                    figures |= clock.speed(config.batch_size)
                 diverged = not math.isfinite(figures["train/loss"])
                 if recorder:
                     recorder.row(where | {"wall_seconds": clock.elapsed()} | figures)
