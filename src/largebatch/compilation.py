@@ -39,7 +39,7 @@ def compiled(run: Run, replica: nn.Module, model: nn.Module, norms: bool) -> tup
     graphs = device.type == "cuda" and whole
     try:
         network = cast(Network, torch.compile(replica, dynamic=False, mode="reduce-overhead" if graphs else None))
-        images = trial_images(run.image, run.batch.micro_batch, run.arithmetic.memory_format, device)
+        images = trial_images(run.data.image, run.batch.micro_batch, run.arithmetic.memory_format, device)
         for _ in range(3 if graphs else 1):  # a graph is captured at the second time
             trial_pass(network, model, images, run.autocast)
     except Exception as error:

@@ -32,6 +32,11 @@ def start(device: str) -> tuple[int, int, torch.device]:
     return rank, processes, where
 
 
+def processes_here() -> int:
+    """Processes of the run on this machine, which share its memory and cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

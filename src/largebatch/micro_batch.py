@@ -7,6 +7,7 @@ import gc
 import torch
 from torch import Tensor, nn
 
+from largebatch import distributed
 from largebatch.batch import BatchPlan
 from largebatch.errors import UserError
 from largebatch.memory import free_memory, is_out_of_memory
@@ -32,7 +33,7 @@ def largest_micro_batch(run: Run, model: nn.Module) -> int:
     if device.type == "cuda":
         fitting = (n for n in sizes if _fits(run, model, n))
     else:
-        room = _PART_TO_USE * free_memory(device) / run.processes - _other_bytes(model)
+        room = _PART_TO_USE * free_memory(device) / distributed.processes_here() - _other_bytes(model)
         per_image = _GRADIENTS * _saved_bytes(run, model)
         fitting = (n for n in sizes if n * per_image <= room)
     largest = next(fitting, None)
@@ -85,7 +86,7 @@ def _fits(run: Run, model: nn.Module, n: int) -> bool:
 
 def _pass_beside_the_optimizer(run: Run, model: nn.Module, n: int) -> None:
     beside = torch.empty(_other_bytes(model), dtype=torch.uint8, device=run.device)
-    trial_pass(model, model, trial_images(run.image, n, run.arithmetic.memory_format, run.device), run.autocast)
+    trial_pass(model, model, trial_images(run.data.image, n, run.arithmetic.memory_format, run.device), run.autocast)
     del beside
 
 
@@ -103,7 +104,7 @@ def _saved_by(run: Run, model: nn.Module, n: int) -> int:
         kept.append(tensor)
         return tensor
 
-    images = trial_images(run.image, n, run.arithmetic.memory_format, run.device)
+    images = trial_images(run.data.image, n, run.arithmetic.memory_format, run.device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         trial_pass(model, model, images, run.autocast)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 from typing import Any
 
@@ -43,17 +42,15 @@ def set_up(
     What is measured here (the arithmetic, a micro-batch that fits) is agreed on by all; a run that continues from
     ``saved`` computes as it did.
     """
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    data = load_data(config.dataset, config.seed, device, console.say, processes_here)
+    data = load_data(config.dataset, config.seed, device, console.say, distributed.processes_here())
     batch = plan_batch(config.batch_size, processes, config.micro_batch, config.optimizer.sample_size)
     epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
     steps = config.steps if config.steps is not None else (config.epochs or 0) * epoch_steps
     mode = MODES[config.mode.name]
-    image = (data.channels, data.image_size, data.image_size)
 
     torch.manual_seed(derive_seed(config.seed, "model"))
     model: nn.Module = mode.build_model(config, data).to(device)
-    arithmetic = _arithmetic(config, model, image, batch.micro_batch, device, rank, console, saved)
+    arithmetic = _arithmetic(config, model, data.image, batch.micro_batch, device, rank, console, saved)
     model = model.to(memory_format=arithmetic.memory_format)
     run = Run(config, folder, rank, processes, device, mode, data, batch, epoch_steps, steps, arithmetic)
     if config.micro_batch == "auto":
@@ -61,7 +58,7 @@ def set_up(
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, device)
     optimizer = build_optimizer(config, model, epoch_steps)
-    example = torch.zeros(2, *image, device=device)
+    example = torch.zeros(2, *data.image, device=device)
     replica = model if run.within_memory else distributed.replicate(model, example)
     norms = None
     if isinstance(optimizer, CLARS):

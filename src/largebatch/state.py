@@ -17,7 +17,6 @@ from largebatch.config import Config
 from largebatch.data import Data
 from largebatch.optim import SampleNorms
 from largebatch.run_folder import RunFolder
-from largebatch.trial import Image
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,6 @@ class Run:
     @property
     def autocast(self) -> torch.autocast:
         return self.arithmetic.autocast(self.device)
-
-    @property
-    def image(self) -> Image:
-        return self.data.channels, self.data.image_size, self.data.image_size
 
     @property
     def sample_size(self) -> int:

@@ -7,10 +7,10 @@ from PIL import Image, ImageFilter, ImageOps
 
 from largebatch.data import views
 from largebatch.data.views import VIEWS, View, ViewDraws, draw, view_torch
-from largebatch.data.views_cpu import view_cpu, why_not
+from largebatch.data.views_cpu import view_cpu
 
 PATHS = [
-    pytest.param(view_cpu, id="kernel", marks=pytest.mark.skipif(bool(why_not()), reason=why_not())),
+    pytest.param(view_cpu, id="kernel"),
     pytest.param(view_torch, id="torch"),
 ]
 OFF = {"flip": 0, "jitter": 0, "gray": 0, "solarize": 0, "sigma": 0}
@@ -207,7 +207,6 @@ def test_equal_images_get_different_views(path):
     assert len({picture.numpy().tobytes() for picture in got}) == 64
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_view_is_the_kernel_on_cpu_and_the_torch_path_without_a_compiler(monkeypatch):
     images, draws = some_images(5, 3, 8), draws_for(5, 8)
     arguments = (images, None, draws, torch.zeros(3), torch.ones(3))
@@ -221,7 +220,6 @@ def test_view_is_the_kernel_on_cpu_and_the_torch_path_without_a_compiler(monkeyp
     assert taken == ["view_cpu", "view_torch"]
 
 
-@pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_the_kernel_refuses_what_it_would_read_or_write_wrongly():
     images, draws = some_images(4, 3, 8), draws_for(2, 8)
     numbers = (torch.zeros(3), torch.ones(3))

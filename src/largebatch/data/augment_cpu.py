@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from largebatch.optim.native import library
+from largebatch.optim import native
 
 if TYPE_CHECKING:
     from largebatch.data.augment import Draws
@@ -28,8 +28,7 @@ class _Batch(ctypes.Structure):
 
 def why_not() -> str:
     """Why there is no compiled code; empty where there is."""
-    compiled = library(_SOURCE)
-    return compiled if isinstance(compiled, str) else ""
+    return native.why_not(_SOURCE)
 
 
 def augmented(
@@ -47,8 +46,7 @@ def augmented(
         IndexError: when an index isn't in 0..M-1.
         ValueError: when a tensor isn't what ``augment.augmented`` asks for: memory is read without further checks.
     """
-    compiled = library(_SOURCE)
-    assert isinstance(compiled, ctypes.CDLL), compiled
+    compiled = native.library(_SOURCE)
     images, channels, side, _ = pixels.shape
     count = images if indices is None else len(indices)
     table = None if draws is None else draws.table

@@ -67,6 +67,11 @@ class Data:
     def image_size(self) -> int:
         return self.train.images.image_size
 
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """The shape of an image: channels, height, width."""
+        return self.channels, self.image_size, self.image_size
+
 
 def _say_nothing(line: str) -> None:
     pass

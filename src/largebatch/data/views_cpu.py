@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from largebatch.data.view_draws import ViewDraws
-from largebatch.optim.native import library
+from largebatch.optim import native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -24,8 +24,7 @@ class _Batch(ctypes.Structure):
 
 def why_not() -> str:
     """Why there is no kernel on this machine; empty where there is one."""
-    compiled = library(_SOURCE)
-    return compiled if isinstance(compiled, str) else ""
+    return native.why_not(_SOURCE)
 
 
 def view_cpu(
@@ -37,8 +36,7 @@ def view_cpu(
         IndexError: when ``indices`` leave the data set.
         ValueError: when there isn't one row of draws an image, or pixels are no uint8 squares of 1 or 3 channels.
     """
-    compiled = library(_SOURCE)
-    assert isinstance(compiled, ctypes.CDLL), compiled
+    compiled = native.library(_SOURCE)
     images, channels, height, side = pixels.shape
     count = images if indices is None else len(indices)
     if pixels.dtype != torch.uint8 or height != side or channels not in (1, 3):

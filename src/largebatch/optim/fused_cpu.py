@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from largebatch.optim.native import library
+from largebatch.optim import native
 from largebatch.optim.numbers import LambNumbers, LarsNumbers
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -37,8 +37,7 @@ def why_not(weights: list[Tensor]) -> str:
     """Why these tensors can't take the fused step; empty where they can."""
     if weights[0].dtype != torch.float32:  # all are of one type
         return "the fused step on CPU is for fp32 parameters"
-    compiled = library(_SOURCE)
-    return compiled if isinstance(compiled, str) else ""
+    return native.why_not(_SOURCE)
 
 
 def lars(
@@ -91,8 +90,6 @@ def _call(
     given_norms: Tensor | None,
     numbers: ctypes.Structure,
 ) -> Tensor:
-    compiled = library(_SOURCE)
-    assert isinstance(compiled, ctypes.CDLL), compiled
     count, rows = len(weights), sum(adapted)
     statistics = torch.empty(3, rows)
     given = None if given_norms is None else given_norms.to("cpu", torch.float64).contiguous()
@@ -106,7 +103,7 @@ def _call(
         ctypes.addressof(numel), ctypes.addressof(row), ctypes.addressof(flags),
         None if given is None else given.data_ptr(), statistics.data_ptr(),
     )  # fmt: skip
-    getattr(compiled, function)(ctypes.byref(tensors), ctypes.byref(numbers))
+    getattr(native.library(_SOURCE), function)(ctypes.byref(tensors), ctypes.byref(numbers))
     return statistics
 
 

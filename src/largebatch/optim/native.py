@@ -20,9 +20,21 @@ from pathlib import Path
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 
 
+def why_not(source: Path) -> str:
+    """Why ``source`` can't be compiled and loaded here; empty where it can."""
+    library = _library(source)
+    return library if isinstance(library, str) else ""
+
+
+def library(source: Path) -> ctypes.CDLL:
+    """The compiled ``source``, for which ``why_not`` has nothing to say."""
+    compiled = _library(source)
+    assert isinstance(compiled, ctypes.CDLL), compiled
+    return compiled
+
+
 @functools.cache
-def library(source: Path) -> ctypes.CDLL | str:
-    """The compiled ``source``, or why there is none."""
+def _library(source: Path) -> ctypes.CDLL | str:
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return "there is no C++ compiler (c++, g++ or $CXX)"
