@@ -121,7 +121,7 @@ def test_without_auto_the_error_is_raised(tmp_path: Path) -> None:
 def test_evaluation_takes_smaller_batches_where_memory_is_short(tmp_path: Path) -> None:
     run, training = a_run(tmp_path, "micro_batch=auto")
     expected = evaluate(run, training.model)
-    with memory_left(24 * MIB):
+    with memory_left(100 * MIB):  # not so little that oneDNN finds no page for its code: that it doesn't get over
         assert evaluate(run, training.model) == pytest.approx(expected, rel=1e-5)
 
 
