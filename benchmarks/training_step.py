@@ -60,6 +60,7 @@ from largebatch.models import build_model
 from largebatch.run_folder import RunFolder
 from largebatch.set_up import set_up
 from largebatch.state import Run, Training
+from largebatch.stop import StepBoundary
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
 
@@ -170,8 +171,10 @@ def program_turn(run: Run, training: Training, steps: int) -> Turn:
         stopwatch = Stopwatch(run.device)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         part = replace(run, steps=training.step + 1 + steps)
-        state, message = train.loop(part, training, recorder, None, stopwatch, console)
-        for number, handler in handlers.items():  # the loop has its own, which ask it to stop
+        saving = run.config.checkpoint
+        boundary = StepBoundary(saving.every_seconds, saving.every_steps, rank=0)
+        state, message = train.loop(part, training, recorder, None, stopwatch, console, boundary)
+        for number, handler in handlers.items():  # the boundary has its own, which ask it to stop
             signal.signal(number, handler)
         if state == "preempted":
             raise KeyboardInterrupt

@@ -24,6 +24,7 @@ from largebatch.run_folder import RunFolder
 from largebatch.set_up import set_up
 from largebatch.state import Run, Training
 from largebatch.step import gradient
+from largebatch.stop import StepBoundary
 from largebatch.tracking.console import Console
 from largebatch.train import batches_from, loop
 
@@ -137,9 +138,9 @@ def test_host_memory_does_not_grow_over_2000_steps(tmp_path: Path) -> None:
     config = configuration(*TINY, "steps=2400", "tracker.log_every=50", "tracker.layers_every=0", "eval_every=1000")
     with Console(tmp_path / "log.txt", speaking=False) as console:
         run, training = set_up(config, RunFolder(tmp_path), 0, 1, CPU, console, None)
-        resident = []
+        boundary, resident = StepBoundary(3600.0, None, rank=0), []
         for steps in (400, 2400):
-            loop(replace(run, steps=steps), training, None, None, StepClock(0.0, CPU), console)
+            loop(replace(run, steps=steps), training, None, None, StepClock(0.0, CPU), console, boundary)
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     assert resident[1] - resident[0] < 4 * MIB
 

@@ -44,6 +44,16 @@ def plan_batch(
     return plan
 
 
+def plan_small_batch(batch: int, images: int, processes: int, micro_batch: int) -> BatchPlan:
+    """A batch that need not be divisible: at most ``batch`` of the ``images``, in pieces of at most ``micro_batch``.
+
+    What doesn't divide over ``processes`` is left out, and the pieces are the largest that divide what is left.
+    """
+    share = max(min(batch, images) // processes, 1)
+    piece = max(size for size in range(1, min(share, micro_batch) + 1) if share % size == 0)
+    return BatchPlan(share * processes, processes, share // piece, piece)
+
+
 def _divide(global_batch: int, processes: int, micro_batch: int | None) -> BatchPlan:
     if global_batch % processes:
         near = _nearest_multiples(global_batch, processes)

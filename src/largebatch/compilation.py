@@ -22,8 +22,9 @@ def compiled(run: Run, replica: nn.Module, model: nn.Module, norms: bool) -> tup
 
     ``auto`` compiles on GPUs, for runs long enough to pay. Where launches are what a small network waits for, its
     passes are replayed as CUDA graphs (``reduce-overhead``): in one process without accumulation, to which
-    ``micro_batch=auto`` may come, since gradients must not outlive a replay. A micro-batch is taken through forward and
-    backward here, and not in the first step: what ``auto`` can't compile is then trained as it is, and says so.
+    ``micro_batch=auto`` may come, and with one pass a step, since gradients must not outlive a replay. A micro-batch is
+    taken through forward and backward here, and not in the first step: what ``auto`` can't compile is then trained as
+    it is, and says so.
 
     Args:
         norms: whether hooks measure CLARS's norms; compiled passes wouldn't call them.
@@ -35,11 +36,12 @@ def compiled(run: Run, replica: nn.Module, model: nn.Module, norms: bool) -> tup
     pays = device.type == "cuda" and run.steps * config.batch_size >= _PAYS_FROM and not norms
     if config.compile is False or (config.compile == "auto" and not pays):
         return replica, ""
-    whole = run.processes == 1 and run.batch.accumulation == 1 and config.micro_batch != "auto"
+    whole = run.processes == 1 and run.batch.accumulation == 1 and config.micro_batch != "auto" and not run.exact
     graphs = device.type == "cuda" and whole
     try:
         network = cast(Network, torch.compile(replica, dynamic=False, mode="reduce-overhead" if graphs else None))
-        images = trial_images(run.data.image, run.batch.micro_batch, run.arithmetic.memory_format, device)
+        views = 1 if run.exact else run.mode.VIEWS  # at once
+        images = trial_images(run.data.image, views * run.batch.micro_batch, run.arithmetic.memory_format, device)
         for _ in range(3 if graphs else 1):  # a graph is captured at the second time
             trial_pass(network, model, images, run.autocast)
     except Exception as error:

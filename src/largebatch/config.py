@@ -23,6 +23,17 @@ from largebatch.errors import UserError, choices
 
 
 @dataclass
+class ViewsConfig:
+    """The two views of Barlow Twins: by default the reference program's. A view is mirrored if ``dataset.flip``."""
+
+    min_area: float = 0.08  # smallest part of an image's area that a crop may show
+    jitter: float = 0.8  # probabilities: of brightness, contrast, saturation and hue being changed,
+    gray: float = 0.2  # of colours being taken away,
+    blur: list[float] = field(default_factory=lambda: [1.0, 0.1])  # of Gaussian blur, in the first and second view,
+    solarize: list[float] = field(default_factory=lambda: [0.0, 0.2])  # of bright pixels being inverted, likewise
+
+
+@dataclass
 class DatasetConfig:
     name: str = MISSING
     root: str = "data"  # where the files are, or are downloaded to
@@ -42,7 +53,8 @@ class DatasetConfig:
     crop_padding: int = 4  # random crop after padding by so many pixels; 0 is off
     flip: bool = True  # random horizontal flip
     rotation: float = 15.0  # random rotation, degrees to either side; 0 is off
-    default_epochs: int = 100  # length of training when neither `epochs` nor `steps` is given
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    default_epochs: int = 100  # length of training when neither `epochs` nor `steps` nor the mode says it
 
 
 @dataclass
@@ -50,6 +62,7 @@ class ModelConfig:
     name: str = MISSING
     library: str = MISSING  # largebatch, torchvision or timm
     stem: str | None = None  # imagenet (as published) or cifar (3x3, stride 1, no pooling)
+    zero_init_residual: bool | None = None  # ResNets: each block begins as the identity
     norm: str | None = None  # smallcnn: group or batch
     init: str = "default"  # of convolution and linear weights; default is the library's
     options: dict[str, Any] = field(default_factory=dict)  # passed on to timm.create_model
@@ -60,6 +73,7 @@ class OptimizerConfig:
     name: str = MISSING
     library: str = MISSING  # largebatch, torch or timm
     lr: float = MISSING  # at lr_scaling.base_batch when a scaling rule is chosen
+    lr_1d: float | None = None  # of biases and norm parameters, scaled alike; None: lr
     weight_decay: float | None = None
     momentum: float | None = None
     nesterov: bool | None = None
@@ -104,7 +118,23 @@ class ScheduleConfig:
 
 @dataclass
 class ModeConfig:
+    """All but the name are Barlow Twins' (``bt``): see docs/barlow_twins.md."""
+
     name: str = MISSING
+    default_epochs: int | None = None  # of pre-training, when neither `epochs` nor `steps` is given
+    projector: list[int] | None = None  # widths of its linear layers
+    lmbda: float | None = None  # weight of the off-diagonal terms of the loss
+    loss_scale: float | None = None  # what the loss is multiplied by
+    exact: bool | None = None  # the loss of the global batch under accumulation and over processes
+    knn_every: int | None = None  # epochs between nearest-neighbour figures of frozen features; 0 is off
+    knn_neighbours: int | None = None
+    knn_temperature: float | None = None  # a neighbour's vote weighs exp(cosine similarity / temperature)
+    eval_epochs: int | None = None  # of the linear probe, or of fine-tuning
+    eval_batch_size: int | None = None  # global, of the same
+    eval_augmentation: bool | None = None  # train it on crops, flips and rotations; false: features are computed once
+    lr_classifier: float | None = None  # of the same: the linear layer's rate
+    lr_backbone: float | None = None  # the backbone's rate: 0 freezes it (linear probe), above 0 fine-tunes it
+    eval_weight_decay: float | None = None
 
 
 @dataclass
@@ -178,7 +208,7 @@ def from_composed(composed: DictConfig) -> Config:
         raise UserError(explain(error)) from None
     assert isinstance(config, Config)
     if config.epochs is None and config.steps is None:
-        config.epochs = config.dataset.default_epochs
+        config.epochs = config.mode.default_epochs or config.dataset.default_epochs
     if isinstance(config.optimizer.gamma_min, int):  # one number has one identity
         config.optimizer.gamma_min = float(config.optimizer.gamma_min)
     config.runs_dir = str(Path(config.runs_dir).expanduser().absolute())
@@ -254,6 +284,9 @@ def identity(config: Config) -> str:
         if not (key == "root" and config.dataset.name == "imagefolder"):
             del tree["dataset"][key]
     del tree["lr_scaling"]["force"]  # it lets a run be, and changes nothing in it
+    del tree["mode"]["default_epochs"]
+    if config.mode.name != "bt":
+        del tree["dataset"]["views"]
     later: list[tuple[dict[str, Any], dict[str, Any]]] = [(tree, _LATER_KEYS), (tree["dataset"], _LATER_DATASET_KEYS)]
     if config.optimizer.name in ("lars", "tvlars"):
         later.append((tree["optimizer"], _LATER_OPTIONS))

@@ -32,6 +32,11 @@ def start(device: str) -> tuple[int, int, torch.device]:
     return rank, processes, where
 
 
+def processes() -> int:
+    """Processes of the run, on all machines."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def processes_here() -> int:
     """Processes of the run on this machine, which share its memory and cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -47,6 +52,17 @@ def sum_over_processes(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gather_rows(values: Tensor, rows: list[int]) -> Tensor:
+    """The ``values`` [rows[rank], ...] of all processes one below the other, in every process."""
+    if not dist.is_initialized():
+        return values
+    padded = values.new_zeros(max(rows), *values.shape[1:])
+    padded[: len(values)] = values
+    gathered = [torch.empty_like(padded) for _ in rows]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:n] for part, n in zip(gathered, rows, strict=True)])
 
 
 def smallest_over_processes(value: Tensor) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from largebatch import distributed
 from largebatch.batch import BatchPlan
 from largebatch.errors import UserError
+from largebatch.exact import kept_bytes
 from largebatch.memory import free_memory, is_out_of_memory
 from largebatch.state import Run
 from largebatch.trial import trial_images, trial_pass
@@ -33,7 +34,7 @@ def largest_micro_batch(run: Run, model: nn.Module) -> int:
     if device.type == "cuda":
         fitting = (n for n in sizes if _fits(run, model, n))
     else:
-        room = _PART_TO_USE * free_memory(device) / distributed.processes_here() - _other_bytes(model)
+        room = _PART_TO_USE * free_memory(device) / distributed.processes_here() - _other_bytes(run, model)
         per_image = _GRADIENTS * _saved_bytes(run, model)
         fitting = (n for n in sizes if n * per_image <= room)
     largest = next(fitting, None)
@@ -85,9 +86,14 @@ def _fits(run: Run, model: nn.Module, n: int) -> bool:
 
 
 def _pass_beside_the_optimizer(run: Run, model: nn.Module, n: int) -> None:
-    beside = torch.empty(_other_bytes(model), dtype=torch.uint8, device=run.device)
-    trial_pass(model, model, trial_images(run.data.image, n, run.arithmetic.memory_format, run.device), run.autocast)
+    beside = torch.empty(_other_bytes(run, model), dtype=torch.uint8, device=run.device)
+    trial_pass(model, model, _images(run, n), run.autocast)
     del beside
+
+
+def _images(run: Run, n: int) -> Tensor:
+    """What ``n`` images of the data set give a model to see."""
+    return trial_images(run.data.image, n * run.mode.VIEWS, run.arithmetic.memory_format, run.device)
 
 
 def _saved_bytes(run: Run, model: nn.Module) -> float:
@@ -104,13 +110,14 @@ def _saved_by(run: Run, model: nn.Module, n: int) -> int:
         kept.append(tensor)
         return tensor
 
-    images = trial_images(run.data.image, n, run.arithmetic.memory_format, run.device)
+    images = _images(run, n)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         trial_pass(model, model, images, run.autocast)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
-def _other_bytes(model: nn.Module) -> int:
-    """What gradients and an optimizer with two states a parameter will take."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+def _other_bytes(run: Run, model: nn.Module) -> int:
+    """What gradients, an optimizer with two states a parameter and an exact loss's embeddings will take."""
+    parameters = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    return parameters + (kept_bytes(run.config, run.batch) if run.exact else 0)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from largebatch.config import ModelConfig
@@ -31,6 +32,29 @@ def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Modu
     if config.init != "default":
         initialise(model, config.init)
     return model
+
+
+def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn.Module, int]:
+    """A model without its classifier, from images [B, *image] to features [B, F], and F.
+
+    Raises:
+        UserError: as ``build_model``, and for a timm model that gives no vector of features.
+    """
+    model = build_model(config, num_classes=1, channels=image[0])
+    if config.library == "timm":
+        cast(Any, model).reset_classifier(0)
+    else:
+        last = {"smallcnn": "head", "effb0": "classifier"}.get(config.name, "fc")
+        setattr(model, last, nn.Identity())
+    model.eval()  # a look at the shape leaves running statistics alone
+    with torch.no_grad():
+        features = model(torch.zeros(2, *image))
+    if features.ndim != 2:
+        raise UserError(
+            f"model.name={config.name}: its features of two images have the shape {list(features.shape)}, and Barlow "
+            "Twins needs a vector of each; choose a model with pooling (model.options.global_pool)"
+        )
+    return model.train(), features.shape[1]
 
 
 def initialise(model: nn.Module, init: str) -> None:
@@ -63,7 +87,7 @@ def _torchvision_family(config: ModelConfig, num_classes: int, channels: int) ->
     """With the stem asked for: our ResNets, which are torchvision's weight for weight, or its EfficientNet-B0."""
     cifar = config.stem == "cifar"
     if config.name in RESNETS:
-        network = resnet(config.name, num_classes)
+        network = resnet(config.name, num_classes, zero_init_residual=bool(config.zero_init_residual))
         network.conv1 = _stem_convolution(network.conv1, channels, cifar=cifar)
         if cifar:
             network.maxpool = nn.Identity()

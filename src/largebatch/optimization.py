@@ -41,7 +41,12 @@ def _spare_compiler_import() -> None:
 
 
 def resolved_lr(config: Config) -> float:
-    """The full learning rate: ``optimizer.lr`` scaled from ``lr_scaling.base_batch`` to ``batch_size``.
+    """The full learning rate: ``optimizer.lr``, scaled."""
+    return scaled_lr(config, config.optimizer.lr)
+
+
+def scaled_lr(config: Config, lr: float) -> float:
+    """``lr`` from ``lr_scaling.base_batch`` to ``batch_size``, by ``lr_scaling.rule``.
 
     The surge rule (arXiv 2405.14578, theorem 3) is ``lr(B) = lr_max / (0.5 * (sqrt(N / B) + sqrt(B / N)))`` with the
     gradient noise scale N. With the rate at the base batch b given, lr_max falls out:
@@ -55,7 +60,7 @@ def resolved_lr(config: Config) -> float:
         "sqrt": math.sqrt(batch / base),
         "surge": math.sqrt(batch / base) * (base + noise) / (batch + noise),
     }
-    return config.optimizer.lr * factor[scaling.rule]
+    return lr * factor[scaling.rule]
 
 
 def resolved_options(config: Config, steps_per_epoch: int) -> dict[str, Any]:
@@ -82,23 +87,36 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> t
     """
     _spare_compiler_import()
     given = config.optimizer
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters: list[Any] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if given.lr_1d is not None:
+        few = [(name, p) for name, p in parameters if p.ndim <= 1]
+        many = [(name, p) for name, p in parameters if p.ndim > 1]
+        parameters = [{"params": many}, {"params": few, "lr": scaled_lr(config, given.lr_1d)}]
     options = resolved_options(config, steps_per_epoch)
     try:
         if given.library == "timm":
-            return _timm_optimizer(given.name, model, resolved_lr(config), options)
+            return _timm_optimizer(config, model, parameters, options)
         return _CLASSES[given.name](parameters, lr=resolved_lr(config), **options)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer.name={given.name}: {error}") from error
 
 
-def _timm_optimizer(name: str, model: nn.Module, lr: float, options: dict[str, Any]) -> torch.optim.Optimizer:
+def _timm_optimizer(
+    config: Config, model: nn.Module, parameters: list[Any], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Without ``lr_1d`` timm groups the parameters itself; its rule, no decay for biases and norms, is kept with it."""
     import timm.optim
+
+    name = config.optimizer.name
+    what: Any = model
+    if config.optimizer.lr_1d is not None:
+        many, few = ({**group, "params": [p for _, p in group["params"]]} for group in parameters)
+        what = [many, {**few, "weight_decay": 0.0}]
 
     names: list[str] = timm.optim.list_optimizers()
     if name not in names:
         raise UserError(f"optimizer.name={name}: timm has no such optimizer; {choices(name, names)}")
-    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(model, opt=name, lr=lr, **options)
+    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(what, opt=name, lr=resolved_lr(config), **options)
     return optimizer
 
 
@@ -119,7 +137,7 @@ def schedule_factor(config: ScheduleConfig, total_steps: int, warmup: int) -> Ca
     Raises:
         UserError: when the warm-up leaves no step after it.
     """
-    if warmup >= total_steps:
+    if total_steps and warmup >= total_steps:
         key = "warmup_epochs" if config.warmup_steps is None else "warmup_steps"
         raise UserError(
             f"schedule.{key}={getattr(config, key):g}: {warmup} steps of warm-up, but the training has {total_steps}; "
@@ -130,7 +148,7 @@ def schedule_factor(config: ScheduleConfig, total_steps: int, warmup: int) -> Ca
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        progress = (step - warmup) / (total_steps - warmup)
+        progress = (step - warmup) / max(total_steps - warmup, 1)  # without a step the rate is asked for all the same
         if config.name == "constant":
             return 1.0
         if config.name == "warmup_poly":

@@ -101,9 +101,18 @@ class ResNet(nn.Module):
         return cast(Tensor, self.fc(self.avgpool(x).flatten(1)))
 
 
-def resnet(name: str, num_classes: int) -> ResNet:
-    """The network ``name`` of ``RESNETS``, its weights drawn from torch's default generator."""
-    return ResNet(*RESNETS[name], num_classes)
+def resnet(name: str, num_classes: int, *, zero_init_residual: bool = False) -> ResNet:
+    """The network ``name`` of ``RESNETS``, its weights drawn from torch's default generator.
+
+    Args:
+        zero_init_residual: the last norm's weights of each block are 0, so that it begins as the identity.
+    """
+    network = ResNet(*RESNETS[name], num_classes)
+    for module in network.modules() if zero_init_residual else ():
+        if isinstance(module, BasicBlock | Bottleneck):
+            last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
+            nn.init.zeros_(last.weight)
+    return network
 
 
 def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:

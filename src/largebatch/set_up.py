@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -11,21 +12,22 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from largebatch import distributed
 from largebatch.arithmetic import Arithmetic, choose_arithmetic
-from largebatch.batch import plan_batch
+from largebatch.batch import plan_batch, plan_small_batch
 from largebatch.compilation import compiled
 from largebatch.config import Config
 from largebatch.data import load_data, steps_per_epoch
 from largebatch.micro_batch import largest_micro_batch
-from largebatch.modes import clf
+from largebatch.modes import bt, clf
 from largebatch.optim import CLARS, SampleNorms
 from largebatch.optimization import build_optimizer, schedule_factor, warmup_steps
+from largebatch.probe import build_probe
 from largebatch.run_folder import RunFolder
 from largebatch.seeding import derive_seed
-from largebatch.state import Run, Training
+from largebatch.state import ProbePlan, Run, Training
 from largebatch.tracking.console import Console
 from largebatch.trial import Image
 
-MODES: dict[str, ModuleType] = {"clf": clf}
+MODES: dict[str, ModuleType] = {"clf": clf, "bt": bt}
 
 
 def set_up(
@@ -50,16 +52,20 @@ def set_up(
 
     torch.manual_seed(derive_seed(config.seed, "model"))
     model: nn.Module = mode.build_model(config, data).to(device)
-    arithmetic = _arithmetic(config, model, data.image, batch.micro_batch, device, rank, console, saved)
+    at_once = mode.VIEWS * batch.micro_batch
+    arithmetic = _arithmetic(config, model, data.image, at_once, device, rank, console, saved)
     model = model.to(memory_format=arithmetic.memory_format)
-    run = Run(config, folder, rank, processes, device, mode, data, batch, epoch_steps, steps, arithmetic)
+    run = Run(config, folder, rank, processes, device, mode, data, batch, epoch_steps, steps, arithmetic, None)
     if config.micro_batch == "auto":
         run = run.with_micro_batch(_micro_batch(run, model, saved))
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, device)
     optimizer = build_optimizer(config, model, epoch_steps)
-    example = torch.zeros(2, *data.image, device=device)
-    replica = model if run.within_memory else distributed.replicate(model, example)
+    replica = model
+    if isinstance(model, bt.BarlowTwins) and run.exact:
+        replica = model.backbone  # the rest is computed over the global batch
+    elif not run.averages_afterwards:
+        replica = distributed.replicate(model, torch.zeros(2 * mode.VIEWS, *data.image, device=device))
     norms = None
     if isinstance(optimizer, CLARS):
         norms = SampleNorms(model, run.sample_size, parameters=optimizer.layers)
@@ -73,14 +79,18 @@ def set_up(
     warmup = warmup_steps(config.schedule, epoch_steps)
     schedule = LambdaLR(optimizer, schedule_factor(config.schedule, steps, warmup))
     totals = torch.zeros(mode.TOTALS, dtype=torch.float64, device=device)
-    return run, Training(model, replica, network, optimizer, schedule, norms, totals)
+    probe = None
+    if isinstance(model, bt.BarlowTwins):
+        run = replace(run, probe=_probe_plan(run))
+        probe = build_probe(run, model)
+    return run, Training(model, replica, network, optimizer, schedule, norms, totals, probe)
 
 
 def _arithmetic(
     config: Config,
     model: nn.Module,
     image: Image,
-    micro_batch: int,
+    at_once: int,
     device: torch.device,
     rank: int,
     console: Console,
@@ -90,12 +100,20 @@ def _arithmetic(
         return Arithmetic(**saved["arithmetic"])
     chosen = None
     if rank == 0:
-        chosen, how = choose_arithmetic(config, model, image, micro_batch, device)
+        chosen, how = choose_arithmetic(config, model, image, at_once, device)
         if how:
             console.say(f"{chosen}: the fastest for {config.model.name} here ({how})")
     chosen = distributed.from_rank_0(chosen)
     assert chosen is not None
     return chosen
+
+
+def _probe_plan(run: Run) -> ProbePlan:
+    mode, images = run.config.mode, len(run.data.train)
+    assert mode.eval_batch_size is not None
+    assert mode.eval_epochs is not None
+    batch = plan_small_batch(mode.eval_batch_size, images, run.processes, run.batch.micro_batch)
+    return ProbePlan(batch, images // batch.global_batch, mode.eval_epochs)
 
 
 def _micro_batch(run: Run, model: nn.Module, saved: dict[str, Any] | None) -> int:

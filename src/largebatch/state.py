@@ -20,6 +20,19 @@ from largebatch.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
+class ProbePlan:
+    """Length and batches of what follows on pre-training."""
+
+    batch: BatchPlan
+    epoch_steps: int
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.epoch_steps
+
+
+@dataclass(frozen=True)
 class Run:
     """What stays the same, apart from ``batch``: with ``micro_batch=auto`` its micro-batches may become smaller."""
 
@@ -32,8 +45,14 @@ class Run:
     data: Data
     batch: BatchPlan
     epoch_steps: int  # optimizer steps an epoch
-    steps: int  # in all
+    steps: int  # of the main training, which in bt is the pre-training
     arithmetic: Arithmetic
+    probe: ProbePlan | None
+
+    @property
+    def total_steps(self) -> int:
+        """With those of the probe."""
+        return self.steps + (self.probe.steps if self.probe else 0)
 
     @property
     def autocast(self) -> torch.autocast:
@@ -48,12 +67,51 @@ class Run:
     def within_memory(self) -> bool:
         """Whether a step that runs out of memory is taken again in smaller micro-batches.
 
-        Not with batch-norm statistics over several processes, which sums in the forward pass tie together.
+        Not with batch-norm statistics or a loss over several processes, which sums in the forward pass tie together.
         """
-        return self.config.micro_batch == "auto" and not (self.config.sync_bn and self.processes > 1)
+        tied = self.processes > 1 and (self.config.sync_bn or self.exact)
+        return self.config.micro_batch == "auto" and not tied
+
+    @property
+    def exact(self) -> bool:
+        """Whether the loss is over the global batch, where it isn't a mean over images (``mode.exact``)."""
+        return bool(self.config.mode.exact)
+
+    @property
+    def averages_afterwards(self) -> bool:
+        """Whether processes average their gradients after the backward pass, and not along it as DDP does."""
+        return self.within_memory or self.exact
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the model is evaluated after ``step``; features that are being trained also before the first."""
+        mode, every = self.config.mode, self.config.eval_every
+        if mode.knn_every is not None:
+            every = mode.knn_every
+            if step == 0 or every == 0:
+                return every > 0
+        return step == self.steps or (step > 0 and step % (every * self.epoch_steps) == 0)
 
     def with_micro_batch(self, size: int) -> Run:
         return replace(self, batch=plan_batch(self.batch.global_batch, self.processes, size))
+
+
+@dataclass
+class Probe:
+    """The part of ``Training`` that follows on pre-training."""
+
+    head: nn.Linear
+    optimizer: torch.optim.SGD
+    rates: list[float]  # of its groups, before their schedule
+    totals: Tensor  # of this process, since the last logged row
+
+    def state(self) -> dict[str, Any]:
+        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict(), "totals": self.totals}
+
+    def load(self, saved: dict[str, Any], rank: int) -> None:
+        self.head.load_state_dict(saved["head"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if rank == 0:
+            self.totals.copy_(saved["totals"])
 
 
 @dataclass
@@ -61,12 +119,13 @@ class Training:
     """What changes; ``state`` is what a checkpoint holds of it."""
 
     model: nn.Module
-    replica: nn.Module  # the same, with gradients averaged over the processes
+    replica: nn.Module  # the same, with gradients averaged over the processes; with mode.exact the backbone alone
     network: Callable[[Tensor], Tensor]  # the replica as training calls it, compiled or not
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     norms: SampleNorms | None  # what CLARS divides by
     totals: Tensor  # of this process, since the last logged row
+    probe: Probe | None  # what follows on pre-training
     step: int = 0
     seconds: float = 0.0  # wall time of the parts before this one
 
@@ -77,7 +136,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "totals": self.totals,
             "seconds": seconds,
-        }
+        } | ({"probe": self.probe.state()} if self.probe else {})
 
     def load(self, saved: dict[str, Any], rank: int) -> None:
         self.model.load_state_dict(saved["model"])
@@ -85,4 +144,6 @@ class Training:
         self.schedule.load_state_dict(saved["schedule"])
         if rank == 0:  # they are of all processes, and will be summed over all again
             self.totals.copy_(saved["totals"])
+        if self.probe:
+            self.probe.load(saved["probe"], rank)
         self.step, self.seconds = saved["step"], saved["seconds"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from largebatch import distributed
+from largebatch.exact import global_gradient
 from largebatch.memory import is_out_of_memory
 from largebatch.micro_batch import release_memory, smaller_micro_batch
 from largebatch.optim import CLARS
@@ -30,13 +31,17 @@ def gradient(run: Run, training: Training, batches: Batches, profile: Profile) -
         ``run``. With ``micro_batch=auto`` it is None where memory ran out in any process: nothing has happened then,
         and the step is to be taken again as the run that is returned, which has smaller micro-batches.
     """
+    forward_backward = global_gradient if run.exact else _forward_backward
     if not run.within_memory:
-        return _forward_backward(run, training, batches, profile), run
+        losses_finite = forward_backward(run, training, batches, profile)
+        if run.averages_afterwards:
+            distributed.average_gradients(training.model)
+        return losses_finite, run
     buffers = list(training.model.buffers())
     before = [tensor.clone() for tensor in (training.totals, *buffers)]
     finite = None
     try:
-        finite = _forward_backward(run, training, batches, profile)
+        finite = forward_backward(run, training, batches, profile)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -63,7 +68,7 @@ def _forward_backward(run: Run, training: Training, batches: Batches, profile: P
             images, labels = next(batches)
         with _without_sync(training, more_to_come=part + 1 < accumulation):
             with profile.phase("forward"), run.autocast:
-                loss, counted = run.mode.loss(training.network, images, labels)
+                loss, counted = run.mode.loss(run.config, training.network, images, labels)
             with profile.phase("backward"):
                 (loss / accumulation).backward()
         training.totals += counted

@@ -13,7 +13,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,9 +27,11 @@ from largebatch.errors import UserError
 from largebatch.evaluation import evaluate
 from largebatch.facts import facts_in_words, gather_facts
 from largebatch.optim import TVLARS
+from largebatch.probe import train_probe
 from largebatch.process import die_with_parent, launcher_is_gone
 from largebatch.profile import Profile
 from largebatch.run_folder import RESUMES, RunBusyError, RunFolder, this_process
+from largebatch.saving import save_training
 from largebatch.seeding import derive_seed
 from largebatch.set_up import set_up
 from largebatch.state import Run, Training
@@ -47,7 +48,7 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
     if saved is not None:
         training.load(saved, rank)
         saved = None  # or the device would hold it all the while
-        console.say(f"resumed after step {training.step} of {run.steps}")
+        console.say(f"resumed after step {training.step} of {run.total_steps}")
     facts = gather_facts(run, training.model)
     for line in facts_in_words(config, facts):
         console.say(line)
@@ -57,13 +58,16 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
             recorder = stack.enter_context(Recorder(config, folder, training.step, facts, console))
             writer = stack.enter_context(CheckpointWriter(folder.checkpoints, device))
         clock = StepClock(training.seconds, device)
-        console.start_progress(training.step, run.steps)
-        state, message = loop(run, training, recorder, writer, clock, console)
+        console.start_progress(training.step, run.total_steps)
+        boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, rank)
+        state, message = loop(run, training, recorder, writer, clock, console, boundary)
+        if state == "finished" and run.probe:
+            state, message = train_probe(run, training, recorder, writer, clock, boundary)
         if writer:
             writer.wait()  # before the status says that the run is over
         if recorder:
             recorder.finish(state, training.step, message, clock.elapsed())
-    console.say(f"{state} after step {training.step} of {run.steps}{f': {message}' if message else ''}")
+    console.say(f"{state} after step {training.step} of {run.total_steps}{f': {message}' if message else ''}")
 
 
 def loop(
@@ -73,14 +77,19 @@ def loop(
     writer: CheckpointWriter | None,
     clock: StepClock,
     console: Console,
+    boundary: StepBoundary,
 ) -> tuple[str, str]:
     """Step, log, evaluate, save, until there is a reason to end. Returns the run's state and a word on it."""
     config, mode = run.config, run.mode
-    boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, run.rank)
     profile = Profile(run.folder.profile if config.profile and run.rank == 0 else None, run.device, run.steps)
     batches = batches_from(run, training.step)
     first_bad_step = torch.full((), math.inf, device=run.device)  # where a loss was NaN or infinite
     diverged, first_step = False, training.step + 1
+
+    if training.step == 0 and run.evaluates_after(0):
+        figures = evaluate(run, training.model)
+        if recorder:
+            recorder.row({"step": 0, "epoch": 0, "examples": 0, "wall_seconds": clock.elapsed()} | figures)
 
     while training.step < run.steps and not diverged:
         profile.before_step()
@@ -93,7 +102,7 @@ def loop(
             batches = batches_from(run, training.step)
             continue
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
-        lr = training.optimizer.param_groups[0]["lr"]
+        rates = learning_rates(config, training.optimizer)
         update(training, recorder, config.tracker.layers_every, profile)
         clock.step()
 
@@ -102,7 +111,7 @@ def loop(
             with profile.phase("logging"):
                 figures = mode.train_figures(distributed.sum_over_processes(training.totals).tolist())
                 training.totals.zero_()
-                figures |= {"optim/lr": lr} | phi(training.optimizer, step)
+                figures |= rates | phi(training.optimizer, step)
                 if step > first_step:
                     figures |= clock.speed(config.batch_size)
                 diverged = not math.isfinite(figures["train/loss"])
@@ -110,10 +119,10 @@ def loop(
                     recorder.row(where | {"wall_seconds": clock.elapsed()} | figures)
         for line in profile.after_step(step):
             console.say(line)
-        if not diverged and (step % (config.eval_every * run.epoch_steps) == 0 or step == run.steps):
+        if not diverged and run.evaluates_after(step):
             with clock.paused(), profile.phase("evaluation"):
                 figures = evaluate(run, training.model)
-            if not math.isfinite(figures["test/loss"]):  # the weights show it before the next training loss does
+            if not all(map(math.isfinite, figures.values())):  # the weights show it before the next training loss does
                 diverged = True
                 first_bad_step.clamp_(max=step)
             if recorder:
@@ -139,24 +148,21 @@ def batches_from(run: Run, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     return train_batches(
         data.train, config.dataset, data.mean, data.std, batch_size=config.batch_size, rank=run.rank,
         processes=run.processes, micro_batch=run.batch.micro_batch, seed=config.seed, start_step=step,
-        device=run.device, channels_last=run.arithmetic.channels_last,
+        device=run.device, channels_last=run.arithmetic.channels_last, two_views=run.mode.VIEWS == 2,
+        passes=2 if run.exact and run.batch.accumulation > 1 else 1,
     )  # fmt: skip
+
+
+def learning_rates(config: Config, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The rate of the next step, and that of biases and norm parameters where they have their own."""
+    groups = optimizer.param_groups
+    own = {"optim/lr_1d": groups[-1]["lr"]} if config.optimizer.lr_1d is not None else {}
+    return {"optim/lr": groups[0]["lr"]} | own
 
 
 def phi(optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
     """TVLARS's factor at optimizer step ``step`` = 1, 2, ..."""
     return {"optim/phi": optimizer.phi(step)} if isinstance(optimizer, TVLARS) else {}
-
-
-def save_training(
-    run: Run, training: Training, recorder: Recorder | None, writer: CheckpointWriter | None, clock: StepClock
-) -> None:
-    distributed.sum_over_processes(training.totals)
-    if recorder and writer:
-        how = {"arithmetic": asdict(run.arithmetic), "micro_batch": run.batch.micro_batch}
-        writer.save(training.step, training.state(clock.elapsed()) | how, first=recorder.layers_to_write())
-    else:
-        training.totals.zero_()  # rank 0 has all of it now
 
 
 def main(arguments: list[str]) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from largebatch.batch import plan_batch
-from largebatch.config import Config, OptimizerConfig, ScheduleConfig
+from largebatch.config import Config, ModeConfig, OptimizerConfig, ScheduleConfig
 from largebatch.errors import UserError, choices
 
 DATASETS = ("digits", "cifar10", "cifar100", "tinyimagenet", "imagefolder", "imagenet", "synthetic")
@@ -47,6 +47,7 @@ SCHEDULE_OPTIONS = {
     "warmup_cosine": ("warmup_epochs", "warmup_steps", "final_factor"),
     "warmup_poly": ("warmup_epochs", "warmup_steps", "final_factor", "power"),
 }
+MODE_OPTIONS = {"clf": (), "bt": tuple(option.name for option in fields(ModeConfig) if option.name != "name")}
 _MAY_BE_NONE = ("norm_clip", "max_ratio", "warmup_epochs", "warmup_steps")
 # Optimizers of torch and timm whose update is a gradient over its own recent size, or a sign: all that the theory
 # behind lr_scaling.rule=surge is about. Why others aren't here: docs/lr_scaling.md.
@@ -66,6 +67,7 @@ def validate(config: Config) -> None:
         *_check_optimizer(config),
         *_check_lr_scaling(config),
         *_check_schedule(config),
+        *_check_mode(config),
         *_check_length(config),
         *_check_batch(config),
     ]
@@ -77,8 +79,8 @@ def validate(config: Config) -> None:
 _NUMBERS: dict[str, tuple[float, bool]] = {
     "batch_size": (1, True),
     "micro_batch": (1, True),
-    "epochs": (1, True),
-    "steps": (1, True),
+    "epochs": (0, True),
+    "steps": (0, True),
     "seed": (0, True),
     "eval_every": (1, True),
     "dataset.workers": (0, True),
@@ -90,6 +92,8 @@ _NUMBERS: dict[str, tuple[float, bool]] = {
     "dataset.rotation": (0, True),
     "dataset.default_epochs": (1, True),
     "optimizer.lr": (0, False),
+    "dataset.views.min_area": (0, False),
+    "optimizer.lr_1d": (0, True),
     "optimizer.weight_decay": (0, True),
     "optimizer.momentum": (0, True),
     "optimizer.eps": (0, True),
@@ -107,6 +111,17 @@ _NUMBERS: dict[str, tuple[float, bool]] = {
     "schedule.warmup_steps": (0, True),
     "schedule.final_factor": (0, True),
     "schedule.power": (0, False),
+    "mode.default_epochs": (1, True),
+    "mode.lmbda": (0, True),
+    "mode.loss_scale": (0, False),
+    "mode.knn_every": (0, True),
+    "mode.knn_neighbours": (1, True),
+    "mode.knn_temperature": (0, False),
+    "mode.eval_epochs": (1, True),
+    "mode.eval_batch_size": (1, True),
+    "mode.lr_classifier": (0, False),
+    "mode.lr_backbone": (0, True),
+    "mode.eval_weight_decay": (0, True),
     "cluster.processes": (1, True),
     "cluster.threads": (1, True),
     "checkpoint.every_seconds": (0, True),
@@ -165,7 +180,7 @@ def _check_names(config: Config) -> list[str]:
         "optimizer.library": (config.optimizer.library, (*OPTIMIZER_OPTIONS, "timm")),
         "lr_scaling.rule": (config.lr_scaling.rule, ("none", "linear", "sqrt", "surge")),
         "schedule.name": (config.schedule.name, tuple(SCHEDULE_OPTIONS)),
-        "mode.name": (config.mode.name, ("clf",)),
+        "mode.name": (config.mode.name, tuple(MODE_OPTIONS)),
         "cluster.name": (config.cluster.name, ("local",)),
         "cluster.device": (config.cluster.device, ("auto", "cpu", "cuda")),
         "tracker.name": (config.tracker.name, ("wandb", "none")),
@@ -209,6 +224,8 @@ def _check_model(config: Config) -> list[str]:
             problems.append(f"model.{key}={given}: {choices(given, allowed)}")
         elif not allowed and given is not None:
             problems.append(f"model.{key}={given}: {model.name} has no such choice")
+    if model.zero_init_residual is not None and (model.library != "torchvision" or model.name == "effb0"):
+        problems.append(f"model.zero_init_residual={str(model.zero_init_residual).lower()}: only ResNets have it")
     if model.options and model.library != "timm":
         problems.append(f"model.options={model.options}: only timm's models take further options")
     return problems
@@ -274,9 +291,43 @@ def _check_schedule(config: Config) -> list[str]:
     return problems
 
 
-def _check_options(group: str, given: OptimizerConfig | ScheduleConfig, allowed: tuple[str, ...]) -> list[str]:
+_Options: TypeAlias = OptimizerConfig | ScheduleConfig | ModeConfig
+
+
+def _check_mode(config: Config) -> list[str]:
+    mode = config.mode
+    if mode.name not in MODE_OPTIONS:
+        return []  # said by _check_names
+    problems = _check_options("mode", mode, MODE_OPTIONS[mode.name])
+    if mode.name != "bt":
+        return problems
+    if mode.projector is not None and (not mode.projector or min(mode.projector) < 1):
+        problems.append(f"mode.projector={mode.projector}: must be one or more widths of at least 1")
+    views = config.dataset.views
+    if views.min_area > 1:
+        problems.append(f"dataset.views.min_area={views.min_area}: must be at most 1")
+    for key in ("jitter", "gray", "blur", "solarize"):
+        given = getattr(views, key)
+        two = key in ("blur", "solarize")
+        if (two and len(given) != 2) or not all(0 <= p <= 1 for p in (given if two else [given])):
+            problems.append(
+                f"dataset.views.{key}={given}: must be {'two probabilities' if two else 'a probability'} from 0 to 1"
+            )
+    alone = not mode.exact and isinstance(config.micro_batch, int)
+    key, images = ("micro_batch", config.micro_batch) if alone else ("batch_size", config.batch_size)
+    if images == 1:
+        problems.append(f"{key}=1: mode=bt correlates the images of a batch, so there must be at least 2")
+    if config.optimizer.name == "clars" and mode.exact is False:
+        problems.append(
+            "mode.exact=false: clars measures the gradient norms of samples, which then pass twice in one backward "
+            "pass; set mode.exact=true"
+        )
+    return problems
+
+
+def _check_options(group: str, given: _Options, allowed: tuple[str, ...]) -> list[str]:
     problems = []
-    always = ("name", "library", "lr")
+    always = ("name", "library", "lr", "lr_1d")
     for option in fields(given):
         value = getattr(given, option.name)
         if option.name in always or (value is None or value == {}) == (option.name not in allowed):
@@ -299,6 +350,9 @@ def _check_length(config: Config) -> list[str]:
             f"epochs={config.epochs} and steps={config.steps}: give one of the two "
             "(where a preset gives the other, set that one to null)"
         ]
+    if 0 in (config.epochs, config.steps) and config.mode.name != "bt":
+        key = "epochs" if config.epochs == 0 else "steps"
+        return [f"{key}=0: only mode=bt can do without training, for the figures of an untrained backbone"]
     return []
 
 

@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, Launch, environment
         (["batch_size=-1"], "batch_size=-1: must be an integer of at least 1"),
         (["batch_size=4096"], "batch_size=4096: larger than the training set; digits has 1437 images"),
         (["optimizer.lr=nan"], "optimizer.lr=nan: must be a finite number above 0"),
-        (["epochs=0"], "epochs=0: must be an integer of at least 1"),
+        (["epochs=0"], "epochs=0: only mode=bt can do without training"),
         (["cluster.processes=0"], "cluster.processes=0: must be"),
         (["cluster.processes=3"], "batch_size=512 can't be divided over 3 processes; nearest: 510 or 513"),
         (["runs_dir=/proc/none"], "runs_dir=/proc/none: "),

@@ -156,7 +156,7 @@ def test_offline_run_holds_every_row_and_its_axes(full: tuple[Path, dict[str, An
     assert not any("optim/phi" in row for row in rows), "None is left out"
     axes = {metric["glob_name"]: metric["step_metric"] for metric in all_of("metric", segment) if "glob_name" in metric}
     by_step = dict.fromkeys(["train/*", "optim/*", "perf/*", "layers/*"], "step")
-    assert axes == {**by_step, "test/*": "epoch", "val/*": "epoch"}
+    assert axes == {**by_step, **dict.fromkeys(["test/*", "val/*", "embedding/*", "probe/*"], "epoch")}
 
 
 def test_offline_run_ends_with_the_summary_given(full: tuple[Path, dict[str, Any]]) -> None:

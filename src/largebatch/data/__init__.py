@@ -3,7 +3,7 @@
 from largebatch.data.batches import eval_batches, train_batches
 from largebatch.data.images import FileImages, MemoryImages
 from largebatch.data.load import Data, load_data
-from largebatch.data.sampling import steps_per_epoch
+from largebatch.data.sampling import evaluation_share, steps_per_epoch
 from largebatch.data.split import Split
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "MemoryImages",
     "Split",
     "eval_batches",
+    "evaluation_share",
     "load_data",
     "steps_per_epoch",
     "train_batches",

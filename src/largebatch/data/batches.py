@@ -16,6 +16,7 @@ from largebatch.data.sampling import evaluation_share, global_batches, steps_per
 from largebatch.data.split import Split
 from largebatch.data.stream import stream
 from largebatch.data.transfer import one_ahead, to_device
+from largebatch.data.view_draws import configured_views
 from largebatch.seeding import derive_seed
 
 Batch = tuple[Tensor, Tensor]
@@ -36,6 +37,7 @@ def train_batches(
     device: torch.device | str,
     channels_last: bool = False,
     two_views: bool = False,
+    passes: int = 1,
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank from optimizer step ``start_step`` (from 0) on, augmented and normalised.
 
@@ -48,6 +50,7 @@ def train_batches(
         channels_last: the memory format of the images.
         two_views: images are [2 * micro_batch, C, S, S], the first views and then the second of Barlow Twins, in place
             of the crops, flips and rotations of ``config``.
+        passes: how often the micro-batches of a step come, each time the same.
 
     Raises:
         UserError: when ``batch_size`` is larger than ``split``; while iterating, when an image file can't be read.
@@ -74,14 +77,14 @@ def train_batches(
 
     def batches() -> Iterator[Batch]:
         # Decoding runs ahead of the loop below, so it walks through the same steps on its own.
-        wanted = (indices[part] for _, indices in steps() for part in parts)
+        wanted = (indices[part] for _, indices in steps() for part in parts * passes)
         pixels = _pixels(split, wanted, micro_batch, config.workers, where)
         for step, indices in steps():
             generator = torch.Generator().manual_seed(derive_seed(seed, "augment", step))
             drawn = _draw(generator, split, batch_size, config, two_views)
             draws = [one[rank * share : (rank + 1) * share].to(where) for one in drawn]
             labels = _labels(split, indices, where)
-            for part in parts:
+            for part in parts * passes:
                 yield augment(*next(pixels), [one[part] for one in draws]), labels[part]
 
     return batches()
@@ -98,14 +101,19 @@ def eval_batches(
     device: torch.device | str,
     workers: int,
     channels_last: bool = False,
+    chosen: Tensor | None = None,
 ) -> Iterator[Batch]:
     """This rank's share of the whole split, once, as (images float32 [<= batch, C, S, S], labels int64 [<= batch]).
+
+    With ``chosen``, indices on the CPU, it is the share of those.
 
     The shares are disjoint and complete; where sizes don't divide, ranks get different numbers of images, maybe none.
     """
     where = torch.device(device)
     statistics = to_device(torch.tensor(mean), where), to_device(torch.tensor(std), where)
-    share = evaluation_share(len(split), rank, processes)
+    share = evaluation_share(len(split) if chosen is None else len(chosen), rank, processes)
+    if chosen is not None:
+        share = chosen[share]
     parts = torch.split(share, batch) if len(share) else ()
     found = _pixels(split, iter(parts), batch, workers, where)
     for part, (pixels, indices) in zip(parts, found, strict=True):
@@ -139,7 +147,7 @@ def _draw(
     """Draws for a global batch, one a view; none where nothing is to be drawn."""
     side = split.images.image_size
     if two_views:
-        return [views.draw(generator, n, side, view) for view in views.VIEWS]
+        return [views.draw(generator, n, side, view) for view in configured_views(config)]
     padding, flip, rotation = config.crop_padding, config.flip, config.rotation
     if padding == 0 and not flip and rotation == 0:
         return []

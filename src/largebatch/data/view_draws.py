@@ -2,8 +2,8 @@
 
 The recipe is the one of ``facebookresearch/barlowtwins``, in its order: resized crop (scale 0.08..1, ratio 3/4..4/3,
 bicubic), flip, colour jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; with probability 0.8, its four
-steps in random order), grayscale (0.2), Gaussian blur (sigma 0.1..2 pixels) and solarize, these two with the view's
-own probabilities. Each number is distributed as in torchvision's transforms.
+steps in random order), grayscale (0.2), Gaussian blur (sigma 0.1..2 pixels) and solarize. The smallest scale and the
+probabilities are a view's own. Each number is distributed as in torchvision's transforms.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from largebatch.config import DatasetConfig
 from largebatch.data.transfer import to_device
 
-_SCALE = (0.08, 1.0)
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
-_JITTERED, _GRAY = 0.8, 0.2
 _SIGMA = (0.1, 2.0)
 _TRIES = 10  # for a crop that fits into the image
 
@@ -34,13 +33,27 @@ _REAL = ("brightness", "contrast", "saturation", "sigma")
 
 @dataclass(frozen=True)
 class View:
-    """The probabilities in which the two views differ."""
+    """Probabilities of a view's steps, and the smallest part of an image's area that a crop shows."""
 
     blur: float
     solarize: float
+    min_area: float = 0.08
+    flip: float = 0.5
+    jitter: float = 0.8
+    gray: float = 0.2
 
 
-VIEWS = (View(blur=1.0, solarize=0.0), View(blur=0.1, solarize=0.2))
+VIEWS = (View(blur=1.0, solarize=0.0), View(blur=0.1, solarize=0.2))  # the reference program's
+
+
+def configured_views(config: DatasetConfig) -> tuple[View, View]:
+    """The first and the second view that ``dataset.views`` asks for."""
+    views, flip = config.views, 0.5 if config.flip else 0.0
+    first, second = (
+        View(blur, solarize, views.min_area, flip, views.jitter, views.gray)
+        for blur, solarize in zip(views.blur, views.solarize, strict=True)
+    )
+    return first, second
 
 
 @dataclass(frozen=True)
@@ -82,21 +95,21 @@ def draw(generator: torch.Generator, n: int, side: int, view: View) -> ViewDraws
     def factor(spread: float) -> Tensor:
         return torch.empty(n).uniform_(1 - spread, 1 + spread, generator=generator)
 
-    height, width = _crop_sizes(generator, n, side)
+    height, width = _crop_sizes(generator, n, side, view.min_area)
     top, left = (_up_to(generator, side - length) for length in (height, width))
     order = torch.rand(n, 4, generator=generator).argsort(1)
     hue = torch.empty(n).uniform_(-_HUE, _HUE, generator=generator)
     sigma = torch.empty(n).uniform_(*_SIGMA, generator=generator)
-    whole = [top, left, height, width, chance(0.5), chance(_JITTERED), *order.unbind(1)]
-    whole += [(hue.double() * 255).int(), chance(_GRAY), chance(view.solarize)]  # towards 0, as in torchvision
+    whole = [top, left, height, width, chance(view.flip), chance(view.jitter), *order.unbind(1)]
+    whole += [(hue.double() * 255).int(), chance(view.gray), chance(view.solarize)]  # towards 0, as in torchvision
     real = [factor(_BRIGHTNESS), factor(_CONTRAST), factor(_SATURATION), sigma * chance(view.blur)]
     return ViewDraws(torch.stack([column.int() for column in whole], 1), torch.stack(real, 1))
 
 
-def _crop_sizes(generator: torch.Generator, n: int, side: int) -> tuple[Tensor, Tensor]:
+def _crop_sizes(generator: torch.Generator, n: int, side: int, min_area: float) -> tuple[Tensor, Tensor]:
     """Heights and widths [N]: the first of ten tries that fits, else the whole image."""
     shape = (n, _TRIES)
-    area = torch.empty(shape, dtype=torch.float64).uniform_(*_SCALE, generator=generator) * side**2
+    area = torch.empty(shape, dtype=torch.float64).uniform_(min_area, 1.0, generator=generator) * side**2
     ratio = torch.empty(shape, dtype=torch.float64).uniform_(*_LOG_RATIO, generator=generator).exp()
     height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (height >= 1) & (height <= side) & (width >= 1) & (width <= side)

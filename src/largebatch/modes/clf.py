@@ -12,6 +12,7 @@ from largebatch.config import Config
 from largebatch.data import Data
 from largebatch.models import build_model as build_network
 
+VIEWS = 1
 # What a micro-batch adds to the running totals of training: sum of losses, correct predictions, images.
 TOTALS = 3
 
@@ -20,7 +21,7 @@ def build_model(config: Config, data: Data) -> nn.Module:
     return build_network(config.model, data.num_classes, data.channels)
 
 
-def loss(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64."""
     logits = model(images).float()
     value = F.cross_entropy(logits, labels)

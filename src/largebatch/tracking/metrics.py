@@ -17,11 +17,11 @@ class MetricsLog:
     Args:
         path: the file; rows that are there already are kept up to ``step`` and dropped after it, because a resumed run
             writes those again.
-        step: the optimizer step that the run continues from.
+        step: the optimizer step that the run continues from; a run from 0 writes its row of step 0 anew too.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [row for row in read_rows(path) if row["step"] <= step]
+        kept = [row for row in read_rows(path) if row["step"] <= step] if step > 0 else []
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(_line(row) for row in kept))
         os.replace(temporary, path)

@@ -19,6 +19,7 @@ from largebatch.tracking.layers import LayerLog, LayerRow
 from largebatch.tracking.metrics import MetricsLog, Row, read_rows, write_table
 
 _STATUS_EVERY_SECONDS = 1.0
+_LAST = ("train/", "val/", "test/", "optim/", "embedding/", "probe/")  # families whose last figures are in the summary
 _LAYER_ROWS_IN_WANDB = 1000  # of a run, at most: some 30 MB with 100 layers, and charts sample from more anyway
 
 
@@ -46,7 +47,7 @@ class Recorder:
         self._metrics.write(row)
         if self._wandb:
             self._wandb.log(row)
-        figures = {k: v for k, v in row.items() if k.endswith(("/loss", "/accuracy"))}
+        figures = {k: v for k, v in row.items() if k.endswith(("/loss", "accuracy"))}
         self._console.progress(row["step"], "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         if time.monotonic() - self._status_at >= _STATUS_EVERY_SECONDS:
             self._status_at = time.monotonic()
@@ -109,7 +110,7 @@ def summarise(rows: list[Row], facts: dict[str, Any]) -> dict[str, Any]:
     epoch that validation accuracy chose and ``best/test/accuracy`` the test accuracy there: the test set chooses
     nothing. Without one, the best is the test set's own and only says what could have been.
     """
-    last = {k: v for row in rows for k, v in row.items() if k.startswith(("train/", "val/", "test/", "optim/"))}
+    last = {k: v for row in rows for k, v in row.items() if k.startswith(_LAST)}
     evaluations = [row for row in rows if row.get("test/accuracy") is not None]
     chosen_by = "val/accuracy" if any("val/accuracy" in row for row in evaluations) else "test/accuracy"
     best = max(evaluations, key=lambda row: (row[chosen_by] or 0.0, -row["step"]), default=None)

@@ -31,7 +31,7 @@ INIT_TIMEOUT = 20.0  # seconds that an online start may take before the run goes
 FINISH_TIMEOUT = 60.0  # seconds for the last uploads; what is left stays in the run folder (wandb's default: for ever)
 
 # Every logged row holds both axes; a metric's chart is drawn over the one that its family is listed under.
-AXES = {"step": ("train", "optim", "perf", "layers"), "epoch": ("test", "val")}
+AXES = {"step": ("train", "optim", "perf", "layers"), "epoch": ("test", "val", "embedding", "probe")}
 
 
 class WandbRun:

@@ -1,0 +1,125 @@
+"""Mode ``bt``: Barlow Twins (arXiv 2103.03230), self-supervised pre-training on two views of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from largebatch.config import Config
+from largebatch.data import Data
+from largebatch.models import build_backbone
+
+VIEWS = 2
+# What a micro-batch adds to the running totals: sums over images of the loss and its two parts, and the images.
+TOTALS = 4
+EPSILON = 1e-5  # added to a variance; torch's default, which the reference program has
+
+
+class Stage(nn.Module):
+    """Batch norm, ReLU, and a linear layer without bias: [n, inputs] to [n, outputs]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(inputs, eps=EPSILON)
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(F.relu(self.norm(values))))
+
+    def from_standardised(self, values: Tensor) -> Tensor:
+        """As ``forward``, of values whose mean is 0 and whose variance is 1 already."""
+        return cast(Tensor, self.linear(F.relu(values * self.norm.weight + self.norm.bias)))
+
+
+class Projector(nn.Module):
+    """Linear layers of the given widths, batch norm and ReLU between them: features [n, F] to embeddings [n, D]."""
+
+    def __init__(self, features: int, widths: list[int]) -> None:
+        super().__init__()
+        self.first = nn.Linear(features, widths[0], bias=False)
+        self.stages = nn.ModuleList(Stage(inputs, outputs) for inputs, outputs in pairwise(widths))
+
+    def forward(self, features: Tensor) -> Tensor:
+        values = self.first(features)
+        for stage in self.stages:
+            values = stage(values)
+        return cast(Tensor, values)
+
+
+class BarlowTwins(nn.Module):
+    """Backbone and projector: images [2n, C, H, W], first views and then second, to embeddings [2n, D].
+
+    The views pass one after the other, so that each has batch statistics of its own, as in the reference program.
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, widths: list[int]) -> None:
+        super().__init__()
+        self.features = features
+        self.backbone = backbone
+        self.projector = Projector(features, widths)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.projector(self.backbone(view)) for view in images.chunk(2)])
+
+
+def build_model(config: Config, data: Data) -> BarlowTwins:
+    backbone, features = build_backbone(config.model, data.image)
+    assert config.mode.projector is not None
+    return BarlowTwins(backbone, features, config.mode.projector)
+
+
+def barlow_loss(correlation: Tensor, lmbda: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a cross-correlation matrix C [D, D]: the loss, its on-diagonal and its off-diagonal part.
+
+    ``loss = sum_i (1 - C_ii)^2 + lmbda * sum_{i != j} C_ij^2``
+    """
+    diagonal = correlation.diagonal()
+    on_diagonal = (1 - diagonal).square().sum()
+    off_diagonal = (correlation - torch.diag(diagonal)).square().sum()
+    return on_diagonal + lmbda * off_diagonal, on_diagonal, off_diagonal
+
+
+def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of a micro-batch by itself (``mode.exact=false``), and its totals.
+
+    Args:
+        images: [2n, C, H, W], first views and then second.
+        labels: [n], not looked at.
+    """
+    mode = config.mode
+    assert mode.lmbda is not None
+    assert mode.loss_scale is not None
+    first, second = model(images).float().chunk(2)
+    with torch.autocast(images.device.type, enabled=False):
+        correlation = standardised(first).mT @ standardised(second) / len(first)
+        parts = barlow_loss(correlation, mode.lmbda)
+    return mode.loss_scale * parts[0], counted(mode.loss_scale, parts, len(first))
+
+
+def standardised(values: Tensor) -> Tensor:
+    """``values`` [n, D] with mean 0 and variance 1 in each column: batch norm without parameters."""
+    variance, mean = torch.var_mean(values, dim=0, correction=0)
+    return (values - mean) * torch.rsqrt(variance + EPSILON)
+
+
+@torch.no_grad()
+def counted(scale: float, parts: tuple[Tensor, Tensor, Tensor], images: int) -> Tensor:
+    """What ``images`` of a loss and its parts add to the totals [loss, on-diagonal, off-diagonal, images]."""
+    value, on_diagonal, off_diagonal = parts
+    one = torch.ones_like(value)
+    return images * torch.stack([scale * value, on_diagonal, off_diagonal, one]).double()
+
+
+def train_figures(totals: list[float]) -> dict[str, float]:
+    """Totals summed over micro-batches, steps and processes, as logged figures."""
+    value, on_diagonal, off_diagonal, count = totals
+    return {
+        "train/loss": value / count,
+        "train/on_diagonal": on_diagonal / count,
+        "train/off_diagonal": off_diagonal / count,
+    }

@@ -1,0 +1,187 @@
+"""The Barlow Twins loss of a global batch that no process sees as a whole, and its gradient.
+
+Mean, variance and cross-correlation are sums over samples. So everything after the projector's first layer, its batch
+norms too, is computed over the global batch a few rows at a time: sums over rows, then over processes, with nothing
+kept but each layer's output. The gradient goes back the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from largebatch import distributed
+from largebatch.modes.bt import EPSILON, Projector, Stage, barlow_loss
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one view's values over the global batch of ``count`` images, in fp32 [width]: mean, and biased variance."""
+
+    mean: Tensor
+    variance: Tensor
+    count: int
+
+    @property
+    def reciprocal_deviation(self) -> Tensor:
+        return torch.rsqrt(self.variance + EPSILON)
+
+    def standardise(self, values: Tensor) -> Tensor:
+        return (values.float() - self.mean) * self.reciprocal_deviation
+
+
+class GlobalLoss(NamedTuple):
+    parts: tuple[Tensor, Tensor, Tensor]  # the unscaled loss, its on-diagonal and its off-diagonal part
+    gradient: Tensor  # with respect to ``first``: [2, n, W]
+
+
+Graph = tuple[Tensor, Tensor]  # the input and the output of a pass that can still go backward
+
+
+@torch.no_grad()
+def global_loss(
+    projector: Projector, first: Tensor, rows: int, autocast: torch.autocast, *, lmbda: float, scale: float
+) -> GlobalLoss:
+    """Loss over the global batch, and its gradient with respect to what this process put in.
+
+    Gradients of the projector's parameters but those of its first layer are added to their ``.grad``. All are
+    multiplied by the number of processes, whose mean then is the gradient. Running statistics of the projector move.
+
+    Beside ``first``, as many numbers are kept as the projector's later layers put out, and once the widest of them.
+
+    Args:
+        first: [2, n, W], both views of this process's n images after the projector's first layer. Every process gives
+            as many.
+        rows: how many images at once, a divisor of n. With n the graph of the forward pass is kept, else each part of
+            it is done anew on the way back.
+        autocast: for the linear layers; everything else is done in fp32.
+        scale: the loss is multiplied by it in the gradient.
+    """
+    inputs: list[Tensor] = []
+    statistics: list[list[Statistics]] = []
+    graphs: list[list[Graph | None]] = []
+    values = first
+    for stage in projector.stages:
+        assert isinstance(stage, Stage)
+        inputs.append(values)
+        statistics.append([global_statistics(view, rows) for view in values])
+        _track(stage.norm, statistics[-1])
+        passed = [_forward(stage, *view, rows, autocast) for view in zip(values, statistics[-1], strict=True)]
+        values = torch.stack([output for output, _ in passed])
+        graphs.append([graph for _, graph in passed])
+    if not inputs:
+        values = values.clone()  # what follows works in place
+    parts = _correlation_gradient_(values, rows, lmbda, scale)
+    for stage in reversed(projector.stages):
+        assert isinstance(stage, Stage)
+        before = inputs.pop(), statistics.pop(), graphs.pop()
+        values = torch.stack([_backward(stage, *view, rows, autocast) for view in zip(*before, values, strict=True)])
+    return GlobalLoss(parts, values)
+
+
+def global_statistics(values: Tensor, rows: int) -> Statistics:
+    """Of one view's ``values`` [n, width], over all processes; no rounding grows with the number of parts."""
+    parts = values.view(-1, rows, values.shape[1])
+    means = torch.stack([part.float().mean(0) for part in parts]).double()
+    squares = [part.float().var(0, correction=0) for part in parts]
+    mean = distributed.sum_over_processes(means.mean(0)) / distributed.processes()
+    variance = (torch.stack(squares).double() + (means - mean).square()).mean(0)
+    variance = distributed.sum_over_processes(variance) / distributed.processes()
+    return Statistics(mean.float(), variance.float(), len(values) * distributed.processes())
+
+
+def _track(norm: nn.BatchNorm1d, statistics: Sequence[Statistics]) -> None:
+    """Move the running statistics as ``nn.BatchNorm1d`` does when it sees one view after the other."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    for view in statistics:
+        norm.running_mean.lerp_(view.mean, norm.momentum)
+        norm.running_var.lerp_(view.variance * view.count / (view.count - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+
+
+def _forward(
+    stage: Stage, values: Tensor, statistics: Statistics, rows: int, autocast: torch.autocast
+) -> tuple[Tensor, Graph | None]:
+    """One view through a stage, and its graph if ``rows`` are all."""
+    if rows == len(values):
+        graph = _pass(stage, statistics.standardise(values), autocast)
+        return graph[1].detach(), graph
+    outputs = None
+    for part in _parts(values, rows):
+        with autocast:
+            output = stage.from_standardised(statistics.standardise(values[part]))
+        if outputs is None:
+            outputs = output.new_empty(len(values), *output.shape[1:])
+        outputs[part] = output
+    assert outputs is not None
+    return outputs, None
+
+
+def _pass(stage: Stage, standardised: Tensor, autocast: torch.autocast) -> Graph:
+    with torch.enable_grad(), autocast:
+        return standardised.requires_grad_(), stage.from_standardised(standardised)
+
+
+def _backward(
+    stage: Stage,
+    values: Tensor,
+    statistics: Statistics,
+    graph: Graph | None,
+    gradient: Tensor,
+    rows: int,
+    autocast: torch.autocast,
+) -> Tensor:
+    """From the gradient with respect to a stage's output to that with respect to ``values``, its input.
+
+    Through batch norm: ``(g - mean(g) - x * mean(g * x)) / deviation``, means over the global batch, where g belongs to
+    the standardised input x.
+    """
+    result = torch.empty_like(values)
+    sums = torch.zeros(2, values.shape[1], device=values.device)
+    for part in _parts(values, rows):
+        inputs, outputs = graph or _pass(stage, statistics.standardise(values[part]), autocast)
+        torch.autograd.backward(outputs, gradient[part].to(outputs.dtype))
+        assert inputs.grad is not None
+        result[part] = inputs.grad
+        sums += torch.stack([inputs.grad.sum(0), (inputs.grad * inputs.detach()).sum(0)])
+    mean, mean_product = distributed.sum_over_processes(sums) / statistics.count
+    for part in _parts(values, rows):
+        inputs = statistics.standardise(values[part])
+        result[part] = (result[part] - mean - inputs * mean_product) * statistics.reciprocal_deviation
+    return result
+
+
+def _parts(values: Tensor, rows: int) -> Iterator[slice]:
+    return (slice(row, row + rows) for row in range(0, len(values), rows))
+
+
+def _correlation_gradient_(values: Tensor, rows: int, lmbda: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn embeddings [2, n, D] into the gradient with respect to them; returns the loss and its parts."""
+    statistics = [global_statistics(view, rows) for view in values]
+    width, count = values.shape[2], statistics[0].count
+    correlation = torch.zeros(width, width, device=values.device)
+    for part in _parts(values[0], rows):
+        one, two = (of.standardise(view[part]) for of, view in zip(statistics, values, strict=True))
+        correlation.addmm_(one.mT, two)
+    correlation = distributed.sum_over_processes(correlation) / count
+
+    slope = lmbda * correlation
+    slope.diagonal().copy_(correlation.diagonal() - 1)
+    slope *= 2 * scale * distributed.processes() / count  # the gradient with respect to the sum of products
+
+    # Standardised values have no mean, so neither has their gradient; its mean product with them is C's with its slope.
+    product = slope * correlation
+    products = product.sum(1), product.sum(0)
+    for part in _parts(values[0], rows):
+        one, two = (of.standardise(view[part]) for of, view in zip(statistics, values, strict=True))
+        gradients = two @ slope.mT - one * products[0], one @ slope - two * products[1]
+        for view, gradient, of in zip(values, gradients, statistics, strict=True):
+            view[part] = gradient * of.reciprocal_deviation
+    return barlow_loss(correlation, lmbda)
