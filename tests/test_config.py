@@ -261,3 +261,108 @@ def test_every_key_has_its_type() -> None:
     """Schema fields are typed, so that a wrong type is refused while composing."""
     for group in dataclasses.fields(Config):
         assert group.type not in ("Any", ""), group.name
+
+
+# -- mode=bt
+
+
+@pytest.mark.parametrize(
+    "override", ["mode.lmbda=0.1", "mode.projector=[8,8]", "mode.exact=true", "mode.knn_every=1", "mode.lr_backbone=0"]
+)
+def test_options_of_pre_training_are_none_of_a_classifier_s(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(configuration(override))
+    assert str(caught.value).startswith(override.partition("=")[0])
+    assert str(caught.value).endswith("clf has no options")
+    validate(configuration("mode=bt", override))
+
+
+def test_an_unknown_mode_names_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"mode\.name=bt_published: allowed: clf, bt"):
+        validate(configuration("mode=bt", "mode.name=bt_published"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["mode.projector=[]"], "mode.projector=[]: must be one or more widths"),
+        (["mode.projector=[8,0]"], "mode.projector=[8, 0]: must be one or more widths of at least 1"),
+        (["mode.projector=null"], "mode.projector=null: bt needs a value"),
+        (["mode.lmbda=null"], "mode.lmbda=null: bt needs a value"),
+        (["mode.eval_epochs=0"], "mode.eval_epochs=0: must be an integer of at least 1"),
+        (["mode.lr_classifier=0"], "mode.lr_classifier=0.0: must be a finite number above 0"),
+        (["mode.lr_backbone=-1"], "mode.lr_backbone=-1.0: must be a finite number of at least 0"),
+        (["mode.knn_temperature=0"], "mode.knn_temperature=0.0: must be a finite number above 0"),
+        (["mode.loss_scale=nan"], "mode.loss_scale=nan: must be a finite number above 0"),
+        (["optimizer.lr_1d=-0.1"], "optimizer.lr_1d=-0.1: must be a finite number of at least 0"),
+        (["batch_size=1"], "batch_size=1: mode=bt correlates the images of a batch"),
+        (["batch_size=1", "mode.exact=false"], "batch_size=1: mode=bt correlates the images of a batch"),
+        (["mode.exact=false", "micro_batch=1"], "with mode.exact=false in each micro-batch of a process"),
+        (["mode.exact=false", "batch_size=4", "cluster.processes=4"], "with mode.exact=false in each micro-batch"),
+        (["mode.exact=false", "optimizer=clars"], "mode.exact=false: clars measures the gradient norms of samples"),
+        (["dataset.views.min_area=0"], "dataset.views.min_area=0.0: must be a finite number above 0"),
+        (["dataset.views.min_area=1.1"], "dataset.views.min_area=1.1: must be at most 1"),
+        (["dataset.views.jitter=1.1"], "dataset.views.jitter=1.1: must be a probability from 0 to 1"),
+        (["dataset.views.gray=-0.1"], "dataset.views.gray=-0.1: must be a probability from 0 to 1"),
+        (["dataset.views.gray=nan"], "dataset.views.gray=nan: must be a probability from 0 to 1"),
+        (["dataset.views.blur=[1,2]"], "dataset.views.blur=[1.0, 2.0]: must be two probabilities from 0 to 1"),
+        (["dataset.views.blur=[0.5]"], "dataset.views.blur=[0.5]: must be two probabilities from 0 to 1"),
+        (["dataset.views.solarize=[0,0,0]"], "dataset.views.solarize=[0.0, 0.0, 0.0]: must be two probabilities"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_value_for_pre_training_is_named(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(configuration("mode=bt", *overrides))
+    assert str(caught.value).startswith(says)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["micro_batch=1"],  # the loss is that of the whole batch
+        ["optimizer=clars"],
+        ["mode.exact=false"],
+        ["mode.projector=[8]"],
+        ["dataset.views.blur=[0,1]", "dataset.views.min_area=1", "dataset.views.jitter=0"],
+        ["micro_batch=auto", "mode.exact=false"],
+        ["mode.knn_every=0"],
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_pre_training_can_be(overrides: list[str]) -> None:
+    validate(configuration("mode=bt", *overrides))
+
+
+@pytest.mark.parametrize("length", ["epochs=0", "steps=0"])
+def test_only_pre_training_can_be_left_out(length: str) -> None:
+    validate(configuration("mode=bt", length))
+    with pytest.raises(UserError, match=f"{length}: only mode=bt can do without training"):
+        validate(configuration(length))
+    with pytest.raises(UserError, match="must be an integer of at least 0"):
+        validate(configuration("mode=bt", length.replace("0", "-1")))
+
+
+VIEWS = ["min_area=0.5", "jitter=0.5", "gray=0.5", "blur=[0.5,0.5]", "solarize=[0.5,0.5]"]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_are_part_of_what_pre_training_is_and_of_nothing_else(view: str) -> None:
+    override = f"dataset.views.{view}"
+    assert identity(configuration(override)) == identity(configuration())
+    assert identity(configuration("mode=bt", override)) != identity(configuration("mode=bt"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["mode.lmbda=0.1", "mode.projector=[8,8]", "mode.exact=false", "mode.eval_epochs=3", "mode.lr_backbone=0.1",
+     "mode.loss_scale=1", "mode.eval_augmentation=true", "optimizer.lr_1d=0.1", "epochs=0"],
+)  # fmt: skip
+def test_identity_knows_what_can_change_pre_training_or_what_follows(override: str) -> None:
+    assert identity(configuration("mode=bt", override)) != identity(configuration("mode=bt"))
+
+
+def test_a_rate_for_biases_that_is_not_given_does_not_rename_a_run() -> None:
+    assert identity(configuration("optimizer.lr_1d=null")) == identity(configuration())
+    assert identity(configuration("optimizer.lr_1d=0.1")) != identity(configuration())

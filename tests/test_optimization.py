@@ -178,3 +178,137 @@ def test_published_lamb_has_no_bias_correction_and_adapts_everything() -> None:
         True,
         True,
     )
+
+
+# -- a rate of its own for biases and norm parameters
+
+LR_1D = ("optimizer.lr=0.05", "optimizer.lr_1d=0.008", "batch_size=512", "lr_scaling.rule=linear")  # twice both
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def after_steps(*overrides: str, steps: int = 1) -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:
+    """Parameters after some steps of the gradients of one fixed batch, which differ from step to step."""
+    model = small_network()
+    optimizer = build_optimizer(configuration(*overrides), model, steps_per_epoch=1)
+    inputs, targets = torch.randn(2, 32, 6), torch.randn(2, 32, 3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(inputs[step % 2]), targets[step % 2]).backward()
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, optimizer
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [["optimizer=lars"], ["optimizer=tvlars"], ["optimizer=lamb"], ["optimizer=sgd"], ["optimizer=adamw"],
+     ["optimizer=lars", "optimizer.adapt_1d=true", "optimizer.decay_1d=true"],
+     ["optimizer=timm", "optimizer.name=lion"], ["optimizer=timm", "optimizer.name=adamw"]],
+    ids=lambda overrides: "-".join(overrides),
+)  # fmt: skip
+def test_biases_and_norm_parameters_step_with_their_own_rate(optimizer: list[str]) -> None:
+    """A step as with that rate for all, and the weights as with theirs."""
+    got, with_groups = after_steps(*optimizer, *LR_1D)
+    assert [group["lr"] for group in with_groups.param_groups] == pytest.approx([0.1, 0.016])
+    many, few = (after_steps(*optimizer, f"optimizer.lr={lr}")[0] for lr in (0.1, 0.016))
+    before = dict(small_network().named_parameters())
+    for name, parameter in got.items():
+        torch.testing.assert_close(parameter, (few if parameter.ndim == 1 else many)[name], rtol=1e-6, atol=1e-8)
+        assert not torch.allclose(parameter, (many if parameter.ndim == 1 else few)[name], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(parameter, before[name])
+
+
+def test_sgd_and_lars_with_a_rate_for_biases_by_hand() -> None:
+    model = small_network()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    inputs, targets = torch.randn(2, 32, 6), torch.randn(2, 32, 3)  # as in after_steps
+    nn.functional.mse_loss(model(inputs[0]), targets[0]).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    sgd, _ = after_steps("optimizer=sgd", *LR_1D, "optimizer.weight_decay=0.1")
+    lars, _ = after_steps("optimizer=lars", *LR_1D, "optimizer.weight_decay=0.1")
+    for name, weight in before.items():
+        gradient = gradients[name]
+        assert gradient is not None
+        decayed = gradient + 0.1 * weight
+        rate = 0.1 if weight.ndim > 1 else 0.016
+        torch.testing.assert_close(sgd[name], weight - rate * decayed)
+        ratio = 0.001 * weight.norm() / decayed.norm() if weight.ndim > 1 else 1.0
+        torch.testing.assert_close(lars[name], weight - rate * ratio * (decayed if weight.ndim > 1 else gradient))
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "lamb", "sgd", "adam", "adamw", "adagrad", "rmsprop"])
+def test_a_rate_of_0_leaves_biases_where_they_are(optimizer: str) -> None:
+    got, _ = after_steps(f"optimizer={optimizer}", "optimizer.lr=0.1", "optimizer.lr_1d=0", steps=3)
+    for name, parameter in small_network().named_parameters():
+        assert torch.equal(got[name], parameter) == (parameter.ndim == 1)
+
+
+@pytest.mark.parametrize("name", ["lars", "tvlars", "lamb", "sgd", "adam", "adamw", "adagrad", "rmsprop"])
+def test_the_same_rate_for_both_is_no_change(name: str) -> None:
+    """Over some steps, so that what an optimizer keeps for each parameter counts too."""
+    adapted = [f"optimizer.{key}_1d=true" for key in ("adapt", "decay") if name in ("lars", "tvlars", "lamb")]
+    got, split = after_steps(f"optimizer={name}", *adapted, "optimizer.lr=0.02", "optimizer.lr_1d=0.02", steps=4)
+    expected, _ = after_steps(f"optimizer={name}", *adapted, "optimizer.lr=0.02", steps=4)
+    assert len(split.param_groups) == 2
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["lars", "tvlars", "clars", "lamb"])
+def test_layers_keep_their_names_beside_a_rate_for_biases(name: str) -> None:
+    every = [name for name, _ in small_network().named_parameters()]
+    for adapted, layers in ((False, ["0.weight", "3.weight"]), (True, every)):
+        config = configuration(f"optimizer={name}", *LR_1D, f"optimizer.adapt_1d={adapted}")
+        optimizer = build_optimizer(config, small_network(), steps_per_epoch=1)
+        assert isinstance(optimizer, optim.LARS | optim.TVLARS | optim.CLARS | optim.LAMB)
+        assert sorted(optimizer.layer_names) == sorted(layers)
+
+
+def test_tvlars_s_phi_is_on_one_clock_in_both_groups() -> None:
+    """Which matters with biases adapted too: phi falls by half in these steps."""
+    options = ("optimizer=tvlars", "optimizer.adapt_1d=true", "optimizer.lmbda=1", "optimizer.delay_epochs=2")
+    got, optimizer = after_steps(*options, "optimizer.lr=2", "optimizer.lr_1d=2", steps=4)
+    expected, whole = after_steps(*options, "optimizer.lr=2", steps=4)
+    assert isinstance(optimizer, optim.TVLARS)
+    assert isinstance(whole, optim.TVLARS)
+    assert [group["step"] for group in optimizer.param_groups] == [4, 4]
+    assert optimizer.phi(1) > 2 * optimizer.phi(4)
+    torch.testing.assert_close(got, expected)
+    ratios = (
+        dict(zip(o.layer_names, o.layer_stats()["trust_ratio"].tolist(), strict=True)) for o in (optimizer, whole)
+    )
+    assert next(ratios) == pytest.approx(next(ratios), rel=1e-5)
+
+
+def test_the_schedule_multiplies_both_rates() -> None:
+    config = configuration(*LR_1D, "schedule=warmup_cosine", "schedule.warmup_epochs=null", "schedule.warmup_steps=4")
+    optimizer = build_optimizer(config, small_network(), steps_per_epoch=1)
+    factor = schedule_factor(config.schedule, 12, warmup_steps(config.schedule, 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    seen = []
+    for _ in range(12):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert seen[0] == pytest.approx([0.1 / 4, 0.016 / 4])
+    assert seen[4] == pytest.approx([0.1, 0.016])
+    assert seen == [pytest.approx([0.1 * factor(step), 0.016 * factor(step)]) for step in range(12)]
+
+
+def test_the_rate_of_biases_follows_the_scaling_rule() -> None:
+    overrides = ("optimizer=adamw", "optimizer.lr=0.002", "optimizer.lr_1d=0.0005", "batch_size=1024")
+    for rule in (["none"], ["linear"], ["sqrt"], ["surge", "lr_scaling.noise_scale=1000"]):
+        config = configuration(*overrides, f"lr_scaling.rule={rule[0]}", *rule[1:])
+        groups = build_optimizer(config, small_network(), steps_per_epoch=1).param_groups
+        assert groups[0]["lr"] == resolved_lr(config)
+        assert groups[1]["lr"] == pytest.approx(resolved_lr(config) / 4)
+        assert {parameter.ndim for parameter in groups[0]["params"]} == {2}
+        assert {parameter.ndim for parameter in groups[1]["params"]} == {1}
+
+
+def test_a_model_without_biases_needs_no_rate_for_them() -> None:
+    config = configuration("optimizer=lars", "optimizer.lr_1d=0.1")
+    optimizer = build_optimizer(config, nn.Linear(3, 2, bias=False), steps_per_epoch=1)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1]

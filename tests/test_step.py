@@ -50,3 +50,25 @@ def test_no_figure_is_read_back_in_a_step(tmp_path: Path, optimizer: str, divisi
         assert finite is not None
         assert counting.operations["aten.convolution_backward"] > 0
         assert counting.operations["aten._local_scalar_dense"] == 0
+
+
+@pytest.mark.parametrize(("optimizer", "exact"), [("lars", "true"), ("lars", "false"), ("clars", "true")])
+@pytest.mark.parametrize("division", [(), ("micro_batch=4",), ("micro_batch=auto",)])
+def test_no_figure_is_read_back_in_a_step_of_pre_training(
+    tmp_path: Path, optimizer: str, exact: str, division: tuple[str, ...]
+) -> None:
+    bt = ("mode=bt", "mode.projector=[12,8,6]", f"mode.exact={exact}")
+    config = configuration(*TINY, *bt, "steps=9", f"optimizer={optimizer}", *division)
+    with Console(tmp_path / "log.txt", speaking=False) as console:
+        run, training = set_up(config, RunFolder(tmp_path), 0, 1, CPU, console, None)
+    batches, nothing = batches_from(run, 0), Profile(None, CPU, 9)
+    twice = 2 if run.exact and run.batch.accumulation > 1 else 1
+    ready = [next(batches) for _ in range(twice * run.batch.accumulation)]
+    for step in (1, 2, 3):
+        training.step = step
+        with Counting() as counting:
+            finite, _ = gradient(run, training, iter(ready), nothing)
+            update(training, None, 0, nothing)
+        assert finite is not None
+        assert counting.operations["aten.convolution_backward"] > 0
+        assert counting.operations["aten._local_scalar_dense"] == 0

@@ -45,9 +45,10 @@ def plan_batch(
 
 
 def plan_small_batch(batch: int, images: int, processes: int, micro_batch: int) -> BatchPlan:
-    """A batch that need not be divisible: at most ``batch`` of the ``images``, in pieces of at most ``micro_batch``.
+    """A batch that need not be divisible: up to ``batch`` of the ``images``, in pieces of at most ``micro_batch``.
 
-    What doesn't divide over ``processes`` is left out, and the pieces are the largest that divide what is left.
+    What doesn't divide over ``processes`` is left out, though each takes one at least; the pieces are the largest that
+    divide a process's share.
     """
     share = max(min(batch, images) // processes, 1)
     piece = max(size for size in range(1, min(share, micro_batch) + 1) if share % size == 0)

@@ -47,8 +47,14 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
         last = {"smallcnn": "head", "effb0": "classifier"}.get(config.name, "fc")
         setattr(model, last, nn.Identity())
     model.eval()  # a look at the shape leaves running statistics alone
-    with torch.no_grad():
-        features = model(torch.zeros(2, *image))
+    try:
+        with torch.no_grad():
+            features = model(torch.zeros(2, *image))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model.name={config.name}: can't take images of {'x'.join(map(str, image))} ({str(error).strip()}); "
+            "choose another dataset.image_size or model"
+        ) from error
     if features.ndim != 2:
         raise UserError(
             f"model.name={config.name}: its features of two images have the shape {list(features.shape)}, and Barlow "

@@ -91,7 +91,9 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> t
     if given.lr_1d is not None:
         few = [(name, p) for name, p in parameters if p.ndim <= 1]
         many = [(name, p) for name, p in parameters if p.ndim > 1]
-        parameters = [{"params": many}, {"params": few, "lr": scaled_lr(config, given.lr_1d)}]
+        parameters = [{"params": many}]
+        if few:
+            parameters.append({"params": few, "lr": scaled_lr(config, given.lr_1d)})
     options = resolved_options(config, steps_per_epoch)
     try:
         if given.library == "timm":
@@ -110,8 +112,8 @@ def _timm_optimizer(
     name = config.optimizer.name
     what: Any = model
     if config.optimizer.lr_1d is not None:
-        many, few = ({**group, "params": [p for _, p in group["params"]]} for group in parameters)
-        what = [many, {**few, "weight_decay": 0.0}]
+        what = [{**group, "params": [p for _, p in group["params"]]} for group in parameters]
+        what[1:] = [{**few, "weight_decay": 0.0} for few in what[1:]]
 
     names: list[str] = timm.optim.list_optimizers()
     if name not in names:

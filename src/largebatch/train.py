@@ -156,7 +156,7 @@ def batches_from(run: Run, step: int) -> Iterator[tuple[Tensor, Tensor]]:
 def learning_rates(config: Config, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """The rate of the next step, and that of biases and norm parameters where they have their own."""
     groups = optimizer.param_groups
-    own = {"optim/lr_1d": groups[-1]["lr"]} if config.optimizer.lr_1d is not None else {}
+    own = {"optim/lr_1d": groups[1]["lr"]} if config.optimizer.lr_1d is not None and len(groups) > 1 else {}
     return {"optim/lr": groups[0]["lr"]} | own
 
 

@@ -313,10 +313,15 @@ def _check_mode(config: Config) -> list[str]:
             problems.append(
                 f"dataset.views.{key}={given}: must be {'two probabilities' if two else 'a probability'} from 0 to 1"
             )
-    alone = not mode.exact and isinstance(config.micro_batch, int)
-    key, images = ("micro_batch", config.micro_batch) if alone else ("batch_size", config.batch_size)
+    images = config.batch_size
+    if not mode.exact:
+        images //= config.cluster.processes or 1
+        images = min(images, config.micro_batch) if isinstance(config.micro_batch, int) else images
     if images == 1:
-        problems.append(f"{key}=1: mode=bt correlates the images of a batch, so there must be at least 2")
+        problems.append(
+            f"batch_size={config.batch_size}: mode=bt correlates the images of a batch, so there must be at least 2"
+            + ("" if mode.exact else ", with mode.exact=false in each micro-batch of a process")
+        )
     if config.optimizer.name == "clars" and mode.exact is False:
         problems.append(
             "mode.exact=false: clars measures the gradient norms of samples, which then pass twice in one backward "

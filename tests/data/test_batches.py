@@ -33,7 +33,18 @@ def config(**options):
 
 
 def training(
-    split, steps, *, batch_size=12, rank=0, processes=1, micro_batch=12, seed=0, start_step=0, how=(), **options
+    split,
+    steps,
+    *,
+    batch_size=12,
+    rank=0,
+    processes=1,
+    micro_batch=12,
+    seed=0,
+    start_step=0,
+    how=(),
+    passes=1,
+    **options,
 ):
     batches = train_batches(
         split,
@@ -47,9 +58,10 @@ def training(
         seed=seed,
         start_step=start_step,
         device="cpu",
+        passes=passes,
         **dict.fromkeys(how, True),
     )
-    count = steps * batch_size // processes // micro_batch
+    count = passes * steps * batch_size // processes // micro_batch
     return list(itertools.islice(batches, count))
 
 
@@ -183,10 +195,29 @@ def test_a_batch_larger_than_the_training_set_is_refused_at_once(in_memory):
         training(in_memory, 0, batch_size=32, micro_batch=32)
 
 
-def evaluation(split, rank, processes, batch, workers=0):
-    return list(
-        eval_batches(split, MEAN, STD, rank=rank, processes=processes, batch=batch, device="cpu", workers=workers)
-    )
+def evaluation(split, rank, processes, batch, workers=0, chosen=None):
+    where = {"rank": rank, "processes": processes, "device": "cpu"}
+    return list(eval_batches(split, MEAN, STD, batch=batch, workers=workers, chosen=chosen, **where))
+
+
+@pytest.mark.parametrize("how", [(), ("two_views",)], ids=["plain", "two_views"])
+@pytest.mark.parametrize(
+    "division",
+    [{"micro_batch": 3}, {"micro_batch": 12}, {"micro_batch": 3, "processes": 2, "rank": 1}, {"start_step": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize(("where", "workers"), [("memory", 0), ("files", 0), ("files", 2)])
+def test_micro_batches_that_pass_twice_are_the_same_both_times(in_memory, in_files, where, workers, division, how):
+    """A step's micro-batches one after the other, and then all of them again, pixel for pixel."""
+    split = in_memory if where == "memory" else in_files
+    division = {"micro_batch": 4, **division}
+    once = training(in_memory, 3, how=how, **division)
+    twice = training(split, 3, how=how, passes=2, workers=workers, **division)
+    a_step = len(once) // 3
+    expected = [batch for step in range(3) for batch in 2 * once[step * a_step : (step + 1) * a_step]]
+    assert len(twice) == len(expected) == 2 * len(once)
+    assert all(same(got, batch) for got, batch in zip(twice, expected, strict=True))
+    assert len({images.numpy().tobytes() for images, _ in twice}) == len(once)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -205,6 +236,24 @@ def test_evaluation_from_files(in_files, in_memory):
     expected = joined(evaluation(in_memory, 0, 1, batch=30))
     assert same(joined(evaluation(in_files, 0, 1, batch=7, workers=2)), expected)
     assert evaluation(in_files.select(torch.arange(1)), 0, 3, batch=7, workers=1) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("chosen", [[7], [3, 4, 29, 0, 11, 12, 13], list(range(30))], ids=len)
+def test_evaluation_of_chosen_images_covers_them_in_their_order(in_memory, in_files, chosen, processes):
+    every, _ = joined(evaluation(in_memory, 0, 1, batch=30))
+    for split in (in_memory, in_files):
+        told_apart = Split(split.images, torch.arange(30))
+        ranks = [evaluation(told_apart, r, processes, 4, chosen=torch.tensor(chosen)) for r in range(processes)]
+        batches = [batch for of_rank in ranks for batch in of_rank]
+        images, labels = joined(batches)
+        assert labels.tolist() == chosen
+        assert torch.equal(images, every[chosen])
+        assert all(len(part) <= 4 for _, part in batches)
+
+
+def test_evaluation_of_no_chosen_images_is_no_batch(in_memory):
+    assert evaluation(in_memory, 0, 1, batch=4, chosen=torch.empty(0, dtype=torch.int64)) == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])

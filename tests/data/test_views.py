@@ -1,11 +1,15 @@
 """The two Barlow Twins views against the per-image chain of torchvision's functions on PIL images."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
+from largebatch.config import DatasetConfig, ViewsConfig
 from largebatch.data import views
+from largebatch.data.view_draws import configured_views
 from largebatch.data.views import VIEWS, View, ViewDraws, draw, view_torch
 from largebatch.data.views_cpu import view_cpu
 
@@ -289,6 +293,58 @@ def test_probabilities_are_the_views():
     assert (never["solarize"] == 0).all()
     assert (always["sigma"] >= 0.1).all()
     assert (always["solarize"] == 1).all()
+
+
+def drawn_by_config(n, side, **options):
+    """The columns of both views' draws, of a configuration with such ``dataset.views``."""
+    config = DatasetConfig(name="x", flip=options.pop("flip", True), views=ViewsConfig(**options))
+    return [draws_for(n, side, view).columns() for view in configured_views(config)]
+
+
+def test_configured_views_are_by_default_the_reference_programs():
+    assert configured_views(DatasetConfig(name="x")) == VIEWS
+    assert configured_views(DatasetConfig(name="x", flip=False))[0].flip == 0
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_configured_probabilities_of_0_and_1_are_never_and_always(probability):
+    both = [probability, probability]
+    for drawn in drawn_by_config(200, 16, jitter=probability, gray=probability, blur=both, solarize=both):
+        for name in ("jitter", "gray", "solarize"):
+            assert (drawn[name] == probability).all()
+        assert ((drawn["sigma"] > 0) == bool(probability)).all()
+        assert set(drawn["flip"].tolist()) == {0, 1}
+
+
+def test_each_configured_view_has_its_own_blur_and_solarize():
+    first, second = drawn_by_config(4000, 16, blur=[0.25, 0.75], solarize=[0.6, 0.0], jitter=0.4, gray=0.9)
+    for drawn, blur, solarize in ((first, 0.25, 0.6), (second, 0.75, 0.0)):
+        assert (drawn["sigma"] > 0).double().mean() == pytest.approx(blur, abs=0.03)
+        for name, expected in (("solarize", solarize), ("jitter", 0.4), ("gray", 0.9), ("flip", 0.5)):
+            assert drawn[name].double().mean() == pytest.approx(expected, abs=0.03)
+
+
+def test_configured_views_are_mirrored_only_if_the_data_set_may_be():
+    for drawn in drawn_by_config(200, 16, flip=False):
+        assert (drawn["flip"] == 0).all()
+
+
+@pytest.mark.parametrize("min_area", [0.08, 0.25, 0.5, 0.9])
+def test_crops_show_at_least_the_configured_part_of_the_image(min_area):
+    """Their sides are rounded to pixels, each by at most a half; ratios are at most 4:3."""
+    for drawn in drawn_by_config(5000, 32, min_area=min_area):
+        area = (drawn["height"] * drawn["width"]).double()
+        least = min_area * 32**2
+        rounding = 0.5 * (math.sqrt(4 / 3) + math.sqrt(3 / 4)) * math.sqrt(least)
+        assert area.min() >= least - rounding
+        assert area.min() <= least + rounding  # not more than what is asked for
+        assert area.max() > 0.97 * 32**2
+
+
+def test_crops_of_all_of_the_image_leave_it_whole():
+    for drawn in drawn_by_config(500, 32, min_area=1.0):
+        assert all((drawn[name] == 0).all() for name in ("top", "left"))
+        assert all((drawn[name] == 32).all() for name in ("height", "width"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,407 @@
+"""Barlow Twins' loss of a global batch and its gradient, against the formula and the whole model in float64."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TINY, configuration
+from torch import Tensor, nn
+
+from largebatch import distributed
+from largebatch.modes.bt import BarlowTwins, Projector, Stage
+from largebatch.modes.global_loss import GlobalLoss, global_loss
+from largebatch.optim import SampleNorms
+from largebatch.profile import Profile
+from largebatch.run_folder import RunFolder
+from largebatch.set_up import set_up
+from largebatch.state import Run, Training
+from largebatch.step import gradient
+from largebatch.tracking.console import Console
+from largebatch.train import batches_from
+
+CPU = torch.device("cpu")
+FP32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
+LMBDA, SCALE = 0.01, 0.3
+Parts = tuple[Tensor, Tensor, Tensor]
+
+projectors = pytest.mark.parametrize("widths", [[8], [8, 6], [12, 8, 6]], ids=str)
+
+
+def projector_and_first(widths: list[int], images: int) -> tuple[Projector, Tensor]:
+    """A projector whose batch norms have weights of their own, and what it makes of features in its first layer."""
+    torch.manual_seed(0)
+    projector = Projector(5, widths)
+    for stage in projector.stages:
+        assert isinstance(stage, Stage)
+        nn.init.uniform_(stage.norm.weight, 0.5, 1.5)
+        nn.init.normal_(stage.norm.bias, std=0.3)
+    one = torch.randn(images, 5)
+    features = torch.stack([one, one + 0.5 * torch.randn(images, 5)])
+    return projector, (projector.first(features) + 0.2).detach()
+
+
+def normalised(values: Tensor) -> Tensor:
+    centred = values - values.mean(0)
+    return centred / (centred.square().mean(0) + 1e-5).sqrt()
+
+
+def formula(one: Tensor, two: Tensor, lmbda: float) -> Parts:
+    """Of two views' embeddings [n, D]: the loss, its on-diagonal and its off-diagonal part, written out."""
+    correlation = normalised(one).T @ normalised(two) / len(one)
+    places = range(len(correlation))
+    on_diagonal = torch.stack([(1 - correlation[i, i]) ** 2 for i in places]).sum()
+    squares = [correlation[i, j] ** 2 for i in places for j in places if i != j]
+    off_diagonal = torch.stack(squares).sum() if squares else torch.zeros(())
+    return on_diagonal + lmbda * off_diagonal, on_diagonal, off_diagonal
+
+
+def reference(projector: Projector, first: Tensor) -> tuple[GlobalLoss, Projector]:
+    """The same in float64 by autograd; gradients of the parameters are in the projector that is returned."""
+    twin = copy.deepcopy(projector).double()
+    twin.zero_grad()
+    leaf = first.double().requires_grad_()
+    views = []
+    for values in leaf:
+        for stage in twin.stages:
+            assert isinstance(stage, Stage)
+            before = normalised(values) * stage.norm.weight + stage.norm.bias
+            values = before.clamp(min=0) @ stage.linear.weight.T
+        views.append(values)
+    parts = formula(views[0], views[1], LMBDA)
+    torch.autograd.backward(SCALE * parts[0])
+    assert leaf.grad is not None
+    return GlobalLoss(parts, leaf.grad), twin
+
+
+def computed(projector: Projector, first: Tensor, rows: int, autocast: torch.autocast = FP32) -> GlobalLoss:
+    return global_loss(projector, first, rows, autocast, lmbda=LMBDA, scale=SCALE)
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def farthest(got: nn.Module, expected: nn.Module) -> float:
+    """The largest relative difference of a parameter's gradient."""
+    found = []
+    for (name, one), other in zip(got.named_parameters(), expected.parameters(), strict=True):
+        assert one.grad is not None, name
+        assert other.grad is not None, name
+        found.append(difference(one.grad, other.grad))
+    return max(found, default=0.0)
+
+
+def gradients(projector: Projector) -> list[Tensor]:
+    found = [parameter.grad for parameter in projector.stages.parameters()]
+    return [one for one in found if one is not None]
+
+
+def same_buffers(got: nn.Module, expected: nn.Module) -> None:
+    theirs = dict(expected.named_buffers())
+    assert theirs
+    for name, buffer in got.named_buffers():
+        torch.testing.assert_close(buffer, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+# -- the loss by itself
+
+
+@projectors
+@pytest.mark.parametrize("rows", [15, 5, 3, 1])
+def test_loss_and_gradients_are_those_of_the_formula(widths: list[int], rows: int) -> None:
+    projector, first = projector_and_first(widths, 15)
+    untouched = first.clone()
+    got = computed(projector, first, rows)
+    expected, twin = reference(projector, first)
+    assert [float(part) for part in got.parts] == pytest.approx(
+        [float(part.detach()) for part in expected.parts], rel=1e-5
+    )
+    assert difference(got.gradient, expected.gradient) < 1e-5
+    assert farthest(projector.stages, twin.stages) < 1e-5
+    assert projector.first.weight.grad is None  # whose output was given
+    assert torch.equal(first, untouched)
+
+
+def test_values_far_from_0_lose_no_digits() -> None:
+    """Variances of parts are put together from deviations: of the squares of such numbers no digit would be left."""
+    projector, first = projector_and_first([12, 8, 6], 16)
+    first += 100 * torch.arange(1.0, 13)
+    got = computed(projector, first, 4)
+    expected, twin = reference(projector, first)
+    # fp32 numbers up to 1,200, as the means are, are rounded to 6e-5.
+    assert difference(got.gradient, expected.gradient) < 1e-3
+    assert farthest(projector.stages, twin.stages) < 1e-3
+
+
+@projectors
+@pytest.mark.parametrize("rows", [15, 5])
+def test_running_statistics_are_those_of_batch_norm_that_saw_one_view_after_the_other(
+    widths: list[int], rows: int
+) -> None:
+    projector, first = projector_and_first(widths, 15)
+    twin = copy.deepcopy(projector).train()
+    computed(projector, first, rows)
+    for values in first:
+        for stage in twin.stages:
+            values = stage(values)
+    if len(widths) > 1:
+        same_buffers(projector, twin)
+        assert {int(count) for name, count in projector.named_buffers() if "num_batches" in name} == {2}
+
+
+@pytest.mark.parametrize("rows", [15, 5])
+def test_gradients_are_added_to_what_is_there(rows: int) -> None:
+    projector, first = projector_and_first([12, 8, 6], 15)
+    computed(projector, first, rows)
+    once = [one.clone() for one in gradients(projector)]
+    computed(projector, first, rows)
+    assert len(once) == 6
+    torch.testing.assert_close(gradients(projector), [2 * one for one in once])
+
+
+@projectors
+@pytest.mark.parametrize("rows", [15, 5])
+def test_a_column_that_does_not_vary_is_a_finite_loss(widths: list[int], rows: int) -> None:
+    projector, first = projector_and_first(widths, 15)
+    first[:, :, 3] = 0.75
+    got = computed(projector, first, rows)
+    expected, twin = reference(projector, first)
+    assert float(got.parts[0]) == pytest.approx(float(expected.parts[0].detach()), rel=1e-5)
+    assert difference(got.gradient, expected.gradient) < 1e-5
+    assert farthest(projector.stages, twin.stages) < 1e-5
+
+
+def test_a_batch_of_equal_images_has_a_diagonal_of_0() -> None:
+    projector, first = projector_and_first([12, 8, 6], 1)
+    got = computed(projector, first.repeat(1, 16, 1), 4)
+    assert [float(part) for part in got.parts] == pytest.approx([6, 6, 0], abs=1e-6)
+    assert bool(got.gradient.isfinite().all())
+    assert all(bool(one.isfinite().all()) for one in gradients(projector))
+
+
+@pytest.mark.parametrize("rows", [64, 16])
+def test_linear_layers_in_bf16_cost_no_more_than_with_autograd(rows: int) -> None:
+    bf16 = torch.autocast("cpu", torch.bfloat16)
+    projector, values = projector_and_first([32, 24, 16], 64)
+    first = values.bfloat16()
+    plain, leaf = copy.deepcopy(projector).train(), first.clone().requires_grad_()
+    expected, double = reference(projector, first)
+    got = computed(projector, first, rows, bf16)
+    views = list(leaf)
+    for stage in plain.stages:
+        with bf16:
+            views = [stage(view) for view in views]
+    torch.autograd.backward(SCALE * formula(views[0].float(), views[1].float(), LMBDA)[0])
+    assert leaf.grad is not None
+    for ours, theirs in (
+        (difference(got.gradient, expected.gradient), difference(leaf.grad, expected.gradient)),
+        (farthest(projector.stages, double.stages), farthest(plain.stages, double.stages)),
+    ):
+        assert 1e-3 < ours < 1.1 * theirs
+
+
+def one_process(rank: int, processes: int, widths: list[int], folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
+    projector, first = projector_and_first(widths, 18)
+    share = 18 // processes
+    got = computed(projector, first[:, rank * share : (rank + 1) * share].contiguous(), 3)
+    distributed.average_gradients(projector.stages)
+    torch.save((got.parts, got.gradient, gradients(projector), list(projector.buffers())), folder / f"rank{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("processes", "widths"), [(2, [12, 8, 6]), (3, [8, 6])])
+def test_processes_that_hold_a_share_each_agree_with_one_that_holds_all(
+    tmp_path: Path, processes: int, widths: list[int]
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=one_process, args=(rank, processes, widths, tmp_path)) for rank in range(processes)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+    assert [process.exitcode for process in ranks] == [0] * processes
+    projector, first = projector_and_first(widths, 18)
+    whole = computed(projector, first, 18)
+    found = [torch.load(tmp_path / f"rank{rank}") for rank in range(processes)]
+    # Each gradient is multiplied by the processes: their mean is the gradient.
+    given_back = torch.cat([of_rank for _, of_rank, _, _ in found], dim=1) / processes
+    torch.testing.assert_close(given_back, whole.gradient, rtol=1e-4, atol=1e-6)
+    for parts, _, averaged, buffers in found:
+        torch.testing.assert_close(parts, whole.parts, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(averaged, gradients(projector), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(buffers, list(projector.buffers()), rtol=1e-5, atol=1e-6)
+
+
+# -- the gradient of a whole step
+
+SMALL = (*TINY, "mode=bt", "mode.projector=[24,20,16]", "steps=3", "batch_size=32")
+
+
+def at_start(folder: Path, *overrides: str) -> tuple[Run, Training]:
+    with Console(folder / "log.txt", speaking=False) as console:
+        run, training = set_up(configuration(*SMALL, *overrides), RunFolder(folder), 0, 1, CPU, console, None)
+    training.step = 1
+    return run, training
+
+
+def after_one_gradient(folder: Path, *overrides: str) -> tuple[Run, Training]:
+    run, training = at_start(folder, *overrides)
+    finite, _ = gradient(run, training, batches_from(run, 0), Profile(None, CPU, 1))
+    assert finite is not None
+    assert bool(finite)
+    return run, training
+
+
+def in_float64(folder: Path, *overrides: str) -> tuple[BarlowTwins, Parts]:
+    """The model at its start after a backward pass through the whole batch at once, by autograd alone."""
+    run, training = at_start(folder, *overrides)
+    assert isinstance(training.model, BarlowTwins)
+    assert run.config.mode.lmbda is not None
+    assert run.config.mode.loss_scale is not None
+    model = training.model.double().train()
+    images, _ = next(batches_from(run, 0))
+    one, two = model(images.double()).chunk(2)
+    parts = formula(one, two, run.config.mode.lmbda)
+    torch.autograd.backward(run.config.mode.loss_scale * parts[0])
+    return model, parts
+
+
+@pytest.mark.parametrize("division", [(), ("micro_batch=16",), ("micro_batch=8",), ("micro_batch=4",)], ids=str)
+def test_a_step_has_the_gradient_of_the_whole_batch_however_it_is_divided(
+    tmp_path: Path, division: tuple[str, ...]
+) -> None:
+    run, divided = after_one_gradient(tmp_path, *division)
+    assert run.batch.accumulation == 32 // run.batch.micro_batch
+    whole = after_one_gradient(tmp_path)[1]
+    double, parts = in_float64(tmp_path)
+    assert farthest(divided.model, whole.model) < 1e-5
+    assert farthest(divided.model, double) < 1e-5
+    same_buffers(divided.model, whole.model)
+    scale = run.config.mode.loss_scale or 0.0
+    totals = [float(32 * part.detach()) for part in (scale * parts[0], *parts[1:])]
+    assert divided.totals.tolist() == pytest.approx([*totals, 32], rel=1e-5)
+
+
+def test_without_exact_the_gradient_is_that_of_the_micro_batches(tmp_path: Path) -> None:
+    whole = after_one_gradient(tmp_path)[1]
+    run, each = after_one_gradient(tmp_path, "mode.exact=false", "micro_batch=8")
+    assert run.batch.accumulation == 4
+    assert farthest(each.model, whole.model) > 1e-2
+    # Not because of a slip elsewhere: the mean of the micro-batches' own gradients is what it is.
+    _, twin = at_start(tmp_path)
+    model = twin.model.double().train()
+    for images, _ in itertools.islice(batches_from(run, 0), 4):
+        one, two = model(images.double()).chunk(2)
+        torch.autograd.backward(formula(one, two, 0.005)[0] * 0.024 / 4)
+    assert farthest(each.model, model) < 1e-5
+
+
+def test_with_batch_norm_a_whole_batch_is_what_autograd_makes_of_it(tmp_path: Path) -> None:
+    exact = after_one_gradient(tmp_path, "model.norm=batch")[1]
+    plain = after_one_gradient(tmp_path, "model.norm=batch", "mode.exact=false")[1]
+    assert farthest(exact.model, plain.model) < 1e-5
+    same_buffers(exact.model, plain.model)
+    torch.testing.assert_close(exact.totals, plain.totals, rtol=1e-5, atol=0)
+
+
+def test_running_statistics_move_once_though_micro_batches_pass_twice(tmp_path: Path) -> None:
+    run, training = after_one_gradient(tmp_path, "model.norm=batch", "micro_batch=8")
+    twin = at_start(tmp_path, "model.norm=batch", "micro_batch=8")[1].model.train()
+    assert isinstance(training.model, BarlowTwins)
+    assert isinstance(twin, BarlowTwins)
+    with torch.no_grad():
+        for images, _ in itertools.islice(batches_from(run, 0), 4):
+            for view in images.chunk(2):
+                twin.backbone(view)
+    same_buffers(training.model.backbone, twin.backbone)
+    assert {int(count) for name, count in twin.backbone.named_buffers() if "num_batches" in name} == {8}
+
+
+def test_what_is_random_in_the_network_is_the_same_in_both_passes(tmp_path: Path) -> None:
+    model = ("model=timm", "model.name=test_resnet", "+model.options.drop_path_rate=0.5")
+    images = ("+model.options.zero_init_last=false", "dataset.image_size=32", "dataset.channels=3")
+    run, training = at_start(tmp_path, *model, *images, "batch_size=8", "micro_batch=4")
+    assert isinstance(training.model, BarlowTwins)
+    outputs: list[Tensor] = []
+    training.model.projector.first.register_forward_hook(lambda *call: outputs.append(call[2].detach()))
+    batches = list(itertools.islice(batches_from(run, 0), 4))
+    gradient(run, training, iter(batches), Profile(None, CPU, 1))
+    assert len(outputs) == 8  # two micro-batches of two views, twice
+    for collected, replayed in zip(outputs[:4], outputs[4:], strict=True):
+        assert torch.equal(collected, replayed)
+    view = batches[0][0][:4]
+    for _ in range(2):
+        training.model.projector.first(training.model.backbone(view))
+    assert not torch.equal(outputs[8], outputs[9])  # there is something random in it
+
+
+# -- CLARS's norms of samples
+
+CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4")
+
+
+def norms_of_contributions(folder: Path) -> dict[str, float]:
+    """For each layer the sum, over samples and views, of the norm of what the sample adds to the layer's gradient.
+
+    In float64: a sample's row of a layer's output, with the gradient that comes back to it, taken back alone.
+    """
+    run, training = at_start(folder)
+    assert isinstance(training.model, BarlowTwins)
+    assert run.config.mode.lmbda is not None
+    assert run.config.mode.loss_scale is not None
+    model = training.model.double().train()
+    convolutions = {f"backbone.{name}.weight": getattr(model.backbone, name).weight for name in CONVOLUTIONS}
+    rows: list[tuple[str, nn.Linear, Tensor, Tensor]] = []
+    for name, module in model.projector.named_modules(prefix="projector"):
+        if isinstance(module, nn.Linear):
+
+            def note(module: nn.Linear, args: tuple[Tensor], output: Tensor, name: str = name) -> None:
+                output.retain_grad()
+                rows.append((f"{name}.weight", module, args[0], output))
+
+            module.register_forward_hook(note)  # type: ignore[arg-type]
+    images, _ = next(batches_from(run, 0))
+    one, two = model(images.double()).chunk(2)
+    loss = run.config.mode.loss_scale * formula(one, two, run.config.mode.lmbda)[0]
+    torch.autograd.backward(loss, retain_graph=True)
+    found = dict.fromkeys([*convolutions, *(name for name, *_ in rows)], 0.0)
+    for name, module, inputs, outputs in rows:
+        assert outputs.grad is not None
+        for sample in range(len(inputs)):
+            found[name] += float((outputs.grad[sample, :, None] * inputs[sample]).detach().norm())
+            if module is model.projector.first:  # before it samples don't meet: group norm
+                own = torch.autograd.grad(
+                    outputs[sample], list(convolutions.values()), outputs.grad[sample], retain_graph=True
+                )
+                for convolution, gradient_of_one in zip(convolutions, own, strict=True):
+                    found[convolution] += float(gradient_of_one.norm())
+    return found
+
+
+@pytest.mark.parametrize("division", [(), ("micro_batch=8",), ("micro_batch=2",)], ids=str)
+def test_clars_divides_by_the_norms_of_samples_in_the_global_batch(tmp_path: Path, division: tuple[str, ...]) -> None:
+    expected = norms_of_contributions(tmp_path)
+    _, training = after_one_gradient(tmp_path, "optimizer=clars", *division)
+    assert isinstance(training.norms, SampleNorms)
+    assert training.norms.method == "hooks"
+    means = training.norms.means()
+    names = {parameter: name for name, parameter in training.model.named_parameters()}
+    got = {names[parameter]: float(mean) for parameter, mean in means.items()}
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert len(got) == 7
+    for parameter, mean in means.items():  # the triangle inequality: no norm of a mean is above the mean of norms
+        assert parameter.grad is not None
+        assert float(parameter.grad.norm()) < float(mean)
+
+
+def test_clars_s_gradient_is_that_of_a_run_without_its_hooks(tmp_path: Path) -> None:
+    watched = after_one_gradient(tmp_path, "optimizer=clars", "micro_batch=8")[1]
+    assert farthest(watched.model, after_one_gradient(tmp_path, "micro_batch=8")[1].model) == 0
