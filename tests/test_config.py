@@ -297,8 +297,11 @@ def test_an_unknown_mode_names_those_there_are() -> None:
         (["optimizer.lr_1d=-0.1"], "optimizer.lr_1d=-0.1: must be a finite number of at least 0"),
         (["batch_size=1"], "batch_size=1: mode=bt correlates the images of a batch"),
         (["batch_size=1", "mode.exact=false"], "batch_size=1: mode=bt correlates the images of a batch"),
-        (["mode.exact=false", "micro_batch=1"], "with mode.exact=false in each micro-batch of a process"),
-        (["mode.exact=false", "batch_size=4", "cluster.processes=4"], "with mode.exact=false in each micro-batch"),
+        (["mode.exact=false", "micro_batch=1"], "mode.exact=false: correlates the images of each micro-batch"),
+        (
+            ["mode.exact=false", "batch_size=4", "cluster.processes=4"],
+            "mode.exact=false: correlates the images of each micro-batch",
+        ),
         (["mode.exact=false", "optimizer=clars"], "mode.exact=false: clars measures the gradient norms of samples"),
         (["dataset.views.min_area=0"], "dataset.views.min_area=0.0: must be a finite number above 0"),
         (["dataset.views.min_area=1.1"], "dataset.views.min_area=1.1: must be at most 1"),

@@ -313,14 +313,12 @@ def _check_mode(config: Config) -> list[str]:
             problems.append(
                 f"dataset.views.{key}={given}: must be {'two probabilities' if two else 'a probability'} from 0 to 1"
             )
-    images = config.batch_size
-    if not mode.exact:
-        images //= config.cluster.processes or 1
-        images = min(images, config.micro_batch) if isinstance(config.micro_batch, int) else images
-    if images == 1:
+    if config.batch_size == 1:
+        problems.append("batch_size=1: mode=bt correlates the images of a batch, so there must be at least 2")
+    elif mode.exact is False and 1 in (config.batch_size // (config.cluster.processes or 1), config.micro_batch):
         problems.append(
-            f"batch_size={config.batch_size}: mode=bt correlates the images of a batch, so there must be at least 2"
-            + ("" if mode.exact else ", with mode.exact=false in each micro-batch of a process")
+            "mode.exact=false: correlates the images of each micro-batch of a process, so there must be at least 2 in "
+            f"each; batch_size={config.batch_size}, micro_batch={config.micro_batch}"
         )
     if config.optimizer.name == "clars" and mode.exact is False:
         problems.append(
