@@ -9,33 +9,36 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.config import Config
 from largebatch.errors import UserError
+from largebatch.launch.composition import Composed, compose_grid, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.messages import composition_error
-from largebatch.launch.plan import Composed, make_plan
+from largebatch.launch.plan import make_plan
 
-_jobs: list[Composed] = []
+CONF = Path(__file__).resolve().parent / "conf"
+_MULTIRUN = ("-m", "--multirun")
+
+_job: list[Composed] = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def compose(tree: DictConfig) -> None:
-    """Called by Hydra once a job, in this process: only collects, so that a whole grid is checked before it starts."""
+    """Called by Hydra for a run, in this process: only collects."""
     job = HydraConfig.get()
-    multirun = job.mode == RunMode.MULTIRUN
-    _jobs.append(Composed(tuple(job.overrides.task), tree, job.runtime.choices.get("sweeps"), multirun))
+    _job.append(Composed(tuple(job.overrides.task), plain(tree), job.runtime.choices.get("sweeps"), multirun=False))
 
 
-def composed_jobs() -> list[Composed]:
+def composed_jobs(arguments: list[str]) -> list[Composed]:
     """What Hydra makes of the command line; empty after ``--help`` and the like.
 
     Raises:
@@ -46,7 +49,10 @@ def composed_jobs() -> list[Composed]:
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message can be ours
+    overrides = [argument for argument in arguments if argument not in _MULTIRUN]
     try:
+        if len(overrides) < len(arguments) and not any(override.startswith("-") for override in overrides):
+            return compose_grid(overrides, CONF)
         with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch:
             os.environ["LARGEBATCH_SCRATCH"] = scratch  # where Hydra may put the files of its own that it insists on
             compose()
@@ -54,12 +60,12 @@ def composed_jobs() -> list[Composed]:
         if wants_traceback:
             raise
         raise UserError(composition_error(error)) from error
-    return _jobs
+    return _job
 
 
 def main() -> int:
     try:
-        jobs = composed_jobs()
+        jobs = composed_jobs(sys.argv[1:])
         if not jobs:
             return 0
         plan = make_plan(jobs)

@@ -143,6 +143,7 @@ class ClusterConfig:
     processes: int | None = None  # None: one a GPU, or one on CPU
     device: str = "auto"  # auto, cpu or cuda
     devices: list[int] | None = None  # which GPUs; None: all that are visible
+    parallel: int | None = None  # runs of a grid at a time; None: as many as there are GPUs for, or one on CPU
     threads: int | None = None  # CPU threads a process; None: the cores, divided
 
 
@@ -177,6 +178,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cases: list[Any] | None = None  # of a sweep: axes that belong together (docs/grids.md); a run has none
     batch_size: int = 512  # global: over all processes and accumulation
     # Most images a process takes through the model at once; None: its whole share; auto: the most that fit into memory.
     micro_batch: int | str | None = None
@@ -194,7 +196,7 @@ class Config:
     profile: bool = False  # write a trace of some steps, and a table of where their time goes
 
 
-def from_composed(composed: DictConfig) -> Config:
+def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
     """The typed configuration of a composed (or frozen) tree, its defaults filled in and its folders made absolute.
 
     Raises:
@@ -202,7 +204,9 @@ def from_composed(composed: DictConfig) -> Config:
     """
     try:
         # As plain values: a tree that Hydra composed on the schema would keep keys added by force (+typo=1).
-        plain = OmegaConf.to_container(composed, resolve=True)
+        plain = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
+        assert isinstance(plain, dict)
+        plain["cases"] = None
         config = OmegaConf.to_object(OmegaConf.merge(_schema(), plain))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None

@@ -124,6 +124,7 @@ _NUMBERS: dict[str, tuple[float, bool]] = {
     "mode.eval_weight_decay": (0, True),
     "cluster.processes": (1, True),
     "cluster.threads": (1, True),
+    "cluster.parallel": (1, True),
     "checkpoint.every_seconds": (0, True),
     "checkpoint.every_steps": (1, True),
     "tracker.log_every": (1, True),

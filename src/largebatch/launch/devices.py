@@ -31,14 +31,22 @@ def resolve_devices(config: Config) -> None:
     plan_batch(config.batch_size, cluster.processes, config.micro_batch, config.optimizer.sample_size)
 
 
-def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
-    """The environment variables that give a run's processes their devices and threads."""
+def chosen_gpus(cluster: ClusterConfig) -> list[str]:
+    """The GPUs that the runs of a plan share, by their identifiers; none on CPU.
+
+    Raises:
+        UserError: when ``cluster.devices`` names one that isn't there.
+    """
+    return _chosen_gpus(cluster) if cluster.device == "cuda" else []
+
+
+def worker_environment(cluster: ClusterConfig, gpus: list[str], parallel: int) -> dict[str, str]:
+    """Environment variables that give a run its ``gpus``, and its part of the cores that ``parallel`` runs share."""
     processes = cluster.processes or 1
-    threads = cluster.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    gpus = ",".join(_chosen_gpus(cluster)[:processes]) if cluster.device == "cuda" else ""
+    threads = cluster.threads or max(1, len(os.sched_getaffinity(0)) // (processes * parallel))
     # Threads that wait by spinning make a step several times slower where something else runs on the same cores.
     waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-    return {"CUDA_VISIBLE_DEVICES": gpus, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": waiting}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": waiting}
 
 
 def _chosen_gpus(cluster: ClusterConfig) -> list[str]:

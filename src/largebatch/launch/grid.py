@@ -1,34 +1,32 @@
-"""Carrying a plan out, run by run, and the table that closes it."""
+"""Carrying a plan out, and the table that closes it."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from largebatch.launch.local import Outcome, StoppedByUser, carry_out
+from largebatch.launch.packing import StoppedByUser, carry_out, runs_at_a_time
 from largebatch.launch.plan import PlannedRun
+from largebatch.launch.view import PlanView
 from largebatch.report.table import format_table, run_row
 
 _COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
 
 
 def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
-    """Carry out every run; one that fails doesn't stop the others. Returns the exit code of the program.
+    """Carry out every run. Returns the exit code of the program.
 
     0: every run has an outcome (a divergence is one); 1: a run failed; 2: what failed is the user's to mend;
     130: stopped by Ctrl-C.
     """
-    outcomes: list[Outcome] = []
+    view = PlanView(plan, runs_at_a_time(plan))
     try:
-        for number, run in enumerate(plan, start=1):
-            _say(f"[{number}/{len(plan)}] {run.folder.path}" + (f"  ({run.label})" if run.label else ""))
-            outcome = carry_out(run)
-            outcomes.append(outcome)
-            _report(outcome)
+        outcomes = carry_out(plan, view)
     except StoppedByUser as stopped:
+        view.close()
         _say(f"stopped; the same command resumes {stopped}")
         return 130
     finally:
+        view.close()
         if len(plan) > 1:
             _say("\n" + _table(plan))
     if len(plan) > 1:  # another launcher that shares the grid is no failure of this one
@@ -42,18 +40,6 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
     _say(f"{len(plan)} run(s); nothing is started (dry_run=true)\n")
     _say(_table(plan))
     return 0
-
-
-def _report(outcome: Outcome) -> None:
-    row = run_row(outcome.run.folder)
-    if outcome.state in ("failed", "busy"):
-        print(f"error: {outcome.message}", file=sys.stderr, flush=True)
-    elif outcome.skipped:
-        _say(f"      {outcome.state} before; not repeated (rerun=true repeats it)")
-    else:
-        accuracy = row["test/accuracy"]
-        figure = f", test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
-        _say(f"      {outcome.state}{figure}{f': {outcome.message}' if outcome.message else ''}")
 
 
 def _table(plan: Sequence[PlannedRun]) -> str:

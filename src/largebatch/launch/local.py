@@ -1,4 +1,4 @@
-"""Carrying out one planned run on this machine: worker processes that live no longer than the launcher."""
+"""One planned run on this machine: worker processes that live no longer than the launcher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass
 
 from largebatch.config import to_yaml
-from largebatch.launch.devices import worker_environment
 from largebatch.launch.plan import PlannedRun
 from largebatch.process import LAUNCHER_PID, die_with_parent
 from largebatch.run_folder import DONE, RESUMES, RunBusyError, RunFolder, write_atomic
@@ -29,18 +28,25 @@ class Outcome:
     skipped: bool = False  # it was done before
 
 
-class StoppedByUser(Exception):
-    """The user pressed Ctrl-C; the run in hand is stopped and can be resumed."""
+@dataclass(frozen=True)
+class Started:
+    """A run whose worker is at work."""
+
+    run: PlannedRun
+    child: subprocess.Popen[bytes]
+    new: bool  # there was no folder of it before,
+    runs_dir_new: bool  # and none of any run
 
 
-def carry_out(run: PlannedRun) -> Outcome:
-    """Run it from where it stands: skip it when done, resume it when interrupted, leave it alone when held elsewhere.
+def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> Started | Outcome:
+    """Start a run from where it stands. Its outcome instead, where it is done or another process works on it.
 
-    Raises:
-        StoppedByUser: after Ctrl-C, once no process of the run is left.
+    Args:
+        environment: the run's devices and threads, beside this process's own variables.
+        speaking: what its first process says goes to the terminal as well as to the run's log.
     """
     folder, config = run.folder, run.config
-    existed, runs_existed = folder.path.exists(), folder.path.parent.exists()
+    new, runs_dir_new = not folder.path.exists(), not folder.path.parent.exists()
     try:
         with folder.hold():
             state = folder.state()
@@ -52,8 +58,13 @@ def carry_out(run: PlannedRun) -> Outcome:
             folder.update_status(state="queued", message="", exit_code=0, queued=time.time())
     except RunBusyError as error:
         return Outcome(run, "busy", str(error), exit_code=2)
+    return Started(run, _start_worker(run, environment, speaking), new, runs_dir_new)
 
-    code = _run_worker(run)
+
+def conclude(started: Started) -> Outcome:
+    """What became of a run whose worker has ended."""
+    run, folder, code = started.run, started.run.folder, started.child.wait()
+    _kill_group(started.child)
     status = folder.read_status()
     if status["state"] in ("queued", "running"):
         if folder.is_held():  # taken by another launcher in the moment between
@@ -63,51 +74,48 @@ def carry_out(run: PlannedRun) -> Outcome:
         folder.update_status(state="failed", message=message, exit_code=1)
         status = folder.read_status()
     outcome = Outcome(run, status["state"], status["message"], status["exit_code"])
-    if outcome.state == "failed" and outcome.exit_code == 2 and not existed:
+    if outcome.state == "failed" and outcome.exit_code == 2 and started.new:
         shutil.rmtree(folder.path)  # nothing was begun: what the user mends may make another run of it
-        if not runs_existed:
+        if started.runs_dir_new:
             with contextlib.suppress(OSError):  # another run came to it meanwhile
                 folder.path.parent.rmdir()
     return outcome
 
 
-def _run_worker(run: PlannedRun) -> int:
-    """Start the run's processes and wait for them. Negative: the signal that ended the first one."""
+def stop(started: list[Started]) -> None:
+    """Have runs save after their step and end; another Ctrl-C meanwhile ends them at once. None is left afterwards."""
+    try:
+        for one in started:
+            one.child.send_signal(signal.SIGINT)
+        for one in started:
+            one.child.wait()
+    except KeyboardInterrupt:
+        pass  # what they have saved before is what they resume from
+    finally:
+        for one in started:
+            _kill_group(one.child)
+            one.child.wait()
+            if one.run.folder.state() in ("queued", "running"):
+                one.run.folder.update_status(state="preempted", message="stopped by Ctrl-C")
+
+
+def _start_worker(run: PlannedRun, environment: dict[str, str], speaking: bool) -> subprocess.Popen[bytes]:
     worker = ["-m", "largebatch.train", str(run.folder.path)]
     processes = run.config.cluster.processes or 1
     if processes > 1:
         # --standalone lets the system pick a free port.
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         worker = [*torchrun, "--max-restarts", "0", *worker]
-    environment = {**os.environ, **worker_environment(run.config.cluster), LAUNCHER_PID: str(os.getpid())}
     with run.folder.log.open("ab") as log:
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, *worker],
-            env=environment,
+            env={**os.environ, **environment, LAUNCHER_PID: str(os.getpid())},
             stdin=subprocess.DEVNULL,
+            stdout=None if speaking else subprocess.DEVNULL,
             stderr=log,  # warnings, torchrun's own lines and tracebacks; what the user must know is in the status
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once
             preexec_fn=die_with_parent,
         )
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        _stop(child, run.folder)
-        raise StoppedByUser(run.folder.name) from None
-    finally:
-        _kill_group(child)
-
-
-def _stop(child: subprocess.Popen[bytes], folder: RunFolder) -> None:
-    print("\nstopping after this step; Ctrl-C again stops at once", flush=True)
-    child.send_signal(signal.SIGINT)
-    try:
-        child.wait()
-    except KeyboardInterrupt:
-        _kill_group(child)
-        child.wait()
-    if folder.state() in ("queued", "running"):
-        folder.update_status(state="preempted", message="stopped by Ctrl-C")
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:

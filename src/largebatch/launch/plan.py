@@ -7,23 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from largebatch.config import Config, from_composed, run_name
 from largebatch.errors import UserError
+from largebatch.launch.composition import Composed
 from largebatch.launch.devices import resolve_devices
 from largebatch.run_folder import RunFolder
 from largebatch.validate import validate
-
-
-@dataclass(frozen=True)
-class Composed:
-    """What Hydra made of one job's overrides."""
-
-    overrides: tuple[str, ...]
-    tree: DictConfig
-    sweep: str | None  # the named grid, where one was chosen
-    multirun: bool  # without -m, Hydra composes one point of a grid only
 
 
 @dataclass(frozen=True)

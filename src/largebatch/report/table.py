@@ -52,3 +52,12 @@ def _cell(key: str, value: Any) -> str:
     if key == "seconds":
         return f"{value:.1f}"
     return str(value)
+
+
+def in_words(seconds: float) -> str:
+    """A length of time to two places: ``"3 h 05 min"``, ``"4 min 10 s"``, ``"12 s"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

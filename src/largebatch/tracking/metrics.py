@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+_LONGEST_ROW = 1 << 14  # bytes
 
 
 class MetricsLog:
@@ -41,6 +42,17 @@ def read_rows(path: Path) -> list[Row]:
         return []
     lines = path.read_text().split("\n")[:-1]  # what follows the last newline is an unfinished row
     return [json.loads(line) for line in lines]
+
+
+def last_row(path: Path) -> Row:
+    """The last complete row without reading the others; empty where there is none."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(file.tell() - _LONGEST_ROW, 0))
+        lines = file.read().split(b"\n")[:-1]
+    return dict(json.loads(lines[-1])) if lines else {}
 
 
 def write_table(rows: list[Row], path: Path) -> None:

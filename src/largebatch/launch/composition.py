@@ -1,0 +1,151 @@
+"""From a command line with ``-m`` to every point of its grid, composed.
+
+Hydra composes; which points there are is worked out here, because its own multirun knows no paired axes and composes
+each point twice from the files. Here the files are read once for each choice of presets, and a plain value is set in a
+copy of what came out.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig, OmegaConf
+
+from largebatch.config import unknown_key
+from largebatch.errors import UserError
+
+Axes = dict[str, list[str]]  # the overrides that an axis is made of, by its key
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What Hydra made of one job's overrides."""
+
+    overrides: tuple[str, ...]
+    tree: Tree  # interpolations are unresolved
+    sweep: str | None  # the named grid, where one was chosen
+    multirun: bool  # without -m, one point of a grid only is composed
+
+
+def plain(tree: DictConfig) -> Tree:
+    """``tree`` as plain values, their interpolations unresolved."""
+    return cast(Tree, OmegaConf.to_container(tree))
+
+
+def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
+    """Every point of the grid that ``arguments`` ask for, in order, each once.
+
+    Axes are values with commas (also ``range``, ``choice``, ``glob``), of the command line and of the chosen sweep's
+    ``hydra.sweeper.params``. The sweep's ``cases`` are a list of axes that belong together: the grid has every
+    combination of axes in each case. A key on the command line replaces the file's, in its cases too.
+
+    Args:
+        arguments: overrides, without ``-m``.
+        conf: the folder of the presets.
+
+    Raises:
+        UserError: for a grid that isn't a list of values.
+        HydraException, OmegaConfBaseException: for what Hydra refuses.
+    """
+    with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        given = parser.parse_overrides(arguments)
+        fixed = {o.get_key_element(): str(o.input_line) for o in given if not o.is_sweep_override()}
+        base = compose("config", list(fixed.values()), return_hydra_config=True)
+        params = base.hydra.sweeper.get("params") or {}
+        of_file = _axes(parser.parse_overrides([f"{key}={values}" for key, values in params.items()]))
+        axes = {key: values for key, values in of_file.items() if key not in fixed} | _axes(given)
+        cases = _cases(base.get("cases"), {*fixed, *axes}, parser)
+        sweep = base.hydra.runtime.choices.get("sweeps")
+        always = list(fixed.values())
+        composed: dict[tuple[str, ...], Tree] = {}
+        points = dict.fromkeys(point for case in cases for point in itertools.product(*(case | axes).values()))
+        return [
+            Composed((*always, *point), _tree(point, always, conf, parser, composed), sweep, multirun=True)
+            for point in points
+        ]
+
+
+def _axes(overrides: list[Override]) -> Axes:
+    axes: Axes = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            axes[key] = [str(override.input_line)]
+        elif override.is_discrete_sweep():
+            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise UserError(f"{override.input_line}: a grid needs values one by one, as in {key}=1,2,3")
+    return axes
+
+
+def _cases(cases: Any, replaced: set[str], parser: OverridesParser) -> list[Axes]:
+    """Each case's axes but those ``replaced``; one case without any where there are none."""
+    if cases is None:
+        return [{}]
+    listed = OmegaConf.to_container(cases)
+    if not isinstance(listed, list) or not listed or not all(isinstance(case, dict) for case in listed):
+        raise UserError("cases: must be a list of mappings from a key to its value or values")
+    found = []
+    for case in listed:
+        lines = {key: value if isinstance(value, list) else [value] for key, value in case.items()}
+        lines = {key: values for key, values in lines.items() if key not in replaced}
+        found.append({key: [f"{key}={_written(value)}" for value in values] for key, values in lines.items()})
+    return found
+
+
+def _written(value: Any) -> str:
+    """A value of YAML as Hydra's grammar has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _tree(
+    point: tuple[str, ...],
+    fixed: list[str],
+    conf: Path,
+    parser: OverridesParser,
+    composed: dict[tuple[str, ...], Tree],
+) -> Tree:
+    """The composition of ``fixed`` and ``point``. ``composed`` keeps that of each choice of presets."""
+    values: dict[str, Any] = {}
+    presets = []
+    for line, override in zip(point, parser.parse_overrides(list(point)), strict=True):
+        if _sets_a_value(override, conf):
+            values[override.get_key_element()] = override.value()
+        else:
+            presets.append(line)
+    key = tuple(presets)
+    if key not in composed:
+        composed[key] = plain(compose("config", [*fixed, *presets]))
+    tree = copy.deepcopy(composed[key])
+    for name, value in values.items():
+        _set(tree, name, value)
+    return tree
+
+
+def _sets_a_value(override: Override, conf: Path) -> bool:
+    """And doesn't choose a preset, add or remove a key, or merge a mapping."""
+    key = override.get_key_element()
+    chooses = "/" in key or "@" in key or (conf / key).is_dir()
+    return override.type == OverrideType.CHANGE and not chooses and not isinstance(override.value(), dict)
+
+
+def _set(tree: Tree, key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    node: Any = tree
+    for part in path:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or last not in node:
+        raise UserError(unknown_key(key))
+    node[last] = value
