@@ -173,7 +173,7 @@ def program_turn(run: Run, training: Training, steps: int) -> Turn:
         part = replace(run, steps=training.step + 1 + steps)
         saving = run.config.checkpoint
         boundary = StepBoundary(saving.every_seconds, saving.every_steps, rank=0)
-        state, message = train.loop(part, training, recorder, None, stopwatch, console, boundary)
+        _, state, message = train.loop(part, training, recorder, None, stopwatch, console, boundary)
         for number, handler in handlers.items():  # the boundary has its own, which ask it to stop
             signal.signal(number, handler)
         if state == "preempted":

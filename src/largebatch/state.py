@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from largebatch.arithmetic import Arithmetic
-from largebatch.batch import BatchPlan, plan_batch
+from largebatch.batch import BatchPlan, plan_batch, plan_small_batch
 from largebatch.config import Config
 from largebatch.data import Data
 from largebatch.optim import SampleNorms
@@ -92,7 +92,11 @@ class Run:
         return step == self.steps or (step > 0 and step % (every * self.epoch_steps) == 0)
 
     def with_micro_batch(self, size: int) -> Run:
-        return replace(self, batch=plan_batch(self.batch.global_batch, self.processes, size))
+        batch, probe = plan_batch(self.batch.global_batch, self.processes, size), self.probe
+        if probe:
+            whole = probe.batch.global_batch
+            probe = replace(probe, batch=plan_small_batch(whole, whole, self.processes, size))
+        return replace(self, batch=batch, probe=probe)
 
 
 @dataclass

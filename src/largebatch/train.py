@@ -60,7 +60,7 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
         clock = StepClock(training.seconds, device)
         console.start_progress(training.step, run.total_steps)
         boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, rank)
-        state, message = loop(run, training, recorder, writer, clock, console, boundary)
+        run, state, message = loop(run, training, recorder, writer, clock, console, boundary)
         if state == "finished" and run.probe:
             state, message = train_probe(run, training, recorder, writer, clock, boundary)
         if writer:
@@ -78,8 +78,12 @@ def loop(
     clock: StepClock,
     console: Console,
     boundary: StepBoundary,
-) -> tuple[str, str]:
-    """Step, log, evaluate, save, until there is a reason to end. Returns the run's state and a word on it."""
+) -> tuple[Run, str, str]:
+    """Step, log, evaluate, save, until there is a reason to end.
+
+    Returns:
+        ``run``, maybe with smaller micro-batches, its state and a word on it.
+    """
     config, mode = run.config, run.mode
     profile = Profile(run.folder.profile if config.profile and run.rank == 0 else None, run.device, run.steps)
     batches = batches_from(run, training.step)
@@ -133,13 +137,17 @@ def loop(
                 save_training(run, training, recorder, writer, clock)
             boundary.saved(step)
             if stop and step < run.steps:
-                return "preempted", ""
+                return run, "preempted", ""
         if step == first_step:
             clock.restart()
 
     if diverged:
-        return "diverged", f"the loss was not finite at step {distributed.smallest_over_processes(first_bad_step):.0f}"
-    return "finished", ""
+        return (
+            run,
+            "diverged",
+            f"the loss was not finite at step {distributed.smallest_over_processes(first_bad_step):.0f}",
+        )
+    return run, "finished", ""
 
 
 def batches_from(run: Run, step: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -79,7 +79,7 @@ class Recorder:
             write_atomic(self._folder.summary, json.dumps(summary, indent=1) + "\n")
             if self._wandb:
                 # The epoch too: layers' rows come late, and W&B's summary has the one that came last.
-                self._wandb.summarize(summary | {"epoch": step / self._epoch_steps})
+                self._wandb.summarize(summary | {"epoch": rows[-1]["epoch"] if rows else 0})
         self._end(0 if state in ("finished", "diverged") else 1)
         self._folder.update_status(state=state, step=step, message=message, ended=time.time())
 
