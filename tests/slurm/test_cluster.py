@@ -1,0 +1,201 @@
+"""The cluster that the other tests rely on: real jobs on it, and what is left of it afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm import packages
+from slurm.cluster import Cluster
+from slurm.conftest import place
+from slurm.packages import ClusterError
+from slurm.processes import wait_until
+
+# Two processes that don't end when asked to, one of them without a job's environment; known by how long they sleep.
+SLEEP = f"sleep\0{100_000 + os.getpid()}"
+STUBBORN = "trap '' TERM\n{0} & env --ignore-environment {0} & wait".format(SLEEP.replace("\0", " "))
+
+
+@pytest.fixture
+def small(cluster: Cluster) -> Iterator[Cluster]:
+    """Another cluster beside the first: one node, no accounting, arrays of 4 at most. Not started yet."""
+    with place() as (folder, port):
+        small = Cluster(folder, nodes=1, accounting=False, port=port, max_array_size=4)
+        yield small
+        small.stop()
+
+
+def submit(cluster: Cluster, folder: Path, script: str, *options: str) -> str:
+    """Submit a job whose output goes to ``folder/JOB.out``; its number."""
+    file = folder / "job.sh"
+    file.write_text(f"#!/bin/bash\n{script}\n")
+    result = cluster.run("sbatch", "--parsable", f"--output={folder}/%j.out", "--open-mode=append", *options, str(file))
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def wait_for(cluster: Cluster, job: str, state: str, seconds: float = 60) -> None:
+    def now() -> list[str]:
+        listed = cluster.run("squeue", "--noheader", "--states=all", "--array", "--format=%T", f"--jobs={job}")
+        return listed.stdout.split()
+
+    assert wait_until(lambda: set(now()) == {state}, seconds), f"job {job} is {now()}"
+
+
+def wait_for_output(file: Path, text: str) -> None:
+    assert wait_until(lambda: file.exists() and text in file.read_text(), 20), f"no {text} in {file}"
+
+
+def mentions(text: str) -> list[str]:
+    """All processes with ``text`` in their command line or environment, but for our own."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if text.encode() in told and int(process.name) != os.getpid():
+            found.append(f"{process.name}: {told[:200]!r}")
+    return found
+
+
+def test_all_nodes_take_jobs(cluster: Cluster) -> None:
+    assert wait_until(lambda: cluster.node_states() == {"node1": "idle", "node2": "idle"}, 20), cluster.node_states()
+
+
+def test_nodes_have_hostnames_of_their_own_that_resolve(cluster: Cluster) -> None:
+    result = cluster.run("srun", "--nodes=2", "hostname")
+    assert sorted(result.stdout.split()) == ["node1", "node2"], result.stderr
+    assert [socket.gethostbyname(name) for name in ("node1", "node2")] == ["127.0.1.1", "127.0.1.2"]
+    assert socket.gethostname() not in ("node1", "node2")
+
+
+def test_an_array_runs_as_many_at_once_as_asked(cluster: Cluster, tmp_path: Path) -> None:
+    script = f"cd {tmp_path}; date +%s.%N >from.$SLURM_ARRAY_TASK_ID; sleep 1; date +%s.%N >to.$SLURM_ARRAY_TASK_ID"
+    job = submit(cluster, tmp_path, script, "--array=0-3%2")
+    wait_for(cluster, job, "COMPLETED")
+    times = [[float((tmp_path / f"{name}.{index}").read_text()) for name in ("from", "to")] for index in range(4)]
+    assert max(sum(begin <= moment < end for begin, end in times) for moment, _ in times) == 2
+
+
+def test_fake_gpus_are_given_out_and_no_more_than_there_are(cluster: Cluster) -> None:
+    shown = cluster.run("srun", "--gpus-per-node=2", "printenv", "CUDA_VISIBLE_DEVICES")
+    assert shown.stdout == "0,1\n", shown.stderr
+    refused = cluster.run("srun", "--gpus-per-node=3", "true")
+    assert refused.returncode != 0
+    assert "Requested node configuration is not available" in refused.stderr
+
+
+def test_accounting_knows_how_a_job_ended(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, "exit 3")
+    asked = ("sacct", "--noheader", "--parsable2", "--allocations", "--format=State,ExitCode", f"--jobs={job}")
+    assert wait_until(lambda: cluster.run(*asked).stdout == "FAILED|3:0\n", 20), cluster.run(*asked)
+
+
+def test_a_requeued_job_runs_again_under_its_number(cluster: Cluster, tmp_path: Path) -> None:
+    script = 'echo "restarts: ${SLURM_RESTART_COUNT:-0}"; [ -n "$SLURM_RESTART_COUNT" ] || sleep 100'
+    job = submit(cluster, tmp_path, script)
+    wait_for_output(tmp_path / f"{job}.out", "restarts: 0")
+    assert cluster.run("scontrol", "requeue", job).returncode == 0
+    wait_for(cluster, job, "COMPLETED")
+    said = [line for line in (tmp_path / f"{job}.out").read_text().splitlines() if line.startswith("restarts")]
+    assert said == ["restarts: 0", "restarts: 1"]
+
+
+def test_a_low_job_gets_its_signal_and_makes_way(cluster: Cluster, tmp_path: Path) -> None:
+    patient = "trap 'echo asked to leave; exit' USR2; touch ready; while true; do sleep 0.1; done"
+    low = submit(
+        cluster, tmp_path, f"cd {tmp_path}; {patient}",
+        "--partition=low", "--nodes=2", "--exclusive", "--signal=B:USR2@60",
+    )  # fmt: skip
+    assert wait_until((tmp_path / "ready").exists, 20)
+    high = submit(cluster, tmp_path, "true", "--nodes=2", "--exclusive")
+    wait_for(cluster, high, "COMPLETED")
+    assert (tmp_path / f"{low}.out").read_text() == "asked to leave\n"
+
+
+def test_jobs_of_a_lost_node_run_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
+    job = submit(cluster, tmp_path, 'hostname; [ -n "$SLURM_RESTART_COUNT" ] || sleep 100', "--gpus-per-node=2")
+    output = tmp_path / f"{job}.out"
+    wait_for_output(output, "node")
+    node = output.read_text().strip()
+    cluster.kill_node(node)
+    assert cluster.daemons()[node] is None
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    try:
+        wait_for(cluster, job, "COMPLETED")
+    finally:
+        cluster.start_node(node)
+    assert sorted(output.read_text().split()) == ["node1", "node2"]
+    assert cluster.node_states() == {"node1": "idle", "node2": "idle"}
+
+
+def test_a_second_start_says_that_it_runs(cluster: Cluster) -> None:
+    before = cluster.daemons()
+    assert not cluster.start()
+    assert cluster.daemons() == before
+    with pytest.raises(ClusterError, match="runs with other settings; stop it first"):
+        Cluster(cluster.state, port=cluster.settings.port, cpus=3).start()
+
+
+def test_stopping_leaves_neither_processes_nor_names(small: Cluster, cluster: Cluster, tmp_path: Path) -> None:
+    assert small.start()
+    submit(small, tmp_path, STUBBORN)
+    assert wait_until(lambda: len(mentions(SLEEP)) == 2, 10)
+    small.stop()
+    assert mentions(f"{small.state}/") + mentions(SLEEP) == []
+    hosts = Path("/etc/hosts").read_text()
+    assert str(small.state) not in hosts
+    assert hosts.count(str(cluster.state)) == 2
+    assert cluster.run("srun", "true").returncode == 0
+
+
+def test_a_cluster_that_was_killed_starts_anew(small: Cluster, tmp_path: Path) -> None:
+    small.start()
+    job = submit(small, tmp_path, STUBBORN)
+    assert wait_until(lambda: len(mentions(SLEEP)) == 2, 10)
+    for pid in small.daemons().values():
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    assert small.start()
+    assert small.run("squeue", "--noheader").stdout == ""
+    assert small.run("srun", "hostname").stdout == "node1\n"
+    assert mentions(f"SLURM_JOB_ID={job}") + mentions(SLEEP) == []
+
+
+def test_a_site_s_limit_on_arrays_can_be_set(small: Cluster, tmp_path: Path) -> None:
+    small.start()
+    submit(small, tmp_path, "true", "--array=0-3")
+    refused = small.run("sbatch", "--array=0-4", str(tmp_path / "job.sh"))
+    assert "Invalid job array specification" in refused.stderr
+
+
+def test_mistakes_are_said_in_one_line(tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cluster.state  # none of them is written to
+    (tmp_path / "notes.txt").touch()
+    for state, settings, message in (
+        (folder / "same-port", {"port": cluster.settings.port}, r"port \d+ is taken, by another cluster maybe"),
+        (folder / ("long" * 15), {}, "sockets in it allow at most 60"),
+        (folder / "two words", {}, "only letters, digits"),
+        (folder / "no-nodes", {"nodes": 0}, "nodes=0: allowed: 1 to 99"),
+        (Path("/usr"), {}, "isn't empty, and no cluster's folder"),
+    ):
+        with pytest.raises(ClusterError, match=message):
+            Cluster(state, **settings).start()
+    monkeypatch.setattr(packages, "PATH", str(tmp_path))
+    with pytest.raises(ClusterError, match=r"munge slurmctld .* missing: run python tests/slurm/cluster.py install"):
+        Cluster(folder / "new").start()
+
+
+def test_the_command_says_what_runs(cluster: Cluster) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("cluster.py")), "status", str(cluster.state)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == list(cluster.daemons())
