@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-slurm lint bench clean
 
 help: ## show this text
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## create .venv with the package, its tested dependencies and the development tools
 
@@ -24,6 +24,10 @@ demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs, unde
 
 test: install ## run all tests, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slurm: install ## run the tests that need SLURM, on a private cluster (Debian, root)
+	$(BIN)/python tests/slurm/cluster.py install
+	LARGEBATCH_SLURM=required $(BIN)/python -m pytest tests/slurm
 
 lint: install ## check style and types
 	$(BIN)/ruff check .

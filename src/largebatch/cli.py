@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from largebatch.report.table import format_table, list_runs, run_row
+from largebatch.errors import UserError
+from largebatch.report.table import format_table, list_runs, run_row, run_rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,11 +25,23 @@ def _status(runs_dir: Path, as_json: bool) -> int:
     if not runs_dir.is_dir():
         print(f"error: {runs_dir} is not a folder; give the folder that holds the runs", file=sys.stderr)
         return 2
-    rows = [run_row(folder) for folder in list_runs(runs_dir)]
+    try:
+        rows = run_rows(list_runs(runs_dir))
+    except UserError as error:
+        print(f"warning: states are without SLURM's view: {error}", file=sys.stderr)
+        rows = [run_row(folder) for folder in list_runs(runs_dir)]
     if as_json:
         print(json.dumps(rows, indent=1))
         return 0
-    columns = {"run": "run", "state": "state", "step": "step", "steps": "of", "test/accuracy": "test", "message": ""}
+    columns = {
+        "run": "run",
+        "state": "state",
+        "step": "step",
+        "steps": "of",
+        "test/accuracy": "test",
+        "job": "job",
+        "message": "",
+    }
     print(format_table(rows, columns) if rows else f"no runs in {runs_dir}")
     return 0
 

@@ -145,6 +145,23 @@ class ClusterConfig:
     devices: list[int] | None = None  # which GPUs; None: all that are visible
     parallel: int | None = None  # runs of a grid at a time; None: as many as there are GPUs for, or one on CPU
     threads: int | None = None  # CPU threads a process; None: the cores, divided
+    # The rest is of SLURM. Its `processes` are all: nodes * processes_per_node.
+    nodes: int = 1
+    processes_per_node: int | None = None  # None: one a GPU, or one on CPU
+    partition: str | None = None  # None, here and below: what the cluster has for those who don't ask
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpus_per_node: int | None = None
+    cpus_per_node: int | None = None
+    memory_gb: float | None = None  # a node
+    time_limit: int | None = None  # minutes; a longer run goes on in a requeued job
+    array_parallelism: int | None = None  # runs of a grid at a time; None: as many as SLURM lets
+    setup: list[str] = field(default_factory=list)  # shell commands before the run: modules, variables
+    options: dict[str, Any] = field(default_factory=dict)  # further options of sbatch, without their dashes
+    wait: bool = False  # watch until all have ended, instead of returning once they are submitted
+    max_requeues: int = 100  # times that a run may go on in a new job by itself
+    signal_seconds: int = 120  # before the time limit: when the run is asked to save and make way
 
 
 @dataclass

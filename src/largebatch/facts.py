@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from largebatch.config import Config
 from largebatch.data.location import in_words
 from largebatch.exact import kept_bytes
 from largebatch.optimization import resolved_lr, resolved_options, scaled_lr
+from largebatch.provenance import git_state
 from largebatch.state import Run
 
 Facts = dict[str, Any]
@@ -45,7 +44,7 @@ def gather_facts(run: Run, model: nn.Module) -> Facts:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         **_pretraining(run),
-        **_git_state(),
+        **git_state(),
         "versions": {"python": platform.python_version(), **_versions()},
     }
 
@@ -97,21 +96,6 @@ def _pretraining_in_words(config: Config, facts: Facts) -> list[str]:
         f"Barlow Twins for {facts['pretraining_steps']:,} steps, its loss {how}; then {after} for "
         f"{facts['probe_steps']:,} steps of batch {facts['probe_batch']:,}"
     ]
-
-
-def _git_state() -> Facts:
-    """Commit of the code that runs, and whether it was changed since; nothing outside a git checkout."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git on this machine
-            return None
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    return {"git_commit": commit, "git_dirty": bool(git("status", "--porcelain", ".")) if commit else None}
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 STATES = ("queued", "running", "preempted", "finished", "diverged", "failed")
 DONE = ("finished", "diverged")  # outcomes: not repeated unless asked for
@@ -66,8 +66,10 @@ class RunFolder:
         return self.read_status().get("state")
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, patience: float = 0.0) -> Iterator[None]:
         """Work on this run alone, on this host and on others that share the file system.
+
+        ``patience``: seconds to try for; who asks ``is_held`` has the lock for a moment.
 
         The lock is the operating system's (POSIX record lock), so it is gone with its process, however that ended, and
         isn't inherited by children.
@@ -77,10 +79,11 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as handle:
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # the two ways in which systems say that it is taken
-                raise RunBusyError(self.held_by()) from None
+            until = time.monotonic() + patience
+            while not _lock(handle):
+                if time.monotonic() > until:
+                    raise RunBusyError(self.held_by())
+                time.sleep(0.05)
             yield
 
     def is_held(self) -> bool:
@@ -89,17 +92,21 @@ class RunFolder:
         lock = self.path / "lock"
         if not lock.exists():
             return False
-        try:
-            with lock.open("r+") as handle:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-        return False
+        with lock.open("r+") as handle:
+            return not _lock(handle)
 
     def held_by(self) -> str:
         status = self.read_status()
         where = f"pid {status['pid']} on {status['host']}" if "pid" in status else "another process"
         return f"{self.path} is being worked on by {where}; stop that one first, or wait for it"
+
+
+def _lock(handle: IO[str]) -> bool:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the two ways in which systems say that it is taken
+        return False
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 class StepBoundary:
     """Decides after each optimizer step whether to save and whether to stop, the same in every process.
 
-    SIGINT and SIGTERM ask for a stop; the clock of rank 0, or the step count, asks for a checkpoint. In a run of
-    several processes the wishes are summed in the background during the following step, so that no step waits for
-    it; they take effect one step later.
+    SIGINT, SIGTERM and SIGUSR2 (SLURM's, before a time limit) ask for a stop; the clock of rank 0, or the step count,
+    asks for a checkpoint. In a run of several processes the wishes are summed in the background during the following
+    step, so that no step waits for it; they take effect one step later.
     """
 
     def __init__(self, every_seconds: float, every_steps: int | None, rank: int) -> None:
@@ -27,8 +27,8 @@ class StepBoundary:
         self._saved_at = time.monotonic()
         self._saved_step = -1
         self._in_flight: tuple[torch.Tensor, Any] | None = None
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked_to_stop = True

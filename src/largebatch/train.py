@@ -185,7 +185,10 @@ def main(arguments: list[str]) -> int:
     config = load_config(folder.config)
     rank = int(os.environ.get("RANK", "0"))
     try:
-        with folder.hold() if rank == 0 else contextlib.nullcontext(), Console(folder.log, rank == 0) as console:
+        with (
+            folder.hold(patience=2) if rank == 0 else contextlib.nullcontext(),
+            Console(folder.log, rank == 0) as console,
+        ):
             return _work(config, folder, rank, console)
     except RunBusyError as error:
         print(f"error: {error}", file=sys.stderr)

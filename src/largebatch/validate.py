@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Any, TypeAlias
 
 from largebatch.batch import plan_batch
-from largebatch.config import Config, ModeConfig, OptimizerConfig, ScheduleConfig
+from largebatch.config import ClusterConfig, Config, ModeConfig, OptimizerConfig, ScheduleConfig
 from largebatch.errors import UserError, choices
 
 DATASETS = ("digits", "cifar10", "cifar100", "tinyimagenet", "imagefolder", "imagenet", "synthetic")
@@ -69,6 +69,7 @@ def validate(config: Config) -> None:
         *_check_schedule(config),
         *_check_mode(config),
         *_check_length(config),
+        *_check_cluster(config.cluster),
         *_check_batch(config),
     ]
     if problems:
@@ -125,6 +126,15 @@ _NUMBERS: dict[str, tuple[float, bool]] = {
     "cluster.processes": (1, True),
     "cluster.threads": (1, True),
     "cluster.parallel": (1, True),
+    "cluster.nodes": (1, True),
+    "cluster.processes_per_node": (1, True),
+    "cluster.gpus_per_node": (0, True),
+    "cluster.cpus_per_node": (1, True),
+    "cluster.memory_gb": (0, False),
+    "cluster.time_limit": (1, True),
+    "cluster.array_parallelism": (1, True),
+    "cluster.max_requeues": (0, True),
+    "cluster.signal_seconds": (1, True),
     "checkpoint.every_seconds": (0, True),
     "checkpoint.every_steps": (1, True),
     "tracker.log_every": (1, True),
@@ -182,7 +192,7 @@ def _check_names(config: Config) -> list[str]:
         "lr_scaling.rule": (config.lr_scaling.rule, ("none", "linear", "sqrt", "surge")),
         "schedule.name": (config.schedule.name, tuple(SCHEDULE_OPTIONS)),
         "mode.name": (config.mode.name, tuple(MODE_OPTIONS)),
-        "cluster.name": (config.cluster.name, ("local",)),
+        "cluster.name": (config.cluster.name, ("local", "slurm")),
         "cluster.device": (config.cluster.device, ("auto", "cpu", "cuda")),
         "tracker.name": (config.tracker.name, ("wandb", "none")),
         "dataset.location": (config.dataset.location, ("auto", "device", "host")),
@@ -358,6 +368,40 @@ def _check_length(config: Config) -> list[str]:
         key = "epochs" if config.epochs == 0 else "steps"
         return [f"{key}=0: only mode=bt can do without training, for the figures of an untrained backbone"]
     return []
+
+
+_LOCAL_KEYS = {"devices": "SLURM chooses the GPUs", "parallel": "cluster.array_parallelism is SLURM's"}
+_SHARED_KEYS = ("name", "processes", "device", "threads")
+
+
+def _check_cluster(cluster: ClusterConfig) -> list[str]:
+    if cluster.name == "local":
+        return [
+            f"cluster.{key.name}={getattr(cluster, key.name)}: only cluster=slurm has it; choose that, or leave it out"
+            for key in fields(ClusterConfig)
+            if key.name not in (*_SHARED_KEYS, *_LOCAL_KEYS) and getattr(cluster, key.name) != _default(key)
+        ]
+    problems = [
+        f"cluster.{key}={getattr(cluster, key)}: only cluster=local has it; {why}"
+        for key, why in _LOCAL_KEYS.items()
+        if getattr(cluster, key) is not None
+    ]
+    given, nodes, each = cluster.processes, cluster.nodes, cluster.processes_per_node
+    if given is not None and nodes >= 1 and (given % nodes or each not in (None, given // nodes)):
+        problems.append(
+            f"cluster.processes={given}: isn't cluster.nodes={nodes} times cluster.processes_per_node={each or '...'}; "
+            "leave it out"
+        )
+    if cluster.time_limit is not None and cluster.signal_seconds >= 60 * cluster.time_limit:
+        problems.append(
+            f"cluster.signal_seconds={cluster.signal_seconds}: must be shorter than cluster.time_limit="
+            f"{cluster.time_limit} (minutes), or a run is asked to make way as soon as it begins"
+        )
+    return problems
+
+
+def _default(key: Field[Any]) -> Any:
+    return key.default if key.default_factory is MISSING else key.default_factory()
 
 
 def _check_batch(config: Config) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -46,7 +47,8 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
 
     Axes are values with commas (also ``range``, ``choice``, ``glob``), of the command line and of the chosen sweep's
     ``hydra.sweeper.params``. The sweep's ``cases`` are a list of axes that belong together: the grid has every
-    combination of axes in each case. A key on the command line replaces the file's, in its cases too.
+    combination of axes in each case. A key on the command line replaces the file's, in its cases too; of a key given
+    twice there the last counts.
 
     Args:
         arguments: overrides, without ``-m``.
@@ -58,38 +60,41 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
     """
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        given = parser.parse_overrides(arguments)
-        fixed = {o.get_key_element(): str(o.input_line) for o in given if not o.is_sweep_override()}
-        base = compose("config", list(fixed.values()), return_hydra_config=True)
+        given = {override.get_key_element(): override for override in parser.parse_overrides(arguments)}
+        fixed = [str(override.input_line) for override in given.values() if not override.is_sweep_override()]
+        asked = {key: _points(override) for key, override in given.items() if override.is_sweep_override()}
+        if "sweeps" in asked:
+            raise UserError(f"{given['sweeps'].input_line}: one named grid at a time")
+        base = compose("config", fixed, return_hydra_config=True)
         params = base.hydra.sweeper.get("params") or {}
-        of_file = _axes(parser.parse_overrides([f"{key}={values}" for key, values in params.items()]))
-        axes = {key: values for key, values in of_file.items() if key not in fixed} | _axes(given)
-        cases = _cases(base.get("cases"), {*fixed, *axes}, parser)
+        lines = [f"{key}={values}" for key, values in params.items() if key not in given or key in asked]
+        of_file = {override.get_key_element(): _points(override) for override in parser.parse_overrides(lines)}
+        axes = of_file | asked
+        cases = _cases(base.get("cases"), given, of_file, parser)
         sweep = base.hydra.runtime.choices.get("sweeps")
-        always = list(fixed.values())
         composed: dict[tuple[str, ...], Tree] = {}
         points = dict.fromkeys(point for case in cases for point in itertools.product(*(case | axes).values()))
         return [
-            Composed((*always, *point), _tree(point, always, conf, parser, composed), sweep, multirun=True)
+            Composed((*fixed, *point), _tree(point, fixed, conf, parser, composed), sweep, multirun=True)
             for point in points
         ]
 
 
-def _axes(overrides: list[Override]) -> Axes:
-    axes: Axes = {}
-    for override in overrides:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            axes[key] = [str(override.input_line)]
-        elif override.is_discrete_sweep():
-            axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
-            raise UserError(f"{override.input_line}: a grid needs values one by one, as in {key}=1,2,3")
-    return axes
+def _points(override: Override) -> list[str]:
+    """The override of each value of an axis."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    key = override.get_key_element()
+    if not override.is_discrete_sweep():
+        raise UserError(f"{override.input_line}: a grid needs values one by one, as in {key}=1,2,3")
+    lines = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if not lines:
+        raise UserError(f"{override.input_line}: names no value")
+    return lines
 
 
-def _cases(cases: Any, replaced: set[str], parser: OverridesParser) -> list[Axes]:
-    """Each case's axes but those ``replaced``; one case without any where there are none."""
+def _cases(cases: Any, given: Collection[str], of_file: Collection[str], parser: OverridesParser) -> list[Axes]:
+    """The axes of each case but those that the command line has; one case without any where there are none."""
     if cases is None:
         return [{}]
     listed = OmegaConf.to_container(cases)
@@ -97,16 +102,28 @@ def _cases(cases: Any, replaced: set[str], parser: OverridesParser) -> list[Axes
         raise UserError("cases: must be a list of mappings from a key to its value or values")
     found = []
     for case in listed:
-        lines = {key: value if isinstance(value, list) else [value] for key, value in case.items()}
-        lines = {key: values for key, values in lines.items() if key not in replaced}
-        found.append({key: [f"{key}={_written(value)}" for value in values] for key, values in lines.items()})
+        axes = {key: _of_case(key, value, parser) for key, value in case.items() if key not in given}
+        if twice := axes.keys() & of_file:
+            raise UserError(f"{min(twice)}: both in cases and in hydra.sweeper.params; an axis is in one of them")
+        found.append(axes)
     return found
+
+
+def _of_case(key: str, value: Any, parser: OverridesParser) -> list[str]:
+    """The override of each value that a case has for ``key``: a list, one value, or text as on the command line."""
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise UserError(f"cases: {key} has no value")
+    overrides = parser.parse_overrides([f"{key}={_written(value)}" for value in values])
+    return [line for override in overrides for line in _points(override)]
 
 
 def _written(value: Any) -> str:
     """A value of YAML as Hydra's grammar has it."""
     if value is None:
         return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

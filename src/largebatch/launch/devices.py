@@ -1,4 +1,4 @@
-"""What this machine has to run on, found without torch."""
+"""What this machine has to run on, found without torch; on SLURM what is asked for."""
 
 import os
 import shutil
@@ -12,10 +12,36 @@ from largebatch.errors import UserError
 def resolve_devices(config: Config) -> None:
     """Fill in ``cluster.device`` and ``cluster.processes`` from this machine, and check that the batch divides.
 
+    For SLURM, from what is asked of it: what this machine has is no matter then.
+
     Raises:
         UserError: for GPUs that aren't there, or a batch that can't be divided over the processes.
     """
     cluster = config.cluster
+    if cluster.name == "slurm":
+        _resolve_request(cluster)
+    else:
+        _resolve_here(cluster)
+    assert cluster.processes is not None
+    plan_batch(config.batch_size, cluster.processes, config.micro_batch, config.optimizer.sample_size)
+
+
+def _resolve_request(cluster: ClusterConfig) -> None:
+    gpus = cluster.gpus_per_node or 0
+    otherwise = [key for key in cluster.options if key.startswith(("gres", "gpus"))]
+    if cluster.device == "cuda" and not gpus and not otherwise:
+        raise UserError("cluster.device=cuda: no GPU is asked for; set cluster.gpus_per_node")
+    if cluster.device == "auto":
+        cluster.device = "cuda" if gpus else "cpu"
+    if cluster.processes is not None:
+        cluster.processes_per_node = cluster.processes // cluster.nodes
+    each = cluster.processes_per_node or (max(1, gpus) if cluster.device == "cuda" else 1)
+    if cluster.device == "cuda" and gpus and each > gpus:
+        raise UserError(f"cluster.processes_per_node={each}: one process a GPU, and cluster.gpus_per_node={gpus}")
+    cluster.processes_per_node, cluster.processes = each, cluster.nodes * each
+
+
+def _resolve_here(cluster: ClusterConfig) -> None:
     if cluster.device == "cpu":
         gpus: list[str] = []
         if cluster.devices:
@@ -28,7 +54,6 @@ def resolve_devices(config: Config) -> None:
     cluster.processes = cluster.processes or max(1, len(gpus))
     if gpus and cluster.processes > len(gpus):
         raise UserError(f"cluster.processes={cluster.processes}: one process a GPU, and {len(gpus)} GPU(s) were found")
-    plan_batch(config.batch_size, cluster.processes, config.micro_batch, config.optimizer.sample_size)
 
 
 def chosen_gpus(cluster: ClusterConfig) -> list[str]:
@@ -42,11 +67,16 @@ def chosen_gpus(cluster: ClusterConfig) -> list[str]:
 
 def worker_environment(cluster: ClusterConfig, gpus: list[str], parallel: int) -> dict[str, str]:
     """Environment variables that give a run its ``gpus``, and its part of the cores that ``parallel`` runs share."""
-    processes = cluster.processes or 1
-    threads = cluster.threads or max(1, len(os.sched_getaffinity(0)) // (processes * parallel))
+    cores = len(os.sched_getaffinity(0)) // parallel
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} | thread_environment(cluster.threads, cluster.processes or 1, cores)
+
+
+def thread_environment(threads: int | None, processes: int, cores: int) -> dict[str, str]:
+    """The same for threads alone: ``threads`` a process, or the ``cores`` divided over ``processes``."""
+    threads = threads or max(1, cores // processes)
     # Threads that wait by spinning make a step several times slower where something else runs on the same cores.
     waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
-    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": waiting}
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": waiting}
 
 
 def _chosen_gpus(cluster: ClusterConfig) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from largebatch.errors import UserError
 from largebatch.launch.packing import StoppedByUser, carry_out, runs_at_a_time
 from largebatch.launch.plan import PlannedRun
+from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView
-from largebatch.report.table import format_table, run_row
+from largebatch.report.table import format_table, run_rows
 
 _COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
 
@@ -18,6 +20,8 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
     0: every run has an outcome (a divergence is one); 1: a run failed; 2: what failed is the user's to mend;
     130: stopped by Ctrl-C.
     """
+    if _on_slurm(plan):
+        return submit_plan(plan)
     view = PlanView(plan, runs_at_a_time(plan))
     try:
         outcomes = carry_out(plan, view)
@@ -28,7 +32,7 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
     finally:
         view.close()
         if len(plan) > 1:
-            _say("\n" + _table(plan))
+            print_table(plan)
     if len(plan) > 1:  # another launcher that shares the grid is no failure of this one
         outcomes = [outcome for outcome in outcomes if outcome.state != "busy"]
     codes = {outcome.exit_code for outcome in outcomes} - {0}
@@ -39,13 +43,28 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
     """What would be done: the runs, how each stands, and what tells them apart."""
     _say(f"{len(plan)} run(s); nothing is started (dry_run=true)\n")
     _say(_table(plan))
+    if _on_slurm(plan):
+        for text in sbatch_texts(plan):
+            _say(f"\nsbatch would be given:\n\n{text}")
     return 0
+
+
+def print_table(plan: Sequence[PlannedRun]) -> None:
+    _say("\n" + _table(plan))
+
+
+def _on_slurm(plan: Sequence[PlannedRun]) -> bool:
+    names = {run.config.cluster.name for run in plan}
+    if len(names) > 1:
+        raise UserError("cluster.name: differs within the grid; start one grid for each cluster")
+    return names == {"slurm"}
 
 
 def _table(plan: Sequence[PlannedRun]) -> str:
     rows = []
+    known = {row["run"]: row for row in run_rows(run.folder for run in plan if run.folder.path.exists())}
     for run in plan:
-        row = run_row(run.folder) if run.folder.path.exists() else {"folder": str(run.folder.path)}
+        row = known.get(run.folder.name, {"folder": str(run.folder.path)})
         rows.append({"state": "new", **{k: v for k, v in row.items() if v is not None}, "label": run.label})
     return format_table(rows, _COLUMNS if len(plan) > 1 else {k: v for k, v in _COLUMNS.items() if k != "label"})
 

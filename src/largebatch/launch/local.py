@@ -10,9 +10,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from largebatch.config import to_yaml
+from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
+from largebatch.launch.slurm_queue import Jobs, has_it
 from largebatch.process import LAUNCHER_PID, die_with_parent
 from largebatch.run_folder import DONE, RESUMES, RunBusyError, RunFolder, write_atomic
 
@@ -38,6 +41,37 @@ class Started:
     runs_dir_new: bool  # and none of any run
 
 
+def claim(run: PlannedRun, jobs: Jobs | None = None, **status: Any) -> Outcome | None:
+    """Freeze the run's configuration and say that it is about to start, for nobody else to start it.
+
+    Args:
+        jobs: SLURM's, where they were asked for already.
+        status: what else the status shall say.
+
+    Returns:
+        Its outcome instead, where it is done or another process, or a job of SLURM's, has it.
+    """
+    folder, config = run.folder, run.config
+    try:
+        with folder.hold():
+            before = folder.read_status()
+            state = before.get("state")
+            if state in DONE and not config.rerun:
+                return Outcome(run, state, str(before.get("message", "")), skipped=True)
+            if job := has_it(before, jobs):
+                return Outcome(run, "busy", f"{folder.path} {job}", exit_code=2)
+            if state in DONE:
+                _set_aside(folder)
+            write_atomic(folder.config, to_yaml(config))
+            folder.update_status(
+                state="queued", message="", exit_code=0, queued=time.time(), cluster=config.cluster.name,
+                **(dict.fromkeys(("job_id", "code", "restarts")) | status),
+            )  # fmt: skip
+    except (RunBusyError, UserError) as error:  # the latter from SLURM, when it can't be asked
+        return Outcome(run, "busy", str(error), exit_code=2)
+    return None
+
+
 def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> Started | Outcome:
     """Start a run from where it stands. Its outcome instead, where it is done or another process works on it.
 
@@ -45,19 +79,9 @@ def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> St
         environment: the run's devices and threads, beside this process's own variables.
         speaking: what its first process says goes to the terminal as well as to the run's log.
     """
-    folder, config = run.folder, run.config
-    new, runs_dir_new = not folder.path.exists(), not folder.path.parent.exists()
-    try:
-        with folder.hold():
-            state = folder.state()
-            if state in DONE and not config.rerun:
-                return Outcome(run, state, str(folder.read_status().get("message", "")), skipped=True)
-            if state in DONE:
-                _set_aside(folder)
-            write_atomic(folder.config, to_yaml(config))
-            folder.update_status(state="queued", message="", exit_code=0, queued=time.time())
-    except RunBusyError as error:
-        return Outcome(run, "busy", str(error), exit_code=2)
+    new, runs_dir_new = not run.folder.path.exists(), not run.folder.path.parent.exists()
+    if outcome := claim(run):
+        return outcome
     return Started(run, _start_worker(run, environment, speaking), new, runs_dir_new)
 
 

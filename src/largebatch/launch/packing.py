@@ -20,10 +20,10 @@ class StoppedByUser(Exception):
 
 def runs_at_a_time(plan: Sequence[PlannedRun]) -> int:
     """``cluster.parallel`` where it is given; else as many as there are GPUs for, or one on CPU. At most all."""
-    cluster = plan[0].config.cluster
-    gpus = len(chosen_gpus(cluster))
-    most = gpus // min(run.config.cluster.processes or 1 for run in plan) if gpus else 1
-    return max(1, min(cluster.parallel or most, len(plan)))
+    gpus = len({gpu for chosen in _gpus_by_choice(plan).values() for gpu in chosen})
+    needed = [_gpus(run) for run in plan if _gpus(run)]
+    most = gpus // min(needed) if needed else 1
+    return max(1, min(plan[0].config.cluster.parallel or most, len(plan)))
 
 
 def carry_out(plan: Sequence[PlannedRun], view: PlanView) -> list[Outcome]:
@@ -34,14 +34,18 @@ def carry_out(plan: Sequence[PlannedRun], view: PlanView) -> list[Outcome]:
     """
     parallel = runs_at_a_time(plan)
     waiting, outcomes = deque(plan), []
-    free = chosen_gpus(plan[0].config.cluster)
+    by_choice = _gpus_by_choice(plan)
+    free = list(dict.fromkeys(gpu for chosen in by_choice.values() for gpu in chosen))
     working: list[tuple[Started, list[str]]] = []  # with their GPUs
     try:
         while waiting or working:
-            while waiting and len(working) < parallel and _gpus(waiting[0]) <= len(free):
+            while waiting and len(working) < parallel:
+                gpus = _gpus_for(waiting[0], by_choice, free)
+                if gpus is None:
+                    break
                 run = waiting.popleft()
                 view.begins(run)
-                gpus, free = free[: _gpus(run)], free[_gpus(run) :]
+                free = [gpu for gpu in free if gpu not in gpus]
                 started = start(run, worker_environment(run.config.cluster, gpus, parallel), speaking=parallel == 1)
                 if isinstance(started, Started):
                     working.append((started, gpus))
@@ -57,12 +61,34 @@ def carry_out(plan: Sequence[PlannedRun], view: PlanView) -> list[Outcome]:
                 outcomes.append(conclude(one[0]))
                 view.ended(outcomes[-1])
     except KeyboardInterrupt:
-        view.stopping(len(working))
-        stop([started for started, _ in working])
-        raise StoppedByUser(" and ".join(started.run.folder.name for started, _ in working)) from None
+        at_work = [started for started, _ in working]
+        try:
+            view.stopping(len(at_work))
+        except KeyboardInterrupt:  # again, already
+            for started in at_work:
+                started.child.kill()
+        stop(at_work)
+        raise StoppedByUser(" and ".join(started.run.folder.name for started in at_work)) from None
     return outcomes
 
 
+def _gpus_for(run: PlannedRun, by_choice: dict[str, list[str]], free: list[str]) -> list[str] | None:
+    """Free GPUs for ``run``: none of them on CPU; None where it has to wait."""
+    own = [gpu for gpu in by_choice.get(_choice(run), []) if gpu in free]
+    return own[: _gpus(run)] if len(own) >= _gpus(run) else None
+
+
 def _gpus(run: PlannedRun) -> int:
+    """How many GPUs a run needs."""
     cluster = run.config.cluster
     return (cluster.processes or 1) if cluster.device == "cuda" else 0
+
+
+def _choice(run: PlannedRun) -> str:
+    return str(run.config.cluster.devices)
+
+
+def _gpus_by_choice(plan: Sequence[PlannedRun]) -> dict[str, list[str]]:
+    """The GPUs that runs may have, by their ``cluster.devices``; the machine is asked once for each of these."""
+    clusters = {_choice(run): run.config.cluster for run in plan if _gpus(run)}
+    return {choice: chosen_gpus(cluster) for choice, cluster in clusters.items()}

@@ -66,7 +66,7 @@ class PlanView:
         elif now - self._spoke >= _PLAIN_EVERY_SECONDS:
             self._spoke = now
             for started in working:
-                self._say(f"{self._number(started.run)} " + "  ".join(self._progress(started).values()))
+                self._say(f"{self._number(started.run)} " + "  ".join(filter(None, self._progress(started).values())))
 
     def stopping(self, working: int) -> None:
         what = "this step" if working == 1 else f"the step that each of {working} runs is in"

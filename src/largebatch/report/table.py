@@ -8,9 +8,21 @@ from typing import Any
 
 from tabulate import tabulate
 
-from largebatch.run_folder import RunFolder
+from largebatch.launch.slurm_queue import Job, jobs_of
+from largebatch.run_folder import RESUMES, RunFolder
 
 Row = dict[str, Any]
+
+
+def run_rows(folders: Iterable[RunFolder]) -> list[Row]:
+    """The rows of several runs, joined with what SLURM says of their jobs; it is asked once for all.
+
+    Raises:
+        UserError: when SLURM has to be asked and doesn't answer.
+    """
+    listed = [(folder, folder.read_status()) for folder in folders]
+    jobs = jobs_of(status for _, status in listed)
+    return [_row(folder, status, jobs.get(str(status.get("job_id")))) for folder, status in listed]
 
 
 def run_row(folder: RunFolder) -> Row:
@@ -18,9 +30,15 @@ def run_row(folder: RunFolder) -> Row:
 
     ``state`` is ``interrupted`` for a run whose process is gone without having said how it ended.
     """
-    status, summary = folder.read_status(), folder.read_summary()
-    state = status.get("state")
-    if state == "running" and not folder.is_held():
+    return _row(folder, folder.read_status(), None)
+
+
+def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
+    summary = folder.read_summary()
+    state, message = status.get("state"), status.get("message", "")
+    if job is not None and job.state != "UNKNOWN":
+        state, message = _joined(str(state), str(message), job, status)
+    elif (state == "running" or (state == "queued" and job is not None)) and not folder.is_held():
         state = "interrupted"
     return {
         "run": folder.name,
@@ -29,9 +47,23 @@ def run_row(folder: RunFolder) -> Row:
         "steps": status.get("steps"),
         "test/accuracy": summary.get("test/accuracy"),
         "seconds": summary.get("wall_seconds"),
-        "message": status.get("message", ""),
+        "job": status.get("job_id"),
+        "node": status.get("node"),
+        "message": message,
         "folder": str(folder.path),
     }
+
+
+def _joined(state: str, message: str, job: Job, status: dict[str, Any]) -> tuple[str, str]:
+    """State and message of a run that hasn't ended by its own word, with its job's."""
+    if not job.ended:
+        waits = f"SLURM: {job.reason or job.state}" if job.state != "RUNNING" else ""
+        waiting = job.state == "PENDING" or state == "preempted"  # and begins again
+        return ("queued" if waiting else state), "; ".join(filter(None, [message, waits]))
+    if state == "preempted":
+        return state, message
+    reason = f" ({job.reason})" if job.reason else ""
+    return "failed", f"SLURM ended job {status['job_id']}: {job.state}{reason}; {RESUMES}"
 
 
 def list_runs(runs_dir: Path) -> list[RunFolder]:

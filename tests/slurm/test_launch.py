@@ -1,0 +1,299 @@
+"""``cluster=slurm`` on the real cluster: jobs and arrays, several nodes, signals, requeues, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, environment
+from runs import finish, parameters, timeless, train_in
+
+from largebatch.tracking.metrics import read_rows
+from slurm.cluster import Cluster
+from slurm.conftest import place
+from slurm.processes import wait_until
+
+ON_SLURM = ("cluster=slurm", "cluster.threads=1", "cluster.memory_gb=1")
+LONG = (*TINY, "epochs=100", "eval_every=50", "checkpoint.every_seconds=0.2")  # some seconds of steps
+Submit = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def submit(cluster: Cluster, tmp_path: Path) -> Submit:
+    """Run ``python launch.py`` for the cluster in an empty folder, by default from this checkout."""
+
+    usual = cluster
+
+    def run(*overrides: str, root: Path = ROOT, cluster: Cluster = usual) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(root / "launch.py"), *ON_SLURM, *overrides],
+            cwd=tmp_path,
+            env=environment() | cluster.environment | {"PYTHONPATH": str(root / "src")},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The long run, on this machine and without a break."""
+    return train_in(tmp_path_factory.mktemp("undisturbed") / "here", *LONG, "cluster.threads=1")
+
+
+def status(run: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return told
+
+
+def job_of(run: Path) -> str:
+    return str(status(run)["job_id"])
+
+
+def the_run_of_a_job(folder: Path) -> Path:
+    (run,) = (folder / "runs").glob("synthetic-*")
+    return run
+
+
+def wait_for_state(run: Path, state: str, seconds: float = 120) -> None:
+    assert wait_until(lambda: status(run)["state"] == state, seconds), told_by(run)
+
+
+def wait_for_step(run: Path, step: int, seconds: float = 90) -> None:
+    def reached() -> bool:
+        rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        return bool(rows) and rows[-1]["step"] >= step
+
+    assert wait_until(reached, seconds), told_by(run)
+
+
+def told_by(run: Path) -> str:
+    logs = [*run.glob("log.txt"), *sorted((run.parent / ".slurm").glob("*_log.*"))]
+    return "\n".join([str(status(run)), *(f"{log}:\n{log.read_text()[-2000:]}" for log in logs)])
+
+
+def rows_as_listed(cluster: Cluster, folder: Path) -> list[dict[str, Any]]:
+    result = subprocess.run(
+        [sys.executable, "-m", "largebatch.cli", "status", str(folder / "runs"), "--json"],
+        env=environment() | cluster.environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows: list[dict[str, Any]] = json.loads(result.stdout)
+    return rows
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    for name, value in parameters(reference).items():
+        assert value.equal(parameters(run)[name]), name
+    assert timeless(run) == timeless(reference)
+
+
+def test_a_run_is_a_job_and_its_command_comes_back_at_once(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    result = submit(*TINY, "epochs=1")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / next(line.split()[1] for line in result.stdout.splitlines() if "as job" in line)
+    assert f"scancel {job_of(run)}" in result.stdout
+    assert "is in SLURM's queue already" in submit(*TINY, "epochs=1").stdout
+    wait_for_state(run, "finished")
+    assert status(run)["node"] in ("node1", "node2")
+    assert (tmp_path / "runs" / ".code" / status(run)["code"] / "largebatch" / "train.py").exists()
+    again = submit(*TINY, "epochs=1")
+    assert again.returncode == 0
+    assert "finished before; not repeated" in again.stdout
+    assert "nothing to submit" in again.stdout
+
+
+def test_a_grid_is_one_array_that_is_watched_to_its_end(submit: Submit, tmp_path: Path) -> None:
+    result = submit("-m", *TINY, "epochs=1", "seed=0,1,2,3", "cluster.array_parallelism=2", "cluster.wait=true")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "4 runs as array" in result.stdout
+    assert "at most 2 at a time" in result.stdout
+    told = [status(run) for run in (tmp_path / "runs").glob("synthetic-*")]
+    assert [one["state"] for one in told] == ["finished"] * 4
+    (array,) = {one["job_id"].partition("_")[0] for one in told}
+    assert sorted(one["job_id"] for one in told) == [f"{array}_{number}" for number in range(4)]
+    spans = [(one["started"], one["ended"]) for one in told]
+    assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) <= 2
+
+
+def test_two_nodes_of_two_processes_train_what_one_process_does(submit: Submit, tmp_path: Path) -> None:
+    alone = train_in(tmp_path / "alone", *TINY, "epochs=2")
+    assert submit(*TINY, "epochs=2", "cluster.nodes=2", "cluster.processes_per_node=2").returncode == 0
+    run = the_run_of_a_job(tmp_path)
+    wait_for_state(run, "finished")
+    assert status(run)["node"] == "node1,node2"
+    for name, value in parameters(alone).items():
+        assert (parameters(run)[name] - value).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("name", ["USR2", "TERM"])
+def test_a_signalled_run_is_requeued_and_ends_as_if_undisturbed(
+    submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed: Path, name: str
+) -> None:
+    assert submit(*LONG).returncode == 0
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 20)
+    assert cluster.run("scancel", f"--signal={name}", job_of(run)).returncode == 0
+    assert wait_until(lambda: status(run)["state"] == "preempted", 20), told_by(run)
+    stopped_after = status(run)["step"]
+    assert stopped_after < 400
+    assert wait_until(lambda: status(run)["message"] == "requeued, 1 of 100", 10), told_by(run)
+    wait_for_state(run, "finished")
+    assert status(run)["restarts"] == 1
+    assert f"resumed after step {stopped_after} of 400" in (run / "log.txt").read_text()
+    assert_same(run, undisturbed)
+
+
+def test_processes_under_torchrun_are_requeued_and_end_as_if_undisturbed(
+    submit: Submit, cluster: Cluster, tmp_path: Path
+) -> None:
+    settings = (*LONG, "epochs=40", "eval_every=20")
+    reference = train_in(tmp_path / "here", *settings, "cluster.threads=1", "cluster.processes=2")
+    assert submit(*settings, "cluster.nodes=2").returncode == 0
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 6)
+    cluster.run("scancel", "--signal=USR2", job_of(run))
+    wait_for_state(run, "finished")
+    assert status(run)["restarts"] == 1
+    assert_same(run, reference)
+
+
+def test_no_more_requeues_than_allowed(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    assert submit(*LONG, "cluster.max_requeues=0").returncode == 0
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 2)
+    cluster.run("scancel", "--signal=USR2", job_of(run))
+    wait_for_state(run, "preempted")
+    assert wait_until(lambda: "max_requeues=0 is reached; the same command" in status(run)["message"], 10)
+
+
+def test_a_killed_worker_is_a_failure_that_the_same_command_mends(
+    submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed: Path
+) -> None:
+    submit(*LONG)
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 20)
+    os.kill(status(run)["pid"], signal.SIGKILL)
+    wait_for_state(run, "failed")
+    assert "was ended by SIGKILL; see" in status(run)["message"]
+    assert submit(*LONG).returncode == 0
+    wait_for_state(run, "finished")
+    assert_same(run, undisturbed)
+
+
+def test_a_killed_worker_of_several_is_named_and_not_those_that_lost_it(submit: Submit, tmp_path: Path) -> None:
+    submit(*LONG, "cluster.nodes=2")
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 2)
+    os.kill(status(run)["pid"], signal.SIGKILL)
+    expected = f"the worker on {status(run)['host']} was ended by SIGKILL; see"
+    assert wait_until(lambda: status(run)["message"].startswith(expected), 30), told_by(run)
+    assert status(run)["state"] == "failed"
+
+
+def test_a_job_that_was_killed_is_not_shown_as_running(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    submit(*LONG)
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 2)
+    task = int(Path(f"/proc/{status(run)['pid']}/stat").read_text().split()[3])
+    os.kill(task, signal.SIGKILL)  # as when memory runs out: nobody is left to say anything
+
+    def shown() -> str:
+        (row,) = rows_as_listed(cluster, tmp_path)
+        return f"{row['state']}: {row['message']}"
+
+    assert wait_until(lambda: shown().startswith(f"failed: SLURM ended job {job_of(run)}: "), 30), shown()
+
+
+def test_a_run_of_a_lost_node_goes_on_elsewhere(
+    submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed: Path
+) -> None:
+    submit(*LONG)
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 20)
+    node = status(run)["node"]
+    cluster.kill_node(node)
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    try:
+        wait_for_state(run, "finished")
+    finally:
+        cluster.start_node(node)
+    assert status(run)["node"] != node
+    assert_same(run, undisturbed)
+
+
+def test_edits_while_a_run_is_queued_change_nothing(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("conf", "sweeps", "src"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "launch.py", checkout)
+    assert submit(*TINY, "epochs=1", "+cluster.options.hold=true", root=checkout).returncode == 0
+    run = the_run_of_a_job(tmp_path)
+    for file in (checkout / "src").rglob("*.py"):
+        file.write_text("raise SystemExit('edited')\n")
+    cluster.run("scontrol", "release", job_of(run))
+    wait_for_state(run, "finished")
+
+
+@pytest.mark.parametrize("grid", [("seed=0",), ("-m", "seed=0,1")])
+def test_a_wrong_partition_is_one_message_in_slurm_s_words(submit: Submit, tmp_path: Path, grid: tuple[str]) -> None:
+    result = submit(*TINY, *grid, "cluster.partition=none")
+    assert result.returncode == 2
+    assert "invalid partition specified: none" in result.stderr
+    assert all(line.startswith("error: ") for line in result.stderr.splitlines()), result.stderr
+    assert list((tmp_path / "runs").glob("synthetic-*")) == []
+
+
+def test_a_refused_part_of_a_grid_leaves_nothing_in_the_queue(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    cases = "cases=[{seed: 0, cluster.partition: high}, {seed: 1, cluster.partition: none}]"
+    result = submit("-m", *TINY, cases, "+cluster.options.hold=true")
+    assert result.returncode == 2, result.stdout
+    assert "invalid partition specified: none" in result.stderr
+    assert "no run of this plan is in the queue" in result.stderr
+    assert wait_until(lambda: cluster.run("squeue", "--noheader").stdout == "", 10)
+    run = the_run_of_a_job(tmp_path)  # of the first part; it was submitted, and taken back
+    assert status(run)["state"] == "failed"
+    assert "wasn't submitted: SLURM refused 1 run(s): sbatch: error: invalid partition" in status(run)["message"]
+
+
+def test_a_grid_is_several_arrays_where_the_site_allows_none_as_long_and_keeps_no_accounts(
+    tmp_path: Path, submit: Submit
+) -> None:
+    small = {"nodes": 1, "accounting": False, "max_array_size": 2}
+    with place() as (folder, port), Cluster(folder, port=port, **small) as cluster:
+        result = submit("-m", *TINY, "epochs=1", "seed=0,1,2", "cluster.wait=true", cluster=cluster)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 runs as array" in result.stdout
+    assert "-s2-" in next(line for line in result.stdout.splitlines() if "as job" in line)
+    assert [status(run)["state"] for run in (tmp_path / "runs").glob("synthetic-*")] == ["finished"] * 3
+
+
+def test_the_same_command_on_this_machine_continues_what_a_job_began(
+    submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed: Path
+) -> None:
+    submit(*LONG)
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 20)
+    cluster.run("scancel", job_of(run))
+    listed = ("squeue", "--noheader", f"--jobs={job_of(run)}")
+    assert wait_until(lambda: cluster.run(*listed).stdout == "", 30)
+    command = [sys.executable, str(ROOT / "launch.py"), *LONG, "cluster.threads=1"]
+    finish(
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment() | cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
+    assert status(the_run_of_a_job(tmp_path))["cluster"] == "local"
+    assert_same(run, undisturbed)
