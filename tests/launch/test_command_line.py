@@ -27,7 +27,7 @@ from conftest import ROOT, TINY, Launch, environment
         (["runs_dir=/proc/none"], "runs_dir=/proc/none: "),
         (["runs_dir=/dev/null/runs"], "runs_dir=/dev/null/runs: can't be written .Not a directory: /dev/null"),
         (["sweeps=demo"], r"sweeps=demo is a grid and needs -m: python launch.py -m sweeps=demo"),
-        (["sweeps=demoo", "-m"], "sweeps=demoo: allowed: demo"),
+        (["sweeps=demoo", "-m"], r"sweeps=demoo: allowed: .*demo.*; did you mean demo\?"),
         (["optimizer=lars,lamb"], "optimizer.*lars,lamb"),
         (["-m", "optimizer=lars,larss"], "larss"),
         (["-m", "optimizer=lars,tvlars", "optimizer.lmbda=0.1"], r"optimizer.lmbda=0.1: lars has no such option"),

@@ -1,0 +1,289 @@
+"""The points of a grid, against Hydra's own expansion and composition."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from conftest import ROOT, Launch, configuration
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from largebatch.config import Config, from_composed
+from largebatch.errors import UserError
+from largebatch.launch import composition
+from largebatch.launch.composition import Composed, compose_grid
+from largebatch.validate import validate
+
+CONF = ROOT / "conf"
+
+
+@pytest.fixture(autouse=True)
+def _schema() -> None:
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def points(jobs: list[Composed], fixed: int = 0) -> list[str]:
+    """The overrides of each job but the first ``fixed``."""
+    return [" ".join(job.overrides[fixed:]) for job in jobs]
+
+
+def multirun_of_hydra(arguments: list[str]) -> list[list[str]]:
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(arguments), max_batch_size=None)
+    return [list(job) for job in jobs]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "optimizer=lars,tvlars|seed=0,1|batch_size=64",
+        "optimizer.lr=1,2e-1,.5",
+        "dataset=digits,synthetic|dataset.val_fraction=0.1,0.2",
+        "dataset.val_fraction=0.1,0.2|dataset=digits,synthetic",
+        "experiment=demo,cifar10|batch_size=128,256",
+        "experiment=cifar10|optimizer=lars,lamb|optimizer.lr=1,2",
+        """tracker.notes='a, b',c,"d=e f"|tracker.group=1""",
+        "optimizer=lamb|optimizer.betas=[0.9,0.99],[0.8,0.9]",
+        "optimizer.norm_clip=null,10|compile=true,auto",
+        "model=timm|model.name=test_resnet|+model.options.drop_rate=0.1,0.2",
+        "model=timm|model.name=test_resnet|+model.options.drop_rate=0.1|seed=0,1",
+        "++optimizer.lr=0.5|seed=0,1",
+        "~experiment|hydra.verbose=true|seed=0,1",
+        "optimizer={momentum:0.8},{momentum:0.7}",
+        "seed=range(1,4)",
+        "optimizer=glob(la*,exclude=*_published)",
+        "schedule=choice(constant,cosine)",
+        "optimizer.lr=1,2|optimizer.lr_1d=${optimizer.lr}",
+    ],
+)
+def test_points_are_those_of_hydra_and_composed_alike(command: str) -> None:
+    arguments = command.split("|")
+    jobs = compose_grid(arguments, CONF)
+    expected = multirun_of_hydra(arguments)
+    assert len(jobs) == len(expected) > 0
+    for job, overrides in zip(jobs, expected, strict=True):
+        assert from_composed(job.tree) == configuration(*overrides)
+        assert job.multirun
+        assert job.sweep is None
+
+
+def test_later_axes_move_faster_and_equal_points_are_one() -> None:
+    jobs = compose_grid(["batch_size=64", "seed=0,1", "optimizer.lr=1,2,1"], CONF)
+    assert points(jobs, fixed=1) == [
+        "seed=0 optimizer.lr=1", "seed=0 optimizer.lr=2", "seed=1 optimizer.lr=1", "seed=1 optimizer.lr=2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("optimizer.lr=1,2|optimizer.lr=3", ["optimizer.lr=3"]),
+        ("optimizer.lr=3|optimizer.lr=1,2", ["optimizer.lr=1", "optimizer.lr=2"]),
+        ("optimizer=lars,lamb|optimizer=lars", ["optimizer=lars"]),
+    ],
+)
+def test_of_a_key_given_twice_the_last_counts(command: str, expected: list[str]) -> None:
+    jobs = compose_grid(command.split("|"), CONF)
+    assert points(jobs) == expected
+    assert [from_composed(job.tree) for job in jobs] == [configuration(point) for point in expected]
+
+
+def test_the_points_of_one_preset_share_nothing() -> None:
+    one, other = compose_grid(["seed=0,1"], CONF)
+    one.tree["optimizer"]["betas"] = one.tree["tracker"]["tags"]
+    one.tree["tracker"]["tags"].append("changed")
+    assert other.tree["tracker"]["tags"] == []
+
+
+def test_a_thousand_points_are_composed_once_for_each_choice_of_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        return hydra.compose(*arguments, **named)
+
+    monkeypatch.setattr(composition, "compose", counted)
+    jobs = compose_grid(["seed=range(0,100)", "optimizer=lars,lamb", "optimizer.lr=range(1,6)"], CONF)
+    assert len(jobs) == 1000
+    assert len(calls) <= 1 + 2  # the sweep, and each optimizer
+    assert from_composed(jobs[-1].tree) == configuration("seed=99", "optimizer=lamb", "optimizer.lr=5")
+
+
+# Named grids.
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    """The presets, with a folder of named grids to write to."""
+    shutil.copytree(CONF, tmp_path / "conf", ignore=shutil.ignore_patterns("sweeps"))
+    (tmp_path / "conf" / "sweeps").mkdir()
+    return tmp_path / "conf"
+
+
+def mine(conf: Path, text: str, *arguments: str) -> list[Composed]:
+    """The grid of ``arguments`` and of a named grid with this text."""
+    (conf / "sweeps" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    jobs = compose_grid(["sweeps=mine", *arguments], conf)
+    assert all(job.sweep == "mine" and job.overrides[0] == "sweeps=mine" for job in jobs)
+    return jobs
+
+
+PARAMS = """
+hydra:
+  sweeper:
+    params:
+      optimizer: lars,lamb
+      seed: range(0,2)
+batch_size: 64
+"""
+
+
+def test_a_sweep_file_brings_axes_and_values(conf: Path) -> None:
+    jobs = mine(conf, PARAMS)
+    expected = ["optimizer=lars seed=0", "optimizer=lars seed=1", "optimizer=lamb seed=0", "optimizer=lamb seed=1"]
+    assert points(jobs, fixed=1) == expected
+    for job in jobs:
+        assert from_composed(job.tree) == configuration("batch_size=64", *job.overrides[1:])
+
+
+def test_the_command_line_adds_axes_and_replaces_those_of_the_file(conf: Path) -> None:
+    added = mine(conf, PARAMS, "schedule=constant,cosine", "seed=3")
+    assert points(added, fixed=2) == [
+        "optimizer=lars schedule=constant", "optimizer=lars schedule=cosine",
+        "optimizer=lamb schedule=constant", "optimizer=lamb schedule=cosine",
+    ]  # fmt: skip
+    assert {job.tree["seed"] for job in added} == {3}
+    replaced = mine(conf, PARAMS, "seed=5,6", "optimizer=tvlars", "batch_size=32")
+    assert points(replaced, fixed=3) == ["seed=5", "seed=6"]
+    expected = [configuration("optimizer=tvlars", "batch_size=32", f"seed={seed}") for seed in (5, 6)]
+    assert [from_composed(job.tree) for job in replaced] == expected
+
+
+def test_a_sweep_file_can_build_on_an_experiment(conf: Path) -> None:
+    file = (
+        "defaults: [override /experiment: cifar10]\nhydra: {sweeper: {params: {'optimizer': 'lars,tvlars'}}}\nepochs: 9"
+    )
+    jobs = mine(conf, file)
+    expected = [configuration("experiment=cifar10", f"optimizer={name}", "epochs=9") for name in ("lars", "tvlars")]
+    assert [from_composed(job.tree) for job in jobs] == expected
+
+
+CASES = """
+hydra: {sweeper: {params: {seed: '0,1'}}}
+cases:
+  - {optimizer: lars, optimizer.lr: [1, 2], optimizer.norm_clip: null}
+  - {optimizer: lamb, optimizer.lr: '0.01,0.02'}
+  - {optimizer: lamb, optimizer.lr: 0.01, optimizer.betas: [[0.9, 0.99]], compile: true}
+"""
+
+
+def test_cases_pair_axes_and_each_is_combined_with_the_others(conf: Path) -> None:
+    jobs = mine(conf, CASES)
+    cases = [
+        "optimizer=lars optimizer.lr=1 optimizer.norm_clip=null",
+        "optimizer=lars optimizer.lr=2 optimizer.norm_clip=null",
+        "optimizer=lamb optimizer.lr=0.01",
+        "optimizer=lamb optimizer.lr=0.02",
+        "optimizer=lamb optimizer.lr=0.01 optimizer.betas=[0.9,0.99] compile=true",
+    ]
+    expected = [f"{case} seed={seed}" for case in cases for seed in (0, 1)]
+    assert points(jobs, fixed=1) == expected
+    assert [from_composed(job.tree) for job in jobs[::2]] == [configuration(*point.split()) for point in expected[::2]]
+
+
+def test_a_key_on_the_command_line_replaces_that_of_every_case(conf: Path) -> None:
+    fixed = mine(conf, CASES, "optimizer.lr=7", "seed=0", "compile=false", "optimizer.norm_clip=null")
+    assert points(fixed, fixed=5) == ["optimizer=lars", "optimizer=lamb", "optimizer=lamb optimizer.betas=[0.9,0.99]"]
+    assert {job.tree["optimizer"]["lr"] for job in fixed} == {7}
+    axis = mine(
+        conf, CASES, "optimizer=tvlars,lars", "optimizer.lr=3", "seed=0", "optimizer.betas=null", "compile=true"
+    )
+    assert points(axis, fixed=5) == [
+        "optimizer.norm_clip=null optimizer=tvlars", "optimizer.norm_clip=null optimizer=lars",
+        "optimizer=tvlars", "optimizer=lars",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("cases: []", "cases: must be a list of mappings"),
+        ("cases: [1]", "cases: must be a list of mappings"),
+        ("cases: [{seed: []}]", "cases: seed has no value"),
+        ("cases: [{optimizer.lr: 'interval(1,2)'}]", r"interval\(1,2\): a grid needs values one by one"),
+        ("cases: [{optimizer.lrr: 1}]", "unknown key optimizer.lrr; .*did you mean lr"),
+        ("cases: [{seed: 1}]\nhydra: {sweeper: {params: {seed: '2,3'}}}", "seed: both in cases and in hydra.sweeper"),
+        ("hydra: {sweeper: {params: {seed: 'range(1,1)'}}}", r"seed=range\(1,1\): names no value"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_refused(conf: Path, text: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        mine(conf, text)
+
+
+def test_a_key_in_cases_and_in_params_is_fine_where_the_command_line_replaces_both(conf: Path) -> None:
+    text = "cases: [{seed: 1}]\nhydra: {sweeper: {params: {seed: '2,3'}}}"
+    assert points(mine(conf, text, "seed=4,5"), fixed=1) == ["seed=4", "seed=5"]
+
+
+def test_cases_that_are_a_mapping_are_refused(conf: Path) -> None:
+    with pytest.raises(HydraException, match="sweeps/mine"):
+        mine(conf, "cases: {seed: 1}")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("optimizer.lr=interval(1,2)", r"optimizer.lr=interval\(1,2\): a grid needs values one by one"),
+        ("optimizer=glob(zz*)", r"optimizer=glob\(zz\*\): names no value"),
+        ("sweeps=demo,digits_batch", "sweeps=demo,digits_batch: one named grid at a time"),
+        ("optimizer.lrr=1,2", "unknown key optimizer.lrr; .*did you mean lr"),
+        ("model.options.depth=1,2", "unknown key model.options.depth"),
+        ("hydra.job.name=a,b", "unknown key hydra.job.name"),
+    ],
+)
+def test_a_command_line_that_is_no_grid_is_refused(command: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        compose_grid(command.split("|"), CONF)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml")))
+def test_every_named_grid_has_the_runs_that_its_header_says_and_they_are_valid(name: str) -> None:
+    header = (ROOT / "sweeps" / f"{name}.yaml").read_text().partition("\ndefaults:")[0]
+    said = re.search(r"(\d+) runs", header)
+    assert said, "the header says how many runs it has"
+    assert f"#   python launch.py -m sweeps={name}" in header.splitlines()
+    jobs = compose_grid([f"sweeps={name}"], CONF)
+    assert len({json.dumps(job.tree) for job in jobs}) == len(jobs) == int(said[1])
+    kinds = {(job.tree["optimizer"]["name"], job.tree["schedule"]["name"], job.tree["batch_size"]): job for job in jobs}
+    for job in kinds.values():  # all points would take half a minute
+        validate(from_composed(job.tree))
+
+
+# The program around it.
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "says"),
+    [
+        ("sweeps=demo seed=3", 2, "sweeps=demo is a grid and needs -m: python launch.py -m sweeps=demo seed=3\n"),
+        ("-m --help", 0, "Groups and their presets"),
+        ("-m optimizer=lars,lamb --cfg job", 2, "--multirun, --cfg"),
+    ],
+)
+def test_m_where_there_is_no_grid_to_carry_out(launch: Launch, command: str, code: int, says: str) -> None:
+    result = launch(*command.split())
+    assert result.returncode == code
+    assert says in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,275 @@
+"""Several runs at a time, with the real program: outcomes, stopping, GPUs and cores divided, and what is seen of it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, Launch, environment, start
+from hydra.core.config_store import ConfigStore
+from runs import finish, parameters, timeless
+from test_resume import is_alive, worker_pid
+
+from largebatch.config import Config
+from largebatch.launch.composition import compose_grid
+from largebatch.launch.devices import worker_environment
+from largebatch.launch.packing import runs_at_a_time
+from largebatch.launch.plan import PlannedRun, make_plan
+from largebatch.run_folder import read_json
+from largebatch.tracking.metrics import read_rows
+
+# Two runs of some seconds each, at once.
+LONG = (
+    "-m", *TINY, "steps=400", "eval_every=20", "checkpoint.every_steps=40", "optimizer=tvlars,lars",
+    "cluster.parallel=2", "cluster.threads=1",
+)  # fmt: skip
+
+
+def until(condition: Callable[[], bool], launcher: subprocess.Popen[str], seconds: float = 100) -> None:
+    """Wait while ``launcher`` is at work."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert launcher.poll() is None, "it ended before that"
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.01)
+
+
+def runs_in(folder: Path) -> dict[str, Path]:
+    """The run folders by their optimizer and seed."""
+    found = (folder / "runs").iterdir()
+    return {re.sub(r".*-clf-(\w+)-.*-(s\d+)-.*", r"\1 \2", run.name): run for run in found}
+
+
+def came_to(folder: Path, step: int, runs: int) -> bool:
+    """Whether so many runs have a metrics row at or after ``step``."""
+    logs = [read_rows(path) for path in folder.glob("runs/*/metrics.jsonl")]
+    return sum(any(row["step"] >= step for row in rows) for rows in logs) == runs
+
+
+# Four runs, two at a time.
+
+
+def test_one_of_four_runs_fails_and_the_others_finish(launch: Launch, tmp_path: Path) -> None:
+    # What fails, 40 steps of warm-up in a training of 9, is found out by the worker alone.
+    cases = "cases=[{seed:0,steps:6},{seed:3,steps:9,schedule:warmup_cosine},{seed:1,steps:7},{seed:2,steps:8}]"
+    result = launch("-m", *TINY, cases, "cluster.parallel=2")
+    assert result.returncode == 2
+    assert re.search(r"error: \[2/4\] schedule.warmup_epochs=10: 40 steps of warm-up", result.stderr)
+    table = result.stdout.splitlines()[-4:]
+    assert [re.split(r"\s{2,}", line)[1] for line in table] == ["finished", "new", "finished", "finished"]
+    assert [line.split()[:2] for line in table] == [
+        ["seed=0", "steps=6"], ["seed=3", "steps=9"], ["seed=1", "steps=7"], ["seed=2", "steps=8"],
+    ]  # fmt: skip
+    assert "after step" not in result.stdout  # what a run says is in its log alone
+
+    runs = runs_in(tmp_path)
+    assert sorted(runs) == ["lars s0", "lars s1", "lars s2"]
+    cores = len(os.sched_getaffinity(0))
+    for run, steps in (("lars s0", 6), ("lars s1", 7), ("lars s2", 8)):
+        log = (runs[run] / "log.txt").read_text()
+        assert re.findall(r"(\w+) after step (\d+)", log) == [("finished", str(steps))]
+        assert log.count("64 training images") == 1
+        summary = read_json(runs[run] / "summary.json")
+        assert summary["threads"] == max(1, cores // 2)
+        assert f"{100 * summary['test/accuracy']:.2f} %" in next(line for line in table if f"steps={steps}" in line)
+
+
+# Undisturbed under a terminal; stopped; killed; beside another launcher.
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], str]:
+    """Both runs of ``LONG``, which nothing stopped, and what a terminal of 200 columns was sent meanwhile."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    terminal, program_side = pty.openpty()
+    fcntl.ioctl(program_side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+    launcher = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *LONG],
+        cwd=folder, env={**environment(), "TERM": "xterm"}, stdin=program_side, stdout=program_side,
+        stderr=program_side,
+    )  # fmt: skip
+    os.close(program_side)
+    sent = bytearray()
+    try:
+        while part := os.read(terminal, 1 << 16):
+            sent += part
+    except OSError:  # how a terminal says that nobody has its other side any more
+        pass
+    os.close(terminal)
+    assert launcher.wait() == 0, sent.decode()
+    return runs_in(folder), sent.decode()
+
+
+def test_a_terminal_shows_how_each_run_is_doing(undisturbed: tuple[dict[str, Path], str]) -> None:
+    runs, sent = undisturbed
+    lines = [line.strip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent))]
+    for number, optimizer in ((1, "tvlars"), (2, "lars")):
+        run = runs[f"{optimizer} s0"]
+        assert f"[{number}/2] {run}  (optimizer={optimizer})" in lines
+        moving = rf"\[{number}/2\]\s+optimizer={optimizer}\s+running\s+step \d+ of 400"
+        assert any(re.match(moving, line) for line in lines), sent
+        accuracy = f"{100 * read_json(run / 'summary.json')['test/accuracy']:.2f} %"
+        assert f"[{number}/2] finished, test accuracy {accuracy}" in lines
+    assert "0 of 2 done, 2 at work" in lines
+    assert lines.index(f"[1/2] {runs['tvlars s0']}  (optimizer=tvlars)") < lines.index("0 of 2 done, 2 at work")
+
+
+def test_runs_that_ctrl_c_stopped_are_completed_by_the_same_command(
+    tmp_path: Path, undisturbed: tuple[dict[str, Path], str]
+) -> None:
+    launcher = start(*LONG, cwd=tmp_path)
+    until(lambda: came_to(tmp_path, 20, runs=2), launcher)
+    stopped = runs_in(tmp_path)
+    workers = [worker_pid(run) for run in stopped.values()]
+    launcher.send_signal(signal.SIGINT)
+    out, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 130, out + errors
+    assert not any(is_alive(worker) for worker in workers)
+    assert all(f"{run.name}" in out.partition("the same command resumes")[2] for run in stopped.values())
+    for run in stopped.values():
+        status = read_json(run / "status.json")
+        assert (status["state"], status["message"]) == ("preempted", "")  # it saved, and said so itself
+        assert status["step"] < 400
+        assert list(run.glob("checkpoints/*.pt"))
+
+    finish(start(*LONG, cwd=tmp_path))
+    whole, _ = undisturbed
+    for name, run in stopped.items():
+        assert "resumed after step" in (run / "log.txt").read_text()
+        resumed, expected = parameters(run), parameters(whole[name])
+        assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+        assert timeless(run) == timeless(whole[name])
+
+
+def test_a_second_ctrl_c_ends_all_runs_amid_their_step(tmp_path: Path) -> None:
+    # A step takes a minute.
+    slow = ("dataset.image_size=64", "dataset.train_size=4096", "batch_size=4096", "micro_batch=32", "seed=0,1")
+    launcher = start("-m", *TINY, *slow, "cluster.parallel=2", "cluster.threads=1", cwd=tmp_path)
+    until(lambda: len(workers_that_train(tmp_path)) == 2, launcher)
+    workers = workers_that_train(tmp_path)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.stdout is not None
+    while "Ctrl-C again stops at once" not in launcher.stdout.readline():
+        assert launcher.poll() is None
+    launcher.send_signal(signal.SIGINT)
+    out, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 130, out + errors
+    assert not any(is_alive(worker) for worker in workers)
+    for run in runs_in(tmp_path).values():
+        status = read_json(run / "status.json")
+        assert (status["state"], status["message"]) == ("preempted", "stopped by Ctrl-C")
+        assert not list(run.glob("checkpoints/*.pt"))  # which stopping after the step would have left
+
+
+def workers_that_train(folder: Path) -> list[int]:
+    """The workers that have come to their first step: from there on SIGTERM doesn't end them but asks them to stop."""
+    workers = [read_json(path).get("pid") for path in folder.glob("runs/*/status.json")]
+    caught = {pid: re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text()) for pid in workers if pid}
+    return [pid for pid, mask in caught.items() if mask and int(mask[1], 16) >> (signal.SIGTERM - 1) & 1]
+
+
+def test_a_run_that_another_launcher_works_on_is_left_alone(tmp_path: Path, launch: Launch) -> None:
+    other = start(*TINY, "steps=4000", "eval_every=1000", cwd=tmp_path)
+    try:
+        until(lambda: came_to(tmp_path, 2, runs=1), other)
+        (theirs,) = runs_in(tmp_path).values()
+        before = read_json(theirs / "status.json")
+        result = launch("-m", *TINY, "eval_every=1000", "cases=[{steps:4000},{seed:1,steps:4}]", "cluster.parallel=2")
+        assert result.returncode == 0, result.stderr
+        assert f"error: [1/2] {theirs} is being worked on by pid {before['pid']} on " in result.stderr
+        assert "[2/2] finished" in result.stdout
+        assert other.poll() is None
+        after = read_json(theirs / "status.json")
+        assert all(after[key] == before[key] for key in ("state", "pid", "started", "queued"))
+    finally:
+        other.send_signal(signal.SIGINT)
+        other.communicate(timeout=60)
+
+
+# GPUs that the environment names; no worker lives long enough to look for them.
+
+
+def planned(*overrides: str) -> list[PlannedRun]:
+    ConfigStore.instance().store(name="schema", node=Config)
+    return make_plan(compose_grid([*TINY, *overrides], ROOT / "conf"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "at_a_time"),
+    [
+        (["seed=range(0,9)"], 1),  # all four GPUs each
+        (["seed=range(0,9)", "cluster.processes=2"], 2),
+        (["seed=range(0,9)", "cluster.processes=3", "batch_size=18"], 1),
+        (["seed=range(0,9)", "cluster.processes=1"], 4),
+        (["seed=range(0,9)", "cluster.processes=1", "cluster.parallel=3"], 3),
+        (["seed=range(0,3)", "cluster.processes=1"], 3),
+        (["seed=range(0,9)", "cluster.processes=1", "cluster.devices=[1,3]"], 2),
+        (["cases=[{seed:0,cluster.devices:[[1]]},{seed:1,cluster.devices:[[2]]}]"], 2),
+        (["seed=range(0,9)", "cluster.device=cpu"], 1),
+        (["seed=range(0,9)", "cluster.device=cpu", "cluster.parallel=5"], 5),
+        (["cases=[{seed:[1,2],cluster.device:cpu},{seed:[3,4],cluster.processes:2}]"], 2),
+    ],
+)
+def test_runs_at_a_time(monkeypatch: pytest.MonkeyPatch, overrides: list[str], at_a_time: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert runs_at_a_time(planned(*overrides)) == at_a_time
+
+
+def test_cores_are_divided_over_runs_and_their_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    (run,) = planned("cluster.device=cpu", "cluster.processes=2")
+    cores = len(os.sched_getaffinity(0))
+    for parallel in (1, 2, 1000):
+        assert worker_environment(run.config.cluster, ["4", "7"], parallel) == {
+            "CUDA_VISIBLE_DEVICES": "4,7", "OMP_NUM_THREADS": str(max(1, cores // (2 * parallel))),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }  # fmt: skip
+    run.config.cluster.threads = 3
+    assert worker_environment(run.config.cluster, [], 1000)["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "at_once"),
+    [
+        (["seed=range(0,5)", "cluster.processes=2"], ["0,1", "2,3"]),
+        (["seed=range(0,5)", "cluster.processes=1", "cluster.devices=[3,0]"], ["0", "3"]),
+        (["cases=[{seed:0,cluster.devices:[[2]]},{seed:1,cluster.devices:[[1]]}]"], ["1", "2"]),
+        (["cases=[{seed:0,cluster.device:cpu},{seed:1,cluster.device:cuda}]", "cluster.parallel=2"], ["", "0,1,2,3"]),
+    ],
+)
+def test_runs_at_work_at_once_share_no_gpu(tmp_path: Path, overrides: list[str], at_once: list[str]) -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), "-m", *TINY, *overrides],
+        cwd=tmp_path, env={**environment(), "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        until(lambda: len(gpus_of_children(launcher.pid)) == 2, launcher)
+        assert sorted(gpus_of_children(launcher.pid)) == at_once
+    finally:
+        launcher.kill()  # and so its workers
+        launcher.wait()
+
+
+def gpus_of_children(parent: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of the workers that a launcher has started."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            of = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if of == parent and b"largebatch.train" in (process / "cmdline").read_bytes():
+                variables = (process / "environ").read_text().split("\0")
+                found += [line.partition("=")[2] for line in variables if line.startswith("CUDA_VISIBLE_DEVICES=")]
+    return found
