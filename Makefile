@@ -22,8 +22,8 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs, under two minutes
 	$(BIN)/python launch.py -m sweeps=demo
 
-test: install ## run all tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: install ## run all tests, two files at a time with a thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slurm: install ## run the tests that need SLURM, on a private cluster (Debian, root)
 	$(BIN)/python tests/slurm/cluster.py install

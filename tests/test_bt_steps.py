@@ -44,7 +44,8 @@ def two_steps(folder: Path, *overrides: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_takes_the_same_steps_however_the_batch_is_divided(tmp_path: Path, optimizer: str) -> None:
-    options = (*f"optimizer={optimizer}".split(), "optimizer.lr=0.001")
+    # At its full scale: what divides by the size of gradients makes rounding of none large.
+    options = (*f"optimizer={optimizer}".split(), "optimizer.lr=0.001", "mode.loss_scale=1")
     whole, divided = two_steps(tmp_path, *options), two_steps(tmp_path, *options, "micro_batch=4")
     for name in whole:
         torch.testing.assert_close(whole[name], divided[name], rtol=1e-4, atol=1e-5)

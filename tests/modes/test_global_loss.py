@@ -300,7 +300,7 @@ def test_without_exact_the_gradient_is_that_of_the_micro_batches(tmp_path: Path)
     model = twin.model.double().train()
     for images, _ in itertools.islice(batches_from(run, 0), 4):
         one, two = model(images.double()).chunk(2)
-        torch.autograd.backward(formula(one, two, 0.005)[0] * 0.024 / 4)
+        torch.autograd.backward(formula(one, two, 0.005)[0] * run.config.mode.loss_scale / 4)
     assert farthest(each.model, model) < 1e-5
 
 
