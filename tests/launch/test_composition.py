@@ -10,7 +10,7 @@ from typing import Any
 
 import hydra
 import pytest
-from conftest import ROOT, Launch, configuration
+from conftest import ROOT, Launch
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
@@ -35,6 +35,11 @@ def _schema() -> None:
 def points(jobs: list[Composed], fixed: int = 0) -> list[str]:
     """The overrides of each job but the first ``fixed``."""
     return [" ".join(job.overrides[fixed:]) for job in jobs]
+
+
+def by_hydra(*overrides: str) -> Config:
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        return from_composed(hydra.compose("config", list(overrides)))
 
 
 def multirun_of_hydra(arguments: list[str]) -> list[list[str]]:
@@ -73,7 +78,7 @@ def test_points_are_those_of_hydra_and_composed_alike(command: str) -> None:
     expected = multirun_of_hydra(arguments)
     assert len(jobs) == len(expected) > 0
     for job, overrides in zip(jobs, expected, strict=True):
-        assert from_composed(job.tree) == configuration(*overrides)
+        assert from_composed(job.tree) == by_hydra(*overrides)
         assert job.multirun
         assert job.sweep is None
 
@@ -96,7 +101,7 @@ def test_later_axes_move_faster_and_equal_points_are_one() -> None:
 def test_of_a_key_given_twice_the_last_counts(command: str, expected: list[str]) -> None:
     jobs = compose_grid(command.split("|"), CONF)
     assert points(jobs) == expected
-    assert [from_composed(job.tree) for job in jobs] == [configuration(point) for point in expected]
+    assert [from_composed(job.tree) for job in jobs] == [by_hydra(point) for point in expected]
 
 
 def test_the_points_of_one_preset_share_nothing() -> None:
@@ -117,7 +122,7 @@ def test_a_thousand_points_are_composed_once_for_each_choice_of_presets(monkeypa
     jobs = compose_grid(["seed=range(0,100)", "optimizer=lars,lamb", "optimizer.lr=range(1,6)"], CONF)
     assert len(jobs) == 1000
     assert len(calls) <= 1 + 2  # the sweep, and each optimizer
-    assert from_composed(jobs[-1].tree) == configuration("seed=99", "optimizer=lamb", "optimizer.lr=5")
+    assert from_composed(jobs[-1].tree) == by_hydra("seed=99", "optimizer=lamb", "optimizer.lr=5")
 
 
 # Named grids.
@@ -154,7 +159,7 @@ def test_a_sweep_file_brings_axes_and_values(conf: Path) -> None:
     expected = ["optimizer=lars seed=0", "optimizer=lars seed=1", "optimizer=lamb seed=0", "optimizer=lamb seed=1"]
     assert points(jobs, fixed=1) == expected
     for job in jobs:
-        assert from_composed(job.tree) == configuration("batch_size=64", *job.overrides[1:])
+        assert from_composed(job.tree) == by_hydra("batch_size=64", *job.overrides[1:])
 
 
 def test_the_command_line_adds_axes_and_replaces_those_of_the_file(conf: Path) -> None:
@@ -166,7 +171,7 @@ def test_the_command_line_adds_axes_and_replaces_those_of_the_file(conf: Path) -
     assert {job.tree["seed"] for job in added} == {3}
     replaced = mine(conf, PARAMS, "seed=5,6", "optimizer=tvlars", "batch_size=32")
     assert points(replaced, fixed=3) == ["seed=5", "seed=6"]
-    expected = [configuration("optimizer=tvlars", "batch_size=32", f"seed={seed}") for seed in (5, 6)]
+    expected = [by_hydra("optimizer=tvlars", "batch_size=32", f"seed={seed}") for seed in (5, 6)]
     assert [from_composed(job.tree) for job in replaced] == expected
 
 
@@ -175,7 +180,7 @@ def test_a_sweep_file_can_build_on_an_experiment(conf: Path) -> None:
         "defaults: [override /experiment: cifar10]\nhydra: {sweeper: {params: {'optimizer': 'lars,tvlars'}}}\nepochs: 9"
     )
     jobs = mine(conf, file)
-    expected = [configuration("experiment=cifar10", f"optimizer={name}", "epochs=9") for name in ("lars", "tvlars")]
+    expected = [by_hydra("experiment=cifar10", f"optimizer={name}", "epochs=9") for name in ("lars", "tvlars")]
     assert [from_composed(job.tree) for job in jobs] == expected
 
 
@@ -199,7 +204,7 @@ def test_cases_pair_axes_and_each_is_combined_with_the_others(conf: Path) -> Non
     ]
     expected = [f"{case} seed={seed}" for case in cases for seed in (0, 1)]
     assert points(jobs, fixed=1) == expected
-    assert [from_composed(job.tree) for job in jobs[::2]] == [configuration(*point.split()) for point in expected[::2]]
+    assert [from_composed(job.tree) for job in jobs[::2]] == [by_hydra(*point.split()) for point in expected[::2]]
 
 
 def test_a_key_on_the_command_line_replaces_that_of_every_case(conf: Path) -> None:

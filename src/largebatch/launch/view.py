@@ -111,6 +111,6 @@ class PlanView:
 
     def _say(self, line: str, *, error: bool = False) -> None:
         if self._live:
-            self._live.console.print(line, markup=False, highlight=False)
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr if error else sys.stdout, flush=True)
