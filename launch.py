@@ -72,6 +72,9 @@ def main() -> int:
         return show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
     except KeyboardInterrupt:  # between two runs; within one it is asked to save first
         return 130
+    except BrokenPipeError:  # who read what is said has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2

@@ -145,3 +145,12 @@ def test_status_lists_runs(launch: Launch, tmp_path: Path) -> None:
     (row,) = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
     assert row["state"] == "finished"
     assert row["step"] == 2
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    command = f"{sys.executable} {ROOT / 'launch.py'} -m 'seed=range(30)' dry_run=true | head -n 1"
+    result = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.stdout == "30 run(s); nothing is started (dry_run=true)\n"
+    assert result.stderr == ""
