@@ -156,8 +156,9 @@ def test_a_run_says_and_stores_what_was_chosen(launch: Launch, tmp_path: Path) -
 
 
 CHOOSE = """
-import torch
+import os, sys
 from conftest import configuration
+os.environ["LARGEBATCH_CACHE"] = sys.argv[1]  # conftest has set the suite's
 from test_arithmetic import CPU, IMAGE, small_network
 from largebatch.arithmetic import choose_arithmetic
 print(*choose_arithmetic(configuration(), small_network(), IMAGE, 8, CPU), sep=": ")
@@ -165,8 +166,8 @@ print(*choose_arithmetic(configuration(), small_network(), IMAGE, 8, CPU), sep="
 
 
 def test_processes_that_start_at_once_measure_once(cache: Path) -> None:
-    ours = environment() | {"LARGEBATCH_CACHE": str(cache), "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHOOSE]
+    ours = environment() | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHOOSE, str(cache)]
     processes = [subprocess.Popen(command, env=ours, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = sorted(process.communicate(timeout=100)[0].strip().split(": ") for process in processes)
     assert sorted(how for _, how in printed) == ["measured before, on such a machine", "measured now"]
