@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from largebatch.config import Config, from_composed, identity, load_config, run_name, to_yaml, unknown_key
 from largebatch.errors import UserError
-from largebatch.validate import DATASETS, OPTIMIZER_OPTIONS, SCHEDULE_OPTIONS, SURGE_OPTIMIZERS, validate
+from largebatch.options import OPTIMIZER_OPTIONS, SCHEDULE_OPTIONS, SURGE_OPTIMIZERS
+from largebatch.validate import DATASETS, validate
 
 PRESETS = [
     f"{group.name}={preset.stem}"

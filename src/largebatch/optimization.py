@@ -12,7 +12,7 @@ from torch import nn
 from largebatch import optim
 from largebatch.config import Config, ScheduleConfig
 from largebatch.errors import UserError, choices
-from largebatch.validate import OPTIMIZER_OPTIONS
+from largebatch.options import OPTIMIZER_OPTIONS
 
 _CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "lars": optim.LARS,
