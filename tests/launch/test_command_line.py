@@ -27,6 +27,7 @@ from conftest import ROOT, TINY, Launch, environment
         (["runs_dir=/proc/none"], "runs_dir=/proc/none: "),
         (["runs_dir=/dev/null/runs"], "runs_dir=/dev/null/runs: can't be written .Not a directory: /dev/null"),
         (["sweeps=demo"], r"sweeps=demo is a grid and needs -m: python launch.py -m sweeps=demo"),
+        (["cases=[{seed:1},{seed:2}]"], "cases: are those of a grid, which needs -m"),
         (["sweeps=demoo", "-m"], r"sweeps=demoo: allowed: .*demo.*; did you mean demo\?"),
         (["optimizer=lars,lamb"], "optimizer.*lars,lamb"),
         (["-m", "optimizer=lars,larss"], "larss"),

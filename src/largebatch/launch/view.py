@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from largebatch.launch.local import Outcome, Started
 from largebatch.launch.plan import PlannedRun
-from largebatch.report.table import in_words, run_row
+from largebatch.report.table import duration, run_row
 from largebatch.tracking.metrics import last_row
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class PlanView:
         row = last_row(folder.metrics)
         accuracy = next((row[key] for key in ("test/accuracy", "train/accuracy") if row.get(key) is not None), None)
         taken = time.monotonic() - began
-        left = in_words(taken / (step - first) * (steps - step)) + " left" if step > first else ""
+        left = duration(taken / (step - first) * (steps - step)) + " left" if step > first else ""
         return {
             "state": str(status.get("state")),
             "step": f"step {step:,} of {steps:,}" if steps else "",

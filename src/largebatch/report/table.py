@@ -86,7 +86,7 @@ def _cell(key: str, value: Any) -> str:
     return str(value)
 
 
-def in_words(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A length of time to two places: ``"3 h 05 min"``, ``"4 min 10 s"``, ``"12 s"``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
