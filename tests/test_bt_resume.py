@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from conftest import start
 from runs import finish, the_run, timeless, train_in
 from test_bt import BT, checkpoint, of_backbone, same, status_of, summary_of
-from test_resume import is_alive, wait_for_step, worker_pid
+from test_resume import stop_run, wait_for_step
 
 # Six steps, and three epochs of three probe steps each. The last checkpoints are amid an epoch and at the end.
 SHORT = (*BT, "model.norm=batch", "steps=6", "checkpoint.every_steps=11")
@@ -136,18 +134,7 @@ def stop(folder: Path, step: int, how: str) -> int:
     """Start the long run, stop it once it has come to ``step``; the step that it was resumed after, or 0."""
     process = start(*LONG, cwd=folder)
     wait_for_step(folder, step, process)
-    worker = worker_pid(the_run(folder))
-    if how == "worker":
-        os.kill(worker, signal.SIGKILL)
-    elif how == "everything":
-        process.kill()
-    else:
-        process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=100)
-    deadline = time.monotonic() + 20
-    while is_alive(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_alive(worker)
+    out, _ = stop_run(the_run(folder), process, how)
     assert process.returncode == {"worker": 1, "everything": -signal.SIGKILL, "interrupt": 130}[how]
     resumed = re.search(r"resumed after step (\d+) ", out)
     return int(resumed[1]) if resumed else 0

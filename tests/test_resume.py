@@ -52,6 +52,23 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def stop_run(run: Path, process: subprocess.Popen[str], how: str) -> tuple[str, str]:
+    """End the worker, its launcher ("everything"), or press Ctrl-C; what the launcher said, once no worker is left."""
+    worker = worker_pid(run)
+    if how == "worker":
+        os.kill(worker, signal.SIGKILL)
+    elif how == "everything":
+        process.kill()
+    else:
+        process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=100)
+    deadline = time.monotonic() + 20
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(worker)
+    return out, errors
+
+
 @pytest.fixture(scope="module", params=[1, 3], ids=["one process", "three processes"])
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A run that nothing stopped, and its command line."""
@@ -67,18 +84,7 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, how: str, undisturbed: 
     process = start(*command, cwd=folder)
     wait_for_step(folder, 20, process)
     stopped = the_run(folder)
-    worker = worker_pid(stopped)
-    if how == "worker":
-        os.kill(worker, signal.SIGKILL)
-    elif how == "everything":
-        process.kill()
-    else:
-        process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=100)
-    deadline = time.monotonic() + 20
-    while is_alive(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_alive(worker)
+    out, errors = stop_run(stopped, process, how)
     if how == "worker":
         assert process.returncode == 1
         assert "same command resumes" in errors
