@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="largebatch", description="Look at runs; `python launch.py` starts them.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_status(commands)
+    _add_report(commands)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
@@ -59,6 +60,27 @@ def _status(options: argparse.Namespace) -> int:
         "message": "",
     }
     print(format_table(rows, columns) if rows else f"no runs in {runs_dir}")
+    return 0
+
+
+def _add_report(commands: Commands) -> None:
+    report = commands.add_parser("report", help="compare the runs of a folder: a page, Markdown, CSV or Parquet")
+    report.add_argument("runs_dir", nargs="?", default="runs", type=Path, help="default: runs")
+    report.add_argument("--out", help="file to write, - to print; default: report.html, and md and csv are printed")
+    report.add_argument(
+        "--format", choices=("html", "md", "csv", "parquet"), help="default: by --out's ending, or html"
+    )
+    report.add_argument("--target", type=float, help="accuracy in 0..1 that the page counts the steps to")
+    report.add_argument(
+        "--by", action="append", default=[], metavar="KEY", help="a key whose values are rows of their own"
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from largebatch.report.build import report
+
+    print(report(existing_folder(options.runs_dir), options.out, options.format, options.target, options.by))
     return 0
 
 

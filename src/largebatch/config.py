@@ -298,25 +298,31 @@ def identity(config: Config) -> str:
     Keys that are None are left out, so that a later version's new option doesn't rename the runs that don't use it.
     An ``imagefolder`` is known by its folder, every other data set by its name.
     """
-    tree = dataclasses.asdict(config)
+    canonical = json.dumps(_without_none(decisive(dataclasses.asdict(config))), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def decisive(tree: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration's tree that can change the result; of a tree of an earlier version too."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    dataset, optimizer = kept["dataset"], kept["optimizer"]
     for key in _NOT_IDENTITY:
-        del tree[key]
+        kept.pop(key, None)
     for key in _NOT_IDENTITY_DATASET:
-        if not (key == "root" and config.dataset.name == "imagefolder"):
-            del tree["dataset"][key]
-    del tree["lr_scaling"]["force"]  # it lets a run be, and changes nothing in it
-    del tree["mode"]["default_epochs"]
-    if config.mode.name != "bt":
-        del tree["dataset"]["views"]
-    later: list[tuple[dict[str, Any], dict[str, Any]]] = [(tree, _LATER_KEYS), (tree["dataset"], _LATER_DATASET_KEYS)]
-    if config.optimizer.name in ("lars", "tvlars"):
-        later.append((tree["optimizer"], _LATER_OPTIONS))
+        if not (key == "root" and dataset["name"] == "imagefolder"):
+            dataset.pop(key, None)
+    kept.get("lr_scaling", {}).pop("force", None)  # it lets a run be, and changes nothing in it
+    kept["mode"].pop("default_epochs", None)
+    if kept["mode"]["name"] != "bt":
+        dataset.pop("views", None)
+    later: list[tuple[dict[str, Any], dict[str, Any]]] = [(kept, _LATER_KEYS), (dataset, _LATER_DATASET_KEYS)]
+    if optimizer["name"] in ("lars", "tvlars"):
+        later.append((optimizer, _LATER_OPTIONS))
     for branch, defaults in later:
         for key, default in defaults.items():
-            if branch[key] == default:
-                del branch[key]
-    canonical = json.dumps(_without_none(tree), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+            if branch.get(key) == default:
+                branch.pop(key, None)
+    return kept
 
 
 def run_name(config: Config) -> str:

@@ -1,0 +1,78 @@
+"""``largebatch report``: a folder of runs as a page, as Markdown, or as one table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from largebatch.errors import UserError
+from largebatch.report.compare import compare
+from largebatch.report.load import load_runs
+from largebatch.run_folder import write_atomic
+
+FORMATS = ("html", "md", "csv", "parquet")
+_PRINTED = ("md", "csv")  # to the terminal, unless a file is named
+
+
+def report(
+    runs_dir: Path, out: str | None = None, format_: str | None = None, target: float | None = None,
+    by: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Write the report of ``runs_dir``.
+
+    Args:
+        out: the file; ``-`` prints. None prints Markdown and CSV and writes ``report.html`` or ``report.parquet``.
+        format_: of ``FORMATS``; None: by the ending of ``out``, else HTML.
+        target: the accuracy in 0..1 that steps to are reported in the page.
+        by: dotted keys that make rows of their own.
+
+    Returns:
+        What is to be printed: the report itself, or where it is.
+
+    Raises:
+        UserError: for a target, format or place that can't be, and where there is no run at all.
+    """
+    if target is not None and not 0 < target < 1:
+        raise UserError(f"--target {target:g}: allowed are accuracies between 0 and 1, such as 0.9 for 90 %")
+    kind = format_ or _format_of(out)
+    to_terminal = out == "-" or (out is None and kind in _PRINTED)
+    if to_terminal and kind == "parquet":
+        raise UserError("--format parquet --out -: Parquet isn't for a terminal; name a file")
+    path = None if to_terminal else Path(out or f"report.{kind}")
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {path.parent}")
+    runs, problems = load_runs(runs_dir)
+    comparisons = compare(runs, by)
+    if kind == "html":
+        from largebatch.report.page import page
+
+        text = page(runs_dir.resolve().name, runs, problems, comparisons, target)
+    else:
+        from largebatch.report import export
+
+        text = export.markdown(comparisons, problems) if kind == "md" else ""
+        text = export.csv_text(export.records(comparisons)) if kind == "csv" else text
+    for problem in sorted(set(problems), key=lambda one: (one.where, one.what)):
+        print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
+    if not runs:
+        raise UserError(f"{runs_dir} holds no run that can be read; give the folder that holds the runs")
+    if path is None:
+        return text.rstrip("\n")
+    if kind == "parquet":
+        export.write_parquet(export.records(comparisons), path)
+    else:
+        write_atomic(path, text)
+    return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
+
+
+def _format_of(out: str | None) -> str:
+    if out is None or out == "-":
+        return "html"
+    ending = Path(out).suffix.lstrip(".").lower()
+    kind = {"htm": "html", "markdown": "md"}.get(ending, ending)
+    if kind not in FORMATS:
+        raise UserError(
+            f"--out {out}: its ending says no format; end it in .html, .md, .csv or .parquet, or add --format"
+        )
+    return kind

@@ -1,0 +1,58 @@
+"use strict";
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const narrow = matchMedia("(max-width: 700px)").matches;
+const config = {
+  responsive: true,
+  displaylogo: false,
+  displayModeBar: matchMedia("(hover: hover)").matches && "hover",
+  modeBarButtons: [["toImage", "resetScale2d"]],
+};
+
+// A chart as its switches stand: the traces that were picked, at the x values that were picked.
+function asSwitched(card) {
+  const chart = charts[card.id];
+  const chosen = {};
+  for (const select of card.querySelectorAll("select")) chosen[select.dataset.key] = select.value;
+  const traces = chart.data
+    .filter((trace) => Object.entries(trace.meta?.pick ?? {}).every(([key, value]) => chosen[key] === value))
+    .map((trace) => ({ ...trace, visible: true, x: trace.meta?.x ? trace.meta.x[chosen.x] : trace.x }));
+  const layout = structuredClone(chart.layout);
+  layout.dragmode = narrow ? false : "zoom"; // or a finger that scrolls the page would zoom the chart
+  for (const [key, axes] of Object.entries(chart.axes))
+    for (const [path, value] of Object.entries(axes[chosen[key]] ?? {})) {
+      const names = path.split(".");
+      const last = names.pop();
+      names.reduce((node, name) => (node[name] ??= {}), layout)[last] = value;
+    }
+  if (!traces.length)
+    layout.annotations = [{ text: "no run of this choice", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }];
+  return [traces, layout];
+}
+
+function draw(card) {
+  if (card.dataset.drawn) return;
+  card.dataset.drawn = "yes";
+  const place = card.querySelector(".chart");
+  Plotly.newPlot(place, ...asSwitched(card), config);
+  card.addEventListener("change", () => Plotly.react(place, ...asSwitched(card), config));
+}
+
+// One after the other, so that the page answers while it draws.
+const cards = [...document.querySelectorAll("figure.card")];
+function drawNext() {
+  const card = cards.find((one) => !one.dataset.drawn);
+  if (!card) return document.body.setAttribute("data-drawn", "all");
+  draw(card);
+  setTimeout(drawNext, 0);
+}
+drawNext();
+
+addEventListener("beforeprint", () => {
+  for (const card of cards) {
+    draw(card);
+    Plotly.relayout(card.querySelector(".chart"), { width: 680 }); // what fits on A4 and on letter
+  }
+});
+addEventListener("afterprint", () => {
+  for (const card of cards) Plotly.relayout(card.querySelector(".chart"), { width: null, autosize: true });
+});
