@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from largebatch.errors import UserError
+from largebatch.errors import UserError, choices
 from largebatch.report.compare import compare
 from largebatch.report.load import load_runs
 from largebatch.run_folder import write_atomic
@@ -31,7 +31,7 @@ def report(
         What is to be printed: the report itself, or where it is.
 
     Raises:
-        UserError: for a target, format or place that can't be, and where there is no run at all.
+        UserError: for a target, format, place or key that can't be, and where there is no run at all.
     """
     if target is not None and not 0 < target < 1:
         raise UserError(f"--target {target:g}: allowed are accuracies between 0 and 1, such as 0.9 for 90 %")
@@ -43,6 +43,10 @@ def report(
     if path is not None and not path.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {path.parent}")
     runs, problems = load_runs(runs_dir)
+    known = sorted({key for run in runs for key in run.options})
+    for key in by:
+        if runs and key not in known:
+            raise UserError(f"--by {key}: no run sets such a key; {choices(key, known)}")
     comparisons = compare(runs, by)
     if kind == "html":
         from largebatch.report.page import page

@@ -86,8 +86,9 @@ def _points(rows: Iterable[Row], metric: str) -> dict[float, tuple[float, float,
 def progress_metric(comparison: Comparison, histories: Histories) -> str:
     """The accuracy that grows while the main training goes on, on held-out images where there are some."""
     name = "knn_accuracy" if comparison.mode == "bt" else "accuracy"
-    held_out = all(any(f"val/{name}" in row for row in rows) for rows in histories.values() if rows)
-    return f"{'val' if held_out and any(histories.values()) else 'test'}/{name}"
+    evaluated = [rows for rows in histories.values() if any(f"test/{name}" in row for row in rows)]
+    held_out = evaluated and all(any(f"val/{name}" in row for row in rows) for rows in evaluated)
+    return f"{'val' if held_out else 'test'}/{name}"
 
 
 def default_target(comparison: Comparison, metric: str, histories: Histories) -> float | None:

@@ -146,7 +146,7 @@ def layer_map(diagnosed: Sequence[Diagnosed]) -> Chart:
     ]
     most = max(len(one.layers.names) for one in diagnosed)
     yaxis = {"autorange": "reversed", "type": "category", "showgrid": False, "tickfont": {"size": 10}}
-    figure.update_layout(layout("optimizer step", "", yaxis=yaxis, height=min(max(200 + 14 * most, 300), 900)))
+    figure.update_layout(layout("optimizer step", "layer", yaxis=yaxis, height=min(max(200 + 14 * most, 300), 900)))
     note = "The first layer is on top. Colours are powers of ten: 2 is 100, -1 is 0.1."
     return Chart("Every layer, as a map", note, shown_first(figure, switches), switches)
 

@@ -45,14 +45,15 @@ def cell_figure(cell: Cell, digits: int) -> str:
 
 
 def cell_counts(cell: Cell) -> str:
-    """``"2 settings, 3 seeds; 1 diverged"``: the trials, the chosen one's seeds, and what didn't finish."""
-    counts = [f"{plural(cell.trials, 'setting')}, {plural(cell.seeds, 'seed')}"]
-    if cell.diverged:
-        counts.append(f"{cell.diverged} diverged")
+    """``"2 settings, 3 seeds, 1 diverged"``: the trials, the chosen one's seeds, and what didn't finish."""
     unfinished = sum(not run.done for setting in cell.settings for run in setting.runs)
-    if unfinished:
-        counts.append(f"{unfinished} not finished")
-    return "; ".join(counts)
+    counts = [
+        plural(cell.trials, "setting"),
+        plural(cell.seeds, "seed"),
+        f"{cell.diverged} diverged" if cell.diverged else "",
+        f"{unfinished} not finished" if unfinished else "",
+    ]
+    return ", ".join(filter(None, counts))
 
 
 def plural(count: int, noun: str) -> str:
@@ -92,7 +93,7 @@ def answer(comparison: Comparison) -> str:
     if spread_known:
         parts.append(
             f"at {_batch_word(spread_known)} no optimizer is ahead beyond the spread "
-            f"(highest means: {_highest(spread_known, digits)})"
+            f"(highest mean{'s' if len(spread_known) > 1 else ''}: {_highest(spread_known, digits)})"
         )
     if unknown:
         parts.append(
@@ -104,7 +105,7 @@ def answer(comparison: Comparison) -> str:
         parts.append(f"at {_batch_word(alone)} only one optimizer has a result ({_highest(alone, digits)})")
     nothing = [lead for lead in open_leads if not lead.best]
     if nothing:
-        parts.append(f"at {_batch_word(nothing)} no run has finished")
+        parts.append(f"at {_batch_word(nothing)} no run has finished, or all diverged")
     sentences = [part[0].upper() + part[1:] + "." for part in parts if part]
     return " ".join(sentences)
 

@@ -1,0 +1,91 @@
+"""Warnings come where a comparison isn't fair, and not where it is."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from made_runs import made, seeds
+
+from largebatch.report.compare import compare
+from largebatch.report.fairness import warnings
+from largebatch.report.load import Run
+
+FAIR = [
+    *[made(name, lr=lr, seed=seed, batch=batch, val=val) for name in ("lars", "tvlars") for batch in (128, 1024)
+      for lr, val in ((1.0, 0.5), (2.0, 0.9), (3.0, 0.5)) for seed in (0, 1, 2)],
+]  # fmt: skip
+
+
+def warned(runs: list[Run]) -> dict[str, str]:
+    (comparison,) = compare(runs)
+    return {warning.title: warning.text for warning in warnings(comparison)}
+
+
+def test_a_fair_comparison_has_no_warning() -> None:
+    assert warned(FAIR) == {}
+
+
+def changed(**changes: object) -> list[Run]:
+    """The fair runs, those of TVLARS at batch 1,024 changed."""
+    return [
+        run if (run.config["optimizer"]["name"], run.config["batch_size"]) != ("tvlars", 1024)
+        else made("tvlars", batch=1024, lr=run.config["optimizer"]["lr"], seed=run.config["seed"],
+                  val=run.figure("best/val/accuracy"), **changes)  # type: ignore[arg-type]
+        for run in FAIR
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("runs", "title", "says"),
+    [
+        ([run for run in FAIR if run.config["optimizer"] != {"name": "lars", "lr": 3.0} or run.config["batch_size"] < 500],
+         "Unequal number of trials", "at 1,024 LARS 2 and TVLARS 3"),
+        ([made(name, lr=lr, seed=seed) for name in ("lars", "lamb") for lr in (1.0, 2.0) for seed in (0, 1, 2)],
+         "Settings chosen on the test set", "every optimizer at every batch size.*dataset.val_fraction=0.1"),
+        (changed(epochs=20), "Training of different length (epochs)", "At batch 1,024.*LARS: 10; TVLARS: 20"),
+        (changed(model__stem="cifar"), "Different conditions (model.stem)", "LARS: -; TVLARS: cifar"),
+        (changed(dataset__val_fraction=0.2), "Different conditions (dataset.val_fraction)", "LARS: 0.1; TVLARS: 0.2"),
+        (changed(facts={"precision": "bf16"}), "Different precision", "bf16 and fp32"),
+        (changed(facts={"device": "NVIDIA H100"}), "Different device", "NVIDIA H100 and cpu"),
+        (changed(facts={"versions": {"torch": "2.16.0"}}), "Different version of torch", "2.15.0 and 2.16.0"),
+        (changed(facts={"git_commit": "b" * 40}), "Different versions of the program", "aaaaaaaaaa and bbbbbbbbbb"),
+        (changed(facts={"git_dirty": True}), "Changed program", "In 9 runs"),
+        (changed(state="preempted"), "Runs without a result", "9 preempted"),
+        ([run for run in FAIR if run.config["seed"] == 0], "One seed only", "single seed"),
+        ([run for run in FAIR if run.config["seed"] < 2], "Fewer than 3 seeds", "two seeds"),
+        ([run for run in FAIR if run.config["seed"] < 2 or run.config["optimizer"]["name"] == "lars"],
+         "Different seeds", "At batch 128 and 1,024"),
+        ([run for run in FAIR if run.config["seed"] < 1 or run.config["optimizer"]["lr"] == 2.0],
+         "Settings with unequal numbers of seeds", "high by luck"),
+        ([run for run in FAIR if run.config["optimizer"] != {"name": "lars", "lr": 1.0}],
+         "Best rate at the edge of those tried", "^For LARS the chosen"),
+        ([run for run in FAIR if run.config["optimizer"]["name"] == "lars" or run.config["batch_size"] == 128],
+         "Not everything was run", "TVLARS at 1,024"),
+        ([*FAIR, made("lars", lr=2.0, seed=3, val=0.9, state="diverged"), made("tvlars", lr=2.0, seed=3, val=0.9)],
+         "Some seeds diverged", "^For LARS at 128 training broke down"),
+        ([*seeds("lars", 0.5, 0.5, 0.5, epochs=10), *seeds("lars", 0.6, 0.6, 0.6, epochs=20)],
+         "Settings of different length (epochs)", "LARS"),
+    ],
+)  # fmt: skip
+def test_what_is_unfair_is_said(runs: list[Run], title: str, says: str) -> None:
+    found = warned(runs)
+    assert title in found, found
+    assert re.search(says, found[title]), found[title]
+
+
+def test_what_is_varied_alike_for_every_optimizer_is_fair() -> None:
+    runs = [
+        made(name, lr=lr, seed=seed, val=0.5 + (lr == 2.0) * 0.4, model__init=init)
+        for name in ("lars", "tvlars") for lr in (1.0, 2.0, 3.0) for seed in (0, 1, 2)
+        for init in ("default", "kaiming_normal")
+    ]  # fmt: skip
+    assert warned(runs) == {}
+
+
+def test_a_rate_below_one_that_diverged_is_at_no_edge() -> None:
+    runs = [
+        made(name, lr=lr, seed=seed, val=val, state="diverged" if lr == 3.0 else "finished")
+        for name in ("lars", "tvlars") for lr, val in ((1.0, 0.5), (2.0, 0.9), (3.0, 0.1)) for seed in (0, 1, 2)
+    ]  # fmt: skip
+    assert "Best rate at the edge of those tried" not in warned(runs)

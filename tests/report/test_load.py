@@ -1,0 +1,188 @@
+"""Whatever lies in a folder of runs: the whole ones are read, the rest is named, and nothing is a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import configuration
+from made_runs import write_run
+
+from largebatch.config import decisive, identity
+from largebatch.report.compare import compare
+from largebatch.report.curves import read_histories
+from largebatch.report.load import Problem, flat, load_runs, read_history, read_layers, thinned
+from largebatch.run_folder import RunFolder
+
+LARS = ("optimizer=lars", "dataset=digits")
+
+
+def test_a_whole_run_is_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, *LARS, "batch_size=256", "optimizer.lr=3")
+    (run,), problems = load_runs(tmp_path)
+    assert problems == []
+    assert (run.name, run.state, run.config["batch_size"], run.options["optimizer.lr"]) == (
+        folder.name, "finished", 256, 3.0,
+    )  # fmt: skip
+    assert run.figure("test/accuracy") == 0.5
+    assert [row["test/accuracy"] for row in read_history(run, problems) if "test/accuracy" in row] == [0.4, 0.5]
+
+
+def test_options_are_what_the_identity_is_made_of(tmp_path: Path) -> None:
+    write_run(tmp_path, "optimizer=tvlars", "dataset=digits")
+    (run,), _ = load_runs(tmp_path)
+    config = configuration("optimizer=tvlars", "dataset=digits")
+    assert run.name.endswith(identity(config))
+    assert "cluster.name" not in run.options
+    assert "dataset.root" not in run.options
+    assert run.options["optimizer.lmbda"] == config.optimizer.lmbda
+    assert decisive(run.config)["dataset"]["val_fraction"] == 0.0
+
+
+def overwrite(name: str, text: str) -> Callable[[RunFolder], None]:
+    return lambda folder: (folder.path / name).write_text(text) and None  # type: ignore[return-value]
+
+
+def remove(name: str) -> Callable[[RunFolder], None]:
+    return lambda folder: (folder.path / name).unlink()
+
+
+def without_key(folder: RunFolder) -> None:
+    """As if a version had written it that knew no batch_size."""
+    kept = [line for line in folder.config.read_text().splitlines() if not line.startswith("batch_size:")]
+    folder.config.write_text("\n".join(kept))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (overwrite("status.json", ""), "status.json can't be read"),
+        (overwrite("status.json", '{"state": "fini'), "status.json can't be read"),
+        (overwrite("status.json", "[]"), "status.json is not an object"),
+        (overwrite("status.json", "{}"), "status.json has no state that is known (None)"),
+        (overwrite("status.json", '{"state": "exploded"}'), "('exploded')"),
+        (remove("status.json"), "status.json is missing"),
+        (remove("config.yaml"), "config.yaml is missing"),
+        (overwrite("config.yaml", ""), "config.yaml is not a mapping"),
+        (overwrite("config.yaml", "dataset: {name: [unclosed"), "config.yaml can't be read"),
+        (overwrite("config.yaml", "\0\1"), "config.yaml can't be read"),
+        (overwrite("config.yaml", "dataset: digits\n"), "config.yaml says no usable dataset.name"),
+        (without_key, "config.yaml says no usable batch_size (None); is it of another version?"),
+        (remove("summary.json"), "summary.json is missing"),
+        (overwrite("summary.json", '{"test/accuracy": 0.'), "summary.json can't be read"),
+        (overwrite("summary.json", '{"test/accuracy": null}'), "summary.json has no test/accuracy"),
+    ],
+)
+def test_a_damaged_run_is_named_and_left_out(damage: Callable[[RunFolder], None], says: str, tmp_path: Path) -> None:
+    whole = write_run(tmp_path, *LARS)
+    broken = write_run(tmp_path, *LARS, "seed=1")
+    damage(broken)
+    runs, problems = load_runs(tmp_path)
+    assert [run.name for run in runs] == [whole.name]
+    ((where, what),) = [(problem.where, problem.what) for problem in problems]
+    assert where == broken.name
+    assert says in what
+
+
+def test_foreign_folders_are_named_and_files_and_hidden_ones_passed_over(tmp_path: Path) -> None:
+    write_run(tmp_path, *LARS)
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / ".slurm").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    runs, problems = load_runs(tmp_path)
+    assert len(runs) == 1
+    assert problems == [Problem("photos", "not a run folder: it has no config.yaml, status.json or metrics.jsonl")]
+
+
+def test_an_earlier_version_without_a_later_key_is_read(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, *LARS)
+    later = ("compile:", "  on_error:", "  larc:")
+    text = folder.config.read_text()
+    folder.config.write_text("\n".join(line for line in text.splitlines() if not line.startswith(later)))
+    (run,), problems = load_runs(tmp_path)
+    assert problems == []
+    write_run(tmp_path, *LARS, "seed=1")
+    (cell,) = compare(load_runs(tmp_path)[0])[0].cells.values()
+    assert cell.trials == 1  # it is the same setting as that of today's version
+    assert run.options == {k: v for k, v in cell.settings[0].options.items()} | {"seed": 0}
+
+
+def test_a_copied_folder_is_no_second_seed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, *LARS)
+    shutil.copytree(folder.path, tmp_path / "zz-copy")
+    runs, problems = load_runs(tmp_path)
+    assert [run.name for run in runs] == [folder.name]
+    assert problems == [
+        Problem("zz-copy", f"the same configuration and seed as {folder.name}; only that one counts")
+    ]  # fmt: skip
+
+
+def test_a_run_whose_process_is_gone_is_interrupted(tmp_path: Path) -> None:
+    write_run(tmp_path, *LARS, state="running")
+    (run,), problems = load_runs(tmp_path)
+    assert (run.state, run.done, problems) == ("interrupted", False, [])
+
+
+def test_earlier_repetitions_inside_of_a_run_are_no_runs(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, *LARS)
+    shutil.copytree(folder.path, tmp_path / "previous")
+    (tmp_path / "previous").rename(folder.path / "previous-1")
+    runs, problems = load_runs(tmp_path)
+    assert (len(runs), problems) == (1, [])
+
+
+def test_half_a_last_row_of_metrics_is_left_out_and_a_broken_one_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, *LARS)
+    runs, problems = load_runs(tmp_path)
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 30, "epo')
+    (comparison,) = compare(runs)
+    assert len(read_histories(comparison, problems)[folder.name]) == 2
+    assert problems == []
+    with folder.metrics.open("a") as file:
+        file.write("\n")
+    assert read_histories(comparison, problems)[folder.name] == []
+    ((where, what),) = [(problem.where, problem.what) for problem in problems]
+    assert where == folder.name
+    assert what.startswith("metrics.jsonl can't be read (")
+    assert what.endswith("its curves are left out")
+
+
+def test_layers_of_every_step_and_of_few(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = write_run(tmp_path, *LARS)
+    (run,), problems = load_runs(tmp_path)
+    assert read_layers(run, 10, problems) is None  # layer statistics may be off: no problem
+    rows = [(step, layer, step + at) for step in range(1, 102) for at, layer in enumerate(("b", "a"))]
+    columns = {"step": [r[0] for r in rows], "layer": [r[1] for r in rows]}
+    norms = {name: [float(r[2]) for r in rows] for name in ("weight_norm", "gradient_norm", "trust_ratio")}
+    pyarrow.parquet.write_table(pyarrow.table(columns | norms), folder.layers)
+    layers = read_layers(run, 3, problems)
+    assert layers is not None
+    assert (layers.steps, layers.names) == ([1, 51, 101], ["b", "a"])
+    assert layers.figures["gradient_norm"] == [[1.0, 51.0, 101.0], [2.0, 52.0, 102.0]]
+    assert problems == []
+
+    content = folder.layers.read_bytes()
+    for cut in (content[: len(content) // 2], b"", content[:-1]):
+        folder.layers.write_bytes(cut)
+        found: list[Problem] = []
+        assert read_layers(run, 3, found) is None
+        assert found[0].what.startswith("layers.parquet can't be read (")
+
+
+@pytest.mark.parametrize("most", [2, 3, 7, 100])
+def test_thinned_keeps_both_ends(most: int) -> None:
+    kept = thinned(list(range(20)), most)
+    assert (kept[0], kept[-1], len(kept)) == (0, 19, min(most, 20))
+    assert kept == sorted(set(kept))
+
+
+def test_flat() -> None:
+    tree = {"a": {"b": 1, "c": None, "d": {}}, "e": [1, 2], "f": json.loads("true")}
+    assert flat(tree) == {"a.b": 1, "e": "[1, 2]", "f": True}

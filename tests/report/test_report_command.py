@@ -1,0 +1,247 @@
+"""``largebatch report`` on real runs, one of them diverged, in every format; the page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from conftest import TINY, environment, start
+from made_runs import write_run
+from runs import finish
+
+from largebatch.run_folder import RunFolder
+
+GRID = (
+    *TINY, "dataset.val_fraction=0.25", "epochs=3", "tracker.layers_every=2", "cluster.parallel=2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two optimizers with two seeds, one of them with a rate that diverges too; a failed run, and what is no run."""
+    folder = tmp_path_factory.mktemp("real")
+    finish(start("-m", *GRID, "optimizer=lars,tvlars", "seed=0,1", cwd=folder))
+    finish(start(*GRID, "optimizer=sgd", "optimizer.lr=1e30", cwd=folder))
+    runs = folder / "runs"
+    failed = shutil.copytree(next(runs.glob("*-sgd-*")), runs / "failed")
+    config = (failed / "config.yaml").read_text()
+    (failed / "config.yaml").write_text(re.sub("(?m)^seed: 0$", "seed: 1", config))
+    RunFolder(failed).update_status(state="failed", message="RuntimeError: <b>no space left</b>")
+    (runs / "half").mkdir()
+    (runs / "half" / "config.yaml").write_text("dataset: {na")
+    return runs
+
+
+def report(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "largebatch.cli", "report", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def written(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cwd = tmp_path_factory.mktemp("page")
+    result = report(runs_dir, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "report.html: 6 runs in 1 comparison(s)\n"
+    assert result.stderr.startswith("left out: half: config.yaml can't be read (")
+    assert len(result.stderr.splitlines()) == 1
+    return cwd / "report.html"
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page: its text by element, addresses, and elements that were left open."""
+
+    VOID = ("meta", "input", "br", "link", "img")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.scripts: list[str] = []
+        self.texts: list[str] = []
+        self.cells: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        where = self.open[-1] if self.open else ""
+        if where == "script":
+            self.scripts.append(data)
+        elif where != "style" and data.strip():
+            self.texts.append(data.strip())
+            if where in ("td", "strong") and "td" in self.open:
+                self.cells.append(data.strip())
+
+
+def test_the_page_is_whole_small_and_needs_nothing_else(written: Path) -> None:
+    page = Page(written.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert all(address.startswith("#") for address in page.addresses)
+    assert len(page.scripts) == 3  # the charts' data, Plotly once, ours
+    assert written.stat().st_size < 6e6
+    assert "width=device-width" in written.read_text(encoding="utf-8")
+
+
+def test_the_page_says_answer_table_warnings_and_troubles(written: Path) -> None:
+    page = Page(written.read_text(encoding="utf-8"))
+    text = " ".join(page.texts)
+    assert re.search(r"At batch 16 (no optimizer is ahead beyond the spread|\S+ leads with)", text)
+    assert "diverged" in page.cells
+    assert sum(bool(re.fullmatch(r"\d+\.\d ± \d+\.\d", cell)) for cell in page.cells) == 2  # LARS and TVLARS
+    assert "Runs without a result" in " ".join(page.texts)
+    assert text.index("Fewer than 3 seeds") < text.index("Accuracy and training")
+    assert "the loss was not finite at step" in text
+    assert "RuntimeError: <b>no space left</b>" in text  # as text, not as an element
+    assert "half" in page.cells
+
+
+def test_the_same_runs_make_the_same_bytes(runs_dir: Path, written: Path, tmp_path: Path) -> None:
+    assert report(runs_dir, "--out", "again.html", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "again.html").read_bytes() == written.read_bytes()
+
+
+def test_markdown_is_printed(runs_dir: Path, tmp_path: Path) -> None:
+    result = report(runs_dir, "--format", "md", cwd=tmp_path)
+    lines = result.stdout.splitlines()
+    assert "## synthetic · smallcnn · classification" in lines
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines if line.startswith("| ")}
+    assert rows["test accuracy [%]"] == "batch 16"
+    assert re.fullmatch(r"\*{0,2}\d+\.\d ± \d+\.\d\*{0,2} \(1 setting, 2 seeds\)", rows["LARS"])
+    assert rows["SGD"] == "diverged (1 setting, 0 seeds, 1 diverged, 1 not finished)"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_csv_and_parquet_are_one_row_a_run(runs_dir: Path, tmp_path: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(report(runs_dir, "--format", "csv", cwd=tmp_path).stdout)))
+    assert len(rows) == 6
+    assert report(runs_dir, "--out", "runs.parquet", cwd=tmp_path).returncode == 0
+    table = pyarrow.parquet.read_table(tmp_path / "runs.parquet").to_pylist()
+    for text, row in zip(rows, table, strict=True):
+        assert text == {key: "" if value is None else str(value) for key, value in row.items()}
+    for row in table:
+        if row["state"] == "finished":
+            summary = RunFolder(runs_dir / row["run"]).read_summary()
+            assert row["best/test/accuracy"] == summary["best/test/accuracy"]
+            assert (row["chosen"], row["reported"]) == (True, "best/test/accuracy")
+    assert sorted(row["state"] for row in table) == ["diverged", "failed", *["finished"] * 4]
+    assert [row["optimizer.lmbda"] for row in table] == [None, None, 0.001, 0.001, None, None]
+
+
+def test_a_dash_prints_the_page(runs_dir: Path, written: Path, tmp_path: Path) -> None:
+    assert report(runs_dir, "--out", "-", cwd=tmp_path).stdout.strip() == written.read_text(encoding="utf-8").strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--target", "90"], "--target 90: allowed are accuracies between 0 and 1"),
+        (["--out", "report.pdf"], "--out report.pdf: its ending says no format"),
+        (["--out", "nowhere/report.html"], "there is no folder nowhere"),
+        (["--format", "parquet", "--out", "-"], "name a file"),
+        (["--by", "optimizer.denominatr"], "--by optimizer.denominatr: no run sets such a key"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments: list[str], says: str, runs_dir: Path, tmp_path: Path) -> None:
+    result = report(runs_dir, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    result = report(tmp_path, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[0].startswith("left out: photos: not a run folder")
+    assert result.stderr.splitlines()[1].endswith("holds no run that can be read; give the folder that holds the runs")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_texts_from_run_folders_stay_texts(tmp_path: Path) -> None:
+    """In the page, in its charts' data and in Markdown."""
+    nasty = "</script><img src=x onerror=alert(1)>|`"
+    folder = write_run(tmp_path, "dataset=digits", "optimizer=lars", message=nasty)
+    config = folder.config.read_text().replace("name: lars", f"name: '{nasty}'")
+    folder.config.write_text(config)
+    assert report(tmp_path, "--out", "nasty.html", cwd=tmp_path).returncode == 0
+    html = (tmp_path / "nasty.html").read_text(encoding="utf-8")
+    assert "<img" not in html.replace("'<img", "")  # Plotly's own script names the tag in a string
+    page = Page(html)
+    assert page.open == []
+    assert len(page.scripts) == 3
+    assert any(nasty in text for text in page.texts)
+    assert "<img" not in report(tmp_path, "--format", "md", cwd=tmp_path).stdout.replace("\\<img", "")
+
+
+# In a browser.
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+
+
+def shown(page: Path, folder: Path) -> tuple[str, list[str]]:
+    """The document after its scripts ran, and what the console said."""
+    assert BROWSER is not None
+    flags = [
+        "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=20000",
+        *(["--no-sandbox"] if os.geteuid() == 0 else []),
+    ]  # fmt: skip
+    command = [BROWSER, *flags, f"--user-data-dir={folder}", "--dump-dom", page.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_browser
+def test_every_chart_is_drawn_and_the_console_is_silent(written: Path, tmp_path: Path) -> None:
+    document, console = shown(written, tmp_path)
+    assert console == []
+    assert 'data-drawn="all"' in document
+    charts = re.findall(r'<figure class="card" id="([^"]+)"', document)
+    assert len(charts) >= 6
+    for one in document.split('<figure class="card"')[1:]:
+        figure = one.partition("</figure>")[0]
+        assert 'class="main-svg"' in figure
+        assert re.search(r'class="(js-line|point|hm)"', figure), figure[:300]  # a line, a mark or a map
+        assert len(re.findall(r'class="[xy]title"', figure)) == 2
+        assert "no run of this choice" not in figure
+
+
+@needs_browser
+def test_a_switch_changes_the_axis_and_the_curves(written: Path, tmp_path: Path) -> None:
+    """A reader's choice, made by a line of script at the end of the page."""
+    choose = """<script>
+    const card = [...document.querySelectorAll("figure.card")].find((one) => one.innerText.includes("Training curves"));
+    for (const [key, value] of [["metric", "train/loss"], ["x", "seconds"]])
+      card.querySelector(`select[data-key=${key}]`).value = value;
+    card.querySelector("select").dispatchEvent(new Event("change", { bubbles: true }));
+    </script></body>"""
+    page = tmp_path / "chosen.html"
+    page.write_text(written.read_text(encoding="utf-8").replace("</body>", choose), encoding="utf-8")
+    document, console = shown(page, tmp_path / "profile")
+    assert console == []
+    (figure,) = [
+        one.partition("</figure>")[0]
+        for one in document.split('<figure class="card"')[1:]
+        if "<h4>Training curves</h4>" in one.partition("</figure>")[0]
+    ]
+    assert re.search(r'class="xtitle"[^>]*>wall time \[s\]<', figure)
+    assert re.search(r'class="ytitle"[^>]*>training loss<', figure)
