@@ -107,7 +107,7 @@ def test_an_earlier_version_without_a_later_key_is_read(tmp_path: Path) -> None:
     write_run(tmp_path, *LARS, "seed=1")
     (cell,) = compare(load_runs(tmp_path)[0])[0].cells.values()
     assert cell.trials == 1  # it is the same setting as that of today's version
-    assert run.options == {k: v for k, v in cell.settings[0].options.items()} | {"seed": 0}
+    assert run.options == cell.settings[0].options | {"seed": 0}
 
 
 def test_a_copied_folder_is_no_second_seed(tmp_path: Path) -> None:

@@ -202,7 +202,8 @@ def shown(page: Path, folder: Path) -> tuple[str, list[str]]:
     assert BROWSER is not None
     flags = [
         "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=20000",
+        "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0",
+        "--virtual-time-budget=20000",
         *(["--no-sandbox"] if os.geteuid() == 0 else []),
     ]  # fmt: skip
     command = [BROWSER, *flags, f"--user-data-dir={folder}", "--dump-dom", page.as_uri()]

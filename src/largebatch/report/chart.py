@@ -92,7 +92,7 @@ def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"align": "left"},
         "xaxis": {**axis, "title": {"text": x}},
-        "yaxis": {**axis, "title": {"text": y}},
+        "yaxis": {**axis, "title": {"text": y, "standoff": 8}},
     }
     for key, value in more.items():
         base[key] = {**base[key], **value} if isinstance(value, dict) and key in base else value

@@ -20,9 +20,9 @@ Grid = list[list[float | None]]  # over layers, over steps
 
 MOST_STEPS = 100  # of a curve
 _FEWEST_STEPS = 12
-# Numbers that the layers of the whole page may take: some 2.5 MB. Each is in a line with its step, and in a map.
-_BUDGET = 400_000
-_COPIES = 3
+# Numbers that the layers of the whole page may take: some 2.5 MB. Each is in a line, with its step, and in a map; what
+# else a line needs takes as much again as some numbers.
+_BUDGET, _COPIES, _OF_LINE = 400_000, 3, 60
 _DECADES = 4  # that an axis may have with ticks between powers of ten
 _LEGEND = 12  # layers whose names still fit above a chart
 
@@ -60,7 +60,7 @@ def read_diagnosed(comparison: Comparison, problems: list[Problem]) -> list[Diag
 
 
 def in_budget(diagnosed: Sequence[Diagnosed], share: float = 1.0) -> list[Diagnosed]:
-    """What the charts of single layers draw: fewer steps, then fewer batch sizes, so that the page stays small.
+    """What the charts of single layers draw: fewer steps, then batch sizes, then layers, so that the page stays small.
 
     Args:
         share: of the page's budget, for one comparison of several.
@@ -68,17 +68,20 @@ def in_budget(diagnosed: Sequence[Diagnosed], share: float = 1.0) -> list[Diagno
     sizes = sorted({one.cell.batch_size for one in diagnosed})
     for few in (sizes, thinned(sizes, 3), sizes[-1:]):
         kept = [one for one in diagnosed if one.cell.batch_size in few]
-        numbers = sum(len(one.layers.names) for one in kept) * len(QUANTITIES) * _COPIES
-        steps = int(_BUDGET * share / max(numbers, 1))
+        lines = sum(len(one.layers.names) for one in kept) * len(QUANTITIES)
+        steps = int((_BUDGET * share / max(lines, 1) - _OF_LINE) / _COPIES)
         if steps >= _FEWEST_STEPS:
             break
-    return [Diagnosed(one.cell, _thinned(one.layers, max(steps, _FEWEST_STEPS))) for one in kept]
+    of_layer = len(kept) * len(QUANTITIES) * (_FEWEST_STEPS * _COPIES + _OF_LINE)
+    most_layers = max(int(_BUDGET * share / max(of_layer, 1)), 2)
+    return [Diagnosed(one.cell, _thinned(one.layers, max(steps, _FEWEST_STEPS), most_layers)) for one in kept]
 
 
-def _thinned(layers: Layers, most: int) -> Layers:
-    places = thinned(list(range(len(layers.steps))), most)
-    figures = {name: [[row[i] for i in places] for row in grid] for name, grid in layers.figures.items()}
-    return Layers([layers.steps[i] for i in places], layers.names, figures)
+def _thinned(layers: Layers, most_steps: int, most_layers: int) -> Layers:
+    places = thinned(list(range(len(layers.steps))), most_steps)
+    rows = thinned(list(range(len(layers.names))), most_layers)
+    figures = {name: [[grid[row][i] for i in places] for row in rows] for name, grid in layers.figures.items()}
+    return Layers([layers.steps[i] for i in places], [layers.names[row] for row in rows], figures)
 
 
 def middle_layer(diagnosed: Sequence[Diagnosed], style: Mapping[RowKey, Style]) -> Chart:

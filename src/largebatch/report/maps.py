@@ -79,7 +79,7 @@ def _map_note(cells: Sequence[Cell]) -> str:
     which = "Best validation accuracy" if _chosen_by(cells) == BY_VALIDATION else "Test accuracy"
     several = any(len(group) > 1 for cell in cells for group in _by_option(cell, "optimizer.lr").values())
     rest = " Where more than these two were varied, the best is shown." if several else ""
-    return f"{which} [%], mean over seeds. Grey: training broke down (✕ with the number of seeds).{rest}"
+    return f"{which} [%], mean over seeds; bold: chosen. Grey: training broke down (✕: seeds that diverged).{rest}"
 
 
 def _add_map(
@@ -99,9 +99,12 @@ def _add_map(
     digits = decimals(comparison)
     means = {place: statistics.fmean(s.values(chosen_by)) for place, s in best.items() if s.values(chosen_by)}
     lost = {place: len(setting.diverged) for place, setting in best.items()}
-    text = {
-        place: f"{100 * mean:.{digits}f}" + (f" ✕{lost[place]}" if lost[place] else "") for place, mean in means.items()
-    }
+    chosen = [cell.chosen for cell in comparison.shown if cell.chosen]
+    text = {}
+    for place, mean in means.items():
+        said = f"{100 * mean:.{digits}f}"
+        bold = any(setting is one for one in chosen for setting in places[place])
+        text[place] = (f"<b>{said}</b>" if bold else said) + (f" ✕{lost[place]}" if lost[place] else "")
     gone = {place: f"✕{count}" for place, count in lost.items() if place not in means}
     shared = {"x": xs, "y": ys, "texttemplate": "%{text}", "xgap": 2, "ygap": 2, "meta": {"pick": pick}}
     if means:

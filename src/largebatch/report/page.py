@@ -42,9 +42,8 @@ from largebatch.report.wording import answer, row_label, title
 
 Section = dict[str, Any]
 
-# Numbers that curves over training may take on the whole page: some 2 MB.
-_BUDGET = 300_000
-_COPIES = 36  # numbers a point: six metrics, each a line, a band (twice as many) and three axes of both, less for loss
+# Points of curves on the whole page, counted by cell: with all metrics, bands and axes some 600 bytes each.
+_BUDGET = 3_500
 _FEWEST_POINTS = 24
 
 
@@ -74,7 +73,7 @@ def page(
     histories = [read_histories(comparison, problems) for comparison in comparisons]
     diagnosed = [read_diagnosed(comparison, problems) for comparison in comparisons]
     cells = sum(len(comparison.shown) for comparison in comparisons)
-    points = max(_FEWEST_POINTS, min(MOST_POINTS, _BUDGET // max(cells * _COPIES, 1)))
+    points = max(_FEWEST_POINTS, min(MOST_POINTS, _BUDGET // max(cells, 1)))
     sections = [
         _section(
             comparison, history, in_budget(layers, len(layers) / max(sum(map(len, diagnosed)), 1)), layers, style,

@@ -1,0 +1,122 @@
+"""How long `largebatch report` takes for many runs, and how large its page is.
+
+Writes N run folders of the real files (configurations that the launcher composed, metric rows and layers by the
+recorder's own classes, the layers of a ResNet-18), then times the real command.
+`python benchmarks/report.py [N] [--keep FOLDER]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+
+from largebatch.config import Config, from_composed, run_name, to_yaml
+from largebatch.launch.composition import compose_grid
+from largebatch.resnet import resnet
+from largebatch.run_folder import RunFolder
+from largebatch.tracking.layers import COLUMNS, LayerLog
+from largebatch.tracking.metrics import MetricsLog, Row, read_rows, write_table
+from largebatch.tracking.recorder import summarise
+
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS, ROWS, LAYER_ROWS = 100, 200, 500
+GRID = [
+    "dataset=cifar10", "model=resnet18", "epochs=100", "dataset.val_fraction=0.1",
+    "optimizer=lars,lamb,tvlars,clars", "schedule=constant,warmup_cosine", "batch_size=512,1024,4096,16384",
+    "optimizer.lr=1,2,4,8", "seed=range(5)",
+]  # fmt: skip
+
+
+def write_run(runs_dir: Path, config: Config, layers: list[str]) -> None:
+    folder = RunFolder(runs_dir / run_name(config))
+    folder.path.mkdir(parents=True)
+    folder.config.write_text(to_yaml(config))
+    draw = random.Random(folder.name)
+    epoch_steps = max(45000 // config.batch_size, 1)
+    steps = EPOCHS * epoch_steps
+    log = MetricsLog(folder.metrics, 0)
+    for row in rows(config, draw, epoch_steps):
+        log.write(row)
+    log.close()
+    write_layers(folder, layers, steps, draw)
+    found = read_rows(folder.metrics)
+    write_table(found, folder.metrics_table)
+    facts: dict[str, Any] = {
+        "lr": config.optimizer.lr, "steps": steps, "steps_per_epoch": epoch_steps, "processes": 1, "precision": "fp32",
+        "device": "cpu (x86_64)", "test_images": 10000, "git_commit": "0" * 40, "git_dirty": False,
+        "versions": {"python": "3.11.7", "torch": torch.__version__},
+    }  # fmt: skip
+    summary = summarise(found, facts) | {"state": "finished", "step": steps, "wall_seconds": 600.0}
+    folder.summary.write_text(json.dumps(summary, indent=1))
+    folder.update_status(state="finished", message="", step=steps, steps=steps)
+
+
+def rows(config: Config, draw: random.Random, epoch_steps: int) -> list[Row]:
+    """``ROWS`` rows: of each epoch a training row and an evaluation."""
+    best = draw.uniform(0.85, 0.95)
+    found = []
+    for i in range(1, ROWS + 1):
+        epoch = math.ceil(i * EPOCHS / ROWS)
+        accuracy = best * (1 - math.exp(-epoch / 20)) + draw.gauss(0, 0.01)
+        where: Row = {
+            "step": epoch * epoch_steps - (i % 2) * (epoch_steps > 1), "epoch": float(epoch),
+            "examples": epoch * 45000, "wall_seconds": 6.0 * epoch,
+        }  # fmt: skip
+        if i % 2:
+            where |= {"train/loss": 2 * (1 - accuracy), "train/accuracy": accuracy, "optim/lr": config.optimizer.lr}
+            where |= {"perf/images_per_second": draw.gauss(7000, 100), "perf/step_ms": 70.0}
+            where |= {"optim/phi": math.exp(-epoch / 50)} if config.optimizer.name == "tvlars" else {}
+        else:
+            for split in ("val", "test"):
+                where |= {f"{split}/loss": 1 - accuracy, f"{split}/accuracy": accuracy, f"{split}/top5": 0.99}
+        found.append(where)
+    return found
+
+
+def write_layers(folder: RunFolder, layers: list[str], steps: int, draw: random.Random) -> None:
+    log = LayerLog(folder.layers, 0)
+    generator = torch.Generator().manual_seed(draw.randrange(2**31))
+    every = max(steps // LAYER_ROWS, 1)
+    for step in range(every, steps + 1, every):
+        log.add(step, layers, {name: torch.rand(len(layers), generator=generator) + 0.01 for name in COLUMNS})
+    log.write()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times `largebatch report` on made-up runs.")
+    parser.add_argument("runs", type=int, nargs="?", default=500, help="at most 640; default: 500")
+    parser.add_argument("--keep", type=Path, help="write the runs here and leave them")
+    options = parser.parse_args()
+    ConfigStore.instance().store(name="schema", node=Config)
+    layers = [name for name, weight in resnet("resnet18", 10).named_parameters() if weight.ndim > 1]
+    with tempfile.TemporaryDirectory() as temporary:
+        runs_dir = (options.keep or Path(temporary)) / "runs"
+        for job in compose_grid(GRID, ROOT / "conf")[: options.runs]:
+            write_run(runs_dir, from_composed(job.tree), layers)
+        size = sum(path.stat().st_size for path in runs_dir.rglob("*")) / 1e6
+        print(f"{options.runs} runs of {ROWS} metric rows, {len(layers)} layers at {LAYER_ROWS} steps: {size:,.0f} MB")
+        print("| format | seconds | MB |\n|---|---|---|")
+        for kind in ("html", "md", "csv", "parquet"):
+            out = Path(temporary) / f"report.{kind}"
+            command = [sys.executable, "-m", "largebatch.cli", "report", str(runs_dir), "--out", str(out)]
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            print(f"| {kind} | {time.perf_counter() - started:.1f} | {out.stat().st_size / 1e6:.2f} |")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        print(f"peak memory of the largest: {peak:,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the charts are given: places in maps, colours, switches, and how much they may hold."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from made_runs import made, seeds
+
+from largebatch.report.chart import styles
+from largebatch.report.compare import compare
+from largebatch.report.figures import accuracy_by_batch, training_curves
+from largebatch.report.layer_figures import Diagnosed, in_budget, layer_lines, layer_map, middle_layer
+from largebatch.report.load import Layers
+from largebatch.report.maps import lambda_maps, rate_maps
+
+
+def at(trace: Any, x: str, y: str, what: str = "z") -> Any:
+    return trace[what][list(trace.y).index(y)][list(trace.x).index(x)]
+
+
+def test_a_rate_map_has_the_mean_validation_accuracy_and_divergence_in_grey() -> None:
+    runs = [
+        *[made(lr=2.0, seed=seed, val=val) for seed, val in enumerate((0.80, 0.90))],
+        *[made(lr=10.0, seed=seed, val=0.1, state="diverged") for seed in (0, 1)],
+        *[made(lr=2.0, batch=1024, seed=seed, val=0.6) for seed in (0, 1)],
+        made(lr=10.0, batch=1024, seed=0, val=0.7), made(lr=10.0, batch=1024, seed=1, val=0.7, state="diverged"),
+    ]  # fmt: skip
+    (chart,) = rate_maps(compare(runs)[0])
+    accuracy, diverged = chart.figure.data
+    assert at(accuracy, "128", "2") == 85.0
+    assert at(accuracy, "1,024", "10") == 70.0
+    assert at(accuracy, "1,024", "10", "text") == "70.0 ✕1"  # 0.7 / 2 is below 0.6: the other one is chosen
+    assert at(accuracy, "1,024", "2", "text") == "<b>60.0</b>"
+    assert at(accuracy, "128", "10") is None
+    assert at(diverged, "128", "10", "text") == "✕2"
+    assert list(chart.figure.layout.yaxis.categoryarray) == ["2", "10"]  # by size, not as text
+
+
+def test_there_is_no_rate_map_of_a_single_rate() -> None:
+    assert rate_maps(compare(seeds("lars", 0.5, 0.6))[0]) == []
+
+
+def test_a_lambda_map_where_lambda_varies() -> None:
+    runs = [
+        made("tvlars", lr=lr, batch=batch, optimizer__lmbda=lmbda, val=lr / 10 + 100 * lmbda)
+        for lr in (1.0, 2.0) for lmbda in (1e-4, 1e-3) for batch in (128, 1024)
+    ]  # fmt: skip
+    comparison = compare([*runs, made("lars", lr=1.0, val=0.5)])[0]
+    (chart,) = lambda_maps(comparison)
+    assert [option for option, _ in chart.switches[0].options] == ["1024", "128"]
+    assert [trace.visible for trace in chart.figure.data] == [False, True]
+    assert at(chart.figure.data[0], "0.001", "2") == 30.0  # 2 / 10 + 100 * 0.001
+
+
+def test_an_optimizer_has_its_colour_everywhere_and_warm_up_another_line() -> None:
+    runs = [made(name, schedule, model__name=model) for name in ("lars", "tvlars", "mine", "other")
+            for schedule in ("constant", "warmup_cosine") for model in ("a", "b")]  # fmt: skip
+    comparisons = compare(runs)
+    style = styles(comparisons)
+    assert len({drawn.colour for drawn in style.values()}) == 4
+    for first, second in itertools.combinations(style, 2):
+        same = first.optimizer == second.optimizer
+        assert (style[first].colour == style[second].colour) == same
+        if same:
+            assert style[first].dash != style[second].dash
+            assert style[first].symbol != style[second].symbol
+    for comparison in comparisons:
+        for trace, row in zip(accuracy_by_batch(comparison, style).figure.data, comparison.rows, strict=True):
+            assert (trace.line.color, trace.line.dash) == (style[row].colour, style[row].dash)
+
+
+def test_curves_have_the_mean_and_the_band_of_the_spread() -> None:
+    runs = seeds("lars", 0.5, 0.5)
+    (comparison,) = compare(runs)
+    histories = {
+        run.name: [{"step": s, "epoch": s / 10, "wall_seconds": float(s), "test/accuracy": a} for s, a in points]
+        for run, points in zip(runs, (((10, 0.2), (20, 0.5), (25, 0.1)), ((10, 0.4), (20, 0.5))), strict=True)
+    }
+    chart = training_curves(comparison, histories, styles([comparison]), 100)
+    assert chart is not None
+    band, line = chart.figure.data
+    assert list(line.y) == [30.0, 50.0]  # only where both have logged
+    assert list(band.y) == [44.14, 50.0, 50.0, 15.86]  # 0.3 ± 0.1 * sqrt(2) at first, and back
+    assert line.meta["x"] == {"epochs": [1.0, 2.0], "steps": [10.0, 20.0], "seconds": [10.0, 20.0]}
+    assert band.meta["x"]["steps"] == [10.0, 20.0, 20.0, 10.0]
+
+
+def layered(layers: int, steps: int, *sizes: int) -> list[Diagnosed]:
+    grid: list[list[float | None]] = [[float(layer + 1)] * steps for layer in range(layers)]
+    figures = {"weight_norm": grid, "gradient_norm": [[2.0] * steps for _ in grid], "trust_ratio": grid}
+    found = Layers(list(range(steps)), [f"layer{i}" for i in range(layers)], figures)
+    cells = compare(made(batch=size) for size in sizes)[0].shown
+    return [Diagnosed(cell, found) for cell in cells]
+
+
+def test_lnr_is_weight_norm_over_gradient_norm() -> None:
+    diagnosed = layered(3, 5, 128)
+    (comparison,) = compare([made(batch=128)])
+    chart = middle_layer(diagnosed, styles([comparison]))
+    assert list(chart.figure.data[0].y) == [1.0] * 5  # the median of 1/2, 2/2 and 3/2
+    lines = [trace for trace in layer_lines(diagnosed).figure.data if trace.meta["pick"]["quantity"] == "lnr"]
+    assert [list(trace.y) for trace in lines] == [[0.5] * 5, [1.0] * 5, [1.5] * 5]
+    (lnr, *_) = layer_map(diagnosed).figure.data
+    assert list(lnr.y) == ["layer0", "layer1", "layer2"]
+    assert lnr.z[0][0] == -0.301  # log10 of 1/2
+
+
+def test_many_layers_are_drawn_at_fewer_steps_and_then_at_fewer_batch_sizes() -> None:
+    few = in_budget(layered(5, 100, 128, 256))
+    assert [len(one.layers.steps) for one in few] == [100, 100]
+    sizes = (64, 128, 256, 512, 1024)
+    many = in_budget(layered(300, 100, *sizes))
+    assert [one.cell.batch_size for one in many] == [64, 256, 1024]
+    assert 12 <= len(many[0].layers.steps) < 100
+    assert (many[0].layers.steps[0], many[0].layers.steps[-1]) == (0, 99)
+    most = in_budget(layered(2000, 100, *sizes))
+    assert [(one.cell.batch_size, len(one.layers.steps)) for one in most] == [(1024, 12)]
+    assert (most[0].layers.names[0], most[0].layers.names[-1]) == ("layer0", "layer1999")
+    assert 1000 < len(most[0].layers.names) < 1100  # 400,000 numbers / (4 quantities * (12 * 3 + 60)) = 1,041
