@@ -72,7 +72,7 @@ def _add_report(commands: Commands) -> None:
     )
     report.add_argument("--target", type=float, help="accuracy in 0..1 that the page counts the steps to")
     report.add_argument(
-        "--by", action="append", default=[], metavar="KEY", help="a key whose values are rows of their own"
+        "--by", action="append", default=[], metavar="KEY", help="a key whose values make rows of their own"
     )
     report.set_defaults(run=_report)
 

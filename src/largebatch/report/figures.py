@@ -89,8 +89,8 @@ def steps_to_target(comparison: Comparison, reached: Sequence[Reached], target: 
 
     def point(cell: Cell) -> tuple[float, float | None, str] | None:
         one = found.get((cell.row, cell.batch_size))
-        if one is None or one.steps is None or one.epochs is None or one.reached < one.runs:
-            return None
+        if one is None or not one.steps or one.epochs is None or one.reached < one.runs:
+            return None  # a logarithmic axis has no 0 either, where features are good before any step
         return one.steps, None, f"{one.steps:,.0f} steps, {one.epochs:.4g} epochs"
 
     figure = _by_batch(comparison, style, point)
@@ -99,7 +99,7 @@ def steps_to_target(comparison: Comparison, reached: Sequence[Reached], target: 
     figure.update_layout(
         layout(
             "batch size",
-            f"steps to {target}",
+            "optimizer steps",
             xaxis=batch_axis(comparison.columns),
             yaxis={"type": "log", "tickformat": ","},
         )

@@ -1,0 +1,110 @@
+"""The comparison of a folder of runs for the README: a table in Markdown, and one picture.
+
+`python docs/plots/digits_report.py RUNS_DIR [FOLDER]` writes digits_report.md and digits_report.svg into FOLDER, by
+default beside this script; the same files each time. The runs are those of `python launch.py -m
+sweeps=digits_comparison`; of several data sets, models or modes it takes the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from largebatch.report.chart import Style, styles
+from largebatch.report.compare import Comparison, RowKey, compare
+from largebatch.report.export import table
+from largebatch.report.layer_figures import QUANTITIES, Diagnosed, read_diagnosed
+from largebatch.report.load import load_runs
+from largebatch.report.wording import answer, row_label
+
+_LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+_MARKS = {"circle": "o", "square": "s", "diamond-open": "D", "triangle-up-open": "^"}
+
+
+def look(style: Style) -> dict[str, object]:
+    """A row's style, which the page gives Plotly, for matplotlib."""
+    return {
+        "color": style.colour, "linestyle": _LINES.get(style.dash, "-"), "marker": _MARKS.get(style.symbol, "x"),
+        "markerfacecolor": "white" if style.symbol.endswith("-open") else style.colour, "markersize": 5,
+        "linewidth": 1.5,
+    }  # fmt: skip
+
+
+def accuracy(axes: Axes, comparison: Comparison, style: dict[RowKey, Style]) -> None:
+    """Test accuracy of the chosen settings over batch sizes, with the spread over seeds."""
+    for index, row in enumerate(comparison.rows):
+        cells = [cell for cell in comparison.shown if cell.row == row and cell.mean is not None]
+        aside = 2 ** (0.05 * (index - (len(comparison.rows) - 1) / 2))  # or marks would hide each other
+        axes.errorbar(
+            [cell.batch_size * aside for cell in cells],
+            [100 * (cell.mean or 0) for cell in cells],
+            [100 * (cell.spread or 0) for cell in cells],
+            label=row_label(row),
+            capsize=2.5,
+            **look(style[row]),
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(comparison.columns, [f"{batch:,}" for batch in comparison.columns])
+    axes.minorticks_off()
+    axes.set_title("test accuracy, mean and spread over seeds")
+    axes.set_xlabel("batch size")
+    axes.set_ylabel("%")
+
+
+def ratios(axes: Axes, diagnosed: list[Diagnosed], style: dict[RowKey, Style]) -> None:
+    """LNR, the median over layers, at the largest batch size."""
+    largest = max(cell.batch_size for cell, _ in diagnosed)
+    _, grid_of = QUANTITIES["lnr"]
+    for cell, layers in diagnosed:
+        if cell.batch_size == largest:
+            columns = [[v for v in column if v] for column in zip(*grid_of(layers), strict=True)]
+            points = [(step, statistics.median(c)) for step, c in zip(layers.steps, columns, strict=True) if c]
+            axes.plot(*zip(*points, strict=True), **look(style[cell.row]) | {"marker": None})
+    axes.set_yscale("log")
+    axes.set_title(f"weight norm / gradient norm (LNR), batch {largest:,}")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("median over layers")
+
+
+def draw(comparison: Comparison, diagnosed: list[Diagnosed]) -> Figure:
+    style = styles([comparison])
+    # Places are fixed, not laid out by the size of the text, so that every version of matplotlib draws the same.
+    figure = Figure(figsize=(9, 4))
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.07, right=0.985, top=0.92, bottom=0.25, wspace=0.2)
+    accuracy(left, comparison, style)
+    if diagnosed:
+        ratios(right, diagnosed, style)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, handlelength=3.2)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes the README's comparison.")
+    parser.add_argument("runs_dir", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent)
+    options = parser.parse_args()
+    target = options.folder
+    runs, problems = load_runs(options.runs_dir)
+    comparison = compare(runs)[0]
+    diagnosed = read_diagnosed(comparison, problems)
+    for problem in problems:
+        print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
+    (target / "digits_report.md").write_text(f"{answer(comparison)}\n\n{table(comparison)}\n", encoding="utf-8")
+    matplotlib.rcdefaults()  # not what the user has set
+    salt = {"svg.hashsalt": "digits_report"}  # without it, names inside the file are random
+    with matplotlib.rc_context({**salt, "font.size": 9, "axes.titlesize": 9}):
+        metadata = {"Date": None, "Title": "Test accuracy against batch size, and LNR"}
+        draw(comparison, diagnosed).savefig(target / "digits_report.svg", format="svg", metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()
