@@ -1,0 +1,31 @@
+"""The script that makes the README's comparison, on a folder of runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT, environment
+from made_runs import write_run
+
+
+def draw(runs_dir: Path, folder: Path) -> tuple[str, str]:
+    folder.mkdir()
+    command = [sys.executable, str(ROOT / "docs" / "plots" / "digits_report.py"), str(runs_dir), str(folder)]
+    subprocess.run(command, env=environment(), check=True, timeout=120)
+    return (folder / "digits_report.md").read_text(), (folder / "digits_report.svg").read_text()
+
+
+def test_it_writes_the_table_and_the_same_picture_each_time(tmp_path: Path) -> None:
+    for optimizer, accuracies in (("lars", (0.90, 0.92)), ("lamb", (0.80, 0.82))):
+        for seed, accuracy in enumerate(accuracies):
+            for batch in (128, 1024):
+                overrides = ("dataset=digits", f"optimizer={optimizer}", f"batch_size={batch}", f"seed={seed}")
+                write_run(tmp_path / "runs", *overrides, accuracies=(0.1, accuracy))
+    table, picture = draw(tmp_path / "runs", tmp_path / "first")
+    assert "| LARS | **91.0 ± 1.4** (1 setting, 2 seeds) | **91.0 ± 1.4** (1 setting, 2 seeds) |" in table.splitlines()
+    assert "| LAMB | 81.0 ± 1.4 (1 setting, 2 seeds) | 81.0 ± 1.4 (1 setting, 2 seeds) |" in table.splitlines()
+    assert len(re.findall("<!-- LARS -->|<!-- LAMB -->", picture)) == 2  # their names in the legend
+    assert draw(tmp_path / "runs", tmp_path / "second") == (table, picture)
