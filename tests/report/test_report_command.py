@@ -86,7 +86,7 @@ class Page(HTMLParser):
             self.scripts.append(data)
         elif where != "style" and data.strip():
             self.texts.append(data.strip())
-            if where in ("td", "strong") and "td" in self.open:
+            if "td" in self.open:
                 self.cells.append(data.strip())
 
 
@@ -197,7 +197,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
 
 
-def shown(page: Path, folder: Path) -> tuple[str, list[str]]:
+def shown(page: Path, folder: Path, *more: str) -> tuple[str, list[str]]:
     """The document after its scripts ran, and what the console said."""
     assert BROWSER is not None
     flags = [
@@ -206,7 +206,7 @@ def shown(page: Path, folder: Path) -> tuple[str, list[str]]:
         "--virtual-time-budget=20000",
         *(["--no-sandbox"] if os.geteuid() == 0 else []),
     ]  # fmt: skip
-    command = [BROWSER, *flags, f"--user-data-dir={folder}", "--dump-dom", page.as_uri()]
+    command = [BROWSER, *flags, *more, f"--user-data-dir={folder}", "--dump-dom", page.as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
@@ -227,18 +227,22 @@ def test_every_chart_is_drawn_and_the_console_is_silent(written: Path, tmp_path:
 
 
 @needs_browser
-def test_a_switch_changes_the_axis_and_the_curves(written: Path, tmp_path: Path) -> None:
+def test_a_switch_changes_axis_and_curves_on_a_narrow_screen(written: Path, tmp_path: Path) -> None:
     """A reader's choice, made by a line of script at the end of the page."""
     choose = """<script>
     const card = [...document.querySelectorAll("figure.card")].find((one) => one.innerText.includes("Training curves"));
     for (const [key, value] of [["metric", "train/loss"], ["x", "seconds"]])
       card.querySelector(`select[data-key=${key}]`).value = value;
+    document.body.dataset.widths = `${document.documentElement.scrollWidth} ${innerWidth}`;
     card.querySelector("select").dispatchEvent(new Event("change", { bubbles: true }));
     </script></body>"""
     page = tmp_path / "chosen.html"
     page.write_text(written.read_text(encoding="utf-8").replace("</body>", choose), encoding="utf-8")
-    document, console = shown(page, tmp_path / "profile")
+    document, console = shown(page, tmp_path / "profile", "--window-size=400,800")
     assert console == []
+    widths = re.search(r'data-widths="(\d+) (\d+)"', document)
+    assert widths
+    assert int(widths[1]) <= int(widths[2])  # on a narrow screen the page isn't wider than that
     (figure,) = [
         one.partition("</figure>")[0]
         for one in document.split('<figure class="card"')[1:]

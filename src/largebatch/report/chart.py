@@ -25,6 +25,7 @@ _SYMBOLS = {
     "warmup_cosine": "diamond-open",
     "warmup_poly": "triangle-up-open",
 }
+_DECADES = 4  # of a logarithmic axis that still has room for ticks between the powers of ten
 _MORE_SYMBOLS = ("x", "star", "cross", "pentagon", "hourglass", "bowtie")
 
 
@@ -109,6 +110,13 @@ def batch_axis(columns: Sequence[int]) -> dict[str, Any]:
         "ticktext": [f"{size:,}" for size in columns],
         "range": [low - pad, high + pad],
     }
+
+
+def log_axis(series: Iterable[Iterable[float | None]]) -> dict[str, Any]:
+    """A logarithmic axis for these values, with ticks at 1, 2, 5, 10, or at powers of ten where there are many."""
+    values = [value for one in series for value in one if value]
+    decades = math.log10(max(values) / min(values)) if values else 0
+    return {"type": "log", "tickformat": ",~g", "dtick": "D2" if decades < _DECADES else 1}
 
 
 def batch_switch(sizes: Sequence[int]) -> Switch:

@@ -16,6 +16,7 @@ from largebatch.report.chart import (
     batch_axis,
     batch_switch,
     layout,
+    log_axis,
     rounded,
     safe,
     see_through,
@@ -101,7 +102,7 @@ def steps_to_target(comparison: Comparison, reached: Sequence[Reached], target: 
             "batch size",
             "optimizer steps",
             xaxis=batch_axis(comparison.columns),
-            yaxis={"type": "log", "tickformat": ","},
+            yaxis=log_axis(trace.y for trace in figure.data),
         )
     )
     note = (

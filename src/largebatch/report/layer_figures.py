@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from largebatch.report.chart import Chart, Style, Switch, batch_switch, layout, rounded, safe, shown_first
+from largebatch.report.chart import Chart, Style, Switch, batch_switch, layout, log_axis, rounded, safe, shown_first
 from largebatch.report.compare import Cell, Comparison, RowKey
 from largebatch.report.curves import drawn
 from largebatch.report.load import Layers, Problem, read_layers, thinned
@@ -23,7 +23,6 @@ _FEWEST_STEPS = 12
 # Numbers that the layers of the whole page may take: some 2.5 MB. Each is in a line, with its step, and in a map; what
 # else a line needs takes as much again as some numbers.
 _BUDGET, _COPIES, _OF_LINE = 400_000, 3, 60
-_DECADES = 4  # that an axis may have with ticks between powers of ten
 _LEGEND = 12  # layers whose names still fit above a chart
 
 
@@ -99,8 +98,8 @@ def middle_layer(diagnosed: Sequence[Diagnosed], style: Mapping[RowKey, Style]) 
                 hovertemplate=f"{label}, step %{{x}}: %{{y:.3g}}<extra></extra>",
                 meta={"pick": {"quantity": quantity, "batch": f"{cell.batch_size}"}},
             )  # fmt: skip
-    switches = [_quantity_switch(figure), batch_switch([one.cell.batch_size for one in diagnosed])]
-    figure.update_layout(layout("optimizer step", "", yaxis={"type": "log", "tickformat": "~g"}))
+    switches = [_quantity_switch(figure.data), batch_switch([one.cell.batch_size for one in diagnosed])]
+    figure.update_layout(layout("optimizer step", "", yaxis=log_axis([])))
     note = (
         "The median over layers; one run, the one with the smallest seed. LARS and its kin turn this ratio into each "
         "layer's rate: where it is high at the start, warm-up or phi holds it back."
@@ -123,11 +122,11 @@ def layer_lines(diagnosed: Sequence[Diagnosed]) -> Chart:
                     meta={"pick": _pick(cell, quantity)},
                 )  # fmt: skip
     switches = [
-        _quantity_switch(figure),
+        _quantity_switch(figure.data),
         _row_switch(diagnosed),
         batch_switch([one.cell.batch_size for one in diagnosed]),
     ]
-    figure.update_layout(layout("optimizer step", "", yaxis={"type": "log", "tickformat": "~g"}))
+    figure.update_layout(layout("optimizer step", "", yaxis=log_axis([])))
     note = "A line a layer, from dark (the first) to light (the last); a layer's name is at the pointer."
     return Chart("Every layer, as lines", note, shown_first(figure, switches), switches)
 
@@ -143,7 +142,7 @@ def layer_map(diagnosed: Sequence[Diagnosed]) -> Chart:
                 hovertemplate="%{y}, step %{x}: 10^%{z:.2f}<extra></extra>", meta={"pick": _pick(cell, quantity)},
             )  # fmt: skip
     switches = [
-        _quantity_switch(None),
+        _quantity_switch(),
         _row_switch(diagnosed),
         batch_switch([one.cell.batch_size for one in diagnosed]),
     ]
@@ -158,17 +157,13 @@ def _pick(cell: Cell, quantity: str) -> dict[str, str]:
     return {"quantity": quantity, "row": row_label(cell.row), "batch": f"{cell.batch_size}"}
 
 
-def _quantity_switch(figure: go.Figure | None) -> Switch:
-    """``figure``: lines over a logarithmic axis, which is titled and ticked by the quantity."""
+def _quantity_switch(lines: Sequence[Any] = ()) -> Switch:
+    """``lines``: traces over a logarithmic axis, which is titled and ticked by the quantity."""
     axes = {}
-    traces = figure.data if figure else ()
-    for key, (words, _) in QUANTITIES.items() if traces else ():
-        of_key = [y for trace in traces if trace.meta["pick"]["quantity"] == key for y in trace.y if y]
-        decades = math.log10(max(of_key) / min(of_key)) if of_key else 0
-        axes[key] = {
-            "yaxis.title.text": words.partition(":")[2].strip() or words,
-            "yaxis.dtick": "D2" if decades < _DECADES else 1,  # 1, 2, 5, 10 or powers of ten
-        }
+    for key, (words, _) in QUANTITIES.items() if lines else ():
+        of_key = [line.y for line in lines if line.meta["pick"]["quantity"] == key]
+        title = words.partition(":")[2].strip() or words
+        axes[key] = {"yaxis.title.text": title, "yaxis.dtick": log_axis(of_key)["dtick"]}
     return Switch("quantity", "show", [(key, words) for key, (words, _) in QUANTITIES.items()], axes)
 
 
