@@ -9,7 +9,7 @@ from made_runs import made, seeds
 from largebatch.report.compare import RowKey, compare, differing
 from largebatch.report.curves import default_target, reach
 from largebatch.report.load import Run
-from largebatch.report.wording import answer, cell_counts, cell_figure
+from largebatch.report.wording import answer, cell_counts, cell_figure, row_label
 
 LARS, TVLARS, LAMB = (RowKey(name, "constant") for name in ("lars", "tvlars", "lamb"))
 
@@ -104,6 +104,7 @@ def test_rows_are_optimizer_and_schedule_and_what_else_is_asked_for() -> None:
     assert names == [*expected, ("newcomer", "constant")]
     (comparison,) = compare(runs, by=["optimizer.denominator"])
     assert sum(row.optimizer == "lars" for row in comparison.rows) == 3
+    assert row_label(comparison.rows[1]) == "LARS, denominator=sum_of_norms"
 
 
 def test_data_sets_models_and_modes_are_compared_apart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from made_runs import write_run
 from largebatch.config import decisive, identity
 from largebatch.report.compare import compare
 from largebatch.report.curves import read_histories
-from largebatch.report.load import Problem, flat, load_runs, read_history, read_layers, thinned
+from largebatch.report.load import Problem, flat, load_runs, number, read_history, read_layers, thinned
 from largebatch.run_folder import RunFolder
 
 LARS = ("optimizer=lars", "dataset=digits")
@@ -50,6 +51,13 @@ def remove(name: str) -> Callable[[RunFolder], None]:
     return lambda folder: (folder.path / name).unlink()
 
 
+def config_with(key: str, value: str) -> Callable[[RunFolder], None]:
+    def damage(folder: RunFolder) -> None:
+        folder.config.write_text(re.sub(f"(?m)^{key}: .*", f"{key}: {value}", folder.config.read_text()))
+
+    return damage
+
+
 def without_key(folder: RunFolder) -> None:
     """As if a version had written it that knew no batch_size."""
     kept = [line for line in folder.config.read_text().splitlines() if not line.startswith("batch_size:")]
@@ -70,6 +78,9 @@ def without_key(folder: RunFolder) -> None:
         (overwrite("config.yaml", "dataset: {name: [unclosed"), "config.yaml can't be read"),
         (overwrite("config.yaml", "\0\1"), "config.yaml can't be read"),
         (overwrite("config.yaml", "dataset: digits\n"), "config.yaml says no usable dataset.name"),
+        (config_with("batch_size", "-1"), "config.yaml says a batch size or a learning rate that can't be"),
+        (config_with("batch_size", "true"), "config.yaml says no usable batch_size (True)"),
+        (config_with("  lr", ".nan"), "config.yaml says a batch size or a learning rate that can't be"),
         (without_key, "config.yaml says no usable batch_size (None); is it of another version?"),
         (remove("summary.json"), "summary.json is missing"),
         (overwrite("summary.json", '{"test/accuracy": 0.'), "summary.json can't be read"),
@@ -149,6 +160,16 @@ def test_half_a_last_row_of_metrics_is_left_out_and_a_broken_one_named(tmp_path:
     assert where == folder.name
     assert what.startswith("metrics.jsonl can't be read (")
     assert what.endswith("its curves are left out")
+
+
+def test_rows_of_other_programs_are_passed_over(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, *LARS)
+    with folder.metrics.open("a") as file:
+        file.write('[]\n{"step": NaN, "epoch": 9}\n{"epoch": 9}\n{"step": 30, "epoch": 3, "test/accuracy": 1e308}\n')
+    (run,), problems = load_runs(tmp_path)
+    assert [row["step"] for row in read_history(run, problems)] == [10, 20, 30]
+    assert number(1e308) is None  # and so it is in no curve
+    assert problems == []
 
 
 def test_layers_of_every_step_and_of_few(tmp_path: Path) -> None:

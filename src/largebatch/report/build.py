@@ -43,7 +43,7 @@ def report(
     if path is not None and not path.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {path.parent}")
     runs, problems = load_runs(runs_dir)
-    known = sorted({key for run in runs for key in run.options})
+    known = sorted({key for run in runs for key in run.given}) if by else []
     for key in by:
         if runs and key not in known:
             raise UserError(f"--by {key}: no run sets such a key; {choices(key, known)}")

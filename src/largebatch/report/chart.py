@@ -114,7 +114,7 @@ def batch_axis(columns: Sequence[int]) -> dict[str, Any]:
 
 def log_axis(series: Iterable[Iterable[float | None]]) -> dict[str, Any]:
     """A logarithmic axis for these values, with ticks at 1, 2, 5, 10, or at powers of ten where there are many."""
-    values = [value for one in series for value in one if value]
+    values = [value for one in series for value in one if value and value > 0]
     decades = math.log10(max(values) / min(values)) if values else 0
     return {"type": "log", "tickformat": ",~g", "dtick": "D2" if decades < _DECADES else 1}
 

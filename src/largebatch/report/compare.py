@@ -172,7 +172,7 @@ def _comparison(key: tuple[str, str, str], runs: list[Run], by: Sequence[str]) -
 
 
 def row_of(run: Run, by: Sequence[str] = ()) -> RowKey:
-    extra = tuple((key, str(run.options.get(key, "none"))) for key in by)
+    extra = tuple((key, str(run.given.get(key, "none"))) for key in by)
     return RowKey(run.config["optimizer"]["name"], run.config["schedule"]["name"], extra)
 
 

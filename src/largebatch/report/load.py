@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,14 +64,19 @@ class Run:
         """All that can change the result, by dotted key; keys that are None are left out."""
         return flat(decisive(self.config))
 
+    @cached_property
+    def given(self) -> Tree:
+        """The whole configuration by dotted key; keys that are None are left out."""
+        return flat(self.config)
+
     def figure(self, name: str) -> float | None:
         """A number of the summary, None where it isn't one."""
         return number(self.summary.get(name))
 
 
 def number(value: object) -> float | None:
-    """``value`` if it is a finite number."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    """``value`` if it is a finite number: nothing that was measured in single precision is beyond 1e100."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
         return float(value)
     return None
 
@@ -115,6 +119,8 @@ def _load(folder: RunFolder) -> Run:
             value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise _Broken(f"config.yaml says no usable {key} ({value!r}); is it of another version?")
+    if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:
+        raise _Broken("config.yaml says a batch size or a learning rate that can't be")
     if not isinstance(config.get("lr_scaling", {}), dict):
         raise _Broken("config.yaml's lr_scaling is not a mapping")
     status = _attempt(folder.status, _read_object)
@@ -153,7 +159,7 @@ def read_history(run: Run, problems: list[Problem]) -> list[Row]:
     except _Broken as error:
         problems.append(Problem(run.name, f"{error}; its curves are left out"))
         return []
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int | float)]
+    return [row for row in rows if isinstance(row, dict) and number(row.get("step")) is not None]
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ def _layers(path: Path, most_steps: int) -> Layers | None:
     ]
     for column in columns:
         for (row, at), value in zip(places, table[column].to_pylist(), strict=True):
-            figures[column][row][at] = value if value is not None and math.isfinite(value) else None
+            figures[column][row][at] = number(value)
     return Layers(steps, names, figures)
 
 

@@ -91,7 +91,7 @@ def page(
         problems=sorted(set(problems), key=lambda problem: (problem.where, problem.what)),
         facts=facts(runs),
         trouble=[run for run in runs if run.state in ("diverged", "failed", "preempted", "interrupted")],
-        payload=Markup(_in_script(json.dumps(payload, sort_keys=True, separators=(",", ":")))),
+        payload=Markup(_in_script(json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False))),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
 
