@@ -154,6 +154,8 @@ def test_a_dash_prints_the_page(runs_dir: Path, written: Path, tmp_path: Path) -
         (["--target", "90"], "--target 90: allowed are accuracies between 0 and 1"),
         (["--out", "report.pdf"], "--out report.pdf: its ending says no format"),
         (["--out", "nowhere/report.html"], "there is no folder nowhere"),
+        (["--out", "/", "--format", "html"], "--out /: is a folder"),
+        (["--out", "/proc/report.html"], "--out /proc/report.html: "),
         (["--format", "parquet", "--out", "-"], "name a file"),
         (["--by", "optimizer.denominatr"], "--by optimizer.denominatr: no run sets such a key"),
     ],

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from largebatch.errors import UserError, choices
-from largebatch.report.compare import compare
-from largebatch.report.load import load_runs
+from largebatch.report import export
+from largebatch.report.compare import Comparison, compare
+from largebatch.report.load import Problem, Run, load_runs
 from largebatch.run_folder import write_atomic
 
 FORMATS = ("html", "md", "csv", "parquet")
@@ -36,38 +37,55 @@ def report(
     if target is not None and not 0 < target < 1:
         raise UserError(f"--target {target:g}: allowed are accuracies between 0 and 1, such as 0.9 for 90 %")
     kind = format_ or _format_of(out)
-    to_terminal = out == "-" or (out is None and kind in _PRINTED)
-    if to_terminal and kind == "parquet":
-        raise UserError("--format parquet --out -: Parquet isn't for a terminal; name a file")
-    path = None if to_terminal else Path(out or f"report.{kind}")
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {path.parent}")
+    path = _place(out, kind)
     runs, problems = load_runs(runs_dir)
     known = sorted({key for run in runs for key in run.given}) if by else []
     for key in by:
         if runs and key not in known:
             raise UserError(f"--by {key}: no run sets such a key; {choices(key, known)}")
     comparisons = compare(runs, by)
-    if kind == "html":
-        from largebatch.report.page import page
-
-        text = page(runs_dir.resolve().name, runs, problems, comparisons, target)
-    else:
-        from largebatch.report import export
-
-        text = export.markdown(comparisons, problems) if kind == "md" else ""
-        text = export.csv_text(export.records(comparisons)) if kind == "csv" else text
+    text = _text(kind, runs_dir, runs, problems, comparisons, target) if runs else ""
     for problem in sorted(set(problems), key=lambda one: (one.where, one.what)):
         print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
     if not runs:
         raise UserError(f"{runs_dir} holds no run that can be read; give the folder that holds the runs")
     if path is None:
         return text.rstrip("\n")
-    if kind == "parquet":
-        export.write_parquet(export.records(comparisons), path)
-    else:
-        write_atomic(path, text)
+    try:
+        if kind == "parquet":
+            export.write_parquet(export.records(comparisons), path)
+        else:
+            write_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}; name a file that can be written") from None
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
+
+
+def _text(
+    kind: str, runs_dir: Path, runs: list[Run], problems: list[Problem], comparisons: list[Comparison],
+    target: float | None,
+) -> str:  # fmt: skip
+    if kind == "html":
+        from largebatch.report.page import page  # Plotly and Jinja2, which the other formats don't need
+
+        return page(runs_dir.resolve().name, runs, problems, comparisons, target)
+    if kind == "md":
+        return export.markdown(comparisons, problems)
+    return export.csv_text(export.records(comparisons)) if kind == "csv" else ""
+
+
+def _place(out: str | None, kind: str) -> Path | None:
+    """The file to write; None is the terminal."""
+    if out == "-" or (out is None and kind in _PRINTED):
+        if kind == "parquet":
+            raise UserError("--format parquet --out -: Parquet isn't for a terminal; name a file")
+        return None
+    path = Path(out or f"report.{kind}")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder; name a file in it")
+    return path
 
 
 def _format_of(out: str | None) -> str:

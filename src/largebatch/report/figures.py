@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
@@ -148,61 +148,61 @@ def _line(style: Style, *, marks: bool = False) -> dict[str, Any]:
 
 
 def training_curves(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
-    found = {
-        (metric, cell.batch_size, cell.row): drawn
-        for metric in METRICS
-        for cell in comparison.shown
-        if (drawn := curve(cell, metric, histories, most_points))
-    }
-    names = [metric for metric in METRICS if any(key[0] == metric for key in found)]
-    if not names:
-        return None
-    figure = go.Figure()
-    for (metric, batch, row), drawn in found.items():
-        _add_curve(figure, drawn, {"metric": metric, "batch": f"{batch}"}, row, style[row], "accuracy" in metric)
-    titles = {name: {"yaxis.title.text": METRICS[name] + (" [%]" if "accuracy" in name else "")} for name in names}
-    switches = [
-        Switch("metric", "show", [(name, METRICS[name]) for name in names], titles),
-        _X,
-        batch_switch([batch for _, batch, _ in found]),
-    ]
-    figure.update_layout(layout("epoch", METRICS[names[0]]))
     note = (
         "Mean over seeds of the chosen settings; the band is the spread. A setting whose every seed diverged is drawn "
         "as far as it got."
     )
-    return Chart("Training curves", note, shown_first(figure, switches), switches)
+    return _over_training(Words("Training curves", note, METRICS), comparison, histories, style, most_points)
 
 
 def schedules(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
     """The learning rate, and TVLARS's phi, over training."""
-    names = {"optim/lr": "learning rate", "optim/phi": "phi of TVLARS"}
-    found = {
-        (metric, cell.batch_size, cell.row): drawn
-        for metric in names
-        for cell in comparison.shown
-        if (drawn := curve(cell, metric, histories, most_points))
-    }
-    offered = [metric for metric in names if any(key[0] == metric for key in found)]
-    if not offered:
-        return None
-    figure = go.Figure()
-    for (metric, batch, row), drawn in found.items():
-        alone = Curve(drawn.cell, drawn.steps, drawn.epochs, drawn.seconds, drawn.mean, None)  # equal for every seed
-        _add_curve(figure, alone, {"metric": metric, "batch": f"{batch}"}, row, style[row], percent=False)
-    switches = [
-        Switch(
-            "metric", "show", [(m, names[m]) for m in offered], {m: {"yaxis.title.text": names[m]} for m in offered}
-        ),
-        _X,
-        batch_switch([batch for _, batch, _ in found]),
-    ]
-    figure.update_layout(layout("epoch", names[offered[0]], yaxis={"rangemode": "tozero"}))
     note = (
         "As logged, every tracker.log_every steps. The rate of one optimizer says nothing beside the rate of another: "
         "LARS, TVLARS and CLARS multiply it by each layer's trust ratio, TVLARS by phi too."
     )
-    return Chart("Warm-up and phi", note, shown_first(figure, switches), switches)
+    names = {"optim/lr": "learning rate", "optim/phi": "phi of TVLARS"}
+    return _over_training(Words("Warm-up and phi", note, names), comparison, histories, style, most_points)
+
+
+class Words(NamedTuple):
+    """A chart's title, what stands below it, and the metrics that it offers with what they are called."""
+
+    title: str
+    note: str
+    metrics: Mapping[str, str]
+
+
+def _over_training(
+    words: Words, comparison: Comparison, histories: Histories, style: Styles, most_points: int
+) -> Chart | None:
+    """Curves of every cell, one metric and batch size at a time; None where none of the metrics was logged."""
+    found = {
+        (metric, cell.batch_size, cell.row): drawn
+        for metric in words.metrics
+        for cell in comparison.shown
+        if (drawn := curve(cell, metric, histories, most_points))
+    }
+    if not found:
+        return None
+    figure = go.Figure()
+    for (metric, batch, row), drawn in found.items():
+        _add_curve(figure, drawn, {"metric": metric, "batch": f"{batch}"}, row, style[row], "accuracy" in metric)
+    offered = [metric for metric in words.metrics if any(key[0] == metric for key in found)]
+    axes = {
+        metric: {
+            "yaxis.title.text": words.metrics[metric] + (" [%]" if "accuracy" in metric else ""),
+            "yaxis.rangemode": "tozero" if metric.startswith("optim/") else "normal",
+        }
+        for metric in offered
+    }
+    switches = [
+        Switch("metric", "show", [(metric, words.metrics[metric]) for metric in offered], axes),
+        _X,
+        batch_switch([batch for _, batch, _ in found]),
+    ]
+    figure.update_layout(layout("epoch", ""))
+    return Chart(words.title, words.note, shown_first(figure, switches), switches)
 
 
 def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKey, style: Style, percent: bool) -> None:

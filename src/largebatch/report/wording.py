@@ -73,6 +73,8 @@ def value(option: Any) -> str:
     """A configuration's value as people write it."""
     if option is None:
         return "-"
+    if isinstance(option, bool):
+        return str(option).lower()  # as in YAML
     return f"{option:g}" if isinstance(option, float) else str(option)
 
 
