@@ -26,6 +26,7 @@ def test_a_rate_map_has_the_mean_validation_accuracy_and_divergence_in_grey() ->
         *[made(lr=2.0, batch=1024, seed=seed, val=0.6) for seed in (0, 1)],
         made(lr=10.0, batch=1024, seed=0, val=0.7), made(lr=10.0, batch=1024, seed=1, val=0.7, state="diverged"),
     ]  # fmt: skip
+    runs.append(made(lr=50.0, state="running"))  # no outcome, no place
     (chart,) = rate_maps(compare(runs)[0])
     accuracy, diverged = chart.figure.data
     assert at(accuracy, "128", "2") == 85.0
