@@ -80,7 +80,7 @@ def _add_report(commands: Commands) -> None:
 def _report(options: argparse.Namespace) -> int:
     from largebatch.report.build import report
 
-    print(report(existing_folder(options.runs_dir), options.out, options.format, options.target, options.by))
+    print(report(options.runs_dir, options.out, options.format, options.target, options.by))
     return 0
 
 

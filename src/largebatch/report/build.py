@@ -36,6 +36,8 @@ def report(
     """
     if target is not None and not 0 < target < 1:
         raise UserError(f"--target {target:g}: allowed are accuracies between 0 and 1, such as 0.9 for 90 %")
+    if not runs_dir.is_dir():
+        raise UserError(f"{runs_dir} is not a folder; give the folder that holds the runs")
     kind = format_ or _format_of(out)
     path = _place(out, kind)
     runs, problems = load_runs(runs_dir)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from largebatch.config import decisive
-from largebatch.report.table import run_row
 from largebatch.run_folder import DONE, STATES, RunFolder
 from largebatch.tracking.metrics import Row, read_rows
 
@@ -130,12 +129,19 @@ def _load(folder: RunFolder) -> Run:
     summary: Tree = {}
     if state in DONE:
         summary = _attempt(folder.summary, _read_object)
+    if state == "running" and not _is_at_work(folder):
+        state = "interrupted"
     run = Run(folder, config, str(state), str(status.get("message") or ""), summary)
     if state == "finished" and run.figure("test/accuracy") is None:
         raise _Broken("summary.json has no test/accuracy, although the run finished")
-    if state == "running":
-        state = _attempt(folder.path, lambda _: str(run_row(folder)["state"]))
-    return Run(folder, config, str(state), run.message, summary)
+    return run
+
+
+def _is_at_work(folder: RunFolder) -> bool:
+    try:
+        return folder.is_held()
+    except OSError:  # a copy that may only be read can't be asked: it is as its status says
+        return True
 
 
 def _without_copies(runs: list[Run], problems: list[Problem]) -> list[Run]:
