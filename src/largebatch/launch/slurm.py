@@ -137,6 +137,8 @@ def _claim_all(plan: Sequence[PlannedRun], claimed: list[tuple[PlannedRun, bool]
         outcome = claim(run, jobs, code=copy_of_code(Path(run.config.runs_dir) / ".code").name)
         if outcome is None:
             claimed.append((run, new))
+        elif outcome.state == "failed":
+            raise UserError(outcome.message)
         else:
             done = f"{run.folder.name} {outcome.state} before; not repeated (rerun=true repeats it)"
             _say(f"      {done if outcome.skipped else outcome.message}")
