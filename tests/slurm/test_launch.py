@@ -229,6 +229,30 @@ def test_a_run_of_a_lost_node_goes_on_elsewhere(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.parametrize("noticed_by", ["workers", "SLURM"])
+def test_a_run_that_lost_one_of_its_nodes_goes_on(
+    submit: Submit, cluster: Cluster, tmp_path: Path, noticed_by: str
+) -> None:
+    settings = (*LONG, "epochs=40", "eval_every=20", "checkpoint.every_steps=10")
+    reference = train_in(tmp_path / "here", *settings, "cluster.threads=1", "cluster.processes=2")
+    assert submit(*settings, "cluster.nodes=2").returncode == 0
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 20)
+    cluster.kill_node("node2", jobs=noticed_by == "workers")  # else its daemon alone, and its worker trains on
+    try:
+        if noticed_by == "SLURM":
+            cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+        else:
+            waits = "node2: lost; waiting for SLURM to requeue the job"
+            assert wait_until(lambda: status(run)["message"] == waits, 60), told_by(run)
+        assert wait_until(lambda: cluster.node_states()["node2"].startswith("down"), 90), told_by(run)
+    finally:
+        cluster.start_node("node2")
+    wait_for_state(run, "finished")
+    assert status(run)["restarts"] == 1
+    assert_same(run, reference)
+
+
 def test_edits_while_a_run_is_queued_change_nothing(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     for name in ("conf", "sweeps", "src"):
