@@ -156,6 +156,8 @@ def _submit(array: Array) -> str:
     from submitit.slurm.slurm import SlurmExecutor
 
     array.folder.mkdir(exist_ok=True)
+    # Of the class: an array is submitted by an executor that submitit makes.
+    SlurmExecutor._make_submission_command = _sbatch  # type: ignore[method-assign]
     executor = SlurmExecutor(array.folder)
     executor.update_parameters(**parameters(array))
     before = set(array.folder.iterdir())
@@ -174,6 +176,10 @@ def _submit(array: Array) -> str:
             if run.folder.read_status().get("job_id") is None:
                 run.folder.update_status(job_id=job.job_id)
     return str(jobs[0].job_id).partition("_")[0]
+
+
+def _sbatch(_: Any, file: Path) -> list[str]:
+    return [sys.executable, "-m", "largebatch.launch.sbatch", str(file)]
 
 
 def _withdraw(jobs: list[str], claimed: list[tuple[PlannedRun, bool]], why: str) -> None:
