@@ -157,7 +157,7 @@ def _submit(array: Array) -> str:
 
     array.folder.mkdir(exist_ok=True)
     # Of the class: an array is submitted by an executor that submitit makes.
-    SlurmExecutor._make_submission_command = _sbatch  # type: ignore[method-assign]
+    SlurmExecutor._make_submission_command = _sbatch  # type: ignore[assignment,method-assign]
     executor = SlurmExecutor(array.folder)
     executor.update_parameters(**parameters(array))
     before = set(array.folder.iterdir())
