@@ -213,9 +213,11 @@ def _announce(jobs: dict[str, Array]) -> None:
     if len(jobs) > 1 and next(iter(jobs.values())).cluster.array_parallelism:
         _say("each of these arrays keeps cluster.array_parallelism for itself")
     array, numbers = next(iter(jobs.values())), list(jobs)
-    _say(f"  largebatch status {array.runs_dir}   # how the runs stand; their logs: RUN/log.txt, {array.folder}")
+    hint = array.runs[0].folder.name.rpartition("-")[2]
+    _say(f"  largebatch status {array.runs_dir}   # how the runs stand; --watch keeps looking")
+    _say(f"  largebatch logs {array.runs_dir}/{hint}   # what a run says; SLURM's own logs are in {array.folder}")
     _say(f"  squeue --jobs={','.join(numbers)}   # what SLURM says")
-    _say(f"  scancel {' '.join(numbers)}   # cancel; the same command again continues from the last checkpoint")
+    _say(f"  scancel {' '.join(numbers)}   # end them; the same command again continues from the last checkpoint")
 
 
 def _watch(plan: Sequence[PlannedRun]) -> int:
