@@ -88,6 +88,7 @@ def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "template": "none",
         "height": 380,
+        "showlegend": True,  # for a single line too
         "margin": {"l": 64, "r": 16, "t": 8, "b": 52},
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#222"},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},

@@ -48,8 +48,8 @@ def caption(comparison: Comparison) -> list[str]:
     said = ["Test accuracy in per cent: mean ± spread over seeds, and what it rests on."]
     if BY_VALIDATION in by:
         said.append(
-            "Of several settings the one with the best mean validation accuracy was chosen, and the figure is the test "
-            "accuracy of the epoch that validation chose: the test set chose nothing."
+            "Validation chose: of several settings the one with the best mean validation accuracy, and in each run the "
+            "epoch whose test accuracy is shown. The test set chose nothing."
         )
     if by - {BY_VALIDATION}:
         said.append("Without a validation part the figure is the test accuracy at the end of training.")
