@@ -154,5 +154,5 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     result = subprocess.run(
         command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
-    assert result.stdout == "30 run(s); nothing is started (dry_run=true)\n"
+    assert result.stdout == "30 run(s): 30 new; nothing is started (dry_run=true)\n"
     assert result.stderr == ""
