@@ -54,6 +54,7 @@ class Recorded:
         status: of every answer where it isn't 200, e.g. 500 or 401; nothing is taken then.
         delay: seconds that each answer takes.
         freeze_after: number of posts to runs' streams after which the server is frozen: the first that isn't answered.
+        project: the only one that has views; None: any.
         arguments: what the sweep's agents are to run, one dict ``{"key": {"value": ...}}`` a run.
     """
 
@@ -61,7 +62,8 @@ class Recorded:
     runs: dict[str, TakenRun] = field(default_factory=dict)  # by id
     artifacts: dict[str, Json] = field(default_factory=dict)  # by id: their variables, "files" by name, "committed"
     sweeps: list[Json] = field(default_factory=list)  # variables of each
-    views: list[Json] = field(default_factory=list)  # saved workspaces: their variables; "spec" is JSON
+    views: list[Json] = field(default_factory=list)  # each saving of a workspace or report: its variables and its id
+    project: str | None = None
     arguments: list[Json] = field(default_factory=list)
     beats: int = 0
     posts: int = 0
@@ -230,28 +232,43 @@ def _sweep(server: Recorded, given: Json) -> Json:
     return {"project": {"sweep": found}}
 
 
-def _heartbeat(server: Recorded, _: Json) -> Json:
-    """One run a beat; told to exit once the last one has had time to end."""
+def _heartbeat(server: Recorded, given: Json) -> Json:
+    """The next run once the one before has ended; told to exit once there is none."""
     server.beats += 1
     commands: list[Json] = []
-    if server.arguments:
+    if json.loads(given.get("runState") or "{}"):
+        pass  # at work
+    elif server.arguments:
         program = yaml.safe_load(_sweep_config(server) or "{}").get("program")
         run = {"type": "run", "run_id": f"swept{server.beats:03}", "program": program, "args": server.arguments.pop(0)}
         commands = [run]
-    elif server.beats > 3:
+    else:
         commands = [{"type": "exit"}]
     return {"agentHeartbeat": {"agent": {"id": "QWc="}, "commands": json.dumps(commands)}}
 
 
-def _view(server: Recorded, given: Json) -> Json:
-    server.views.append(given)
+def _save_view(server: Recorded, given: Json) -> Json:
+    """With an id what has it is replaced; without one there is a new view, even where the name is taken."""
+    inserted = "id" not in given
+    found = {"id": base64.b64encode(f"View:{len(server.views)}".encode()).decode(), "name": "nw-x-v", **given}
+    server.views.append(found)
     at = "2026-01-01"
     view = {
-        "id": "VmlldzoxOjE=", "type": "project-view", "name": "nw-x-v", "displayName": given.get("displayName"),
-        "description": "", "project": {**_project(given), "entityName": given.get("entityName") or USER},
-        "createdAt": at, "updatedAt": at, "spec": given.get("spec"), "locked": False,
-    }  # fmt: skip
-    return {"upsertView": {"view": view, "inserted": True}}
+        **{key: found.get(key) for key in ("id", "type", "name", "displayName", "description", "spec")},
+        "project": {**_project(given), "entityName": given.get("entityName") or USER},
+        "createdAt": at,
+        "updatedAt": at,
+        "locked": False,
+    }
+    return {"upsertView": {"view": view, "inserted": inserted}}
+
+
+def _find_view(server: Recorded, given: Json) -> Json:
+    if server.project is not None and given["name"] != server.project:
+        return {"project": None}
+    asked = {"type": given["viewType"], "name": given["viewName"], "entityName": given["entityName"]}
+    found = {view["id"]: view for view in server.views if asked.items() <= view.items()}
+    return {"project": {"allViews": {"edges": [{"node": view} for view in found.values()]}}}
 
 
 OPERATIONS: dict[str, Callable[[Recorded, Json], Json]] = {
@@ -272,5 +289,7 @@ OPERATIONS: dict[str, Callable[[Recorded, Json], Json]] = {
     "SweepWithRuns": _sweep,
     "CreateAgent": lambda _, __: {"createAgent": {"agent": {"id": "QWc="}}},
     "Heartbeat": _heartbeat,
-    "UpsertView2": _view,
+    "UpsertView2": _save_view,
+    "upsertView": _save_view,
+    "View": _find_view,
 }
