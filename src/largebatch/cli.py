@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="largebatch", description="Look at runs; `python launch.py` starts them.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_status(commands)
+    _add_dashboard(commands)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
@@ -59,6 +61,37 @@ def _status(options: argparse.Namespace) -> int:
         "message": "",
     }
     print(format_table(rows, columns) if rows else f"no runs in {runs_dir}")
+    return 0
+
+
+def _add_dashboard(commands: Commands) -> None:
+    dashboard = commands.add_parser("dashboard", help="write or update a W&B project's saved view and its report")
+    dashboard.add_argument("--entity", required=True, help="W&B user or team")
+    dashboard.add_argument("--project", default="largebatch", help="W&B project; default: largebatch")
+    dashboard.add_argument("--name", default="large batch", help="of view and report; another name is another one")
+    dashboard.add_argument("--runs", metavar="RUNS_DIR", type=Path, help="put these runs' table into the report")
+    dashboard.add_argument("--print", action="store_true", help="print what would be saved as JSON; needs no network")
+    dashboard.set_defaults(run=_dashboard)
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("dashboards need wandb-workspaces: pip install 'wandb-workspaces>=0.4.13,<0.5'") from None
+    from largebatch.tracking import dashboard, dashboard_report, saved_view
+
+    runs_dir = existing_folder(options.runs) if options.runs else None
+    where = options.entity, options.project, options.name
+    views = [
+        saved_view.of_workspace(dashboard.workspace(*where)),
+        saved_view.of_report(dashboard_report.report(*where, runs_dir)),
+    ]
+    if options.print:
+        print(json.dumps([dataclasses.asdict(view) for view in views], indent=1))
+        return 0
+    for view, url in zip(views, saved_view.save(views), strict=True):
+        print(f"{'workspace' if view.kind == 'project-view' else 'report'}: {url}")
     return 0
 
 

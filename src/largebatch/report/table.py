@@ -71,9 +71,10 @@ def list_runs(runs_dir: Path) -> list[RunFolder]:
     return [RunFolder(path.parent) for path in sorted(runs_dir.glob("*/status.json"))]
 
 
-def format_table(rows: Iterable[Row], columns: dict[str, str]) -> str:
-    """A plain-text table; ``columns`` maps a row's keys to headings."""
-    return tabulate([[_cell(key, row.get(key)) for key in columns] for row in rows], headers=list(columns.values()))
+def format_table(rows: Iterable[Row], columns: dict[str, str], style: str = "simple") -> str:
+    """A plain-text table, or one in another of tabulate's styles; ``columns`` maps a row's keys to headings."""
+    cells = [[_cell(key, row.get(key)) for key in columns] for row in rows]
+    return tabulate(cells, headers=list(columns.values()), tablefmt=style)
 
 
 def _cell(key: str, value: Any) -> str:
