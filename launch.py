@@ -7,9 +7,11 @@ python launch.py -m optimizer=lars,lamb,tvlars seed=0,1,2
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,10 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.config import Config
 from largebatch.errors import UserError
+from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, compose_grid, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.messages import composition_error
 from largebatch.launch.plan import make_plan
+from largebatch.tracking.wandb_session import agent_run_id
 
 CONF = Path(__file__).resolve().parent / "conf"
 _MULTIRUN = ("-m", "--multirun")
@@ -64,6 +68,15 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
 
 
 def main() -> int:
+    asked_to_end: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        asked_to_end.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    if agent_run_id():
+        sys.argv[1:] = sweep_agent.overrides(sys.argv[1:])
     try:
         jobs = composed_jobs(sys.argv[1:])
         if not jobs:
@@ -78,6 +91,10 @@ def main() -> int:
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
+    finally:
+        if asked_to_end:  # saved as after Ctrl-C; whoever sent the signal sees that it was this that ended us
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,12 @@ class Recorder:
         self._wandb_layers_every = wandb_layers_every(config.tracker.layers_every, facts["steps"])
         repetition = folder.read_status().get("repetition", 0)
         run_id = folder.name.rsplit("-", 1)[-1] + (f"-{repetition}" if repetition else "")
+        before = folder.read_status().get("wandb_id")
         self._wandb = wandb_run.start(config, folder.path, run_id, folder.name, facts, console.say)
-        folder.update_status(step=step, steps=facts["steps"], wandb_id=run_id if self._wandb else None)
+        if self._wandb and self._wandb.id != before:  # another agent's run began it, or none was recording
+            for row in read_rows(folder.metrics):
+                self._wandb.log(row)
+        folder.update_status(step=step, steps=facts["steps"], wandb_id=self._wandb.id if self._wandb else None)
 
     def row(self, row: Row) -> None:
         self._metrics.write(row)
@@ -80,7 +84,7 @@ class Recorder:
             if self._wandb:
                 # The epoch too: layers' rows come late, and W&B's summary has the one that came last.
                 self._wandb.summarize(summary | {"epoch": rows[-1]["epoch"] if rows else 0})
-        self._end(0 if state in ("finished", "diverged") else 1)
+        self._end(wandb_run.exit_code(state))
         self._folder.update_status(state=state, step=step, message=message, ended=time.time())
 
     def _end(self, exit_code: int) -> None:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largebatch.config import Config
+from largebatch.run_folder import DONE
 from largebatch.tracking.wandb_session import (
+    agent_run_id,
     choose_mode,
     close_session,
     one_line,
@@ -38,11 +40,13 @@ class WandbRun:
     """A started W&B run. Its methods never raise: the first failure is said, and nothing is sent after it.
 
     Attributes:
+        id: what W&B knows the run by.
         mode: ``"online"`` or ``"offline"``.
         how: why that mode, in one line.
     """
 
     def __init__(self, run: wandb.Run, mode: str, how: str, say: Callable[[str], None]) -> None:
+        self.id = str(run.id)
         self.mode = mode
         self.how = how
         self._run = run
@@ -93,7 +97,7 @@ def start(
     Args:
         config: the run's configuration, stored whole as the W&B config.
         directory: the run folder; wandb writes to its ``wandb/``.
-        run_id: the W&B run's id. The same id again continues the same W&B run.
+        run_id: the W&B run's id. The same id again continues the same W&B run. A sweep's agent brings its own.
         name: what W&B calls the run.
         facts: what the configuration came to (rate, batch per process, commit, versions), stored under ``resolved``.
         say: takes one line at a time: the mode and its reason, and every failure once.
@@ -118,7 +122,9 @@ def start(
     with session_environment(directory, config.tracker.mode):
         try:
             (directory / "wandb").mkdir(parents=True, exist_ok=True)
-            arguments = run_arguments(config, directory, run_id, name, facts, init_timeout, finish_timeout)
+            arguments = run_arguments(
+                config, directory, agent_run_id() or run_id, name, facts, init_timeout, finish_timeout
+            )
             run, mode, how = begin(config.tracker.mode, arguments)
         except Exception as error:  # whatever it is, training matters more
             run, mode, how = None, "is off", one_line(error)
@@ -181,7 +187,7 @@ def run_arguments(
         "job_type": tracker.job_type or config.mode.name,
         "tags": run_tags(config),
         "notes": tracker.notes,
-        "config": {**dataclasses.asdict(config), "resolved": facts},
+        "config": {**dataclasses.asdict(config), "resolved": {"run": name, **facts}},
         "settings": {
             "init_timeout": init_timeout,
             "finish_timeout": finish_timeout,
@@ -196,6 +202,15 @@ def run_arguments(
             "use_dot_wandb": False,
         },
     }
+
+
+def exit_code(state: str) -> int:
+    """What W&B is told of a run in ``state``: 0 is shown as finished, 1 as failed.
+
+    A divergence is an outcome. But the search of a sweep would take the best figure before it for the run's value,
+    where a failed run counts as the worst one.
+    """
+    return 0 if state == "finished" or (state in DONE and agent_run_id() is None) else 1
 
 
 def run_tags(config: Config) -> list[str]:
