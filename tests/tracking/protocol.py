@@ -32,6 +32,7 @@ class TakenRun:
     console: dict[int, str] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     alerts: list[Json] = field(default_factory=list)
+    preempting: bool = False
     exit_code: int | None = None  # None until it is complete
 
     @property
@@ -117,6 +118,7 @@ class Recorded:
             run.summary = json.loads(line)
         if chunk := files.get("output.log"):
             run.console.update(enumerate(chunk["content"], chunk["offset"]))
+        run.preempting |= body.get("preempting", False)
         if body.get("complete"):
             run.exit_code = body.get("exitcode")
         self.posts += 1

@@ -100,34 +100,48 @@ def of(run: TakenRun, metric: str) -> list[Json]:
     return [row for row in run.rows() if metric in row]
 
 
-def test_a_run_that_another_agent_s_run_began_brings_its_history_along(tmp_path: Path) -> None:
-    """And SIGTERM, by which an agent ends a run that W&B stops early, has it save first."""
-    long = [*COMMAND[:-2], "epochs=30", "checkpoint.every_steps=100000"]
-    command = [sys.executable, str(ROOT / "launch.py"), *long]
+def interrupted(arguments: list[str], number: int, cwd: Path, env: dict[str, str]) -> RunFolder:
+    """The only run's folder after it was at work for some rows and got a signal."""
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = [path / "metrics.jsonl" for path in cwd.glob("runs/*")]
+    before, until = len(read_rows(metrics[0])) if metrics else 0, time.monotonic() + 90
+    while not any(len(read_rows(path)) > before + 4 for path in cwd.glob("runs/*/metrics.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    (path,) = (cwd / "runs").iterdir()
+    return RunFolder(path)
+
+
+def test_what_is_stopped_saves_and_goes_on_with_its_whole_history(tmp_path: Path) -> None:
+    """SIGTERM is an agent's, for a run that W&B stops early. SIGUSR2 is SLURM's: W&B is to give the run out again."""
+    long = [*COMMAND[:-2], "epochs=40", "checkpoint.every_steps=100000"]
     with recorder() as server:
-        env = as_agent(server, tmp_path, "one")
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        until = time.monotonic() + 60
-        while not (rows := [row for path in tmp_path.glob("runs/*/metrics.jsonl") for row in read_rows(path)][4:]):
-            assert time.monotonic() < until, process.poll()
-            time.sleep(0.05)
-        process.terminate()
-        assert process.wait(60) == -signal.SIGTERM
-        (path,) = (tmp_path / "runs").iterdir()
-        folder = RunFolder(path)
+        folder = interrupted(long, signal.SIGTERM, tmp_path, as_agent(server, tmp_path, "one"))
+        one = server.runs["one"]
+        assert (one.exit_code, one.preempting, folder.state()) == (1, False, "preempted")
+
+        interrupted(long, signal.SIGUSR2, tmp_path, as_agent(server, tmp_path, "two"))
+        two = server.runs["two"]
         stopped = folder.read_status()
-        assert (stopped["state"], stopped["wandb_id"]) == ("preempted", "one")
-        assert stopped["step"] >= rows[-1]["step"]
+        assert (two.exit_code, two.preempting, folder.state(), stopped["wandb_id"]) == (1, True, "preempted", "two")
+        assert two.config["resolved"]["run"] == folder.name
+
+        whole = [*long, *arguments({**two.config, "_wandb": {"cli_version": "0.31.0"}})]
         done = subprocess.run(
-            command, cwd=tmp_path, env=as_agent(server, tmp_path, "two"), capture_output=True, text=True, timeout=120,
-            check=False,
+            [sys.executable, str(ROOT / "launch.py"), *whole], cwd=tmp_path, env=as_agent(server, tmp_path, "two"),
+            capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     assert f"resumed after step {stopped['step']}" in done.stdout
-    assert server.runs["one"].exit_code == 1
-    two = server.runs["two"]
-    assert [row for row in two.rows() if "train/loss" in row or "val/loss" in row] == read_rows(folder.metrics)
-    assert folder.read_status()["wandb_id"] == "two"
+    assert server.unknown == []
+    assert (two.exit_code, folder.state()) == (0, "finished")
+    assert [row for row in two.rows() if not any(name.startswith("layers/") for name in row)] == read_rows(
+        folder.metrics
+    )
 
 
 # What an agent gives.

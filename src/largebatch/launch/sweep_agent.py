@@ -55,13 +55,24 @@ def check(plan: Sequence[PlannedRun]) -> None:
 
 def show_finished(run: PlannedRun) -> None:
     """Give the agent's W&B run all that a finished run has recorded, so that the sweep sees its value."""
-    folder = run.folder
-    summary = folder.read_summary()
-    facts = {key: value for key, value in summary.items() if "/" not in key and key not in _OUTCOME}
-    copy = wandb_run.start(run.config, folder.path, folder.name, folder.name, facts, print)
-    if copy is not None:
-        for row in read_rows(folder.metrics):
+    summary = run.folder.read_summary()
+    if copy := _join(run):
+        for row in read_rows(run.folder.metrics):
             copy.log(row)
         copy.summarize(summary)
         copy.finish(wandb_run.exit_code(summary["state"]))
-        print(f"the sweep was given the figures of {folder.path}", flush=True)
+        print(f"the sweep was given the figures of {run.folder.path}", flush=True)
+
+
+def give_back(run: PlannedRun) -> None:
+    """Tell W&B that a run which had to make way is to go on: an agent, this or another one, is given it again."""
+    if run.folder.state() == "preempted" and (interrupted := _join(run)):
+        interrupted.mark_preempting()
+        interrupted.finish(wandb_run.exit_code("preempted"))
+        print("the sweep was told that the run is to go on", flush=True)
+
+
+def _join(run: PlannedRun) -> wandb_run.WandbRun | None:
+    """Open the agent's W&B run from here, where the run isn't at work."""
+    facts = {k: v for k, v in run.folder.read_summary().items() if "/" not in k and k not in _OUTCOME}
+    return wandb_run.start(run.config, run.folder.path, run.folder.name, run.folder.name, facts, print)

@@ -67,6 +67,10 @@ class WandbRun:
         if not self._failed:
             self._attempt("write the summary", lambda: self._run.summary.update(_without_none(summary)))
 
+    def mark_preempting(self) -> None:
+        """Have W&B put the run, once it ends as failed, in the queue of its sweep."""
+        self._attempt("mark the run as preempting", self._run.mark_preempting)
+
     def finish(self, exit_code: int) -> None:
         """End the run, and wandb's session with it. 0 is shown as finished, anything else as failed."""
         self._attempt("finish", lambda: self._run.finish(exit_code=exit_code))
@@ -99,7 +103,8 @@ def start(
         directory: the run folder; wandb writes to its ``wandb/``.
         run_id: the W&B run's id. The same id again continues the same W&B run. A sweep's agent brings its own.
         name: what W&B calls the run.
-        facts: what the configuration came to (rate, batch per process, commit, versions), stored under ``resolved``.
+        facts: what the configuration came to (rate, batch per process, commit, versions), stored under ``resolved``
+            with ``name``; none leaves what is there.
         say: takes one line at a time: the mode and its reason, and every failure once.
         init_timeout: seconds an online start may take.
         finish_timeout: seconds for the last uploads.
@@ -187,7 +192,7 @@ def run_arguments(
         "job_type": tracker.job_type or config.mode.name,
         "tags": run_tags(config),
         "notes": tracker.notes,
-        "config": {**dataclasses.asdict(config), "resolved": {"run": name, **facts}},
+        "config": dataclasses.asdict(config) | ({"resolved": {"run": name, **facts}} if facts else {}),
         "settings": {
             "init_timeout": init_timeout,
             "finish_timeout": finish_timeout,
