@@ -20,6 +20,9 @@ from largebatch.config import Config
 from largebatch.tracking.layers import COLUMNS
 from largebatch.tracking.metrics import read_rows
 
+# wandb-workspaces has validators of pydantic's first version.
+pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
+
 Json = dict[str, Any]
 KEY = "c0ffee" * 6 + "beef"
 OPTIONS = ("--entity", "team", "--project", "bigbatch")
