@@ -22,12 +22,12 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs, under two minutes
 	$(BIN)/python launch.py -m sweeps=demo
 
-test: install ## run all tests, two files at a time with a thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: install ## run all tests but SLURM's, two files at a time with a thread each
+	LARGEBATCH_SLURM=skip OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slurm: install ## run the tests that need SLURM, on a private cluster (Debian, root)
+test-slurm: install ## run those, on a private cluster that it brings up (Debian, root)
 	$(BIN)/python tests/slurm/cluster.py install
-	LARGEBATCH_SLURM=required $(BIN)/python -m pytest tests/slurm
+	LARGEBATCH_SLURM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
 lint: install ## check style and types
 	$(BIN)/ruff check .

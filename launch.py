@@ -60,6 +60,9 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
         with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch:
             os.environ["LARGEBATCH_SCRATCH"] = scratch  # where Hydra may put the files of its own that it insists on
             compose()
+        if _job and len(overrides) < len(arguments):
+            flags = " ".join(override for override in overrides if override.startswith("-"))
+            raise UserError(f"{flags}: not beside -m; a folder of presets is added by 'hydra.searchpath=[FOLDER]'")
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if wants_traceback:
             raise

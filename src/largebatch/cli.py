@@ -1,4 +1,4 @@
-"""The ``largebatch`` command: looking at runs. Training is started with ``python launch.py``."""
+"""The ``largebatch`` command: looking at runs, and ending them. Training is started with ``python launch.py``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
-from largebatch.report.table import format_table, list_runs, run_row, run_rows
+from largebatch.report.table import find_run, find_runs
+from largebatch.run_folder import RunFolder
 
 Commands = Any  # what argparse makes of add_subparsers has no public name
+_RUN = "a run's folder, or the beginning of its name or of its last eight digits"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="largebatch", description="Look at runs; `python launch.py` starts them.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_status(commands)
+    _add_logs(commands)
+    _add_cancel(commands)
     _add_dashboard(commands)
     options = parser.parse_args(arguments)
     try:
@@ -35,32 +39,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_status(commands: Commands) -> None:
-    status = commands.add_parser("status", help="list the runs of a folder: state, step, test accuracy")
-    status.add_argument("runs_dir", nargs="?", default="runs", type=Path, help="default: runs")
+    status = commands.add_parser("status", help="how runs stand: state, step, test accuracy, job, what they said last")
+    status.add_argument(
+        "runs", nargs="*", metavar="RUN", help=f"a folder of runs (default: that of --runs-dir), or {_RUN}"
+    )
     status.add_argument("--json", action="store_true", help="one JSON list instead of the table")
+    status.add_argument("--watch", action="store_true", help="keep looking until no run is queued or running")
+    _add_runs_dir(status)
     status.set_defaults(run=_status)
 
 
 def _status(options: argparse.Namespace) -> int:
-    runs_dir = existing_folder(options.runs_dir)
-    try:
-        rows = run_rows(list_runs(runs_dir))
-    except UserError as error:
-        print(f"warning: states are without SLURM's view: {error}", file=sys.stderr)
-        rows = [run_row(folder) for folder in list_runs(runs_dir)]
-    if options.json:
-        print(json.dumps(rows, indent=1))
-        return 0
-    columns = {
-        "run": "run",
-        "state": "state",
-        "step": "step",
-        "steps": "of",
-        "test/accuracy": "test",
-        "job": "job",
-        "message": "",
-    }
-    print(format_table(rows, columns) if rows else f"no runs in {runs_dir}")
+    from largebatch.report.watch import show_status, watch_status
+
+    if options.watch:
+        watch_status(lambda: _named(options))
+    else:
+        show_status(_named(options), as_json=options.json)
     return 0
 
 
@@ -93,6 +88,47 @@ def _dashboard(options: argparse.Namespace) -> int:
     for view, url in zip(views, saved_view.save(views), strict=True):
         print(f"{'workspace' if view.kind == 'project-view' else 'report'}: {url}")
     return 0
+
+
+def _add_logs(commands: Commands) -> None:
+    logs = commands.add_parser("logs", help="what a run has said")
+    logs.add_argument("wanted", metavar="RUN", help=_RUN)
+    logs.add_argument("-n", "--lines", type=int, help="only so many, from the end")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+    _add_runs_dir(logs)
+    logs.set_defaults(run=_logs)
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from largebatch.report.logs import show_log
+
+    show_log(find_run(options.wanted, options.runs_dir), options.lines, follow=options.follow)
+    return 0
+
+
+def _add_cancel(commands: Commands) -> None:
+    cancel = commands.add_parser("cancel", help="have runs save and end, on SLURM or on this machine")
+    cancel.add_argument("runs", nargs="+", metavar="RUN", help=f"{_RUN}; or a folder of runs, for all of them")
+    _add_runs_dir(cancel)
+    cancel.set_defaults(run=_cancel)
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from largebatch.launch.cancel import cancel
+
+    return cancel(_named(options))
+
+
+def _add_runs_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--runs-dir", default="runs", type=Path, help="the folder where names are looked for (default: runs)"
+    )
+
+
+def _named(options: argparse.Namespace) -> list[RunFolder]:
+    """The runs that a command's arguments name, each once."""
+    wanted = options.runs or [str(options.runs_dir)]
+    return list({run.path: run for each in wanted for run in find_runs(each, options.runs_dir)}.values())
 
 
 def existing_folder(runs_dir: Path) -> Path:

@@ -196,6 +196,7 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cases: list[Any] | None = None  # of a sweep: axes that belong together (docs/grids.md); a run has none
+    trials: int | None = None  # of a sweep: points drawn from its intervals; likewise
     batch_size: int = 512  # global: over all processes and accumulation
     # Most images a process takes through the model at once; None: its whole share; auto: the most that fit into memory.
     micro_batch: int | str | None = None
@@ -223,7 +224,7 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
         # As plain values: a tree that Hydra composed on the schema would keep keys added by force (+typo=1).
         plain = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
         assert isinstance(plain, dict)
-        plain["cases"] = None
+        plain |= {"cases": None, "trials": None}
         config = OmegaConf.to_object(OmegaConf.merge(_schema(), plain))
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from largebatch.errors import UserError
+
 STATES = ("queued", "running", "preempted", "finished", "diverged", "failed")
 DONE = ("finished", "diverged")  # outcomes: not repeated unless asked for
 RESUMES = "the same command resumes the run from its last checkpoint"
@@ -110,13 +112,33 @@ def _lock(handle: IO[str]) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, or ``{}`` where there is no file."""
+    """The object in a file, or ``{}`` where there is no file.
+
+    Raises:
+        UserError: when it holds something else; the project's own files are never half written.
+    """
     try:
-        text = path.read_text()
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    value = json.loads(text)
-    return value if isinstance(value, dict) else {}
+    except ValueError as error:
+        raise UserError(f"{path}: isn't JSON ({error}); mend or remove it") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object; mend or remove it")
+    return value
+
+
+def read_tail(path: Path, most: int) -> list[str]:
+    """The complete lines in the last ``most`` bytes of a file, without reading the others; none where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            start = max(file.tell() - most, 0)
+            file.seek(start)
+            lines = file.read().split(b"\n")[:-1]  # what follows the last newline is an unfinished line
+    except FileNotFoundError:
+        return []
+    return [line.decode(errors="replace") for line in lines[1 if start else 0 :]]
 
 
 def this_process() -> dict[str, Any]:

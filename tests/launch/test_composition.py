@@ -226,7 +226,7 @@ def test_a_key_on_the_command_line_replaces_that_of_every_case(conf: Path) -> No
         ("cases: []", "cases: must be a list of mappings"),
         ("cases: [1]", "cases: must be a list of mappings"),
         ("cases: [{seed: []}]", "cases: seed has no value"),
-        ("cases: [{optimizer.lr: 'interval(1,2)'}]", r"interval\(1,2\): a grid needs values one by one"),
+        ("cases: [{optimizer.lr: 'interval(1,2)'}]", r"optimizer.lr: is an interval, and trials must say how many"),
         ("cases: [{optimizer.lrr: 1}]", "unknown key optimizer.lrr; .*did you mean lr"),
         ("cases: [{seed: 1}]\nhydra: {sweeper: {params: {seed: '2,3'}}}", "seed: both in cases and in hydra.sweeper"),
         ("hydra: {sweeper: {params: {seed: 'range(1,1)'}}}", r"seed=range\(1,1\): names no value"),
@@ -250,9 +250,14 @@ def test_cases_that_are_a_mapping_are_refused(conf: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("optimizer.lr=interval(1,2)", r"optimizer.lr=interval\(1,2\): a grid needs values one by one"),
         ("optimizer=glob(zz*)", r"optimizer=glob\(zz\*\): names no value"),
         ("sweeps=demo,digits_batch", "sweeps=demo,digits_batch: one named grid at a time"),
+        ("optimizer.lr=interval(1,2)", "optimizer.lr: is an interval, and trials must say how many"),
+        ("optimizer.lr=interval(1,2)|trials=0", "optimizer.lr: is an interval, and trials must say how many"),
+        ("optimizer.lr=tag(log,interval(0,2))|trials=3", "a logarithmic interval must start above 0"),
+        ("optimizer.lr=interval(2,2)|trials=3", "the interval's end must be above its start"),
+        ("optimizer.lr=1,2|trials=3", "trials=3: no axis is an interval"),
+        ("cases=[{seed: [1, 'int(interval(2,5))']}]|trials=3", "cases: seed mixes an interval with other values"),
         ("optimizer.lrr=1,2", "unknown key optimizer.lrr; .*did you mean lr"),
         ("model.options.depth=1,2", "unknown key model.options.depth"),
         ("hydra.job.name=a,b", "unknown key hydra.job.name"),
@@ -261,6 +266,54 @@ def test_cases_that_are_a_mapping_are_refused(conf: Path) -> None:
 def test_a_command_line_that_is_no_grid_is_refused(command: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         compose_grid(command.split("|"), CONF)
+
+
+# Searches.
+
+
+def radical_inverse(number: int, base: int) -> float:
+    """The digits of ``number`` mirrored at the point: what the Halton sequence is made of."""
+    value, part = 0.0, 1.0
+    while number:
+        part /= base
+        value += part * (number % base)
+        number //= base
+    return value
+
+
+def test_a_search_is_the_halton_sequence_on_its_intervals() -> None:
+    command = [
+        "trials=6",
+        "optimizer=tvlars",
+        "optimizer.lr=tag(log,interval(0.1,10))",
+        "optimizer.lmbda=interval(0,1)",
+    ]
+    found = [job.tree["optimizer"] for job in compose_grid(command, CONF)]
+    assert len(found) == 6
+    for number, optimizer in enumerate(found, start=1):
+        assert optimizer["lr"] == pytest.approx(0.1 * 100 ** radical_inverse(number, 2), rel=1e-3)
+        assert optimizer["lmbda"] == pytest.approx(radical_inverse(number, 3), rel=1e-3)
+    more = [job.tree["optimizer"] for job in compose_grid(["trials=9", *command[1:]], CONF)]
+    assert more[:6] == found  # so that the runs which are there are not made again
+
+
+def test_every_point_of_a_search_is_combined_with_the_other_axes() -> None:
+    jobs = compose_grid(["trials=3", "optimizer=lars,lamb", "optimizer.lr=interval(1,2)", "seed=0,1"], CONF)
+    assert points(jobs[:4], 1) == [
+        f"optimizer={name} optimizer.lr=1.5 seed={seed}" for name in ("lars", "lamb") for seed in (0, 1)
+    ]
+    assert len(jobs) == 12
+
+
+def test_each_case_draws_from_its_own_intervals(conf: Path) -> None:
+    cases = (
+        "cases=[{optimizer: lars, optimizer.lr: 'interval(1,3)'}, {optimizer: lamb, batch_size: 'int(interval(8,12))'}]"
+    )
+    jobs = compose_grid(["trials=2", cases], conf)
+    assert points(jobs, 2) == [
+        "optimizer=lars optimizer.lr=2", "optimizer=lars optimizer.lr=1.5",
+        "optimizer=lamb batch_size=10", "optimizer=lamb batch_size=9",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml")))
@@ -285,6 +338,8 @@ def test_every_named_grid_has_the_runs_that_its_header_says_and_they_are_valid(n
         ("sweeps=demo seed=3", 2, "sweeps=demo is a grid and needs -m: python launch.py -m sweeps=demo seed=3\n"),
         ("-m --help", 0, "Groups and their presets"),
         ("-m optimizer=lars,lamb --cfg job", 2, "--multirun, --cfg"),
+        ("-m --config-dir . sweeps=demo", 2, "--config-dir: not beside -m; a folder of presets is added by"),
+        ("trials=3", 2, "trials: are those of a grid, which needs -m"),
     ],
 )
 def test_m_where_there_is_no_grid_to_carry_out(launch: Launch, command: str, code: int, says: str) -> None:

@@ -1,4 +1,7 @@
-"""One real SLURM for all tests here. ``LARGEBATCH_SLURM=required`` makes an error of what else skips them."""
+"""One real SLURM for all tests here.
+
+``LARGEBATCH_SLURM=required`` makes an error of what else skips them; ``skip`` leaves them out, as ``make test`` does.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,22 @@ from slurm.cluster import Cluster, check_machine, is_taken
 from slurm.packages import ClusterError
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes of 4 CPUs and 2 fake GPUs each, with accounting; partitions ``high`` (the default) and ``low``."""
+@pytest.fixture(scope="session", autouse=True)
+def _machine() -> None:
+    wanted = os.environ.get("LARGEBATCH_SLURM")
+    if wanted == "skip":
+        pytest.skip("needs SLURM; make test-slurm brings one up")
     try:
         check_machine()
     except ClusterError as error:
-        if os.environ.get("LARGEBATCH_SLURM") == "required":
+        if wanted == "required":
             pytest.fail(str(error))
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def cluster(_machine: None) -> Iterator[Cluster]:
+    """Two nodes of 4 CPUs and 2 fake GPUs each, with accounting; partitions ``high`` (the default) and ``low``."""
     with place() as (folder, port), Cluster(folder, port=port) as cluster:
         yield cluster
 

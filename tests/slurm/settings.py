@@ -28,6 +28,7 @@ class Settings:
     ``grace`` is how long (seconds) a job of partition ``low`` lives on once partition ``high`` wants its place;
     ``preempt_send_user_signal`` whether it gets the signal asked for by ``--signal`` then, besides SIGTERM.
     ``max_array_size`` is SLURM's limit of the same name (its default is 1001): array indices stay below it.
+    ``max_jobs`` is how many jobs the queue holds (SLURM's MaxJobCount); further ones are refused.
     ``node_timeout``: a node that doesn't answer for as many seconds is down, and its jobs are requeued. SLURM takes
     some 20 s more to be sure; ``scontrol update NodeName=node1 State=DOWN Reason=test`` spares a test the wait.
     """
@@ -41,6 +42,7 @@ class Settings:
     grace: int = 20
     preempt_send_user_signal: bool = True
     max_array_size: int = 1001
+    max_jobs: int = 10000
     node_timeout: int = 10
 
     @property
@@ -72,7 +74,7 @@ def check(state: Path, settings: Settings) -> None:
         raise ClusterError(f"{state}: only letters, digits and / . _ - may be in the path")
     for name, least, most in (
         ("nodes", 1, 99), ("cpus", 1, 1024), ("gpus", 0, 64), ("memory", 256, 1 << 24), ("port", 1024, 65000),
-        ("grace", 0, 3600), ("max_array_size", 1, 4000000), ("node_timeout", 5, 3600),
+        ("grace", 0, 3600), ("max_array_size", 1, 4000000), ("max_jobs", 2, 1000000), ("node_timeout", 5, 3600),
     ):  # fmt: skip
         if not least <= getattr(settings, name) <= most:
             raise ClusterError(f"{name}={getattr(settings, name)}: allowed: {least} to {most}")
@@ -122,6 +124,7 @@ def _slurm_conf(state: Path, settings: Settings) -> Iterator[str]:
     # Numbers of two clusters on one machine should differ: jobs derive ports from theirs.
     yield f"FirstJobId={random.randrange(1_000_000, 9_000_000)}"
     yield f"MaxArraySize={settings.max_array_size}"
+    yield f"MaxJobCount={settings.max_jobs}"
     yield "SelectType=select/cons_tres"
     yield "SelectTypeParameters=CR_CPU_Memory"
     yield "DefMemPerCPU=200"

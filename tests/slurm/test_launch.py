@@ -49,6 +49,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_in(tmp_path_factory.mktemp("undisturbed") / "here", *LONG, "cluster.threads=1")
 
 
+PAIR = (*LONG, "epochs=40", "eval_every=20")  # for two processes, which take longer
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_in(tmp_path_factory.mktemp("undisturbed") / "here", *PAIR, "cluster.threads=1", "cluster.processes=2")
+
+
 def status(run: Path) -> dict[str, Any]:
     told: dict[str, Any] = json.loads((run / "status.json").read_text())
     return told
@@ -152,17 +160,15 @@ def test_a_signalled_run_is_requeued_and_ends_as_if_undisturbed(
 
 
 def test_processes_under_torchrun_are_requeued_and_end_as_if_undisturbed(
-    submit: Submit, cluster: Cluster, tmp_path: Path
+    submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed_pair: Path
 ) -> None:
-    settings = (*LONG, "epochs=40", "eval_every=20")
-    reference = train_in(tmp_path / "here", *settings, "cluster.threads=1", "cluster.processes=2")
-    assert submit(*settings, "cluster.nodes=2").returncode == 0
+    assert submit(*PAIR, "cluster.nodes=2").returncode == 0
     run = the_run_of_a_job(tmp_path)
     wait_for_step(run, 6)
     cluster.run("scancel", "--signal=USR2", job_of(run))
     wait_for_state(run, "finished")
     assert status(run)["restarts"] == 1
-    assert_same(run, reference)
+    assert_same(run, undisturbed_pair)
 
 
 def test_no_more_requeues_than_allowed(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
@@ -229,6 +235,28 @@ def test_a_run_of_a_lost_node_goes_on_elsewhere(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.parametrize("noticed_by", ["workers", "SLURM"])
+def test_a_run_that_lost_one_of_its_nodes_goes_on(
+    submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed_pair: Path, noticed_by: str
+) -> None:
+    assert submit(*PAIR, "checkpoint.every_steps=10", "cluster.nodes=2").returncode == 0
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 20)
+    cluster.kill_node("node2", jobs=noticed_by == "workers")  # else its daemon alone, and its worker trains on
+    try:
+        if noticed_by == "SLURM":
+            cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+        else:
+            waits = "node2: lost; waiting for SLURM to requeue the job"
+            assert wait_until(lambda: status(run)["message"] == waits, 60), told_by(run)
+        assert wait_until(lambda: cluster.node_states()["node2"].startswith("down"), 90), told_by(run)
+    finally:
+        cluster.start_node("node2")
+    wait_for_state(run, "finished")
+    assert status(run)["restarts"] == 1
+    assert_same(run, undisturbed_pair)
+
+
 def test_edits_while_a_run_is_queued_change_nothing(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     for name in ("conf", "sweeps", "src"):
@@ -249,6 +277,52 @@ def test_a_wrong_partition_is_one_message_in_slurm_s_words(submit: Submit, tmp_p
     assert "invalid partition specified: none" in result.stderr
     assert all(line.startswith("error: ") for line in result.stderr.splitlines()), result.stderr
     assert list((tmp_path / "runs").glob("synthetic-*")) == []
+
+
+def largebatch(cluster: Cluster, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "largebatch.cli", *arguments],
+        cwd=folder, env=environment() | cluster.environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_cancelled_runs_are_saved_and_shown_as_such(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    submit("-m", *LONG, "seed=0,1", "cluster.array_parallelism=1")
+    first, second = sorted((tmp_path / "runs").glob("synthetic-*"), key=lambda run: job_of(run))
+    wait_for_step(first, 2)
+    result = largebatch(cluster, tmp_path, "cancel", "runs")
+    assert result.returncode == 0, result.stderr
+    assert f"{first.name}: cancelled after step {status(first)['step']} of 400" in result.stdout
+    assert f"{second.name}: cancelled, it hadn't begun" in result.stdout
+    assert [row["state"] for row in rows_as_listed(cluster, tmp_path)] == ["preempted"] * 2
+    assert cluster.run("squeue", "--noheader").stdout == ""
+
+
+def test_a_node_without_scontrol_says_that_the_same_command_goes_on(
+    submit: Submit, cluster: Cluster, tmp_path: Path
+) -> None:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("bash", "env", "srun", "python3"):
+        (commands / name).symlink_to(shutil.which(name) or name)
+    submit(*LONG, f"cluster.setup=['export PATH={commands}']")
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 2)
+    cluster.run("scancel", "--signal=USR2", job_of(run))
+    wait_for_state(run, "preempted")
+    why = f"{status(run)['node']} has no scontrol to requeue the job with; the same command resumes"
+    assert wait_until(lambda: status(run)["message"].startswith(why), 20), told_by(run)
+
+
+def test_a_full_queue_is_one_message_in_slurm_s_words(tmp_path: Path, submit: Submit) -> None:
+    with place() as (folder, port), Cluster(folder, port=port, nodes=1, accounting=False, max_jobs=2) as cluster:
+        assert submit(*TINY, "seed=0", "+cluster.options.hold=true", cluster=cluster).returncode == 0
+        result = submit("-m", *TINY, "seed=1,2", cluster=cluster)
+    assert result.returncode == 2
+    refusal, rest = result.stderr.splitlines()
+    assert refusal == "error: SLURM refused 2 run(s): sbatch: error: Slurm temporarily unable to accept job"
+    assert rest == "error: no run of this plan is in the queue"
+    assert len(list((tmp_path / "runs").glob("synthetic-*"))) == 1
 
 
 def test_a_refused_part_of_a_grid_leaves_nothing_in_the_queue(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from largebatch.config import unknown_key
 from largebatch.errors import UserError
+from largebatch.launch.draws import Interval, drawn, interval_of
 
-Axes = dict[str, list[str]]  # the overrides that an axis is made of, by its key
+Axis = list[str] | Interval  # the overrides that it is made of, or where they are drawn from
+Axes = dict[str, Axis]  # by their keys
 Tree = dict[str, Any]
 
 
@@ -47,8 +49,8 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
 
     Axes are values with commas (also ``range``, ``choice``, ``glob``), of the command line and of the chosen sweep's
     ``hydra.sweeper.params``. The sweep's ``cases`` are a list of axes that belong together: the grid has every
-    combination of axes in each case. A key on the command line replaces the file's, in its cases too; of a key given
-    twice there the last counts.
+    combination of axes in each case. Axes that are intervals are drawn from together, ``trials`` times. A key on the
+    command line replaces the file's, in its cases too; of a key given twice there the last counts.
 
     Args:
         arguments: overrides, without ``-m``.
@@ -73,20 +75,47 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
         cases = _cases(base.get("cases"), given, of_file, parser)
         sweep = base.hydra.runtime.choices.get("sweeps")
         composed: dict[tuple[str, ...], Tree] = {}
-        points = dict.fromkeys(point for case in cases for point in itertools.product(*(case | axes).values()))
+        trials = _trials(base.get("trials"), [case | axes for case in cases])
+        points = dict.fromkeys(point for case in cases for point in _combinations(case | axes, trials))
         return [
             Composed((*fixed, *point), _tree(point, fixed, conf, parser, composed), sweep, multirun=True)
             for point in points
         ]
 
 
-def _points(override: Override) -> list[str]:
-    """The override of each value of an axis."""
+def _trials(trials: Any, grids: list[Axes]) -> int:
+    """How often intervals are drawn from; 0 where there are none."""
+    intervals = [axis for axes in grids for axis in axes.values() if isinstance(axis, Interval)]
+    if not intervals:
+        if trials is not None:
+            raise UserError(f"trials={trials}: no axis is an interval to draw from, as optimizer.lr=interval(1,10) is")
+        return 0
+    if not isinstance(trials, int) or trials < 1:
+        key = intervals[0].key
+        raise UserError(f"{key}: is an interval, and trials must say how many points are drawn, as in trials=16")
+    return trials
+
+
+def _combinations(axes: Axes, trials: int) -> Iterator[tuple[str, ...]]:
+    """Every combination of values, with each point that is drawn from the intervals."""
+    intervals = [axis for axis in axes.values() if isinstance(axis, Interval)]
+    if not intervals:
+        yield from itertools.product(*(values for values in axes.values() if isinstance(values, list)))
+        return
+    for point in drawn(intervals, trials):
+        of_point = dict(zip((interval.key for interval in intervals), point, strict=True))
+        yield from itertools.product(
+            *(values if isinstance(values, list) else [of_point[key]] for key, values in axes.items())
+        )
+
+
+def _points(override: Override) -> Axis:
+    """The override of each value of an axis, or the interval that it is."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
+    if override.is_interval_sweep():
+        return interval_of(override)
     key = override.get_key_element()
-    if not override.is_discrete_sweep():
-        raise UserError(f"{override.input_line}: a grid needs values one by one, as in {key}=1,2,3")
     lines = [f"{key}={value}" for value in override.sweep_string_iterator()]
     if not lines:
         raise UserError(f"{override.input_line}: names no value")
@@ -109,13 +138,19 @@ def _cases(cases: Any, given: Collection[str], of_file: Collection[str], parser:
     return found
 
 
-def _of_case(key: str, value: Any, parser: OverridesParser) -> list[str]:
-    """The override of each value that a case has for ``key``: a list, one value, or text as on the command line."""
+def _of_case(key: str, value: Any, parser: OverridesParser) -> Axis:
+    """What a case has for ``key``: a list of values, one value, or text as on the command line."""
     values = value if isinstance(value, list) else [value]
     if not values:
         raise UserError(f"cases: {key} has no value")
-    overrides = parser.parse_overrides([f"{key}={_written(value)}" for value in values])
-    return [line for override in overrides for line in _points(override)]
+    axes = [_points(override) for override in parser.parse_overrides([f"{key}={_written(value)}" for value in values])]
+    lines = [line for axis in axes if isinstance(axis, list) for line in axis]
+    intervals = [axis for axis in axes if isinstance(axis, Interval)]
+    if not intervals:
+        return lines
+    if lines or len(intervals) > 1:
+        raise UserError(f"cases: {key} mixes an interval with other values")
+    return intervals[0]
 
 
 def _written(value: Any) -> str:

@@ -1,5 +1,6 @@
 """What this machine has to run on, found without torch; on SLURM what is asked for."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -94,6 +95,11 @@ def _visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    return _gpus_of_the_machine()
+
+
+@functools.cache  # a grid asks once for each of its runs
+def _gpus_of_the_machine() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
+from largebatch.launch.estimate import estimated
 from largebatch.launch.packing import StoppedByUser, carry_out, runs_at_a_time
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView
-from largebatch.report.table import format_table, run_rows
+from largebatch.report.table import Row, counted, format_table, run_rows
+from largebatch.run_folder import DONE
 from largebatch.tracking.wandb_session import agent_run_id
 
 _COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
@@ -46,9 +48,13 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
 
 
 def show_plan(plan: Sequence[PlannedRun]) -> int:
-    """What would be done: the runs, how each stands, and what tells them apart."""
-    _say(f"{len(plan)} run(s); nothing is started (dry_run=true)\n")
-    _say(_table(plan))
+    """What would be done: the runs, how each stands, what tells them apart, and how long they may take."""
+    rows = _rows(plan)
+    _say(f"{len(plan)} run(s): {counted(rows)}; nothing is started (dry_run=true)")
+    to_go = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE or run.config.rerun]
+    if estimate := estimated(to_go):
+        _say(estimate)
+    _say("\n" + _table(rows))
     if _on_slurm(plan):
         for text in sbatch_texts(plan):
             _say(f"\nsbatch would be given:\n\n{text}")
@@ -56,7 +62,7 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
 
 
 def print_table(plan: Sequence[PlannedRun]) -> None:
-    _say("\n" + _table(plan))
+    _say("\n" + _table(_rows(plan)))
 
 
 def _on_slurm(plan: Sequence[PlannedRun]) -> bool:
@@ -66,13 +72,21 @@ def _on_slurm(plan: Sequence[PlannedRun]) -> bool:
     return names == {"slurm"}
 
 
-def _table(plan: Sequence[PlannedRun]) -> str:
-    rows = []
+def _rows(plan: Sequence[PlannedRun]) -> list[Row]:
+    """A row for each run of the plan; one that has no folder yet is new."""
     known = {row["run"]: row for row in run_rows(run.folder for run in plan if run.folder.path.exists())}
+    new = {"state": "new"}
+    found = []
     for run in plan:
-        row = known.get(run.folder.name, {"folder": str(run.folder.path)})
-        rows.append({"state": "new", **{k: v for k, v in row.items() if v is not None}, "label": run.label})
-    return format_table(rows, _COLUMNS if len(plan) > 1 else {k: v for k, v in _COLUMNS.items() if k != "label"})
+        row = known.get(run.folder.name, {})
+        found.append(
+            new | {k: v for k, v in row.items() if v is not None} | {"label": run.label, "folder": str(run.folder.path)}
+        )
+    return found
+
+
+def _table(rows: Sequence[Row]) -> str:
+    return format_table(rows, {key: heading for key, heading in _COLUMNS.items() if len(rows) > 1 or key != "label"})
 
 
 def _say(text: str) -> None:

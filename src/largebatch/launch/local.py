@@ -67,8 +67,10 @@ def claim(run: PlannedRun, jobs: Jobs | None = None, **status: Any) -> Outcome |
                 state="queued", message="", exit_code=0, queued=time.time(), cluster=config.cluster.name,
                 **(dict.fromkeys(("job_id", "code", "restarts")) | status),
             )  # fmt: skip
-    except (RunBusyError, UserError) as error:  # the latter from SLURM, when it can't be asked
+    except RunBusyError as error:
         return Outcome(run, "busy", str(error), exit_code=2)
+    except UserError as error:  # SLURM can't be asked, or the status can't be read
+        return Outcome(run, "failed", str(error), exit_code=2)
     return None
 
 

@@ -32,8 +32,9 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
         if job.sweep is not None and not job.multirun:
             command = " ".join(("python launch.py -m", *job.overrides))
             raise UserError(f"sweeps={job.sweep} is a grid and needs -m: {command}")
-        if job.tree.get("cases") and not job.multirun:
-            raise UserError("cases: are those of a grid, which needs -m; leave them out for one run")
+        for key in ("cases", "trials"):
+            if job.tree.get(key) and not job.multirun:
+                raise UserError(f"{key}: are those of a grid, which needs -m; leave them out for one run")
     common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs)) if len(jobs) > 1 else set()
     plan: dict[str, PlannedRun] = {}
     problems: dict[str, list[str]] = {}

@@ -137,6 +137,8 @@ def _claim_all(plan: Sequence[PlannedRun], claimed: list[tuple[PlannedRun, bool]
         outcome = claim(run, jobs, code=copy_of_code(Path(run.config.runs_dir) / ".code").name)
         if outcome is None:
             claimed.append((run, new))
+        elif outcome.state == "failed":
+            raise UserError(outcome.message)
         else:
             done = f"{run.folder.name} {outcome.state} before; not repeated (rerun=true repeats it)"
             _say(f"      {done if outcome.skipped else outcome.message}")
@@ -154,6 +156,8 @@ def _submit(array: Array) -> str:
     from submitit.slurm.slurm import SlurmExecutor
 
     array.folder.mkdir(exist_ok=True)
+    # Of the class: an array is submitted by an executor that submitit makes.
+    SlurmExecutor._make_submission_command = _sbatch  # type: ignore[assignment,method-assign]
     executor = SlurmExecutor(array.folder)
     executor.update_parameters(**parameters(array))
     before = set(array.folder.iterdir())
@@ -172,6 +176,10 @@ def _submit(array: Array) -> str:
             if run.folder.read_status().get("job_id") is None:
                 run.folder.update_status(job_id=job.job_id)
     return str(jobs[0].job_id).partition("_")[0]
+
+
+def _sbatch(_: Any, file: Path) -> list[str]:
+    return [sys.executable, "-m", "largebatch.launch.sbatch", str(file)]
 
 
 def _withdraw(jobs: list[str], claimed: list[tuple[PlannedRun, bool]], why: str) -> None:
@@ -205,9 +213,11 @@ def _announce(jobs: dict[str, Array]) -> None:
     if len(jobs) > 1 and next(iter(jobs.values())).cluster.array_parallelism:
         _say("each of these arrays keeps cluster.array_parallelism for itself")
     array, numbers = next(iter(jobs.values())), list(jobs)
-    _say(f"  largebatch status {array.runs_dir}   # how the runs stand; their logs: RUN/log.txt, {array.folder}")
+    hint = array.runs[0].folder.name.rpartition("-")[2]
+    _say(f"  largebatch status {array.runs_dir}   # how the runs stand; --watch keeps looking")
+    _say(f"  largebatch logs {array.runs_dir}/{hint}   # what a run says; SLURM's own logs are in {array.folder}")
     _say(f"  squeue --jobs={','.join(numbers)}   # what SLURM says")
-    _say(f"  scancel {' '.join(numbers)}   # cancel; the same command again continues from the last checkpoint")
+    _say(f"  scancel {' '.join(numbers)}   # end them; the same command again continues from the last checkpoint")
 
 
 def _watch(plan: Sequence[PlannedRun]) -> int:

@@ -23,6 +23,7 @@ from types import FrameType
 from largebatch.config import ClusterConfig, load_config
 from largebatch.errors import UserError
 from largebatch.launch.devices import thread_environment
+from largebatch.launch.slurm_nodes import Heartbeat
 from largebatch.launch.slurm_queue import ask, slurm_states
 from largebatch.process import LAUNCHER_PID, die_with_parent
 from largebatch.run_folder import DONE, RESUMES, RunBusyError, RunFolder
@@ -33,6 +34,7 @@ _FORWARD_SECONDS = 2.0  # between signals to workers, of which some may not have
 _REQUEUE_SECONDS = 10.0  # kept of cluster.signal_seconds for requeueing
 _MEET_SECONDS = 300  # for all nodes to be there
 _LAST_WORDS_SECONDS = 5.0
+_NODE_FAILURE_SECONDS = 900.0  # in which SLURM finds out that a node is down; by default it takes 300
 _LOST_NODE_SECONDS = 120.0  # until a file server gives up the lock of a node that is gone
 
 
@@ -66,10 +68,15 @@ def carry_out_run(path: str) -> None:
     if folder.state() in DONE:  # what another node has found is true on this one
         return
     logged = folder.log.stat().st_size if folder.log.exists() else 0
+    heartbeat = Heartbeat(folder.path.parent / ".slurm", f"{place.job_id}_{place.restarts}", place.node, place.hosts)
     child = _start(folder, cluster, place)
-    _wait(child, asked, cluster.signal_seconds)
+    _wait(child, asked, cluster.signal_seconds, heartbeat)
+    heartbeat.end()
     if child.returncode and not asked:
-        _fail(folder, cluster, place, child.returncode, logged)
+        if lost := heartbeat.lost_nodes():
+            _wait_for_requeue(folder, place, lost, asked)
+        else:
+            _fail(folder, cluster, place, child.returncode, logged)
     _conclude(folder, cluster, place, asked)
 
 
@@ -145,13 +152,14 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _wait(child: subprocess.Popen[bytes], asked: list[int], signal_seconds: int) -> None:
+def _wait(child: subprocess.Popen[bytes], asked: list[int], signal_seconds: int, heartbeat: Heartbeat) -> None:
     """Until the child ends, which a signal makes it do; shortly before the time limit kills the job, without it.
 
     It polls, because a handler that came within ``Popen.wait`` would find its lock taken.
     """
     end = forwarded = 0.0
     while child.poll() is None:
+        heartbeat.beat()
         now = time.monotonic()
         if asked and now - forwarded >= _FORWARD_SECONDS:
             end, forwarded = end or now + max(signal_seconds - _REQUEUE_SECONDS, signal_seconds / 2), now
@@ -182,6 +190,27 @@ def _handles(pid: int, number: signal.Signals) -> bool:
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
+
+
+def _wait_for_requeue(folder: RunFolder, place: Place, lost: list[str], asked: list[int]) -> None:
+    """Stay, after workers have failed because they lost a node's, until SLURM requeues the job for the same reason.
+
+    SLURM notices minutes later. A failure said before would end the job for good, and a requeue asked for before could
+    be given the same node again.
+    """
+    status = folder.read_status()
+    if (status.get("job_id"), status.get("restarts")) != (place.job_id, place.restarts):
+        raise SystemExit(1)  # this node is the one that was lost to the others: the job has begun anew without it
+    names, until = " and ".join(lost), time.monotonic() + _NODE_FAILURE_SECONDS
+    folder.update_status(state="preempted", message=f"{names}: lost; waiting for SLURM to requeue the job")
+    while not asked and time.monotonic() < until:
+        time.sleep(_POLL_SECONDS)
+    if not asked:
+        message = (
+            f"{names}: lost, and SLURM didn't requeue the job within {_NODE_FAILURE_SECONDS / 60:.0f} min; {RESUMES}"
+        )
+        folder.update_status(state="failed", message=message, exit_code=1, ended=time.time())
+        raise SystemExit(1)
 
 
 def _fail(folder: RunFolder, cluster: ClusterConfig, place: Place, code: int, logged: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from largebatch.launch.local import Outcome, Started
 from largebatch.launch.plan import PlannedRun
 from largebatch.report.table import duration, run_row
-from largebatch.tracking.metrics import last_row
+from largebatch.tracking.metrics import newest
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -86,8 +86,7 @@ class PlanView:
         status = folder.read_status()
         step, steps = status.get("step") or 0, status.get("steps") or 0
         began, first = self._began.setdefault(folder.name, (time.monotonic(), step))
-        row = last_row(folder.metrics)
-        accuracy = next((row[key] for key in ("test/accuracy", "train/accuracy") if row.get(key) is not None), None)
+        accuracy = newest(folder.metrics, "test/accuracy", "train/accuracy")
         taken = time.monotonic() - began
         left = duration(taken / (step - first) * (steps - step)) + " left" if step > first else ""
         return {

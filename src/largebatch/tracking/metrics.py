@@ -8,8 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from largebatch.errors import UserError
+from largebatch.run_folder import read_tail
+
 Row = dict[str, Any]
-_LONGEST_ROW = 1 << 14  # bytes
+_TAIL = 1 << 15  # bytes: some hundred rows
 
 
 class MetricsLog:
@@ -44,15 +47,17 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-def last_row(path: Path) -> Row:
-    """The last complete row without reading the others; empty where there is none."""
-    if not path.exists():
-        return {}
-    with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(file.tell() - _LONGEST_ROW, 0))
-        lines = file.read().split(b"\n")[:-1]
-    return dict(json.loads(lines[-1])) if lines else {}
+def newest(path: Path, *names: str) -> float | None:
+    """The newest value among the last rows of the first of ``names`` that they have, without reading the others.
+
+    Raises:
+        UserError: when one of them isn't JSON.
+    """
+    try:
+        rows = [json.loads(line) for line in reversed(read_tail(path, _TAIL))]
+    except ValueError as error:
+        raise UserError(f"{path}: has a row that isn't JSON ({error})") from None
+    return next((row[name] for name in names for row in rows if row.get(name) is not None), None)
 
 
 def write_table(rows: list[Row], path: Path) -> None:
