@@ -8,6 +8,7 @@ later (``docs/tracking.md``). Only rank 0 calls ``start``, and wandb is imported
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from largebatch.config import Config
+from largebatch.tracking.wandb_parts import Part, parts_of, rows_after
+from largebatch.tracking.wandb_server import UploadError, this_server
 from largebatch.tracking.wandb_session import (
     choose_mode,
     close_session,
@@ -40,23 +43,26 @@ class WandbRun:
     Attributes:
         mode: ``"online"`` or ``"offline"``.
         how: why that mode, in one line.
+        rows_before: the number of rows that W&B has, or that are on the disk for it, from earlier parts of the run.
     """
 
-    def __init__(self, run: wandb.Run, mode: str, how: str, say: Callable[[str], None]) -> None:
+    def __init__(self, run: wandb.Run, mode: str, how: str, rows_before: int, say: Callable[[str], None]) -> None:
         self.mode = mode
         self.how = how
+        self.rows_before = rows_before
+        self._rows = rows_before  # with those that were logged
         self._run = run
         self._say = say
         self._failed = False
 
-    def log(self, row: dict[str, float]) -> None:
+    def log(self, row: dict[str, Any], histograms: dict[str, list[float]] | None = None) -> None:
         """One row of metrics, with its ``step`` and ``epoch``. Values that are None are left out.
 
-        wandb's own step counter is never given: a run resumed from an older checkpoint repeats steps, and rows below
-        the counter would be dropped.
+        wandb's own step counter is never given: it counts rows, and goes on counting in a resumed run.
         """
         if not self._failed:
-            self._attempt("log", lambda: self._run.log(_without_none(row)))
+            self._rows += 1
+            self._attempt("log", lambda: self._run.log(_without_none(row) | _histograms(histograms or {})))
 
     def summarize(self, summary: dict[str, Any]) -> None:
         """The run's final and best values, in place of each metric's last one."""
@@ -66,7 +72,19 @@ class WandbRun:
     def finish(self, exit_code: int) -> None:
         """End the run, and wandb's session with it. 0 is shown as finished, anything else as failed."""
         self._attempt("finish", lambda: self._run.finish(exit_code=exit_code))
+        if self.mode == "online" and not self._failed:
+            self._attempt("see what W&B got", self._check_rows)
         close_session()
+
+    def _check_rows(self) -> None:
+        """Mark the part as uploaded if W&B has all of its rows: of one that it refused to take wandb says nothing."""
+        run = self._run
+        there = this_server().rows(run.project, run.entity, run.id, seconds=5.0)
+        if there < self._rows:
+            raise UploadError(f"it has {there} of {self._rows} rows; `largebatch sync` uploads the rest")
+        for part in parts_of(Path(run.dir).parents[2]):
+            if part.log.parent == Path(run.dir).parent:
+                part.mark_done()
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
@@ -118,17 +136,32 @@ def start(
     with session_environment(directory, config.tracker.mode):
         try:
             (directory / "wandb").mkdir(parents=True, exist_ok=True)
+            earlier = parts_of(directory)
             arguments = run_arguments(config, directory, run_id, name, facts, init_timeout, finish_timeout)
             run, mode, how = begin(config.tracker.mode, arguments)
+            rows_before = continue_from(earlier, run, mode) if run else 0
         except Exception as error:  # whatever it is, training matters more
-            run, mode, how = None, "is off", one_line(error)
+            run, mode, how, rows_before = None, "is off", one_line(error), 0
     say(f"W&B {mode}: {how}")
     if run is None:
         close_session()
         return None
     if not Path(run.dir).resolve().is_relative_to(directory.resolve()):
         say(f"W&B could not write to {directory}, its files are in {run.dir}")
-    return WandbRun(run, mode, how, say)
+    return WandbRun(run, mode, how, rows_before, say)
+
+
+def continue_from(earlier: list[Part], run: wandb.Run, mode: str) -> int:
+    """The number of rows that need not be sent again.
+
+    Online W&B says what it has. What else earlier parts hold will come again in this one, so they are done with.
+    """
+    of_this_run = [part for part in earlier if part.run_id == run.id]  # a sweep's agent gives runs its own ids
+    if mode == "offline":
+        return rows_after(of_this_run)
+    for part in of_this_run:
+        part.mark_done()
+    return int(run.step)
 
 
 def begin(asked: str, arguments: dict[str, Any]) -> tuple[wandb.Run | None, str, str]:
@@ -206,3 +239,11 @@ def run_tags(config: Config) -> list[str]:
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _histograms(columns: dict[str, list[float]]) -> dict[str, Any]:
+    """Histograms of the finite values; none of a column that has no such."""
+    import wandb
+
+    finite = {name: list(filter(math.isfinite, values)) for name, values in columns.items()}
+    return {name: wandb.Histogram(values) for name, values in finite.items() if values}
