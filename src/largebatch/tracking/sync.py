@@ -1,7 +1,8 @@
 """``largebatch sync``: uploads to W&B what isn't there yet, with ``wandb sync``.
 
-wandb joins the parts of a run in order, but of an upload that was cut off it sends everything again. So before each
-part W&B is asked how many rows it has, and a part that is there to some extent is uploaded from a copy without those.
+wandb joins the parts of a run in order, but after an upload that was cut off it sends everything again, and a part that
+was killed while it was written it never takes for done. So W&B is asked how many rows it has, and what is uploaded is
+a copy of the part's whole records without those rows.
 """
 
 from __future__ import annotations
@@ -153,18 +154,16 @@ def _upload_part(part: Part, rows_before: int, server: Server, seconds: float) -
             "W&B takes no run of the same id again"
         )
     with tempfile.TemporaryDirectory(prefix=_SCRATCH) as scratch:
-        log = part.log
-        if rows > rows_before:
-            log = Path(scratch, log.parent.name, log.name)
-            log.parent.mkdir()
-            log.parent.joinpath("files").symlink_to((part.log.parent / "files").absolute())  # images, tables
-            write_without_rows(part.log, rows - rows_before, log)
-        _wandb_sync(log, Path(scratch), seconds)
+        copy = Path(scratch, part.name, part.log.name)
+        copy.parent.mkdir()
+        copy.parent.joinpath("files").symlink_to((part.log.parent / "files").absolute())  # images
+        write_without_rows(part.log, rows - rows_before, copy)
+        _wandb_sync(copy, Path(scratch), seconds)
 
 
 def _wandb_sync(log: Path, scratch: Path, seconds: float) -> None:
     """Upload one log with ``wandb sync``, which says that it was done by a mark and not by its exit code."""
-    command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", str(log.absolute())]
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", str(log)]
     ours = {"WANDB_ERROR_REPORTING": "false", "WANDB_CACHE_DIR": str(scratch), "WANDB_DIR": str(scratch)}
     unwanted = ("WANDB_MODE", "WANDB_SERVICE", "WANDB_SILENT", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DEBUG")
     environment = {key: value for key, value in os.environ.items() if key not in unwanted} | ours

@@ -82,9 +82,7 @@ class WandbRun:
         there = this_server().rows(run.project, run.entity, run.id, seconds=5.0)
         if there < self._rows:
             raise UploadError(f"it has {there} of {self._rows} rows; `largebatch sync` uploads the rest")
-        for part in parts_of(Path(run.dir).parents[2]):
-            if part.log.parent == Path(run.dir).parent:
-                part.mark_done()
+        part_of(run).mark_done()
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
@@ -161,7 +159,11 @@ def continue_from(earlier: list[Part], run: wandb.Run, mode: str) -> int:
         return rows_after(of_this_run)
     for part in of_this_run:
         part.mark_done()
-    return int(run.step)
+    return part_of(run).first_row() or 0
+
+
+def part_of(run: wandb.Run) -> Part:
+    return Part(Path(run.dir).parent / f"run-{run.id}.wandb")
 
 
 def begin(asked: str, arguments: dict[str, Any]) -> tuple[wandb.Run | None, str, str]:
