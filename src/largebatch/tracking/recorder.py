@@ -43,6 +43,9 @@ class Recorder:
         self._wandb = wandb_run.start(config, folder.path, run_id, folder.name, facts, console.say)
         self._feed = WandbFeed(self._wandb, facts["steps_per_epoch"]) if self._wandb else None
         folder.update_status(step=step, steps=facts["steps"], wandb_id=run_id if self._wandb else None)
+        self._tracker = config.tracker
+        if self._feed and folder.images.exists():
+            self._feed.images(folder.images)
         if self._feed and step > 0:
             self._feed_again(self._feed)
 
@@ -94,8 +97,23 @@ class Recorder:
             write_atomic(self._folder.summary, json.dumps(figures | self._facts, indent=1) + "\n")
             if self._wandb:
                 self._wandb.summarize(figures)
+                if self._tracker.checkpoints:
+                    self._upload_checkpoints(self._wandb, rows)
+        if self._wandb and self._tracker.alerts and state == "diverged":
+            self._wandb.alert(f"{self._folder.name} diverged", message)
         self._end(0 if state in ("finished", "diverged") else 1)
         self._folder.update_status(state=state, step=step, message=message, ended=time.time())
+
+    def _upload_checkpoints(self, wandb: wandb_run.WandbRun, rows: list[Row]) -> None:
+        """The last one, and the best one if there is one: of a run with validation images."""
+        best = self._folder.best_checkpoint
+        for path in sorted(self._folder.checkpoints.glob("step-*.pt"))[-1:]:
+            is_best = best.exists() and path.samefile(best)
+            step = int(path.stem.removeprefix("step-"))
+            wandb.checkpoint(path, ["last", "best"] if is_best else ["last"], figures_at(rows, step))
+            if best.exists() and not is_best:
+                chosen = max(rows, key=lambda row: (row.get("val/accuracy") or 0.0, -row["step"]))
+                wandb.checkpoint(best, ["best"], figures_at(rows, chosen["step"]))
 
     def _end(self, exit_code: int) -> None:
         if self._wandb:
@@ -108,6 +126,8 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._wandb and self._tracker.alerts and error is not None:
+            self._wandb.alert(f"{self._folder.name} failed", f"{type(error).__name__}: {error}"[:1000])
         self._end(1)  # nothing to end unless the run came here by an exception
 
 
@@ -115,6 +135,12 @@ def wandb_layers_every(layers_every: int, steps: int) -> int:
     """Steps between the layer rows that W&B gets: ``tracker.layers_every``, or the multiple that a long run needs."""
     every = max(layers_every, 1)  # 0 is off: there are no rows
     return every * math.ceil(steps / every / _LAYER_ROWS_IN_WANDB)
+
+
+def figures_at(rows: list[Row], step: int) -> dict[str, Any]:
+    """Step, epoch and the newest validation and test figures after a step."""
+    found = {k: v for row in rows if row["step"] <= step for k, v in row.items()}
+    return {"step": step} | {k: v for k, v in found.items() if k == "epoch" or k.startswith(("val/", "test/"))}
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:

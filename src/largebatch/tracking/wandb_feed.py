@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from largebatch.tracking.metrics import Row
@@ -31,6 +32,11 @@ class WandbFeed:
         self._number = 0  # of rows so far
         self._waiting: deque[Row] = deque()
         self._awaited: deque[int] = deque()  # steps of the layers' rows that are still on the device
+
+    def images(self, path: Path) -> None:
+        """A file of images, as the first row."""
+        if self._is_new():
+            self._run.log({"step": 0, "epoch": 0}, images=path)
 
     def expect_layers(self, step: int) -> None:
         """A row of layers of this step will come; rows of this step and later ones come after it."""

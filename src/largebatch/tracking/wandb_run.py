@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largebatch.config import Config
+from largebatch.config import Config, setting_hash, setting_name, without_none
 from largebatch.tracking.wandb_parts import Part, parts_of, rows_after
 from largebatch.tracking.wandb_server import UploadError, this_server
 from largebatch.tracking.wandb_session import (
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT = 20.0  # seconds that an online start may take before the run goes on offline
 FINISH_TIMEOUT = 60.0  # seconds for the last uploads; what is left stays in the run folder (wandb's default: for ever)
+CHECKPOINT_TIMEOUT = 600.0  # the same, where checkpoints are uploaded
 
 # Every logged row holds both axes; a metric's chart is drawn over the one that its family is listed under.
 AXES = {"step": ("train", "optim", "perf", "layers"), "epoch": ("test", "val", "embedding", "probe")}
@@ -55,19 +56,41 @@ class WandbRun:
         self._say = say
         self._failed = False
 
-    def log(self, row: dict[str, Any], histograms: dict[str, list[float]] | None = None) -> None:
-        """One row of metrics, with its ``step`` and ``epoch``. Values that are None are left out.
+    def log(
+        self, row: dict[str, Any], histograms: dict[str, list[float]] | None = None, images: Path | None = None
+    ) -> None:
+        """One row of metrics, with its ``step`` and ``epoch``, and maybe histograms of lists of values, or a picture.
+
+        Values that are None are left out.
 
         wandb's own step counter is never given: it counts rows, and goes on counting in a resumed run.
         """
         if not self._failed:
             self._rows += 1
-            self._attempt("log", lambda: self._run.log(_without_none(row) | _histograms(histograms or {})))
+            self._attempt("log", lambda: self._run.log(without_none(row) | _media(histograms or {}, images)))
 
     def summarize(self, summary: dict[str, Any]) -> None:
         """The run's final and best values, in place of each metric's last one."""
         if not self._failed:
-            self._attempt("write the summary", lambda: self._run.summary.update(_without_none(summary)))
+            self._attempt("write the summary", lambda: self._run.summary.update(without_none(summary)))
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell the user, by the ways that are set there (e-mail, Slack)."""
+        if not self._failed:
+            self._attempt("send an alert", lambda: self._run.alert(title=title, text=text, level="ERROR"))
+
+    def checkpoint(self, path: Path, aliases: list[str], facts: dict[str, Any]) -> None:
+        """Upload a file as a version of the artifact ``checkpoint-ID``; offline it is only noted, and must stay."""
+        if not self._failed:
+            self._attempt("upload a checkpoint", lambda: self._log_artifact(path, aliases, facts))
+
+    def _log_artifact(self, path: Path, aliases: list[str], facts: dict[str, Any]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", "model", metadata=without_none(facts))
+        with session_environment(path.parent.parent, "auto"):  # else there would be folders in the home
+            artifact.add_file(str(path), name="checkpoint.pt", policy="immutable", skip_cache=True)  # without a copy
+            self._run.log_artifact(artifact, aliases=aliases)
 
     def finish(self, exit_code: int) -> None:
         """End the run, and wandb's session with it. 0 is shown as finished, anything else as failed."""
@@ -102,7 +125,7 @@ def start(
     say: Callable[[str], None],
     *,
     init_timeout: float = INIT_TIMEOUT,
-    finish_timeout: float = FINISH_TIMEOUT,
+    finish_timeout: float | None = None,
 ) -> WandbRun | None:
     """Start, or resume, the W&B run of one run folder. Call it on rank 0 only.
 
@@ -114,7 +137,7 @@ def start(
         facts: what the configuration came to (rate, batch per process, commit, versions), stored under ``resolved``.
         say: takes one line at a time: the mode and its reason, and every failure once.
         init_timeout: seconds an online start may take.
-        finish_timeout: seconds for the last uploads.
+        finish_timeout: seconds for the last uploads; None for what is usual.
 
     Returns:
         None when W&B isn't wanted (``tracker=none``, ``tracker.mode=disabled``, ``WANDB_MODE=disabled``), can't be
@@ -131,6 +154,8 @@ def start(
         say(f"W&B is off: wandb can't be imported ({one_line(error)})")
         return None
     directory = directory.absolute()
+    if finish_timeout is None:
+        finish_timeout = CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT
     with session_environment(directory, config.tracker.mode):
         try:
             (directory / "wandb").mkdir(parents=True, exist_ok=True)
@@ -216,7 +241,7 @@ def run_arguments(
         "job_type": tracker.job_type or config.mode.name,
         "tags": run_tags(config),
         "notes": tracker.notes,
-        "config": {**dataclasses.asdict(config), "resolved": facts},
+        "config": wandb_config(config, facts),
         "settings": {
             "init_timeout": init_timeout,
             "finish_timeout": finish_timeout,
@@ -233,19 +258,30 @@ def run_arguments(
     }
 
 
+def wandb_config(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
+    """The configuration under its own names, without the options that the choices don't have, and what to group by."""
+    shown: dict[str, Any] = without_none(
+        {
+            **dataclasses.asdict(config),
+            "setting": setting_name(config),
+            "setting_hash": setting_hash(config),
+            "optimizer_label": f"{config.optimizer.name} + {config.schedule.name}",
+            "resolved": facts,
+        }
+    )
+    return shown
+
+
 def run_tags(config: Config) -> list[str]:
     """Data set, model, optimizer, schedule and ``tracker.tags``: each once, stripped, 1 to 64 characters long."""
     parts = [config.dataset.name, config.model.name, config.optimizer.name, config.schedule.name, *config.tracker.tags]
     return list(dict.fromkeys(tag for part in parts if (tag := part.strip()[:64].strip())))
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _histograms(columns: dict[str, list[float]]) -> dict[str, Any]:
-    """Histograms of the finite values; none of a column that has no such."""
+def _media(histograms: dict[str, list[float]], images: Path | None) -> dict[str, Any]:
+    """Histograms of the finite values, none where there is no such; and the picture as ``images``."""
     import wandb
 
-    finite = {name: list(filter(math.isfinite, values)) for name, values in columns.items()}
-    return {name: wandb.Histogram(values) for name, values in finite.items() if values}
+    finite = {name: list(filter(math.isfinite, values)) for name, values in histograms.items()}
+    media: dict[str, Any] = {name: wandb.Histogram(values) for name, values in finite.items() if values}
+    return media | ({"images": wandb.Image(str(images))} if images else {})
