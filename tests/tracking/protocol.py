@@ -54,6 +54,7 @@ class Recorded:
         status: of every answer where it isn't 200, e.g. 500 or 401; nothing is taken then.
         delay: seconds that each answer takes.
         freeze_after: number of posts to runs' streams after which the server is frozen: the first that isn't answered.
+        refused: ids of runs that are not taken.
         arguments: what the sweep's agents are to run, one dict ``{"key": {"value": ...}}`` a run.
     """
 
@@ -62,6 +63,7 @@ class Recorded:
     artifacts: dict[str, Json] = field(default_factory=dict)  # by id: their variables, "files" by name, "committed"
     sweeps: list[Json] = field(default_factory=list)  # variables of each
     views: list[Json] = field(default_factory=list)  # saved workspaces: their variables; "spec" is JSON
+    refused: list[str] = field(default_factory=list)
     arguments: list[Json] = field(default_factory=list)
     beats: int = 0
     posts: int = 0
@@ -85,7 +87,7 @@ class Recorded:
         return {"WANDB_API_KEY": key, "WANDB_BASE_URL": self.url, "WANDB_ERROR_REPORTING": "false"}
 
     def take(self, path: str, body: bytes) -> Json | None:
-        """The answer, or None where there is no such path."""
+        """The answer, or None where there is no such path. Raises PermissionError for what is refused."""
         if path == "/graphql":
             asked = json.loads(body)
             named = re.search(r"\b(?:query|mutation)\s+(\w+)", asked["query"])
@@ -94,7 +96,10 @@ class Recorded:
             if name not in OPERATIONS:
                 self.unknown.append(name)
                 return {"data": {}}
-            return {"data": OPERATIONS[name](self, asked.get("variables") or {})}
+            given = asked.get("variables") or {}
+            if given.get("name") in self.refused:
+                raise PermissionError
+            return {"data": OPERATIONS[name](self, given)}
         if found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
             self.take_stream(self.runs.setdefault(unquote(found.group(1)), TakenRun()), json.loads(body))
             return {}

@@ -1,4 +1,4 @@
-"""Killed and resumed, cut off and uploaded again: W&B has the rows that the run folder has, once each."""
+"""A run that is killed and resumed, online and offline: W&B has the rows that the run folder has, once each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 from conftest import ROOT, TINY, environment
 from copies import local_rows, timeless
 from protocol import TakenRun
@@ -132,23 +131,3 @@ def test_offline_then_online(tmp_path: Path) -> None:
         assert_same(the_run(tmp_path), server.run)
         assert sync(tmp_path, server).stdout == "1 run(s) were uploaded before\n"
         assert_same(the_run(tmp_path), server.run)
-
-
-@pytest.mark.parametrize("posts", [1, 2])
-def test_a_sync_that_was_killed_goes_on(tmp_path: Path, posts: int) -> None:
-    """Also where the server took rows and could not say so any more."""
-    train(tmp_path, None)
-    run = the_run(tmp_path)
-    with recorder() as server:
-        server.freeze_after = posts
-        command = [sys.executable, "-m", "largebatch.cli", "sync"]
-        process = subprocess.Popen(command, cwd=tmp_path, env=surroundings(tmp_path, server), stdout=subprocess.DEVNULL)
-        assert server.frozen.wait(30)
-        assert (len(server.run.history) > 0) == (posts > 1), "once before and once after rows came"
-        process.kill()
-        process.wait()
-        server.freeze_after = None
-        server.frozen.clear()
-        done = sync(tmp_path, server)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert_same(run, server.run)
