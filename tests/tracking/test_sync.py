@@ -226,12 +226,8 @@ def test_wandbs_terminal_viewer_starts(offline: Path) -> None:
         env={**environment(), "HOME": str(offline), "TERM": "xterm-256color"}, start_new_session=True,
     )  # fmt: skip
     os.close(child)
-    shown, deadline = b"", time.monotonic() + 30
-    while (
-        not all(part in shown for part in (b"Finished", b"best/epoch"))
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
+    shown, until, wanted = b"", time.monotonic() + 30, (b"Finished", b"best/epoch")
+    while not all(part in shown for part in wanted) and process.poll() is None and time.monotonic() < until:
         if select.select([parent], [], [], 0.2)[0]:
             shown += os.read(parent, 65536)
     process.kill()

@@ -34,6 +34,8 @@ INIT_TIMEOUT = 20.0  # seconds that an online start may take before the run goes
 FINISH_TIMEOUT = 60.0  # seconds for the last uploads; what is left stays in the run folder (wandb's default: for ever)
 CHECKPOINT_TIMEOUT = 600.0  # the same, where checkpoints are uploaded
 
+_BINS = 32  # of a histogram: enough for a hundred layers
+
 # Every logged row holds both axes; a metric's chart is drawn over the one that its family is listed under.
 AXES = {"step": ("train", "optim", "perf", "layers"), "epoch": ("test", "val", "embedding", "probe")}
 
@@ -283,5 +285,5 @@ def _media(histograms: dict[str, list[float]], images: Path | None) -> dict[str,
     import wandb
 
     finite = {name: list(filter(math.isfinite, values)) for name, values in histograms.items()}
-    media: dict[str, Any] = {name: wandb.Histogram(values) for name, values in finite.items() if values}
+    media: dict[str, Any] = {name: wandb.Histogram(values, num_bins=_BINS) for name, values in finite.items() if values}
     return media | ({"images": wandb.Image(str(images))} if images else {})
