@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_logs(commands)
     _add_cancel(commands)
     _add_dashboard(commands)
+    _add_sync(commands)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
@@ -129,6 +131,23 @@ def _named(options: argparse.Namespace) -> list[RunFolder]:
     """The runs that a command's arguments name, each once."""
     wanted = options.runs or [str(options.runs_dir)]
     return list({run.path: run for each in wanted for run in find_runs(each, options.runs_dir)}.values())
+
+
+def _add_sync(commands: Commands) -> None:
+    sync = commands.add_parser("sync", help="upload what W&B lacks of the runs of a folder")
+    sync.add_argument("runs_dir", nargs="?", default="runs", type=Path, help="default: runs")
+    sync.add_argument("prefixes", nargs="*", metavar="RUN_PREFIX", help="only runs whose names begin with one of these")
+    sync.add_argument("--dry-run", action="store_true", help="say what would be uploaded; needs no key and no network")
+    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="for one part; default: 600")
+    sync.set_defaults(run=_sync)
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from largebatch.tracking.sync import sync
+
+    runs_dir = existing_folder(options.runs_dir)
+    say = functools.partial(print, flush=True)
+    return 1 if sync(runs_dir, options.prefixes, options.dry_run, say, options.timeout) else 0
 
 
 def existing_folder(runs_dir: Path) -> Path:

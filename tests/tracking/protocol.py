@@ -56,6 +56,7 @@ class Recorded:
         delay: seconds that each answer takes.
         freeze_after: number of posts to runs' streams after which the server is frozen: the first that isn't answered.
         project: the only one that has views; None: any.
+        refused: ids of runs that are not taken.
         arguments: what the sweep's agents are to run, one dict ``{"key": {"value": ...}}`` a run.
     """
 
@@ -65,6 +66,7 @@ class Recorded:
     sweeps: list[Json] = field(default_factory=list)  # variables of each
     views: list[Json] = field(default_factory=list)  # each saving of a workspace or report: its variables and its id
     project: str | None = None
+    refused: list[str] = field(default_factory=list)
     arguments: list[Json] = field(default_factory=list)
     beats: int = 0
     posts: int = 0
@@ -88,7 +90,7 @@ class Recorded:
         return {"WANDB_API_KEY": key, "WANDB_BASE_URL": self.url, "WANDB_ERROR_REPORTING": "false"}
 
     def take(self, path: str, body: bytes) -> Json | None:
-        """The answer, or None where there is no such path."""
+        """The answer, or None where there is no such path. Raises PermissionError for what is refused."""
         if path == "/graphql":
             asked = json.loads(body)
             named = re.search(r"\b(?:query|mutation)\s+(\w+)", asked["query"])
@@ -97,7 +99,10 @@ class Recorded:
             if name not in OPERATIONS:
                 self.unknown.append(name)
                 return {"data": {}}
-            return {"data": OPERATIONS[name](self, asked.get("variables") or {})}
+            given = asked.get("variables") or {}
+            if given.get("name") in self.refused:
+                raise PermissionError
+            return {"data": OPERATIONS[name](self, given)}
         if found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
             self.take_stream(self.runs.setdefault(unquote(found.group(1)), TakenRun()), json.loads(body))
             return {}

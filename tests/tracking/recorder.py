@@ -38,6 +38,9 @@ class _Handler(BaseHTTPRequestHandler):
         with recorded.lock:
             try:
                 answer = recorded.take(self.path, body)
+            except PermissionError:
+                self.reply(403, {"error": "not yours"})
+                return
             except Exception as error:  # ours: to be seen in the test
                 recorded.unknown.append(f"{self.path}: {type(error).__name__}: {error}")
                 answer = None

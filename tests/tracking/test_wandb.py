@@ -354,7 +354,7 @@ def test_losing_wandbs_process_is_said_once(go: Go) -> None:
 def test_a_mistake_of_ours_is_said_and_the_run_is_still_ended(go: Go, tmp_path: Path) -> None:
     report = go(**{"break": "type", "exit_code": 3})
     assert len(report["said"]) == 2
-    assert "could not log: AttributeError" in report["said"][1]
+    assert "could not log: TypeError" in report["said"][1]
     (segment,) = segments(tmp_path / "run")
     assert len(history(segment)) == 1
     assert all_of("exit", segment) == [{"exit_code": 3}]

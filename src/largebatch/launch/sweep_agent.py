@@ -59,7 +59,7 @@ def show_finished(run: PlannedRun) -> None:
     if copy := _join(run):
         for row in read_rows(run.folder.metrics):
             copy.log(row)
-        copy.summarize(summary)
+        copy.summarize({key: value for key, value in summary.items() if "/" in key or key in _OUTCOME})
         copy.finish(wandb_run.exit_code(summary["state"]))
         print(f"the sweep was given the figures of {run.folder.path}", flush=True)
 

@@ -95,6 +95,7 @@ def session_environment(directory: Path, mode: str) -> Iterator[None]:
         "WANDB_X_DISABLE_VIEWER": "true",  # a dead host would be asked twice more who we are, for 5 s each
         "WANDB_ERROR_REPORTING": "false",  # wandb's crash reports go to its makers
         "WANDB_CACHE_DIR": str(directory),  # its process logs to wandb/logs below this, not in the home folder
+        "WANDB_DATA_DIR": str(directory / "wandb"),  # where artifacts are prepared, likewise
     }
     if mode != "auto":
         wanted["WANDB_MODE"] = mode  # over `wandb offline` and the like
