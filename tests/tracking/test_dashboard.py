@@ -17,7 +17,7 @@ from recorder import recorder
 
 from largebatch import cli
 from largebatch.config import Config
-from largebatch.tracking.layers import COLUMNS
+from largebatch.tracking.layers import COLUMNS, LayerRow
 from largebatch.tracking.metrics import read_rows
 
 # wandb-workspaces has validators of pydantic's first version.
@@ -74,13 +74,14 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]
 
 def test_every_metric_of_every_panel_is_one_that_runs_log(views: list[Json], logged: tuple[set[str], set[str]]) -> None:
     rows, summaries = logged
+    histograms = set(LayerRow(1, ["conv1.weight"], [[0.5]] * len(COLUMNS)).columns())
     seen = set()
     for panel in panels(views):
         config, kind = panel["config"], panel["viewType"]
         seen.add(kind)
         if kind == "Run History Line Plot":
             assert config["xAxis"] in rows, config
-            assert set(config.get("metrics", [])) <= rows, config
+            assert set(config.get("metrics", [])) <= rows | histograms, config
             if regex := config.get("metricRegex"):
                 names = [f"layers/{column}/conv1.weight" for column in COLUMNS]
                 assert [bool(re.search(regex, name)) for name in names].count(True) == 1, regex
@@ -92,7 +93,7 @@ def test_every_metric_of_every_panel_is_one_that_runs_log(views: list[Json], log
             assert config["targetKey"] in summaries, config
     assert seen == {
         "Run History Line Plot", "Scatter Plot", "Bar Chart", "Parallel Coordinates Plot", "Parameter Importance",
-        "Run Comparer",
+        "Run Comparer", "Media Browser",
     }  # fmt: skip
     of_summary = set(re.findall(r'"summary:([^"]+)"', json.dumps(views)))
     assert of_summary

@@ -97,6 +97,11 @@ def layers() -> Panels:
     return [
         wr.LinePlot(title=title, x="step", metric_regex=f"^layers/{column}/", log_y=True, **_grouped(OPTIMIZER))
         for column, title in LAYERS.items()
+    ] + [
+        wr.LinePlot(
+            title=f"{title}, all layers", x="step", y=[f"layers/{column}"]
+        )  # W&B draws a histogram's key as one
+        for column, title in LAYERS.items()
     ]
 
 
@@ -149,7 +154,7 @@ def barlow_twins() -> Panels:
 
 
 def runs() -> Panels:
-    return [wr.RunComparer(diff_only="split")]
+    return [wr.RunComparer(diff_only="split"), wr.MediaBrowser(title="Images", media_keys=["images"])]
 
 
 def table_columns() -> list[str]:
