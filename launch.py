@@ -7,9 +7,11 @@ python launch.py -m optimizer=lars,lamb,tvlars seed=0,1,2
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,10 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.config import Config
 from largebatch.errors import UserError
+from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, compose_grid, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.messages import composition_error
-from largebatch.launch.plan import make_plan
+from largebatch.launch.plan import PlannedRun, make_plan
+from largebatch.tracking.wandb_session import agent_run_id
 
 CONF = Path(__file__).resolve().parent / "conf"
 _MULTIRUN = ("-m", "--multirun")
@@ -67,6 +71,17 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
 
 
 def main() -> int:
+    plan: list[PlannedRun] = []
+    asked_to_end: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        asked_to_end.append(number)
+        raise KeyboardInterrupt
+
+    for asked in (signal.SIGTERM, signal.SIGUSR2):  # the latter is SLURM's, before a time limit
+        signal.signal(asked, end)
+    if agent_run_id():
+        sys.argv[1:] = sweep_agent.overrides(sys.argv[1:])
     try:
         jobs = composed_jobs(sys.argv[1:])
         if not jobs:
@@ -81,6 +96,12 @@ def main() -> int:
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
+    finally:
+        for number in asked_to_end[:1]:  # saved as after Ctrl-C; who asked sees that it was this that ended us
+            signal.signal(number, signal.SIG_DFL)
+            if number == signal.SIGUSR2 and agent_run_id() and plan:
+                sweep_agent.give_back(plan[0])
+            signal.raise_signal(number)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ class CheckpointWriter:
         finally:
             self._thread.shutdown()
 
-    def save(self, step: int, state: dict[str, Any], first: Callable[[], None] | None = None) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], first: Callable[[], None] | None = None, best: Path | None = None
+    ) -> None:
         """Write ``state`` as it is now as the checkpoint after optimizer step ``step``.
 
         The copy keeps shapes, strides, and which tensors share memory: shared memory is copied and written once, and
@@ -71,6 +73,7 @@ class CheckpointWriter:
             step: optimizer steps done.
             state: tensors and plain values, in any nesting of dicts, lists and tuples.
             first: what the thread is to write before: files that the checkpoint says are there.
+            best: a name under which this checkpoint stays, when later ones take its place.
         """
         self.wait()
         copied = self._copy({"step": step, **state})
@@ -78,7 +81,7 @@ class CheckpointWriter:
         if self._device.type == "cuda":
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(torch.cuda.current_stream(self._device))
-        self._writing = self._thread.submit(_write, self._folder, step, copied, done, first)
+        self._writing = self._thread.submit(_write, self._folder, step, copied, done, first, best)
 
     def wait(self) -> None:
         """Until everything saved is on disk."""
@@ -164,12 +167,26 @@ def _write(
     state: dict[str, Any],
     copied: torch.cuda.Event | None,
     first: Callable[[], None] | None,
+    best: Path | None,
 ) -> None:
     if first is not None:
         first()
     if copied is not None:
         copied.synchronize()
     save_checkpoint(folder, step, state)
+    if best is not None:
+        _keep(folder / f"step-{step:08d}.pt", best)
+
+
+def _keep(checkpoint: Path, name: Path) -> None:
+    """Give a file a second name, in place of what had it; where the file system has no second names, copy it."""
+    temporary = name.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint, temporary)
+    except OSError:
+        shutil.copyfile(checkpoint, temporary)
+    os.replace(temporary, name)
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

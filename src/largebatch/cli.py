@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -23,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     _add_logs(commands)
     _add_cancel(commands)
     _add_report(commands)
+    _add_dashboard(commands)
+    _add_sync(commands)
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
@@ -54,6 +59,37 @@ def _status(options: argparse.Namespace) -> int:
         watch_status(lambda: _named(options))
     else:
         show_status(_named(options), as_json=options.json)
+    return 0
+
+
+def _add_dashboard(commands: Commands) -> None:
+    dashboard = commands.add_parser("dashboard", help="write or update a W&B project's saved view and its report")
+    dashboard.add_argument("--entity", required=True, help="W&B user or team")
+    dashboard.add_argument("--project", default="largebatch", help="W&B project; default: largebatch")
+    dashboard.add_argument("--name", default="large batch", help="of view and report; another name is another one")
+    dashboard.add_argument("--runs", metavar="RUNS_DIR", type=Path, help="put these runs' table into the report")
+    dashboard.add_argument("--print", action="store_true", help="print what would be saved as JSON; needs no network")
+    dashboard.set_defaults(run=_dashboard)
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("dashboards need wandb-workspaces: pip install 'wandb-workspaces>=0.4.13,<0.5'") from None
+    from largebatch.tracking import dashboard, dashboard_report, saved_view
+
+    runs_dir = existing_folder(options.runs) if options.runs else None
+    where = options.entity, options.project, options.name
+    views = [
+        saved_view.of_workspace(dashboard.workspace(*where)),
+        saved_view.of_report(dashboard_report.report(*where, runs_dir)),
+    ]
+    if options.print:
+        print(json.dumps([dataclasses.asdict(view) for view in views], indent=1))
+        return 0
+    for view, url in zip(views, saved_view.save(views), strict=True):
+        print(f"{'workspace' if view.kind == 'project-view' else 'report'}: {url}")
     return 0
 
 
@@ -117,6 +153,34 @@ def _named(options: argparse.Namespace) -> list[RunFolder]:
     """The runs that a command's arguments name, each once."""
     wanted = options.runs or [str(options.runs_dir)]
     return list({run.path: run for each in wanted for run in find_runs(each, options.runs_dir)}.values())
+
+
+def _add_sync(commands: Commands) -> None:
+    sync = commands.add_parser("sync", help="upload what W&B lacks of the runs of a folder")
+    sync.add_argument("runs_dir", nargs="?", default="runs", type=Path, help="default: runs")
+    sync.add_argument("prefixes", nargs="*", metavar="RUN_PREFIX", help="only runs whose names begin with one of these")
+    sync.add_argument("--dry-run", action="store_true", help="say what would be uploaded; needs no key and no network")
+    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="for one part; default: 600")
+    sync.set_defaults(run=_sync)
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from largebatch.tracking.sync import sync
+
+    runs_dir = existing_folder(options.runs_dir)
+    say = functools.partial(print, flush=True)
+    return 1 if sync(runs_dir, options.prefixes, options.dry_run, say, options.timeout) else 0
+
+
+def existing_folder(runs_dir: Path) -> Path:
+    """``runs_dir``, which is there.
+
+    Raises:
+        UserError: when it isn't.
+    """
+    if not runs_dir.is_dir():
+        raise UserError(f"{runs_dir} is not a folder; give the folder that holds the runs")
+    return runs_dir
 
 
 if __name__ == "__main__":

@@ -176,6 +176,9 @@ class TrackerConfig:
     notes: str | None = None
     log_every: int = 10  # steps
     layers_every: int = 20  # steps between rows of layers.parquet; 0 is off
+    images: bool = False  # keep some images of the first batch as the network sees them: images.png, and in W&B
+    alerts: bool = False  # have W&B tell you of a run that diverges or fails
+    checkpoints: bool = False  # keep the best on validation images too, and upload the last and the best to W&B
 
 
 @dataclass
@@ -299,8 +302,14 @@ def identity(config: Config) -> str:
     Keys that are None are left out, so that a later version's new option doesn't rename the runs that don't use it.
     An ``imagefolder`` is known by its folder, every other data set by its name.
     """
-    canonical = json.dumps(_without_none(decisive(dataclasses.asdict(config))), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+    return _hash(decisive(dataclasses.asdict(config)))
+
+
+def setting_hash(config: Config) -> str:
+    """As ``identity``, without the seed."""
+    tree = decisive(dataclasses.asdict(config))
+    del tree["seed"]
+    return _hash(tree)
 
 
 def decisive(tree: dict[str, Any]) -> dict[str, Any]:
@@ -328,7 +337,16 @@ def decisive(tree: dict[str, Any]) -> dict[str, Any]:
 
 def run_name(config: Config) -> str:
     """The run folder's name: a readable prefix and the identity."""
-    parts = [
+    return _joined(*_choices(config), f"s{config.seed}", identity(config))
+
+
+def setting_name(config: Config) -> str:
+    """What the runs of one setting with other seeds share: a readable prefix and ``setting_hash``."""
+    return _joined(*_choices(config), setting_hash(config))
+
+
+def _choices(config: Config) -> tuple[str, ...]:
+    return (
         config.dataset.name if config.dataset.name != "imagefolder" else Path(config.dataset.root).name,
         config.model.name,
         config.mode.name,
@@ -336,13 +354,20 @@ def run_name(config: Config) -> str:
         config.schedule.name,
         f"b{config.batch_size}",
         f"lr{config.optimizer.lr:g}",
-        f"s{config.seed}",
-        identity(config),
-    ]
+    )
+
+
+def _joined(*parts: str) -> str:
     return "-".join(re.sub(r"[^A-Za-z0-9_.+]", "_", part) for part in parts)
 
 
-def _without_none(tree: Any) -> Any:
+def _hash(tree: dict[str, Any]) -> str:
+    canonical = json.dumps(without_none(tree), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def without_none(tree: Any) -> Any:
+    """Nested dicts without the keys that are None."""
     if isinstance(tree, dict):
-        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+        return {key: without_none(value) for key, value in tree.items() if value is not None}
     return tree

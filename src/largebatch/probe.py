@@ -18,7 +18,7 @@ from largebatch.evaluation import classification_figures, held_out
 from largebatch.features import split_features
 from largebatch.modes import clf
 from largebatch.modes.bt import BarlowTwins
-from largebatch.saving import save_training
+from largebatch.saving import keeps_as_best, save_training
 from largebatch.seeding import derive_seed
 from largebatch.state import Probe, Run, Training
 from largebatch.stop import StepBoundary
@@ -92,6 +92,7 @@ def train_probe(
         probe.optimizer.step()
         probe.optimizer.zero_grad(set_to_none=True)
 
+        is_best = False
         if step % plan.epoch_steps == 0:
             row = _row(run, step, probe)
             if figures_now:
@@ -100,11 +101,12 @@ def train_probe(
                 row |= classification_figures(run, classifier)
             if recorder:
                 recorder.row(row | {"wall_seconds": clock.elapsed()})
+            is_best = keeps_as_best(run, training, row)
             if not all(map(math.isfinite, row.values())):
                 return "diverged", f"the loss was not finite in epoch {epoch + 1} of the evaluation's training"
         stop, save = boundary.after_step(training.step)
-        if save or training.step == run.total_steps:
-            save_training(run, training, recorder, writer, clock)
+        if save or is_best or training.step == run.total_steps:
+            save_training(run, training, recorder, writer, clock, is_best)
             boundary.saved(training.step)
             if stop and training.step < run.total_steps:
                 return "preempted", ""

@@ -44,6 +44,8 @@ class RunFolder:
         self.layers = self.path / "layers.parquet"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
+        self.best_checkpoint = self.checkpoints / "best.pt"
+        self.images = self.path / "images.png"
         self.profile = self.path / "profile"
         self.log = self.path / "log.txt"
 

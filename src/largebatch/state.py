@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -132,6 +133,7 @@ class Training:
     probe: Probe | None  # what follows on pre-training
     step: int = 0
     seconds: float = 0.0  # wall time of the parts before this one
+    best: float = -math.inf  # validation accuracy of the best checkpoint
 
     def state(self, seconds: float) -> dict[str, Any]:
         return {
@@ -140,6 +142,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "totals": self.totals,
             "seconds": seconds,
+            "best": self.best,
         } | ({"probe": self.probe.state()} if self.probe else {})
 
     def load(self, saved: dict[str, Any], rank: int) -> None:
@@ -151,3 +154,4 @@ class Training:
         if self.probe:
             self.probe.load(saved["probe"], rank)
         self.step, self.seconds = saved["step"], saved["seconds"]
+        self.best = saved.get("best", -math.inf)  # earlier versions' checkpoints have none

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -31,13 +31,14 @@ from largebatch.probe import train_probe
 from largebatch.process import die_with_parent, launcher_is_gone
 from largebatch.profile import Profile
 from largebatch.run_folder import RESUMES, RunBusyError, RunFolder, this_process
-from largebatch.saving import save_training
+from largebatch.saving import keeps_as_best, save_training
 from largebatch.seeding import derive_seed
 from largebatch.set_up import set_up
 from largebatch.state import Run, Training
 from largebatch.step import gradient, update
 from largebatch.stop import StepBoundary
 from largebatch.tracking.console import Console
+from largebatch.tracking.images import save_images
 from largebatch.tracking.recorder import Recorder
 
 
@@ -52,6 +53,10 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
     facts = gather_facts(run, training.model)
     for line in facts_in_words(config, facts):
         console.say(line)
+    if rank == 0 and config.tracker.images and training.step == 0:
+        batches = batches_from(run, 0)
+        save_images(next(batches)[0], run.mode.VIEWS, run.data.mean, run.data.std, folder.images)
+        batches.close()  # and with it what decodes ahead
     with contextlib.ExitStack() as stack:
         recorder, writer = None, None
         if rank == 0:
@@ -123,18 +128,20 @@ def loop(
                     recorder.row(where | {"wall_seconds": clock.elapsed()} | figures)
         for line in profile.after_step(step):
             console.say(line)
+        is_best = False
         if not diverged and run.evaluates_after(step):
             with clock.paused(), profile.phase("evaluation"):
                 figures = evaluate(run, training.model)
             if not all(map(math.isfinite, figures.values())):  # the weights show it before the next training loss does
                 diverged = True
                 first_bad_step.clamp_(max=step)
+            is_best = keeps_as_best(run, training, figures)
             if recorder:
                 recorder.row(where | {"wall_seconds": clock.elapsed()} | figures)
         stop, save = boundary.after_step(step)
-        if not diverged and (save or step == run.steps):
+        if not diverged and (save or is_best or step == run.steps):
             with profile.phase("checkpoint"):
-                save_training(run, training, recorder, writer, clock)
+                save_training(run, training, recorder, writer, clock, is_best)
             boundary.saved(step)
             if stop and step < run.steps:
                 return run, "preempted", ""
@@ -150,7 +157,7 @@ def loop(
     return run, "finished", ""
 
 
-def batches_from(run: Run, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_from(run: Run, step: int) -> Generator[tuple[Tensor, Tensor]]:
     """This process's micro-batches from after optimizer step ``step`` on."""
     data, config = run.data, run.config
     return train_batches(

@@ -63,8 +63,8 @@ def test_composed_configuration_can_be_shown(launch: Launch) -> None:
 
 
 def test_the_launching_side_never_imports_torch() -> None:
-    modules = "largebatch.config, largebatch.validate, largebatch.cli, largebatch.launch.grid, launch"
-    modules += ", largebatch.report.build, largebatch.report.page, largebatch.report.export"
+    ours = ("config", "validate", "cli", "launch.grid", "tracking.sync", "report.build", "report.page", "report.export")
+    modules = ", ".join([*(f"largebatch.{name}" for name in ours), "launch"])
     code = f"import sys; import {modules}; print(sorted(m for m in sys.modules if m in {{'torch','wandb','timm'}}))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from largebatch.tracking.layers import COLUMNS
+
 
 def records(run: Path) -> dict[str, list[dict[str, Any]]]:
     """What W&B's own reader finds, by kind of record."""
@@ -22,7 +24,8 @@ def records(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def history_of(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Every logged row, without W&B's own counters, and the final summary."""
+    """Every logged row, without W&B's own counters and histograms of layers, and the final summary."""
     found = records(run)
-    rows = [{k: v for k, v in entry["item"].items() if not k.startswith("_")} for entry in found["history"]]
+    left_out = ("_", *(f"layers/{column}." for column in COLUMNS))
+    rows = [{k: v for k, v in entry["item"].items() if not k.startswith(left_out)} for entry in found["history"]]
     return rows, {k: v for entry in found["summary"] for k, v in entry["update"].items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def train_batches(
     channels_last: bool = False,
     two_views: bool = False,
     passes: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Endless micro-batches of this rank from optimizer step ``start_step`` (from 0) on, augmented and normalised.
 
     Each is (images float32 [micro_batch, C, S, S], labels int64 [micro_batch]) on ``device``; a step gives
@@ -75,7 +75,7 @@ def train_batches(
         images = [way(pixels, indices, one, *statistics, channels_last=channels_last) for one in draws]
         return torch.cat(images) if two_views else images[0]
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Generator[Batch]:
         # Decoding runs ahead of the loop below, so it walks through the same steps on its own.
         wanted = (indices[part] for _, indices in steps() for part in parts * passes)
         pixels = _pixels(split, wanted, micro_batch, config.workers, where)

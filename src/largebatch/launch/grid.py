@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from largebatch.errors import UserError
+from largebatch.launch import sweep_agent
 from largebatch.launch.estimate import estimated
 from largebatch.launch.packing import StoppedByUser, carry_out, runs_at_a_time
 from largebatch.launch.plan import PlannedRun
@@ -12,6 +13,7 @@ from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView
 from largebatch.report.table import Row, counted, format_table, run_rows
 from largebatch.run_folder import DONE
+from largebatch.tracking.wandb_session import agent_run_id
 
 _COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
 
@@ -22,6 +24,8 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
     0: every run has an outcome (a divergence is one); 1: a run failed; 2: what failed is the user's to mend;
     130: stopped by Ctrl-C.
     """
+    if agent_run_id():
+        sweep_agent.check(plan)
     if _on_slurm(plan):
         return submit_plan(plan)
     view = PlanView(plan, runs_at_a_time(plan))
@@ -35,6 +39,8 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
         view.close()
         if len(plan) > 1:
             print_table(plan)
+    if agent_run_id() and outcomes[0].skipped:
+        sweep_agent.show_finished(plan[0])
     if len(plan) > 1:  # another launcher that shares the grid is no failure of this one
         outcomes = [outcome for outcome in outcomes if outcome.state != "busy"]
     codes = {outcome.exit_code for outcome in outcomes} - {0}

@@ -16,6 +16,11 @@ def composition_error(error: Exception) -> str:
     if isinstance(error, OmegaConfBaseException):
         return explain(error)
     text = str(error)
+    if match := re.search(r"'sweeps/wandb/?([^']*)'", text):
+        return (
+            f"sweeps/wandb/{match[1] or 'NAME'} is a sweep of W&B's, and none of these presets: "
+            f"`wandb sweep sweeps/wandb/{match[1] or 'NAME'}.yaml` (docs/dashboards.md)"
+        )
     if isinstance(error, OverrideParseException):
         reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
         return f"{error.override}: {reason}; quote values with commas, brackets or spaces for the shell"

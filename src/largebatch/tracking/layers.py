@@ -5,6 +5,7 @@ Reading a figure waits for the device, so rows gather there and are read togethe
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +36,10 @@ class LayerRow(NamedTuple):
             for column, figures in zip(COLUMNS, self.figures, strict=True)
             for name, figure in zip(self.names, figures, strict=True)
         }
+
+    def columns(self) -> dict[str, list[float]]:
+        """As ``{"layers/weight_norm": [0.7, ...], ...}``."""
+        return {f"layers/{column}": figures for column, figures in zip(COLUMNS, self.figures, strict=True)}
 
 
 class LayerLog:
@@ -71,6 +76,19 @@ class LayerLog:
         torch.stack(columns, out=self._buffer[len(self._steps)])
         self._steps.append(step)
         return left + self._read_back() if len(self._steps) == CAPACITY else left
+
+    def rows_from_before(self, every: int) -> list[LayerRow]:
+        """The rows of an earlier part of the run, of the steps that ``every`` divides."""
+        if not self._tables:
+            return []
+        table = self._tables[0]
+        table = table.filter(table["step"].to_numpy() % every == 0)
+        steps, names, *columns = (table[column].to_pylist() for column in ("step", "layer", *COLUMNS))
+        rows = []
+        for step, entries in itertools.groupby(range(len(steps)), key=steps.__getitem__):
+            which = list(entries)
+            rows.append(LayerRow(step, [names[i] for i in which], [[values[i] for i in which] for values in columns]))
+        return rows
 
     def to_write(self) -> tuple[list[LayerRow], Callable[[], None]]:
         """The rows that now left the device, and what brings the file up to date with all so far, in any thread."""

@@ -17,6 +17,7 @@ from largebatch.tracking import wandb_run
 from largebatch.tracking.console import Console
 from largebatch.tracking.layers import LayerLog, LayerRow
 from largebatch.tracking.metrics import MetricsLog, Row, read_rows, write_table
+from largebatch.tracking.wandb_feed import WandbFeed
 
 _STATUS_EVERY_SECONDS = 1.0
 _LAST = ("train/", "val/", "test/", "optim/", "embedding/", "probe/")  # families whose last figures are in the summary
@@ -36,17 +37,32 @@ class Recorder:
         self._metrics = MetricsLog(folder.metrics, step)
         self._layers = LayerLog(folder.layers, step)
         self._status_at = 0.0
-        self._epoch_steps = facts["steps_per_epoch"]
         self._wandb_layers_every = wandb_layers_every(config.tracker.layers_every, facts["steps"])
         repetition = folder.read_status().get("repetition", 0)
         run_id = folder.name.rsplit("-", 1)[-1] + (f"-{repetition}" if repetition else "")
         self._wandb = wandb_run.start(config, folder.path, run_id, folder.name, facts, console.say)
-        folder.update_status(step=step, steps=facts["steps"], wandb_id=run_id if self._wandb else None)
+        self._feed = WandbFeed(self._wandb, facts["steps_per_epoch"]) if self._wandb else None
+        folder.update_status(step=step, steps=facts["steps"], wandb_id=self._wandb.id if self._wandb else None)
+        self._tracker = config.tracker
+        if self._feed and folder.images.exists():
+            self._feed.images(folder.images)
+        if self._feed and step > 0:
+            self._feed_again(self._feed)
+
+    def _feed_again(self, feed: WandbFeed) -> None:
+        """All rows that are kept from before, of which W&B may lack some."""
+        layers = self._layers.rows_from_before(self._wandb_layers_every)
+        for layer_row in layers:
+            feed.expect_layers(layer_row.step)
+        for row in read_rows(self._folder.metrics):
+            feed.row(row)
+        for layer_row in layers:
+            feed.layers(layer_row)
 
     def row(self, row: Row) -> None:
         self._metrics.write(row)
-        if self._wandb:
-            self._wandb.log(row)
+        if self._feed:
+            self._feed.row(row)
         figures = {k: v for k, v in row.items() if k.endswith(("/loss", "accuracy"))}
         self._console.progress(row["step"], "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
         if time.monotonic() - self._status_at >= _STATUS_EVERY_SECONDS:
@@ -55,6 +71,8 @@ class Recorder:
 
     def layers(self, step: int, names: list[str], statistics: dict[str, Tensor]) -> None:
         """Statistics after optimizer step ``step``: a tensor of shape [layers] for each of ``layers.COLUMNS``."""
+        if self._feed and names and step % self._wandb_layers_every == 0:
+            self._feed.expect_layers(step)
         self._layers_to_wandb(self._layers.add(step, names, statistics))
 
     def layers_to_write(self) -> Callable[[], None]:
@@ -65,8 +83,8 @@ class Recorder:
 
     def _layers_to_wandb(self, rows: list[LayerRow]) -> None:
         for row in rows:
-            if self._wandb and row.step % self._wandb_layers_every == 0:
-                self._wandb.log({"step": row.step, "epoch": row.step / self._epoch_steps} | row.metrics())
+            if self._feed and row.step % self._wandb_layers_every == 0:
+                self._feed.layers(row)
 
     def finish(self, state: str, step: int, message: str, seconds: float) -> None:
         """Close the run in ``state``; a run that has an outcome leaves its table and its summary."""
@@ -75,18 +93,32 @@ class Recorder:
         if state in ("finished", "diverged"):
             rows = read_rows(self._folder.metrics)
             write_table(rows, self._folder.metrics_table)
-            summary = summarise(rows, self._facts) | {"state": state, "step": step, "wall_seconds": seconds}
-            write_atomic(self._folder.summary, json.dumps(summary, indent=1) + "\n")
+            figures = summarise(rows) | {"state": state, "step": step, "wall_seconds": seconds}
+            write_atomic(self._folder.summary, json.dumps(figures | self._facts, indent=1) + "\n")
             if self._wandb:
-                # The epoch too: layers' rows come late, and W&B's summary has the one that came last.
-                self._wandb.summarize(summary | {"epoch": rows[-1]["epoch"] if rows else 0})
-        self._end(0 if state in ("finished", "diverged") else 1)
+                self._wandb.summarize(figures)
+                if self._tracker.checkpoints:
+                    self._upload_checkpoints(self._wandb, rows)
+        if self._wandb and self._tracker.alerts and state == "diverged":
+            self._wandb.alert(f"{self._folder.name} diverged", message)
+        self._end(wandb_run.exit_code(state))
         self._folder.update_status(state=state, step=step, message=message, ended=time.time())
+
+    def _upload_checkpoints(self, wandb: wandb_run.WandbRun, rows: list[Row]) -> None:
+        """The last one, and the best one if there is one: of a run with validation images."""
+        best = self._folder.best_checkpoint
+        for path in sorted(self._folder.checkpoints.glob("step-*.pt"))[-1:]:
+            is_best = best.exists() and path.samefile(best)
+            step = int(path.stem.removeprefix("step-"))
+            wandb.checkpoint(path, ["last", "best"] if is_best else ["last"], figures_at(rows, step))
+            if best.exists() and not is_best:
+                chosen = max(rows, key=lambda row: (row.get("val/accuracy") or 0.0, -row["step"]))
+                wandb.checkpoint(best, ["best"], figures_at(rows, chosen["step"]))
 
     def _end(self, exit_code: int) -> None:
         if self._wandb:
             self._wandb.finish(exit_code)
-            self._wandb = None
+            self._wandb = self._feed = None
 
     def __enter__(self) -> Recorder:
         return self
@@ -94,6 +126,8 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._wandb and self._tracker.alerts and error is not None:
+            self._wandb.alert(f"{self._folder.name} failed", f"{type(error).__name__}: {error}"[:1000])
         self._end(1)  # nothing to end unless the run came here by an exception
 
 
@@ -103,7 +137,13 @@ def wandb_layers_every(layers_every: int, steps: int) -> int:
     return every * math.ceil(steps / every / _LAYER_ROWS_IN_WANDB)
 
 
-def summarise(rows: list[Row], facts: dict[str, Any]) -> dict[str, Any]:
+def figures_at(rows: list[Row], step: int) -> dict[str, Any]:
+    """Step, epoch and the newest validation and test figures after a step."""
+    found = {k: v for row in rows if row["step"] <= step for k, v in row.items()}
+    return {"step": step} | {k: v for k, v in found.items() if k == "epoch" or k.startswith(("val/", "test/"))}
+
+
+def summarise(rows: list[Row]) -> dict[str, Any]:
     """The last and the best figures of a run.
 
     ``test/accuracy``, ``test/loss`` ... are those of the last evaluation. With a validation part, ``best/epoch`` is the
@@ -120,4 +160,4 @@ def summarise(rows: list[Row], facts: dict[str, Any]) -> dict[str, Any]:
         figures |= {f"best/{k}": v for k, v in best.items() if k.startswith(("val/", "test/")) or k == "epoch"}
         figures["best/chosen_by"] = chosen_by
     figures["images_per_second"] = speeds[len(speeds) // 2] if speeds else None
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()} | facts
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}

@@ -8,6 +8,7 @@ later (``docs/tracking.md``). Only rank 0 calls ``start``, and wandb is imported
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -15,8 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largebatch.config import Config
+from largebatch.config import Config, setting_hash, setting_name, without_none
+from largebatch.run_folder import DONE
+from largebatch.tracking.wandb_parts import Part, parts_of, rows_after
+from largebatch.tracking.wandb_server import UploadError, this_server
 from largebatch.tracking.wandb_session import (
+    agent_run_id,
     choose_mode,
     close_session,
     one_line,
@@ -29,6 +34,9 @@ if TYPE_CHECKING:
 
 INIT_TIMEOUT = 20.0  # seconds that an online start may take before the run goes on offline
 FINISH_TIMEOUT = 60.0  # seconds for the last uploads; what is left stays in the run folder (wandb's default: for ever)
+CHECKPOINT_TIMEOUT = 600.0  # the same, where checkpoints are uploaded
+
+_BINS = 32  # of a histogram: enough for a hundred layers
 
 # Every logged row holds both axes; a metric's chart is drawn over the one that its family is listed under.
 AXES = {"step": ("train", "optim", "perf", "layers"), "epoch": ("test", "val", "embedding", "probe")}
@@ -38,35 +46,76 @@ class WandbRun:
     """A started W&B run. Its methods never raise: the first failure is said, and nothing is sent after it.
 
     Attributes:
+        id: what W&B knows the run by.
         mode: ``"online"`` or ``"offline"``.
         how: why that mode, in one line.
+        rows_before: the number of rows that W&B has, or that are on the disk for it, from earlier parts of the run.
     """
 
-    def __init__(self, run: wandb.Run, mode: str, how: str, say: Callable[[str], None]) -> None:
+    def __init__(self, run: wandb.Run, mode: str, how: str, rows_before: int, say: Callable[[str], None]) -> None:
+        self.id = str(run.id)
         self.mode = mode
         self.how = how
+        self.rows_before = rows_before
+        self._rows = rows_before  # with those that were logged
         self._run = run
         self._say = say
         self._failed = False
 
-    def log(self, row: dict[str, float]) -> None:
-        """One row of metrics, with its ``step`` and ``epoch``. Values that are None are left out.
+    def log(
+        self, row: dict[str, Any], histograms: dict[str, list[float]] | None = None, images: Path | None = None
+    ) -> None:
+        """One row of metrics, with its ``step`` and ``epoch``, and maybe histograms of lists of values, or a picture.
 
-        wandb's own step counter is never given: a run resumed from an older checkpoint repeats steps, and rows below
-        the counter would be dropped.
+        Values that are None are left out.
+
+        wandb's own step counter is never given: it counts rows, and goes on counting in a resumed run.
         """
         if not self._failed:
-            self._attempt("log", lambda: self._run.log(_without_none(row)))
+            self._rows += 1
+            self._attempt("log", lambda: self._run.log(without_none(row) | _media(histograms or {}, images)))
 
     def summarize(self, summary: dict[str, Any]) -> None:
         """The run's final and best values, in place of each metric's last one."""
         if not self._failed:
-            self._attempt("write the summary", lambda: self._run.summary.update(_without_none(summary)))
+            self._attempt("write the summary", lambda: self._run.summary.update(without_none(summary)))
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell the user, by the ways that are set there (e-mail, Slack)."""
+        if not self._failed:
+            self._attempt("send an alert", lambda: self._run.alert(title=title, text=text, level="ERROR"))
+
+    def checkpoint(self, path: Path, aliases: list[str], facts: dict[str, Any]) -> None:
+        """Upload a file as a version of the artifact ``checkpoint-ID``; offline it is only noted, and must stay."""
+        if not self._failed:
+            self._attempt("upload a checkpoint", lambda: self._log_artifact(path, aliases, facts))
+
+    def _log_artifact(self, path: Path, aliases: list[str], facts: dict[str, Any]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", "model", metadata=without_none(facts))
+        with session_environment(path.parent.parent, "auto"):  # else there would be folders in the home
+            artifact.add_file(str(path), name="checkpoint.pt", policy="immutable", skip_cache=True)  # without a copy
+            self._run.log_artifact(artifact, aliases=aliases)
+
+    def mark_preempting(self) -> None:
+        """Have W&B put the run, once it ends as failed, in the queue of its sweep."""
+        self._attempt("mark the run as preempting", self._run.mark_preempting)
 
     def finish(self, exit_code: int) -> None:
         """End the run, and wandb's session with it. 0 is shown as finished, anything else as failed."""
         self._attempt("finish", lambda: self._run.finish(exit_code=exit_code))
+        if self.mode == "online" and not self._failed:
+            self._attempt("see what W&B got", self._check_rows)
         close_session()
+
+    def _check_rows(self) -> None:
+        """Mark the part as uploaded if W&B has all of its rows: of one that it refused to take wandb says nothing."""
+        run = self._run
+        there = this_server().rows(run.project, run.entity, run.id, seconds=5.0)
+        if there < self._rows:
+            raise UploadError(f"it has {there} of {self._rows} rows; `largebatch sync` uploads the rest")
+        part_of(run).mark_done()
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         try:
@@ -86,19 +135,20 @@ def start(
     say: Callable[[str], None],
     *,
     init_timeout: float = INIT_TIMEOUT,
-    finish_timeout: float = FINISH_TIMEOUT,
+    finish_timeout: float | None = None,
 ) -> WandbRun | None:
     """Start, or resume, the W&B run of one run folder. Call it on rank 0 only.
 
     Args:
         config: the run's configuration, stored whole as the W&B config.
         directory: the run folder; wandb writes to its ``wandb/``.
-        run_id: the W&B run's id. The same id again continues the same W&B run.
+        run_id: the W&B run's id. The same id again continues the same W&B run. A sweep's agent brings its own.
         name: what W&B calls the run.
-        facts: what the configuration came to (rate, batch per process, commit, versions), stored under ``resolved``.
+        facts: what the configuration came to (rate, batch per process, commit, versions), stored under ``resolved``
+            with ``name``; none leaves what is there.
         say: takes one line at a time: the mode and its reason, and every failure once.
         init_timeout: seconds an online start may take.
-        finish_timeout: seconds for the last uploads.
+        finish_timeout: seconds for the last uploads; None for what is usual.
 
     Returns:
         None when W&B isn't wanted (``tracker=none``, ``tracker.mode=disabled``, ``WANDB_MODE=disabled``), can't be
@@ -115,20 +165,43 @@ def start(
         say(f"W&B is off: wandb can't be imported ({one_line(error)})")
         return None
     directory = directory.absolute()
+    if finish_timeout is None:
+        finish_timeout = CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT
     with session_environment(directory, config.tracker.mode):
         try:
             (directory / "wandb").mkdir(parents=True, exist_ok=True)
-            arguments = run_arguments(config, directory, run_id, name, facts, init_timeout, finish_timeout)
+            earlier = parts_of(directory)
+            arguments = run_arguments(
+                config, directory, agent_run_id() or run_id, name, facts, init_timeout, finish_timeout
+            )
             run, mode, how = begin(config.tracker.mode, arguments)
+            rows_before = continue_from(earlier, run, mode) if run else 0
         except Exception as error:  # whatever it is, training matters more
-            run, mode, how = None, "is off", one_line(error)
+            run, mode, how, rows_before = None, "is off", one_line(error), 0
     say(f"W&B {mode}: {how}")
     if run is None:
         close_session()
         return None
     if not Path(run.dir).resolve().is_relative_to(directory.resolve()):
         say(f"W&B could not write to {directory}, its files are in {run.dir}")
-    return WandbRun(run, mode, how, say)
+    return WandbRun(run, mode, how, rows_before, say)
+
+
+def continue_from(earlier: list[Part], run: wandb.Run, mode: str) -> int:
+    """The number of rows that need not be sent again.
+
+    Online W&B says what it has. What else earlier parts hold will come again in this one, so they are done with.
+    """
+    of_this_run = [part for part in earlier if part.run_id == run.id]  # a sweep's agent gives runs its own ids
+    if mode == "offline":
+        return rows_after(of_this_run)
+    for part in of_this_run:
+        part.mark_done()
+    return part_of(run).first_row() or 0
+
+
+def part_of(run: wandb.Run) -> Part:
+    return Part(Path(run.dir).parent / f"run-{run.id}.wandb")
 
 
 def begin(asked: str, arguments: dict[str, Any]) -> tuple[wandb.Run | None, str, str]:
@@ -181,7 +254,7 @@ def run_arguments(
         "job_type": tracker.job_type or config.mode.name,
         "tags": run_tags(config),
         "notes": tracker.notes,
-        "config": {**dataclasses.asdict(config), "resolved": facts},
+        "config": wandb_config(config, {"run": name, **facts} if facts else {}),
         "settings": {
             "init_timeout": init_timeout,
             "finish_timeout": finish_timeout,
@@ -198,11 +271,39 @@ def run_arguments(
     }
 
 
+def exit_code(state: str) -> int:
+    """What W&B is told of a run in ``state``: 0 is shown as finished, 1 as failed.
+
+    A divergence is an outcome. But the search of a sweep would take the best figure before it for the run's value,
+    where a failed run counts as the worst one.
+    """
+    return 0 if state == "finished" or (state in DONE and agent_run_id() is None) else 1
+
+
+def wandb_config(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
+    """The configuration under its own names, without the options that the choices don't have, and what to group by."""
+    shown: dict[str, Any] = without_none(
+        {
+            **dataclasses.asdict(config),
+            "setting": setting_name(config),
+            "setting_hash": setting_hash(config),
+            "optimizer_label": f"{config.optimizer.name} + {config.schedule.name}",
+            "resolved": facts or None,
+        }
+    )
+    return shown
+
+
 def run_tags(config: Config) -> list[str]:
     """Data set, model, optimizer, schedule and ``tracker.tags``: each once, stripped, 1 to 64 characters long."""
     parts = [config.dataset.name, config.model.name, config.optimizer.name, config.schedule.name, *config.tracker.tags]
     return list(dict.fromkeys(tag for part in parts if (tag := part.strip()[:64].strip())))
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
+def _media(histograms: dict[str, list[float]], images: Path | None) -> dict[str, Any]:
+    """Histograms of the finite values, none where there is no such; and the picture as ``images``."""
+    import wandb
+
+    finite = {name: list(filter(math.isfinite, values)) for name, values in histograms.items()}
+    media: dict[str, Any] = {name: wandb.Histogram(values, num_bins=_BINS) for name, values in finite.items() if values}
+    return media | ({"images": wandb.Image(str(images))} if images else {})

@@ -49,6 +49,11 @@ def choose_mode(asked: str) -> tuple[str, str]:
     return ("offline", problem) if problem else ("online", "")
 
 
+def agent_run_id() -> str | None:
+    """The id of the W&B run that a sweep's agent has opened for this run; None where no agent started it."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+
+
 def unreachable(url: str, seconds: float) -> str | None:
     """Why ``url``'s host, or the proxy before it, took no TCP connection in ``seconds``; None if it did."""
     host, port = next_hop(url)
@@ -90,6 +95,7 @@ def session_environment(directory: Path, mode: str) -> Iterator[None]:
         "WANDB_X_DISABLE_VIEWER": "true",  # a dead host would be asked twice more who we are, for 5 s each
         "WANDB_ERROR_REPORTING": "false",  # wandb's crash reports go to its makers
         "WANDB_CACHE_DIR": str(directory),  # its process logs to wandb/logs below this, not in the home folder
+        "WANDB_DATA_DIR": str(directory / "wandb"),  # where artifacts are prepared, likewise
     }
     if mode != "auto":
         wanted["WANDB_MODE"] = mode  # over `wandb offline` and the like

@@ -1,0 +1,76 @@
+"""The W&B report of a comparison: how to read it, the table, and the panels that show what the table sums up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import wandb_workspaces.reports.v2 as wr
+
+from largebatch.report.table import format_table, list_runs, run_rows
+from largebatch.tracking import dashboard
+
+_HOW_TO_READ = """\
+- **Choose by validation, report the test set.** With `dataset.val_fraction` above 0, `best/val/accuracy` says which
+  setting and epoch to take, and `best/test/accuracy` what they come to. The test set chooses nothing.
+- **Count the trials.** The best of 49 settings is better than the best of 3 for being the best of more. Compare
+  optimizers that got the same number.
+- **Seeds.** A difference within the spread over seeds of one setting is no difference.
+- **Divergence is an outcome**, not a gap: the run's `state` is `diverged`, and it belongs into the count of trials.
+- Curves are means over the runs of an optimizer that the table shows, in a band from the least to the greatest. Use the
+  table's filter to compare like with like: one data set, one mode, one batch size.
+"""
+_PINNED = [*dashboard.table_columns(), "summary:best/test/accuracy", "summary:state"]
+
+
+def report(entity: str, project: str, title: str, runs_dir: Path | None) -> wr.Report:
+    """The report ``title``; nothing is sent.
+
+    Args:
+        runs_dir: the folder of runs whose comparison table is to be part of it, as text.
+    """
+    table = comparison_table(runs_dir) if runs_dir is not None else None
+    blocks = [
+        wr.H1("How to read this"),
+        wr.MarkdownBlock(_HOW_TO_READ),
+        wr.H1("The comparison"),
+        *([wr.MarkdownBlock(table)] if table else []),
+        wr.P("Runs by optimizer and batch size; unfold a group to see its settings and seeds."),
+        _grid(
+            "comparison",
+            dashboard.outcome_bars(),
+            groupby=[f"config.{dashboard.OPTIMIZER}", "config.batch_size"],
+            show_table=True,
+        ),
+        wr.H1("Accuracy against batch size"),
+        _grid("batch-size", dashboard.batch_size()),
+        wr.H1("Accuracy and loss"),
+        _grid("curves", dashboard.accuracy_and_loss()),
+        wr.H1("Layers"),
+        wr.P("Trust ratio, weight norm and gradient norm of every layer, over optimizer steps."),
+        _grid("layers", dashboard.layers()),
+        wr.H1("What differs between runs"),
+        _grid("runs", dashboard.runs()),
+    ]
+    return wr.Report(
+        entity=entity,
+        project=project,
+        title=title,
+        description="Written by `largebatch dashboard`; running it again replaces the text.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def comparison_table(runs_dir: Path) -> str | None:
+    """The runs of a folder and their outcomes as a Markdown table; None where there are none."""
+    rows = run_rows(list_runs(runs_dir))
+    columns = {"run": "run", "state": "state", "test/accuracy": "test accuracy"}
+    return format_table(rows, columns, "github") if rows else None
+
+
+def _grid(name: str, panels: dashboard.Panels, groupby: list[str] | None = None, show_table: bool = False) -> Any:
+    dashboard.number(panels, f"report-{name}")
+    runs = wr.Runset(name="Runs", groupby=groupby or [], pinned_columns=_PINNED)
+    runs._id = f"report-{name}"
+    return wr.PanelGrid(runsets=[runs], panels=panels, hide_run_sets=not show_table)

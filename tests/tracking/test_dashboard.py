@@ -1,0 +1,209 @@
+"""The saved view and the report: they show what runs log, and saving them again replaces them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, TINY, environment
+from recorder import recorder
+
+from largebatch import cli
+from largebatch.config import Config
+from largebatch.tracking.layers import COLUMNS, LayerRow
+from largebatch.tracking.metrics import read_rows
+
+# wandb-workspaces has validators of pydantic's first version.
+pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
+
+Json = dict[str, Any]
+KEY = "c0ffee" * 6 + "beef"
+OPTIONS = ("--entity", "team", "--project", "bigbatch")
+
+
+def dashboard(*options: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "largebatch.cli", "dashboard", *options]
+    surroundings = {**environment(), "HOME": str(cwd), "PYTHONPATH": str(ROOT / "src"), **env}
+    return subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def views(capsys: pytest.CaptureFixture[str]) -> list[Json]:
+    """What ``--print`` says of the workspace and the report."""
+    assert cli.main(["dashboard", *OPTIONS, "--print"]) == 0
+    printed: list[Json] = json.loads(capsys.readouterr().out)
+    return printed
+
+
+def panels(tree: Any) -> Iterator[Json]:
+    """Every panel of a specification, wherever it is."""
+    if isinstance(tree, dict):
+        if "viewType" in tree:
+            yield tree
+        for branch in tree.values():
+            yield from panels(branch)
+    elif isinstance(tree, list):
+        for branch in tree:
+            yield from panels(branch)
+
+
+# What panels show is there.
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
+    """Every name in the rows, and in the summaries, of a classification and a Barlow Twins run with all that is on."""
+    rows, summaries = set[str](), set[str]()
+    both = [*TINY, "dataset.val_fraction=0.2", "epochs=1", "optimizer=tvlars", "optimizer.lr_1d=0.1", "steps=null"]
+    for more in (["mode=clf"], ["mode=bt", "mode.eval_epochs=1", "mode.knn_every=1"]):
+        folder = tmp_path_factory.mktemp("run")
+        command = [sys.executable, str(ROOT / "launch.py"), *both, *more]
+        subprocess.run(command, cwd=folder, env=environment(), capture_output=True, timeout=120, check=True)
+        (run,) = (folder / "runs").iterdir()
+        rows |= {name for row in read_rows(run / "metrics.jsonl") for name in row}
+        summaries |= set(json.loads((run / "summary.json").read_text()))
+    return rows, summaries
+
+
+def test_every_metric_of_every_panel_is_one_that_runs_log(views: list[Json], logged: tuple[set[str], set[str]]) -> None:
+    rows, summaries = logged
+    histograms = set(LayerRow(1, ["conv1.weight"], [[0.5]] * len(COLUMNS)).columns())
+    seen = set()
+    for panel in panels(views):
+        config, kind = panel["config"], panel["viewType"]
+        seen.add(kind)
+        if kind == "Run History Line Plot":
+            assert config["xAxis"] in rows, config
+            assert set(config.get("metrics", [])) <= rows | histograms, config
+            if regex := config.get("metricRegex"):
+                names = [f"layers/{column}/conv1.weight" for column in COLUMNS]
+                assert [bool(re.search(regex, name)) for name in names].count(True) == 1, regex
+            else:
+                assert config["metrics"], config
+        elif kind == "Bar Chart":
+            assert set(config["metrics"]) <= rows | summaries, config
+        elif kind == "Parameter Importance":
+            assert config["targetKey"] in summaries, config
+    assert seen == {
+        "Run History Line Plot", "Scatter Plot", "Bar Chart", "Parallel Coordinates Plot", "Parameter Importance",
+        "Run Comparer", "Media Browser",
+    }  # fmt: skip
+    of_summary = set(re.findall(r'"summary:([^"]+)"', json.dumps(views)))
+    assert of_summary
+    assert of_summary <= summaries
+
+
+def test_every_configuration_key_is_one_of_the_schema(views: list[Json]) -> None:
+    """W&B keeps a configuration as ``{first: {"value": {rest}}}`` and names its keys by that path."""
+    keys = {key for panel in panels(views) if (key := panel["config"].get("groupBy"))}
+    keys |= set(re.findall(r'"config:([^"]+)"', json.dumps(views)))
+    keys |= set(re.findall(r'"section": "config", "name": "([^"]+)"', json.dumps(views)))
+    assert {"optimizer.value.name", "batch_size.value"} <= keys
+    for key in keys:
+        first, value, *rest = key.split(".")
+        assert value == "value", key
+        node: Any = Config
+        for part in (first, *rest):
+            fields = {field.name: field for field in dataclasses.fields(node)}
+            assert part in fields, key
+            node = fields[part].default_factory
+
+
+def test_a_panel_has_a_title_and_none_is_twice_in_a_view(views: list[Json]) -> None:
+    for view in views:
+        ids = [panel["__id__"] for panel in panels(view)]
+        assert len(set(ids)) == len(ids)
+    titles = [panel["config"].get("chartTitle") for panel in panels(views[0])]
+    assert len([title for title in titles if title]) >= len(titles) - 3  # importance and comparer have their own
+
+
+# Saving.
+
+
+def test_saving_again_replaces_what_was_saved_and_sends_what_print_shows(tmp_path: Path, views: list[Json]) -> None:
+    with recorder() as server:
+        results = [dashboard(*OPTIONS, cwd=tmp_path, **server.environment(KEY)) for _ in range(2)]
+        other = dashboard(*OPTIONS, "--name", "mine", cwd=tmp_path, **server.environment(KEY))
+    for result in (*results, other):
+        assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    assert results[0].stdout == results[1].stdout != other.stdout
+    assert server.unknown == []
+    first, second, third = server.views[:2], server.views[2:4], server.views[4:]
+    assert [view["type"] for view in first] == ["project-view", "runs"]
+    assert first == second  # the same ids too
+    assert not {view["id"] for view in first} & {view["id"] for view in third}
+    for sent, printed in zip(first, views, strict=True):
+        assert (sent["name"], sent["displayName"]) == (printed["name"], printed["title"])
+        assert (sent["entityName"], sent["projectName"]) == ("team", "bigbatch")
+        assert json.loads(sent["spec"]) == printed["spec"]
+    assert f"{server.url}/team/bigbatch?nw={views[0]['name'][3:-2]}" in results[0].stdout
+    assert f"{server.url}/team/bigbatch/reports/large-batch--{first[1]['id']}" in results[0].stdout
+
+
+def test_the_library_reads_the_workspace_as_its_own(views: list[Json]) -> None:
+    """What it makes of the specification, and sends again, is the same: W&B's own application does no less."""
+    from wandb_workspaces.workspaces import Workspace, internal
+
+    printed = views[0]
+    spec = internal.WorkspaceViewspec.model_validate(printed["spec"])
+    view = internal.View(entity="team", project="p", display_name="x", name=printed["name"], id="i", spec=spec)
+    again = Workspace._from_model(view)._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)
+    assert json.loads(again) == printed["spec"]
+
+
+def test_a_run_folder_s_table_is_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "digits-lars-0123abcd"
+    folder.mkdir()
+    (folder / "status.json").write_text(json.dumps({"state": "finished"}))
+    (folder / "summary.json").write_text(json.dumps({"test/accuracy": 0.875}))
+    assert cli.main(["dashboard", *OPTIONS, "--print", "--runs", str(tmp_path)]) == 0
+    _, report = json.loads(capsys.readouterr().out)
+    (text,) = [block["content"] for block in report["spec"]["blocks"] if "digits-lars" in block.get("content", "")]
+    assert re.search(r"^\| digits-lars-0123abcd +\| finished +\| 87.50 % +\|$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--name", "a+b"], "--name a+b: W&B takes no symbols"),
+        (["--runs", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_what_can_t_be_is_one_message(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["dashboard", *OPTIONS, "--print", *options]) == 2
+    assert says in capsys.readouterr().err
+
+
+def refused(result: subprocess.CompletedProcess[str]) -> str:
+    """The one message."""
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_without_key_or_server_or_permission_it_says_so(tmp_path: Path) -> None:
+    assert "no API key; `wandb login`" in refused(dashboard(*OPTIONS, cwd=tmp_path))
+    nobody = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    assert "127.0.0.1:9 can't be reached" in refused(dashboard(*OPTIONS, cwd=tmp_path, **nobody))
+    with recorder() as server:
+        server.project = "other"
+        message = refused(dashboard(*OPTIONS, cwd=tmp_path, **server.environment(KEY)))
+        assert "no project team/bigbatch" in message
+        server.status = 403
+        assert "error: W&B refused: " in refused(dashboard(*OPTIONS, cwd=tmp_path, **server.environment(KEY)))
+    assert server.views == []
+
+
+def test_without_the_library_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    assert cli.main(["dashboard", *OPTIONS, "--print"]) == 2
+    assert "pip install 'wandb-workspaces" in capsys.readouterr().err

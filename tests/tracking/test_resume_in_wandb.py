@@ -1,0 +1,133 @@
+"""A run that is killed and resumed, online and offline: W&B has the rows that the run folder has, once each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT, TINY, environment
+from copies import local_rows, timeless
+from protocol import TakenRun
+from recorder import Recorded, recorder
+from runs import the_run
+
+from largebatch.tracking.metrics import read_rows
+
+KEY = "c0ffee" * 6 + "beef"
+# Some seconds long, so that something has reached wandb's file, or the server, when the run is killed.
+RUN = [
+    *(item for item in TINY if item != "tracker=none"),
+    "steps=300", "eval_every=20", "checkpoint.every_steps=40", "tracker.layers_every=7", "cluster.threads=1",
+]  # fmt: skip
+STEPS_PER_EPOCH = 4
+
+
+def surroundings(folder: Path, server: Recorded | None) -> dict[str, str]:
+    """The environment of a command, with a home of its own; wandb sends what it has each second."""
+    more = server.environment(KEY) if server else {}
+    return {**environment(), "HOME": str(folder), "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", **more}
+
+
+def begin(folder: Path, server: Recorded | None, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "launch.py"), *RUN, *overrides]
+    return subprocess.Popen(
+        command, cwd=folder, env=surroundings(folder, server), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def train(folder: Path, server: Recorded | None, *overrides: str) -> str:
+    process = begin(folder, server, *overrides)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, out + errors
+    return out
+
+
+def train_and_kill(folder: Path, server: Recorded | None, step: int, *overrides: str) -> None:
+    """Kill the worker once it has come to ``step``; the launcher then says so."""
+    process = begin(folder, server, *overrides)
+    deadline = time.monotonic() + 100
+    while not any(row["step"] >= step for row in read_rows(next(folder.glob("runs/*/metrics.jsonl"), folder / "none"))):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(json.loads((the_run(folder) / "status.json").read_text())["pid"], signal.SIGKILL)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, out + errors
+    time.sleep(1.1)  # wandb names a part of a run by the second
+
+
+def sync(folder: Path, server: Recorded | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "largebatch.cli", "sync", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=surroundings(folder, server), capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def assert_same(run: Path, taken: TakenRun) -> None:
+    assert [timeless(row) for row in taken.rows()] == local_rows(run, STEPS_PER_EPOCH)
+    assert [row["_step"] for row in taken.history] == list(range(len(taken.history)))
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("test/accuracy", "train/loss", "best/test/accuracy", "best/epoch", "state", "step", "wall_seconds"):
+        assert taken.summary[name] == summary[name], name
+    assert taken.exit_code == 0
+
+
+def test_online_after_a_kill(tmp_path: Path) -> None:
+    with recorder() as server:
+        train_and_kill(tmp_path, server, 210)
+        before = len(server.run.history)
+        assert before > 0, "the test is to stop a run of which W&B has something"
+        assert "resumed after step" in train(tmp_path, server)
+        assert len(server.run.history) > before
+        assert_same(the_run(tmp_path), server.run)
+        assert server.unknown == []
+        said = sync(tmp_path, server)
+        assert said.stdout == "1 run(s) were uploaded before\n", said.stdout + said.stderr
+        assert_same(the_run(tmp_path), server.run)
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"], "nothing was left outside of the run folder"
+
+
+def test_offline_after_two_kills_and_synced(tmp_path: Path) -> None:
+    train_and_kill(tmp_path, None, 90)
+    train_and_kill(tmp_path, None, 210)
+    train(tmp_path, None)
+    run = the_run(tmp_path)
+    with recorder() as server:
+        would = sync(tmp_path, None, "--dry-run")
+        assert (would.returncode, would.stderr) == (0, "")
+        assert would.stdout.startswith(f"{run.name}  would upload 3 part(s), ")
+        done = sync(tmp_path, server)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"{run.name}  uploaded 3 part(s), ")
+        assert_same(run, server.run)
+        again = sync(tmp_path, server)
+        assert (again.returncode, again.stdout) == (0, "1 run(s) were uploaded before\n")
+        assert server.unknown == []
+
+
+def test_online_then_offline(tmp_path: Path) -> None:
+    """What the first part had not sent is uploaded, and then the second part."""
+    with recorder() as server:
+        train_and_kill(tmp_path, server, 210)
+        sent = len(server.run.history)
+        assert sent > 0
+        train(tmp_path, None)
+        done = sync(tmp_path, server)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(server.run.history) > sent
+        assert_same(the_run(tmp_path), server.run)
+
+
+def test_offline_then_online(tmp_path: Path) -> None:
+    """The second part sends everything, so the first is not uploaded any more."""
+    train_and_kill(tmp_path, None, 210)
+    with recorder() as server:
+        train(tmp_path, server)
+        assert_same(the_run(tmp_path), server.run)
+        assert sync(tmp_path, server).stdout == "1 run(s) were uploaded before\n"
+        assert_same(the_run(tmp_path), server.run)

@@ -1,0 +1,247 @@
+"""W&B sweeps: a real agent runs the real program, against a loopback server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, Launch, configuration, environment
+from protocol import Recorded, TakenRun
+from recorder import recorder
+from wandb.apis.public.sweeps import _validate_config_and_fill_distribution
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+from largebatch.config import identity
+from largebatch.launch.sweep_agent import overrides
+from largebatch.run_folder import RunFolder
+from largebatch.tracking.metrics import read_rows
+from largebatch.validate import validate
+
+Json = dict[str, Any]
+KEY = "c0ffee" * 6 + "beef"
+SWEEPS = sorted((ROOT / "sweeps" / "wandb").glob("*.yaml"))
+RECORDED = [item for item in TINY if item != "tracker=none"]
+COMMAND = [*RECORDED, "dataset.val_fraction=0.25", "epochs=3", "eval_every=1"]
+
+# wandb's own command line, but it looks every half second instead of every 5 whether its run has ended.
+WANDB = "from wandb.wandb_agent import Agent; Agent.POLL_INTERVAL = 0.5; from wandb.cli.cli import cli; cli()"
+
+
+def under(server: Recorded, home: Path, **more: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the sweep's command says "python"
+    return {**environment(), **server.environment(KEY), "HOME": str(home), "PATH": path, **more}
+
+
+def as_agent(server: Recorded, home: Path, run_id: str) -> dict[str, str]:
+    """What an agent gives the program that it starts."""
+    return under(server, home, WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID=run_id, WANDB_PROJECT="p", WANDB_ENTITY="team")
+
+
+def given(**values: Any) -> Json:
+    return {key.replace("__", "."): {"value": value} for key, value in values.items()}
+
+
+# Agents.
+
+
+def test_an_agent_s_runs_are_the_sweep_s_and_a_finished_one_is_not_repeated(tmp_path: Path) -> None:
+    sweep = {
+        "program": str(ROOT / "launch.py"), "project": "p", "entity": "team", "method": "random",
+        "metric": {"name": "val/accuracy", "goal": "maximize"},
+        "parameters": {"optimizer.lr": {"min": 0.1, "max": 1.5}},
+        "command": ["${env}", "python", "${program}", *COMMAND, "${args_no_hyphens}"],
+    }  # fmt: skip
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    with recorder() as server:
+        server.arguments = [
+            given(optimizer__lr=0.5, optimizer__norm_clip=None),
+            given(optimizer__lr=1e19),  # diverges
+            given(optimizer__lr=0.5),  # the first again
+        ]
+        for command in (["sweep", "sweep.yaml"], ["agent", "team/p/sweep1"]):
+            result = subprocess.run(
+                [sys.executable, "-c", WANDB, *command], cwd=tmp_path, env=under(server, tmp_path), timeout=240,
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert result.returncode == 0, result.stdout + result.stderr
+    assert server.unknown == []
+    first, diverged, again = server.runs.values()
+    assert list(server.runs) == sorted(name for name in server.runs if name.startswith("swept"))
+
+    folders = {str(path): RunFolder(path) for path in (tmp_path / "runs").iterdir()}
+    assert len(folders) == 2
+    of_run = {folder.name: folder for folder in folders.values()}
+    folder = of_run[first.config["resolved"]["run"]]
+    assert folder.name.endswith(identity(configuration(*COMMAND, "optimizer.lr=0.5")))
+    assert first.config["optimizer.lr"] == first.config["optimizer"]["lr"] == 0.5  # the sweep's key, and ours
+    rows = read_rows(folder.metrics)
+    assert [row["epoch"] for row in of(first, "val/accuracy")] == [1, 2, 3]
+    assert of(first, "val/accuracy") == [row for row in rows if "val/accuracy" in row]
+    assert (first.exit_code, folder.state()) == (0, "finished")
+
+    assert of(again, "val/accuracy") == of(first, "val/accuracy")
+    assert again.summary["val/accuracy"] == first.summary["val/accuracy"]
+    assert (again.exit_code, again.config["resolved"]) == (0, first.config["resolved"])
+    assert result.stdout.count("the sweep was given the figures of") == 1
+
+    assert of_run[diverged.config["resolved"]["run"]].state() == "diverged"
+    assert diverged.exit_code == 1  # for the search a failed run is a bad one; its best figure isn't its value
+
+
+def of(run: TakenRun, metric: str) -> list[Json]:
+    return [row for row in run.rows() if metric in row]
+
+
+def interrupted(arguments: list[str], number: int, cwd: Path, env: dict[str, str]) -> RunFolder:
+    """The only run's folder after it was at work for some rows and got a signal."""
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = [path / "metrics.jsonl" for path in cwd.glob("runs/*")]
+    before, until = len(read_rows(metrics[0])) if metrics else 0, time.monotonic() + 90
+    while not any(len(read_rows(path)) > before + 4 for path in cwd.glob("runs/*/metrics.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    (path,) = (cwd / "runs").iterdir()
+    return RunFolder(path)
+
+
+def test_what_is_stopped_saves_and_goes_on_with_its_whole_history(tmp_path: Path) -> None:
+    """SIGTERM is an agent's, for a run that W&B stops early. SIGUSR2 is SLURM's: W&B is to give the run out again."""
+    long = [*COMMAND[:-2], "epochs=40", "checkpoint.every_steps=100000"]
+    with recorder() as server:
+        folder = interrupted(long, signal.SIGTERM, tmp_path, as_agent(server, tmp_path, "one"))
+        one = server.runs["one"]
+        assert (one.exit_code, one.preempting, folder.state()) == (1, False, "preempted")
+
+        interrupted(long, signal.SIGUSR2, tmp_path, as_agent(server, tmp_path, "two"))
+        two = server.runs["two"]
+        stopped = folder.read_status()
+        assert (two.exit_code, two.preempting, folder.state(), stopped["wandb_id"]) == (1, True, "preempted", "two")
+        assert two.config["resolved"]["run"] == folder.name
+
+        whole = [*long, *arguments({**two.config, "_wandb": {"cli_version": "0.31.0"}})]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "launch.py"), *whole], cwd=tmp_path, env=as_agent(server, tmp_path, "two"),
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert f"resumed after step {stopped['step']}" in done.stdout
+    assert server.unknown == []
+    assert (two.exit_code, folder.state()) == (0, "finished")
+    assert of(two, "examples") == read_rows(folder.metrics)  # which the rows of layers don't have
+
+
+# What an agent gives.
+
+
+def arguments(values: Json) -> list[str]:
+    """wandb's own rendering of a sweep's choice."""
+    command = {"args": {key: {"value": value} for key, value in values.items()}}
+    found: list[str] = create_sweep_command_args(command)["args_no_hyphens"]
+    return found
+
+
+def test_an_agent_s_none_is_null() -> None:
+    found = overrides(arguments({"optimizer.norm_clip": None, "optimizer.betas": [0.9, 0.95], "sync_bn": True}))
+    config = configuration("optimizer=lamb", *found)
+    assert (config.optimizer.norm_clip, config.optimizer.betas, config.sync_bn) == (None, [0.9, 0.95], True)
+
+
+def test_the_whole_configuration_of_a_preempted_run_is_that_run() -> None:
+    fixed = ["optimizer=tvlars", "batch_size=64", "dataset.val_fraction=0.1"]
+    chosen = {"optimizer.lr": 1.25e-05, "seed": 3}
+    config = configuration(*fixed, *overrides(arguments(chosen)))
+    held_by_wandb = {
+        **asdict(config),
+        **chosen,
+        "resolved": {"lr": 1.25e-05},
+        "_wandb": {"cli_version": "0"},
+        "setting": "x",
+    }
+    again = overrides([*fixed, *arguments(held_by_wandb)])
+    assert not [item for item in again if "{" in item]
+    assert configuration(*again) == config
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["-m", "seed=0,1"], "-m: a W&B agent takes one run at a time"),
+        (["cluster=slurm"], "cluster=slurm: a W&B agent would take the run as over"),
+        (["tracker=none"], "a W&B sweep needs its runs' figures"),
+    ],
+)
+def test_what_an_agent_can_t_do_is_refused_before_it_begins(tmp_path: Path, command: list[str], says: str) -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *RECORDED, *command], cwd=tmp_path, timeout=60, capture_output=True,
+        env=as_agent(Recorded(url="http://127.0.0.1:9"), tmp_path, "one"), text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# The sweeps that come with the project.
+
+
+def ends(parameter: Json) -> list[Any]:
+    """The values of a parameter, or the least and the greatest."""
+    if "values" in parameter:
+        return list(parameter["values"])
+    assert parameter["min"] < parameter["max"], parameter
+    return [parameter["min"], parameter["max"]]
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_sweep_is_valid_at_the_ends_of_its_parameters(file: Path) -> None:
+    text = file.read_text()
+    sweep = yaml.safe_load(text)
+    assert f"#   wandb sweep sweeps/wandb/{file.name}\n" in text
+    _validate_config_and_fill_distribution(sweep)  # what `wandb sweep` does before it sends it
+    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["project"] == configuration().tracker.project
+    before, program, after = sweep["command"][:2], sweep["command"][2], sweep["command"][3:]
+    assert (before, program, after[-1]) == (["${env}", "python"], "${program}", "${args_no_hyphens}")
+    fixed = after[:-1]
+    groups = [key for key in sweep["parameters"] if (ROOT / "conf" / key).is_dir()]
+    assert groups == [], "W&B would have the choice's name where the configuration of the group belongs"
+    for end in (0, -1):
+        chosen = {key: ends(parameter)[end] for key, parameter in sweep["parameters"].items()}
+        config = configuration(*fixed, *overrides(arguments(chosen)))
+        validate(config)
+        assert config.dataset.val_fraction > 0
+        assert config.tracker.name == "wandb"
+    assert sweep["metric"]["goal"] == "maximize"
+    assert sweep["metric"]["name"] == ("val/knn_accuracy" if config.mode.name == "bt" else "val/accuracy")
+    if stopping := sweep.get("early_terminate"):
+        every = config.mode.knn_every if config.mode.name == "bt" else config.eval_every
+        assert config.epochs
+        assert every
+        assert stopping["type"] == "hyperband"
+        assert 0 < stopping["min_iter"] < config.epochs // every  # it counts evaluations
+
+
+def test_optimizers_that_are_compared_get_the_same_number_of_trials() -> None:
+    trials = {file.stem: yaml.safe_load(file.read_text())["run_cap"] for file in SWEEPS}
+    compared = {count for name, count in trials.items() if name.startswith("cifar10_") and "bt" not in name}
+    assert len(compared) == 1
+
+
+@pytest.mark.parametrize(
+    "command", [["sweeps=wandb/digits_tvlars"], ["-m", "sweeps=wandb/digits_tvlars"], ["sweeps/wandb=digits_tvlars"]]
+)
+def test_they_are_no_grids_of_ours(launch: Launch, command: list[str]) -> None:
+    result = launch(*command)
+    assert result.returncode == 2
+    assert "`wandb sweep sweeps/wandb/" in result.stderr

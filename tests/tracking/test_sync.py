@@ -1,0 +1,236 @@
+"""``largebatch sync``: what it refuses, leaves out and says; and wandb's own tools on the folders of offline runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, environment, start
+from copies import local_rows, timeless
+from recorder import Recorded, recorder
+from runs import finish, the_run
+
+from largebatch.run_folder import RunFolder
+from largebatch.tracking.wandb_parts import parts_of, read_records, write_without_rows
+
+KEY = "c0ffee" * 6 + "beef"
+Sync = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an offline run with images and checkpoints."""
+    folder = tmp_path_factory.mktemp("offline")
+    extras = ["tracker=wandb", "tracker.mode=offline", "tracker.images=true", "tracker.checkpoints=true"]
+    finish(start(*TINY, *extras, "tracker.layers_every=2", "dataset.val_fraction=0.25", "steps=60", cwd=folder))
+    return the_run(folder)
+
+
+@pytest.fixture
+def runs(offline: Path, tmp_path: Path) -> Path:
+    """``runs`` with a copy of that run."""
+    shutil.copytree(offline, tmp_path / "runs" / offline.name, symlinks=True)
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def sync(tmp_path: Path) -> Sync:
+    def run(*arguments: str, server: Recorded | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+        around = {**environment(), "HOME": str(tmp_path), **(server.environment(KEY) if server else {}), **more}
+        command = [sys.executable, "-m", "largebatch.cli", "sync", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=around, capture_output=True, text=True, timeout=60, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    return run
+
+
+def test_an_upload_has_rows_images_and_checkpoints_and_ends_there(runs: Path, sync: Sync, tmp_path: Path) -> None:
+    (run,) = runs.iterdir()
+    with recorder() as server:
+        done = sync(server=server)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.startswith(f"{run.name}  uploaded 1 part(s), ")
+        taken = server.run
+        first, *rows = taken.rows()
+        assert taken.files[first["images"]["path"]] == (run / "images.png").read_bytes()
+        assert [timeless(row) for row in rows] == local_rows(run, 3)
+        sent = [artifact["files"]["checkpoint.pt"] for artifact in server.artifacts.values()]
+        assert (run / "checkpoints" / "best.pt").read_bytes() in sent
+        assert sync(server=server).stdout == "1 run(s) were uploaded before\n"
+        assert len(taken.history) == 1 + len(rows)
+        assert server.unknown == []
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing is left elsewhere, in the home least of all"
+
+
+@pytest.mark.parametrize("posts", [1, 2])
+def test_an_upload_that_was_killed_goes_on(runs: Path, sync: Sync, tmp_path: Path, posts: int) -> None:
+    """Also where W&B had taken rows and could not say so any more."""
+    (run,) = runs.iterdir()
+    with recorder() as server:
+        server.freeze_after = posts
+        command = [sys.executable, "-m", "largebatch.cli", "sync"]
+        around = {**environment(), "HOME": str(tmp_path), **server.environment(KEY)}
+        process = subprocess.Popen(command, cwd=tmp_path, env=around, stdout=subprocess.DEVNULL)
+        assert server.frozen.wait(30)
+        assert (len(server.run.history) > 0) == (posts > 1)
+        process.kill()
+        process.wait()
+        server.freeze_after = None
+        server.frozen.clear()
+        done = sync(server=server)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert [timeless(row) for row in server.run.rows()[1:]] == local_rows(run, 3)
+        assert [row["_step"] for row in server.run.history] == list(range(len(server.run.history)))
+        summary = json.loads((run / "summary.json").read_text())
+        assert server.run.summary["best/test/accuracy"] == summary["best/test/accuracy"]
+        assert server.run.exit_code == 0
+        assert server.unknown == []
+
+
+def test_two_runs_are_uploaded_in_the_order_of_their_making(runs: Path, sync: Sync) -> None:
+    """One that fails doesn't keep the others, and the next time only that is uploaded."""
+    (run,) = runs.iterdir()
+    earlier = run.with_name("z-0000abcd")
+    shutil.copytree(run, earlier, symlinks=True)
+    (part,) = parts_of(earlier)
+    part.log.parent.rename(earlier / "wandb" / "offline-run-20200101_000000-0000abcd")
+    (part,) = parts_of(earlier)
+    part.log.rename(part.log.with_name("run-0000abcd.wandb"))
+    with recorder() as server:
+        server.refused.append("0000abcd")
+        done = sync("runs", "--timeout", "30", server=server)
+        assert done.returncode == 1
+        first, second, *_, last = done.stdout.splitlines()
+        assert first.startswith("z-0000abcd  FAILED: ")
+        assert second.startswith(f"{run.name}  uploaded")
+        assert last == "1 run(s) could not be uploaded; the same command goes on from here"
+        server.refused.clear()
+        again = sync(server=server)
+        assert again.returncode == 0
+        assert again.stdout.splitlines()[0].startswith("z-0000abcd  uploaded")
+
+
+def test_without_a_key_or_a_host_nothing_is_tried(runs: Path, sync: Sync) -> None:
+    refused = sync()
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "error: nothing was uploaded: no API key; `wandb login`" in refused.stderr
+    refused = sync(WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert refused.returncode == 2
+    assert "127.0.0.1:9 can't be reached" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_names_say_which_runs(runs: Path, sync: Sync) -> None:
+    (run,) = runs.iterdir()
+    assert sync("runs", "synth", "--dry-run").stdout.startswith(f"{run.name}  would upload 1 part(s)")
+    wrong = sync("runs", "synth", "cifar", "--dry-run")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "no run in runs has a name that begins with cifar" in wrong.stderr
+
+
+def test_a_run_at_work_is_left_out(runs: Path, sync: Sync) -> None:
+    (run,) = runs.iterdir()
+    with RunFolder(run).hold(), recorder() as server:
+        done = sync(server=server)
+        assert (done.returncode, done.stdout) == (0, f"{run.name}  left out: it is still at work\n")
+        assert server.runs == {}
+
+
+def test_a_run_that_was_deleted_there_is_said(runs: Path, sync: Sync) -> None:
+    (run,) = runs.iterdir()
+    (part,) = parts_of(run)
+    part.log.with_name(f"{part.log.name}.syncstate").write_text('{"starting_step": 7}')
+    with recorder() as server:
+        done = sync(server=server)
+    assert done.returncode == 1
+    assert "W&B has 0 of the 7 rows that it was sent before" in done.stdout
+
+
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_a_copy_without_rows_is_a_log_that_wandb_reads(offline: Path, tmp_path: Path, count: int) -> None:
+    """Records longer than a block among them: the one of the configuration and those of histograms fill several."""
+    (part,) = parts_of(offline)
+    copy = tmp_path / part.log.name
+    write_without_rows(part.log, count, copy)
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    before, after = (
+        [json.loads(line) for line in subprocess.run(
+            [*command, str(log)], capture_output=True, text=True, check=True, timeout=60, env=environment()
+        ).stdout.splitlines()]
+        for log in (part.log, copy)
+    )  # fmt: skip
+    for record in (*before, *after):
+        del record["num"]  # its place in the file
+    rows, left = ([r["history"]["item"] for r in some if r["type"] == "history"] for some in (before, after))
+    assert [row.pop("_step") for row in left] == list(range(len(rows) - count))
+    assert [{k: v for k, v in row.items() if k != "_step"} for row in rows[count:]] == left
+    assert [r for r in before if r["type"] != "history"] == [r for r in after if r["type"] != "history"]
+
+
+def test_a_log_that_was_cut_off_is_read_up_to_there(offline: Path, tmp_path: Path) -> None:
+    (part,) = parts_of(offline)
+    whole = part.log.read_bytes()
+    records = [record.SerializeToString() for record in read_records(part.log)]
+    assert len(whole) > 2 * 32768, "several blocks"
+    cut = tmp_path / "cut.wandb"
+    for length in (0, 3, 7, 20, len(whole) // 2, 32768, 32768 + 3, len(whole) - 1):
+        cut.write_bytes(whole[:length])
+        found = [record.SerializeToString() for record in read_records(cut)]
+        assert found == records[: len(found)]
+        assert len(found) < len(records)
+    cut.write_bytes(whole[: len(whole) // 2] + bytes(100_000))  # as a file system may leave it
+    assert len(list(read_records(cut))) < len(records)
+
+
+# ---- wandb's own tools ----
+
+
+def test_wandb_lists_and_summarises_an_offline_run(offline: Path) -> None:
+    around = {**environment(), "HOME": str(offline)}
+    command = [sys.executable, "-m", "wandb"]
+    listed = subprocess.run(
+        [*command, "sync", "--dry-run", "wandb"], cwd=offline, env=around, capture_output=True, text=True, timeout=60
+    )
+    (part,) = parts_of(offline)
+    assert listed.returncode == 0
+    assert "Would sync 1 run(s)" in listed.stderr
+    assert part.log.name in listed.stderr
+    told = subprocess.run(
+        [*command, "leet", "inspect", "--summary", "wandb"],
+        cwd=offline, env=around, capture_output=True, text=True, timeout=60, check=True,
+    ).stdout  # fmt: skip
+    accuracy = json.loads((offline / "summary.json").read_text())["test/accuracy"]
+    shown = dict(line.split(maxsplit=1) for line in told.splitlines() if len(line.split()) > 1)
+    assert float(shown["test/accuracy"]) == accuracy
+    assert shown["optimizer.name"] == "lars"
+    assert shown["optimizer_label"] == "lars + constant"
+
+
+def test_wandbs_terminal_viewer_starts(offline: Path) -> None:
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (50, 160))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wandb", "leet", "wandb"], cwd=offline, stdin=child, stdout=child, stderr=child,
+        env={**environment(), "HOME": str(offline), "TERM": "xterm-256color"}, start_new_session=True,
+    )  # fmt: skip
+    os.close(child)
+    shown, until, wanted = b"", time.monotonic() + 30, (b"Finished", b"best/epoch")
+    while not all(part in shown for part in wanted) and process.poll() is None and time.monotonic() < until:
+        if select.select([parent], [], [], 0.2)[0]:
+            shown += os.read(parent, 65536)
+    process.kill()
+    process.wait()
+    os.close(parent)
+    assert [part for part in wanted if part not in shown] == [], "state and summary"
