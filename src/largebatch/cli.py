@@ -77,7 +77,7 @@ def _dashboard(options: argparse.Namespace) -> int:
         import wandb_workspaces  # noqa: F401
     except ModuleNotFoundError:
         raise UserError("dashboards need wandb-workspaces: pip install 'wandb-workspaces>=0.4.13,<0.5'") from None
-    from largebatch.tracking import dashboard, dashboard_report, saved_view
+    from largebatch.report import dashboard, dashboard_report, saved_view
 
     runs_dir = existing_folder(options.runs) if options.runs else None
     where = options.entity, options.project, options.name

@@ -156,10 +156,9 @@ def counted(rows: Iterable[Row]) -> str:
     return ", ".join(f"{number} {state}" for state, number in Counter(str(row["state"]) for row in rows).items())
 
 
-def format_table(rows: Iterable[Row], columns: dict[str, str], style: str = "simple") -> str:
-    """A plain-text table, or one in another of tabulate's styles; ``columns`` maps a row's keys to headings."""
-    cells = [[_cell(key, row.get(key)) for key in columns] for row in rows]
-    return tabulate(cells, headers=list(columns.values()), tablefmt=style)
+def format_table(rows: Iterable[Row], columns: dict[str, str]) -> str:
+    """A plain-text table; ``columns`` maps a row's keys to headings."""
+    return tabulate([[_cell(key, row.get(key)) for key in columns] for row in rows], headers=list(columns.values()))
 
 
 def _cell(key: str, value: Any) -> str:

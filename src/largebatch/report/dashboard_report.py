@@ -7,8 +7,7 @@ from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 
-from largebatch.report.table import format_table, list_runs, run_rows
-from largebatch.tracking import dashboard
+from largebatch.report import dashboard
 
 _HOW_TO_READ = """\
 - **Choose by validation, report the test set.** With `dataset.val_fraction` above 0, `best/val/accuracy` says which
@@ -27,14 +26,13 @@ def report(entity: str, project: str, title: str, runs_dir: Path | None) -> wr.R
     """The report ``title``; nothing is sent.
 
     Args:
-        runs_dir: the folder of runs whose comparison table is to be part of it, as text.
+        runs_dir: the folder of runs whose comparison is to be part of it, as text.
     """
-    table = comparison_table(runs_dir) if runs_dir is not None else None
     blocks = [
         wr.H1("How to read this"),
         wr.MarkdownBlock(_HOW_TO_READ),
         wr.H1("The comparison"),
-        *([wr.MarkdownBlock(table)] if table else []),
+        *([wr.MarkdownBlock(comparison_tables(runs_dir))] if runs_dir is not None else []),
         wr.P("Runs by optimizer and batch size; unfold a group to see its settings and seeds."),
         _grid(
             "comparison",
@@ -62,11 +60,11 @@ def report(entity: str, project: str, title: str, runs_dir: Path | None) -> wr.R
     )
 
 
-def comparison_table(runs_dir: Path) -> str | None:
-    """The runs of a folder and their outcomes as a Markdown table; None where there are none."""
-    rows = run_rows(list_runs(runs_dir))
-    columns = {"run": "run", "state": "state", "test/accuracy": "test accuracy"}
-    return format_table(rows, columns, "github") if rows else None
+def comparison_tables(runs_dir: Path) -> str:
+    """The comparisons of a folder of runs in Markdown, as ``largebatch report --format md`` prints them."""
+    from largebatch.report.build import report as build_report
+
+    return build_report(runs_dir, "-", "md")
 
 
 def _grid(name: str, panels: dashboard.Panels, groupby: list[str] | None = None, show_table: bool = False) -> Any:

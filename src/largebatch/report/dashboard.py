@@ -13,10 +13,10 @@ import wandb_workspaces.workspaces as ws
 
 from largebatch.errors import UserError
 
-OPTIMIZER = "optimizer.name"  # curves are the mean of an optimizer's runs, in a band from the least to the greatest
+OPTIMIZER = "optimizer_label"  # with its schedule; curves are the mean of its runs, in a band from least to greatest
 LAYERS = {"trust_ratio": "Trust ratio", "weight_norm": "Weight norm", "gradient_norm": "Gradient norm"}
 SEARCHED = ("optimizer.lr", "optimizer.weight_decay", "optimizer.lmbda", "batch_size")  # over decades: on log axes
-CHOSEN = ("schedule.name", OPTIMIZER)
+CHOSEN = ("schedule.name", "optimizer.name")
 FIRST_COLUMNS = ("optimizer.name", "schedule.name", "batch_size", "optimizer.lr", "seed")  # of the table of runs
 OUTCOMES = ("test/accuracy", "best/val/accuracy")
 
