@@ -11,7 +11,6 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from types import FrameType
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -26,7 +25,7 @@ from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, compose_grid, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.messages import composition_error
-from largebatch.launch.plan import PlannedRun, make_plan
+from largebatch.launch.plan import make_plan
 from largebatch.tracking.wandb_session import agent_run_id
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -71,15 +70,6 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
 
 
 def main() -> int:
-    plan: list[PlannedRun] = []
-    asked_to_end: list[int] = []
-
-    def end(number: int, frame: FrameType | None) -> None:
-        asked_to_end.append(number)
-        raise KeyboardInterrupt
-
-    for asked in (signal.SIGTERM, signal.SIGUSR2):  # the latter is SLURM's, before a time limit
-        signal.signal(asked, end)
     if agent_run_id():
         sys.argv[1:] = sweep_agent.overrides(sys.argv[1:])
     try:
@@ -87,8 +77,8 @@ def main() -> int:
         if not jobs:
             return 0
         plan = make_plan(jobs)
-        return show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
-    except KeyboardInterrupt:  # between two runs; within one it is asked to save first
+        code = show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
+    except KeyboardInterrupt:  # nothing was at work
         return 130
     except BrokenPipeError:  # who read what is said has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,12 +86,11 @@ def main() -> int:
     except UserError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
-    finally:
-        for number in asked_to_end[:1]:  # saved as after Ctrl-C; who asked sees that it was this that ended us
-            signal.signal(number, signal.SIG_DFL)
-            if number == signal.SIGUSR2 and agent_run_id() and plan:
-                sweep_agent.give_back(plan[0])
-            signal.raise_signal(number)
+    if code == 128 + signal.SIGUSR2 and agent_run_id():
+        sweep_agent.give_back(plan[0])
+    if code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
+        signal.raise_signal(code - 128)  # the runs are saved; who asked sees that it was this that ended us
+    return code
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
 from largebatch.launch.estimate import estimated
+from largebatch.launch.interrupts import noted_signals
 from largebatch.launch.packing import StoppedByUser, carry_out, runs_at_a_time
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm import sbatch_texts, submit_plan
@@ -22,7 +23,7 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
     """Carry out every run. Returns the exit code of the program.
 
     0: every run has an outcome (a divergence is one); 1: a run failed; 2: what failed is the user's to mend;
-    130: stopped by Ctrl-C.
+    128 and the number of the signal that stopped it: 130 for Ctrl-C.
     """
     if agent_run_id():
         sweep_agent.check(plan)
@@ -30,11 +31,12 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
         return submit_plan(plan)
     view = PlanView(plan, runs_at_a_time(plan))
     try:
-        outcomes = carry_out(plan, view)
+        with noted_signals() as asked:
+            outcomes = carry_out(plan, view, asked)
     except StoppedByUser as stopped:
         view.close()
         _say(f"stopped; the same command resumes {stopped}")
-        return 130
+        return 128 + stopped.number
     finally:
         view.close()
         if len(plan) > 1:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm_queue import Jobs, has_it
 from largebatch.process import LAUNCHER_PID, die_with_parent
 from largebatch.run_folder import DONE, RESUMES, RunBusyError, RunFolder, write_atomic
+
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -108,21 +111,21 @@ def conclude(started: Started) -> Outcome:
     return outcome
 
 
-def stop(started: list[Started]) -> None:
-    """Have runs save after their step and end; another Ctrl-C meanwhile ends them at once. None is left afterwards."""
-    try:
-        for one in started:
-            one.child.send_signal(signal.SIGINT)
-        for one in started:
-            one.child.wait()
-    except KeyboardInterrupt:
-        pass  # what they have saved before is what they resume from
-    finally:
-        for one in started:
-            _kill_group(one.child)
-            one.child.wait()
-            if one.run.folder.state() in ("queued", "running"):
-                one.run.folder.update_status(state="preempted", message="stopped by Ctrl-C")
+def stop(started: list[Started], at_once: Callable[[], bool]) -> None:
+    """Have runs save after their step and end. None is left afterwards.
+
+    Args:
+        at_once: whether to wait no longer; what they have saved before is what they resume from then.
+    """
+    for one in started:
+        one.child.send_signal(signal.SIGINT)
+    while any(one.child.poll() is None for one in started) and not at_once():
+        time.sleep(_POLL_SECONDS)
+    for one in started:
+        _kill_group(one.child)
+        one.child.wait()
+        if one.run.folder.state() in ("queued", "running"):
+            one.run.folder.update_status(state="preempted", message="stopped by Ctrl-C")
 
 
 def _start_worker(run: PlannedRun, environment: dict[str, str], speaking: bool) -> subprocess.Popen[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -15,7 +16,15 @@ _POLL_SECONDS = 0.05
 
 
 class StoppedByUser(Exception):
-    """The user pressed Ctrl-C; the runs that it names were at work, are stopped and can be resumed."""
+    """A signal asked to stop; the runs that it names were at work, are stopped and can be resumed.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, runs: str, number: int) -> None:
+        super().__init__(runs)
+        self.number = number
 
 
 def runs_at_a_time(plan: Sequence[PlannedRun]) -> int:
@@ -26,50 +35,49 @@ def runs_at_a_time(plan: Sequence[PlannedRun]) -> int:
     return max(1, min(plan[0].config.cluster.parallel or most, len(plan)))
 
 
-def carry_out(plan: Sequence[PlannedRun], view: PlanView) -> list[Outcome]:
+def carry_out(plan: Sequence[PlannedRun], view: PlanView, asked: list[int]) -> list[Outcome]:
     """Start the runs in their order, each as soon as there are devices for it; one that fails leaves the others alone.
 
+    Args:
+        asked: the signals that ask to stop, as they come; another Ctrl-C then doesn't wait for a step's end.
+
     Raises:
-        StoppedByUser: after Ctrl-C, once no process of any run is left.
+        StoppedByUser: after such a signal, once no process of any run is left.
     """
     parallel = runs_at_a_time(plan)
     waiting, outcomes = deque(plan), []
     by_choice = _gpus_by_choice(plan)
     free = list(dict.fromkeys(gpu for chosen in by_choice.values() for gpu in chosen))
     working: list[tuple[Started, list[str]]] = []  # with their GPUs
-    try:
-        while waiting or working:
-            while waiting and len(working) < parallel:
-                gpus = _gpus_for(waiting[0], by_choice, free)
-                if gpus is None:
-                    break
-                run = waiting.popleft()
-                view.begins(run)
-                free = [gpu for gpu in free if gpu not in gpus]
-                started = start(run, worker_environment(run.config.cluster, gpus, parallel), speaking=parallel == 1)
-                if isinstance(started, Started):
-                    working.append((started, gpus))
-                else:
-                    free += gpus
-                    outcomes.append(started)
-                    view.ended(started)
-            view.look([started for started, _ in working])
-            time.sleep(_POLL_SECONDS)
-            for one in [one for one in working if one[0].child.poll() is not None]:
-                working.remove(one)
-                free += one[1]
-                outcomes.append(conclude(one[0]))
-                view.ended(outcomes[-1])
-    except KeyboardInterrupt:
-        at_work = [started for started, _ in working]
-        try:
-            view.stopping(len(at_work))
-        except KeyboardInterrupt:  # again, already
-            for started in at_work:
-                started.child.kill()
-        stop(at_work)
-        raise StoppedByUser(" and ".join(started.run.folder.name for started in at_work)) from None
-    return outcomes
+    while (waiting or working) and not asked:
+        while waiting and len(working) < parallel:
+            gpus = _gpus_for(waiting[0], by_choice, free)
+            if gpus is None:
+                break
+            run = waiting.popleft()
+            view.begins(run)
+            free = [gpu for gpu in free if gpu not in gpus]
+            started = start(run, worker_environment(run.config.cluster, gpus, parallel), speaking=parallel == 1)
+            if isinstance(started, Started):
+                working.append((started, gpus))
+            else:
+                free += gpus
+                outcomes.append(started)
+                view.ended(started)
+        view.look([started for started, _ in working])
+        time.sleep(_POLL_SECONDS)
+        for one in [one for one in working if one[0].child.poll() is not None]:
+            working.remove(one)
+            free += one[1]
+            outcomes.append(conclude(one[0]))
+            view.ended(outcomes[-1])
+    if not waiting and not working:
+        return outcomes
+    at_work = [started for started, _ in working]
+    if at_work:
+        view.stopping(len(at_work))
+        stop(at_work, at_once=lambda: signal.SIGINT in asked[1:])
+    raise StoppedByUser(" and ".join(one.run.folder.name for one in at_work) or "where it was", asked[0])
 
 
 def _gpus_for(run: PlannedRun, by_choice: dict[str, list[str]], free: list[str]) -> list[str] | None:
