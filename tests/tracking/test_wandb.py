@@ -283,6 +283,15 @@ def test_a_host_that_never_answers_costs_the_time_limit(go: Go, tmp_path: Path) 
     assert len(history(segment)) == 4
 
 
+def test_a_key_that_the_server_does_not_know_is_said(go: Go) -> None:
+    with recorder() as server:
+        server.status = 401
+        report = go(server.environment(KEY))
+    assert report["mode"] == "offline"
+    assert len(report["said"]) == 1
+    assert "the server did not start the run" in report["said"][0]
+
+
 def test_online_the_server_gets_what_was_logged(go: Go) -> None:
     with recorder() as server:
         address = server.url.replace("//", "//someone:canary@")

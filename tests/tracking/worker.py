@@ -1,10 +1,18 @@
-"""A run's worker that waits for W&B for so many seconds at its end: ``python worker.py RUN_DIR SECONDS``."""
+"""A run's worker that is ``impatient`` of W&B at its end, or ``fails``: ``python worker.py RUN_DIR [HOW]``."""
 
 import sys
 
+from largebatch import train
 from largebatch.tracking import wandb_run
-from largebatch.train import main
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("as told")
+
 
 if __name__ == "__main__":
-    wandb_run.FINISH_TIMEOUT = float(sys.argv[2])
-    sys.exit(main(sys.argv[1:2]))
+    if "impatient" in sys.argv:
+        wandb_run.FINISH_TIMEOUT = 1.5
+    if "fails" in sys.argv:
+        train.evaluate = fail  # type: ignore[assignment]
+    sys.exit(train.main(sys.argv[1:2]))

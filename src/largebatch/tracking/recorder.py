@@ -107,13 +107,13 @@ class Recorder:
     def _upload_checkpoints(self, wandb: wandb_run.WandbRun, rows: list[Row]) -> None:
         """The last one, and the best one if there is one: of a run with validation images."""
         best = self._folder.best_checkpoint
-        for path in sorted(self._folder.checkpoints.glob("step-*.pt"))[-1:]:
-            is_best = best.exists() and path.samefile(best)
-            step = int(path.stem.removeprefix("step-"))
-            wandb.checkpoint(path, ["last", "best"] if is_best else ["last"], figures_at(rows, step))
-            if best.exists() and not is_best:
+        for last in sorted(self._folder.checkpoints.glob("step-*.pt"))[-1:]:
+            step = int(last.stem.removeprefix("step-"))
+            is_both = best.exists() and last.samefile(best)
+            if best.exists() and not is_both:
                 chosen = max(rows, key=lambda row: (row.get("val/accuracy") or 0.0, -row["step"]))
                 wandb.checkpoint(best, ["best"], figures_at(rows, chosen["step"]))
+            wandb.checkpoint(last, ["last", "best"] if is_both else ["last"], figures_at(rows, step))
 
     def _end(self, exit_code: int) -> None:
         if self._wandb:
