@@ -76,7 +76,7 @@ def test_an_upload_has_rows_images_and_checkpoints_and_ends_there(runs: Path, sy
 
 @pytest.mark.parametrize("posts", [1, 2])
 def test_an_upload_that_was_killed_goes_on(runs: Path, sync: Sync, tmp_path: Path, posts: int) -> None:
-    """Also where W&B had taken rows and could not say so any more."""
+    """Also where W&B had taken rows (the second post at the latest has some) and could not say so any more."""
     (run,) = runs.iterdir()
     with recorder() as server:
         server.freeze_after = posts
@@ -84,7 +84,7 @@ def test_an_upload_that_was_killed_goes_on(runs: Path, sync: Sync, tmp_path: Pat
         around = {**environment(), "HOME": str(tmp_path), **server.environment(KEY)}
         process = subprocess.Popen(command, cwd=tmp_path, env=around, stdout=subprocess.DEVNULL)
         assert server.frozen.wait(30)
-        assert (len(server.run.history) > 0) == (posts > 1)
+        assert posts == 1 or server.run.history
         process.kill()
         process.wait()
         server.freeze_after = None

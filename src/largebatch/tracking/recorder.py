@@ -33,7 +33,7 @@ class Recorder:
     """
 
     def __init__(self, config: Config, folder: RunFolder, step: int, facts: dict[str, Any], console: Console) -> None:
-        self._folder, self._facts, self._console = folder, facts, console
+        self._folder, self._facts, self._console, self._tracker = folder, facts, console, config.tracker
         self._metrics = MetricsLog(folder.metrics, step)
         self._layers = LayerLog(folder.layers, step)
         self._status_at = 0.0
@@ -43,7 +43,6 @@ class Recorder:
         self._wandb = wandb_run.start(config, folder.path, run_id, folder.name, facts, console.say)
         self._feed = WandbFeed(self._wandb, facts["steps_per_epoch"]) if self._wandb else None
         folder.update_status(step=step, steps=facts["steps"], wandb_id=self._wandb.id if self._wandb else None)
-        self._tracker = config.tracker
         if self._feed and folder.images.exists():
             self._feed.images(folder.images)
         if self._feed and step > 0:

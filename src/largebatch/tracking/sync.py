@@ -65,6 +65,10 @@ def sync(
     Raises:
         UserError: when W&B can't be reached or there is no key, before anything is done.
     """
+    try:
+        import wandb  # noqa: F401
+    except Exception as error:  # not there, or broken by another package
+        raise UserError(f"wandb can't be imported ({one_line(error)})") from error
     runs = sorted(_wanted(runs_dir, prefixes), key=lambda run: run.parts[0].started)
     pending = [run for run in runs if run.pending]
     server = None if dry_run or not pending else _reach()
@@ -107,13 +111,9 @@ def _reach() -> Server:
         UserError: if not.
     """
     with tempfile.TemporaryDirectory(prefix=_SCRATCH) as scratch, session_environment(Path(scratch), "online"):
-        try:
-            mode, why = choose_mode("online")
-            server = this_server()
-        except ImportError as error:
-            raise UserError(f"wandb can't be imported ({one_line(error)})") from error
-        finally:
-            close_session()
+        mode, why = choose_mode("online")
+        server = this_server()
+        close_session()
     if mode != "online":
         raise UserError(f"nothing was uploaded: {why}; `wandb login` stores a key, WANDB_BASE_URL names another host")
     return server

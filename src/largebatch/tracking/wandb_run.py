@@ -197,7 +197,8 @@ def continue_from(earlier: list[Part], run: wandb.Run, mode: str) -> int:
         return rows_after(of_this_run)
     for part in of_this_run:
         part.mark_done()
-    return part_of(run).first_row() or 0
+    first = part_of(run).first_row()  # run.step may not know it yet
+    return int(run.step) if first is None else first
 
 
 def part_of(run: wandb.Run) -> Part:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import urllib.request
 from dataclasses import dataclass
-from typing import Any
+from http.client import HTTPException
+from urllib.parse import urlsplit
 
-from largebatch.tracking.wandb_session import one_line
+from largebatch.tracking.wandb_session import is_local, one_line, without_password
 
 _QUERY = """query RunResumeStatus($project: String, $entity: String, $name: String!) {
   model(name: $project, entityName: $entity) { id bucket(name: $name, missingOk: true) { id historyLineCount } }
@@ -35,15 +39,17 @@ class Server:
         Raises:
             UploadError: when it doesn't say.
         """
-        import requests
-
         variables = {"project": project, "entity": entity or None, "name": run_id}
-        body: Any = {"operationName": "RunResumeStatus", "query": _QUERY, "variables": variables}
+        body = {"operationName": "RunResumeStatus", "query": _QUERY, "variables": variables}
+        key = base64.b64encode(f"api:{self.key}".encode()).decode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {key}"}
+        request = urllib.request.Request(f"{self.url}/graphql", json.dumps(body).encode(), headers)
+        proxies = {} if is_local(urlsplit(self.url).hostname or "") else urllib.request.getproxies()
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
         try:
-            answer = requests.post(f"{self.url}/graphql", json=body, auth=("api", self.key), timeout=seconds)
-            answer.raise_for_status()
-            model = answer.json()["data"]["model"]
-        except (requests.RequestException, KeyError, TypeError) as error:
+            with opener.open(request, timeout=seconds) as answer:
+                model = json.load(answer)["data"]["model"]
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:  # ValueError: not JSON
             raise UploadError(f"W&B doesn't say what it has of the run ({one_line(error)})") from error
         bucket = (model or {}).get("bucket") or {}
         return int(bucket.get("historyLineCount") or 0)
@@ -54,4 +60,4 @@ def this_server() -> Server:
     import wandb
 
     settings = wandb.setup().settings
-    return Server(settings.base_url.rstrip("/"), settings.api_key or "")
+    return Server(without_password(settings.base_url).rstrip("/"), settings.api_key or "")

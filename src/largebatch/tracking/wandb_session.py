@@ -77,10 +77,14 @@ def next_hop(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     host = parts.hostname or ""
     proxy = urllib.request.getproxies().get(parts.scheme)
-    is_local = host in ("localhost", "::1") or host.startswith("127.")  # wandb's process takes no proxy for these
-    if proxy and not is_local and not urllib.request.proxy_bypass(host):
+    if proxy and not is_local(host) and not urllib.request.proxy_bypass(host):
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def is_local(host: str) -> bool:
+    """Whether it is this machine, for which wandb's process takes no proxy."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 @contextlib.contextmanager
