@@ -72,6 +72,7 @@ def test_an_upload_has_rows_images_and_checkpoints_and_ends_there(runs: Path, sy
         assert len(taken.history) == 1 + len(rows)
         assert server.unknown == []
     assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing is left elsewhere, in the home least of all"
+    assert not (run / "wandb" / ".sync").exists()
 
 
 @pytest.mark.parametrize("posts", [1, 2])
@@ -97,6 +98,7 @@ def test_an_upload_that_was_killed_goes_on(runs: Path, sync: Sync, tmp_path: Pat
         assert server.run.summary["best/test/accuracy"] == summary["best/test/accuracy"]
         assert server.run.exit_code == 0
         assert server.unknown == []
+    assert not (run / "wandb" / ".sync").exists(), "nor is anything left of the one that was killed"
 
 
 def test_two_runs_are_uploaded_in_the_order_of_their_making(runs: Path, sync: Sync) -> None:

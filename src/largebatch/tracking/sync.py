@@ -8,6 +8,7 @@ a copy of the part's whole records without those rows.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,6 @@ from largebatch.tracking.wandb_session import (
 )
 
 UPLOAD_SECONDS = 600.0  # for one part
-_SCRATCH = "largebatch-sync-"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,10 @@ def _reach() -> Server:
     Raises:
         UserError: if not.
     """
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as scratch, session_environment(Path(scratch), "online"):
+    with (
+        tempfile.TemporaryDirectory(prefix="largebatch-sync-") as scratch,
+        session_environment(Path(scratch), "online"),
+    ):
         mode, why = choose_mode("online")
         server = this_server()
         close_session()
@@ -153,12 +156,16 @@ def _upload_part(part: Part, rows_before: int, server: Server, seconds: float) -
             f"W&B has {rows} of the {rows_before} rows that it was sent before; was the run deleted there? "
             "W&B takes no run of the same id again"
         )
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as scratch:
-        copy = Path(scratch, part.name, part.log.name)
-        copy.parent.mkdir()
+    scratch = part.log.parent.with_name(".sync").absolute()
+    shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
+    try:
+        copy = scratch / part.name / part.log.name
+        copy.parent.mkdir(parents=True)
         copy.parent.joinpath("files").symlink_to((part.log.parent / "files").absolute())  # images
         write_without_rows(part.log, rows - rows_before, copy)
-        _wandb_sync(copy, Path(scratch), seconds)
+        _wandb_sync(copy, scratch, seconds)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _wandb_sync(log: Path, scratch: Path, seconds: float) -> None:
