@@ -1,4 +1,4 @@
-"""One rank of a run in which rank 1 has little memory left from its second step on. Started by test_memory.py."""
+"""One rank of a run in which rank 1 has little memory left from its second step on. Started by in_little_memory.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from conftest import configuration
-from test_memory import MIB, WIDE
+from in_little_memory import MIB, WIDE
 
 from largebatch import train
 from largebatch.config import to_yaml

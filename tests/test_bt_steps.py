@@ -1,4 +1,4 @@
-"""Single steps of Barlow Twins: any optimizer, running statistics, and too little memory."""
+"""Single steps of Barlow Twins: any optimizer, and running statistics."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from test_bt import CPU, in_this_process, same
-from test_memory import MIB, a_run, memory_left, one_gradient
 from torch import Tensor
 
-from largebatch.clock import StepClock
 from largebatch.modes.bt import BarlowTwins
-from largebatch.probe import train_probe
 from largebatch.profile import Profile
 from largebatch.step import gradient, update
-from largebatch.stop import StepBoundary
-from largebatch.tracking.console import Console
-from largebatch.train import batches_from, loop
+from largebatch.train import batches_from
 
 OPTIMIZERS = [
     "lars", "lamb", "tvlars", "clars", "sgd", "adam", "adamw", "adagrad", "rmsprop", "timm optimizer.name=lars",
@@ -63,43 +58,3 @@ def test_running_statistics_move_once_a_view_and_micro_batch(tmp_path: Path) -> 
             reference(view)
     assert int(reference.get_buffer("norm1.num_batches_tracked")) == 8
     assert same(dict(training.model.backbone.named_buffers()), dict(reference.named_buffers()))
-
-
-# Two views of an image take twice the memory of one.
-FEWER = ("mode=bt", "dataset.train_size=256", "batch_size=256")
-
-
-def test_a_step_that_runs_out_of_memory_is_taken_again_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Gradients, running statistics and totals equal those of a run that had the smaller micro-batches at once."""
-    run, training = a_run(tmp_path / "short", *FEWER, "micro_batch=auto")
-    assert run.batch.micro_batch == 256
-    tried, finite = [], None
-    with memory_left(150 * MIB):
-        while finite is None:
-            tried.append(run.batch.micro_batch)
-            finite, run = one_gradient(run, training)
-    assert len(tried) > 1
-    assert tried == [256 >> n for n in range(len(tried))]
-
-    plain_run, plain = a_run(tmp_path / "plain", *FEWER, f"micro_batch={tried[-1]}")
-    one_gradient(plain_run, plain)
-    assert bool(finite)
-    assert torch.equal(training.totals, plain.totals)
-    for (name, ours), theirs in zip(training.model.named_parameters(), plain.model.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        assert torch.equal(ours.grad, theirs.grad), name
-    assert same(dict(training.model.named_buffers()), dict(plain.model.named_buffers()))
-
-
-def test_the_probe_takes_the_micro_batches_that_pretraining_came_to(tmp_path: Path) -> None:
-    probe = ("mode.eval_batch_size=256", "mode.eval_epochs=1", "mode.lr_backbone=0.01", "mode.knn_every=0")
-    run, training = a_run(tmp_path, *FEWER, *probe, "micro_batch=auto")
-    clock, boundary = StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0)
-    with Console(tmp_path / "log.txt", speaking=False) as console, memory_left(150 * MIB):
-        run, state, _ = loop(run, training, None, None, clock, console, boundary)
-        assert state == "finished"
-        assert run.batch.micro_batch < 256
-        assert run.probe is not None
-        assert run.probe.batch.micro_batch == run.batch.micro_batch
-        assert train_probe(run, training, None, None, clock, boundary) == ("finished", "")

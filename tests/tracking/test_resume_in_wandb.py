@@ -16,7 +16,7 @@ from protocol import TakenRun
 from recorder import Recorded, recorder
 from runs import the_run
 
-from largebatch.tracking.metrics import last_row
+from largebatch.tracking.metrics import newest
 from largebatch.tracking.wandb_parts import parts_of
 
 KEY = "c0ffee" * 6 + "beef"
@@ -66,7 +66,7 @@ def train_and_kill(folder: Path, server: Recorded | None) -> None:
 def _is_on_its_way(folder: Path, server: Recorded | None, old_parts: list[str]) -> bool:
     for run in folder.glob("runs/*"):
         new_parts = [part for part in parts_of(run) if part.name not in old_parts]
-        if not new_parts or last_row(run / "metrics.jsonl").get("step", 0) < 50:
+        if not new_parts or (newest(run / "metrics.jsonl", "step") or 0) < 50:
             return False
         if server is None:
             return new_parts[0].rows() > 0

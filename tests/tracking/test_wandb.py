@@ -133,7 +133,7 @@ def test_offline_run_holds_config_and_what_it_came_to(full: tuple[Path, dict[str
     assert config["optimizer"]["lmbda"] == 0.001
     assert config["batch_size"] == 512
     assert config["dataset"]["name"] == "digits"
-    assert config["resolved"] == {"lr": 4.0, "commit": "0" * 40, "steps": 20}
+    assert config["resolved"] == {"run": "digits-tvlars-0123abcd", "lr": 4.0, "commit": "0" * 40, "steps": 20}
 
 
 def test_offline_run_is_named_grouped_and_tagged(full: tuple[Path, dict[str, Any]]) -> None:
