@@ -43,12 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _add_status(commands: Commands) -> None:
     status = commands.add_parser("status", help="how runs stand: state, step, test accuracy, job, what they said last")
-    status.add_argument(
-        "runs", nargs="*", metavar="RUN", help=f"a folder of runs (default: that of --runs-dir), or {_RUN}"
-    )
+    _add_runs(status)
     status.add_argument("--json", action="store_true", help="one JSON list instead of the table")
     status.add_argument("--watch", action="store_true", help="keep looking until no run is queued or running")
-    _add_runs_dir(status)
     status.set_defaults(run=_status)
 
 
@@ -79,11 +76,10 @@ def _dashboard(options: argparse.Namespace) -> int:
         raise UserError("dashboards need wandb-workspaces: pip install 'wandb-workspaces>=0.4.13,<0.5'") from None
     from largebatch.report import dashboard, dashboard_report, saved_view
 
-    runs_dir = existing_folder(options.runs) if options.runs else None
     where = options.entity, options.project, options.name
     views = [
         saved_view.of_workspace(dashboard.workspace(*where)),
-        saved_view.of_report(dashboard_report.report(*where, runs_dir)),
+        saved_view.of_report(dashboard_report.report(*where, options.runs)),
     ]
     if options.print:
         print(json.dumps([dataclasses.asdict(view) for view in views], indent=1))
@@ -143,6 +139,13 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_runs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "runs", nargs="*", metavar="RUN", help=f"a folder of runs (default: that of --runs-dir), or {_RUN}"
+    )
+    _add_runs_dir(command)
+
+
 def _add_runs_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--runs-dir", default="runs", type=Path, help="the folder where names are looked for (default: runs)"
@@ -156,9 +159,8 @@ def _named(options: argparse.Namespace) -> list[RunFolder]:
 
 
 def _add_sync(commands: Commands) -> None:
-    sync = commands.add_parser("sync", help="upload what W&B lacks of the runs of a folder")
-    sync.add_argument("runs_dir", nargs="?", default="runs", type=Path, help="default: runs")
-    sync.add_argument("prefixes", nargs="*", metavar="RUN_PREFIX", help="only runs whose names begin with one of these")
+    sync = commands.add_parser("sync", help="upload to W&B what it lacks of runs")
+    _add_runs(sync)
     sync.add_argument("--dry-run", action="store_true", help="say what would be uploaded; needs no key and no network")
     sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="for one part; default: 600")
     sync.set_defaults(run=_sync)
@@ -167,20 +169,8 @@ def _add_sync(commands: Commands) -> None:
 def _sync(options: argparse.Namespace) -> int:
     from largebatch.tracking.sync import sync
 
-    runs_dir = existing_folder(options.runs_dir)
     say = functools.partial(print, flush=True)
-    return 1 if sync(runs_dir, options.prefixes, options.dry_run, say, options.timeout) else 0
-
-
-def existing_folder(runs_dir: Path) -> Path:
-    """``runs_dir``, which is there.
-
-    Raises:
-        UserError: when it isn't.
-    """
-    if not runs_dir.is_dir():
-        raise UserError(f"{runs_dir} is not a folder; give the folder that holds the runs")
-    return runs_dir
+    return 1 if sync(_named(options), options.dry_run, say, options.timeout) else 0
 
 
 if __name__ == "__main__":

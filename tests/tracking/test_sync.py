@@ -136,10 +136,11 @@ def test_without_a_key_or_a_host_nothing_is_tried(runs: Path, sync: Sync) -> Non
 
 def test_names_say_which_runs(runs: Path, sync: Sync) -> None:
     (run,) = runs.iterdir()
-    assert sync("runs", "synth", "--dry-run").stdout.startswith(f"{run.name}  would upload 1 part(s)")
-    wrong = sync("runs", "synth", "cifar", "--dry-run")
+    for wanted in ("synth", run.name[-8:], "runs", f"runs/{run.name}"):
+        assert sync(wanted, "--dry-run").stdout.startswith(f"{run.name}  would upload 1 part(s)")
+    wrong = sync("synth", "cifar", "--dry-run")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "no run in runs has a name that begins with cifar" in wrong.stderr
+    assert "cifar: no run in runs whose name, or whose last eight digits, begin so" in wrong.stderr
 
 
 def test_a_run_at_work_is_left_out(runs: Path, sync: Sync) -> None:

@@ -13,13 +13,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from largebatch.errors import UserError
 from largebatch.process import die_with_parent
-from largebatch.report.table import list_runs
 from largebatch.run_folder import RunBusyError, RunFolder
 from largebatch.tracking.wandb_parts import Part, parts_of, rows_after, write_without_rows
 from largebatch.tracking.wandb_server import Server, UploadError, this_server
@@ -48,13 +47,12 @@ class RunParts:
 
 
 def sync(
-    runs_dir: Path, prefixes: list[str], dry_run: bool, say: Callable[[str], None], seconds: float = UPLOAD_SECONDS
+    folders: Iterable[RunFolder], dry_run: bool, say: Callable[[str], None], seconds: float = UPLOAD_SECONDS
 ) -> int:
-    """Upload what W&B lacks of the runs below a folder, in the order in which they were made; a line for each.
+    """Upload what W&B lacks of some runs, in the order in which they were made; a line for each.
 
     Args:
-        runs_dir: the folder of the runs.
-        prefixes: of the names of the runs that are wanted; all where there is none.
+        folders: the runs'.
         dry_run: only say what would be uploaded; needs no key and no network.
         say: takes one line at a time.
         seconds: that one part may take.
@@ -69,7 +67,7 @@ def sync(
         import wandb  # noqa: F401
     except Exception as error:  # not there, or broken by another package
         raise UserError(f"wandb can't be imported ({one_line(error)})") from error
-    runs = sorted(_wanted(runs_dir, prefixes), key=lambda run: run.parts[0].started)
+    runs = sorted(_runs_of(folders), key=lambda run: run.parts[0].started)
     pending = [run for run in runs if run.pending]
     server = None if dry_run or not pending else _reach()
     failed = 0
@@ -82,26 +80,20 @@ def sync(
     if there := len(runs) - len(pending):
         say(f"{there} run(s) were uploaded before")
     if not runs:
-        say(f"no run in {runs_dir} has files of W&B")
+        say("none of these runs has files of W&B")
     if failed:
         say(f"{failed} run(s) could not be uploaded; the same command goes on from here")
     return failed
 
 
-def _wanted(runs_dir: Path, prefixes: list[str]) -> Iterator[RunParts]:
-    """The W&B runs of the wanted folders; a run that was repeated has some in ``previous-1``, ..."""
-    folders = [folder.path for folder in list_runs(runs_dir)]
-    for prefix in prefixes:
-        if not any(folder.name.startswith(prefix) for folder in folders):
-            raise UserError(f"no run in {runs_dir} has a name that begins with {prefix}")
+def _runs_of(folders: Iterable[RunFolder]) -> Iterator[RunParts]:
+    """The W&B runs of the folders; a run that was repeated has some in ``previous-1``, ..."""
     for folder in folders:
-        if prefixes and not folder.name.startswith(tuple(prefixes)):
-            continue
-        for of_one_time in [folder, *sorted(folder.glob("previous-*"))]:
+        for of_one_time in [folder.path, *sorted(folder.path.glob("previous-*"))]:
             parts = parts_of(of_one_time)
-            name = folder.name if of_one_time == folder else f"{folder.name} ({of_one_time.name})"
+            name = folder.name if of_one_time == folder.path else f"{folder.name} ({of_one_time.name})"
             for run_id in dict.fromkeys(part.run_id for part in parts):
-                yield RunParts(name, folder, [part for part in parts if part.run_id == run_id])
+                yield RunParts(name, folder.path, [part for part in parts if part.run_id == run_id])
 
 
 def _reach() -> Server:
