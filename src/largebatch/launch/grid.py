@@ -14,7 +14,7 @@ from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView
 from largebatch.report.table import Row, counted, format_table, run_rows
 from largebatch.run_folder import DONE
-from largebatch.tracking.wandb_session import agent_run_id
+from largebatch.tracking.agent import agent_run_id
 
 _COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
 

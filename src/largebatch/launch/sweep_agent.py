@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from largebatch.config import Config
 from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
-from largebatch.tracking import wandb_run
 from largebatch.tracking.metrics import read_rows
+
+if TYPE_CHECKING:
+    from largebatch.tracking.wandb_run import WandbRun
 
 _OUTCOME = ("state", "step", "wall_seconds", "images_per_second")  # of a summary; what else has no / are facts
 _NOT_OURS = ("_wandb=", "resolved=")  # of W&B's configuration of a run: nobody gives these by hand
@@ -55,6 +58,8 @@ def check(plan: Sequence[PlannedRun]) -> None:
 
 def show_finished(run: PlannedRun) -> None:
     """Give the agent's W&B run all that a finished run has recorded, so that the sweep sees its value."""
+    from largebatch.tracking import wandb_run
+
     summary = run.folder.read_summary()
     if copy := _join(run):
         for row in read_rows(run.folder.metrics):
@@ -66,13 +71,17 @@ def show_finished(run: PlannedRun) -> None:
 
 def give_back(run: PlannedRun) -> None:
     """Tell W&B that a run which had to make way is to go on: an agent, this or another one, is given it again."""
+    from largebatch.tracking import wandb_run
+
     if run.folder.state() == "preempted" and (interrupted := _join(run)):
         interrupted.mark_preempting()
         interrupted.finish(wandb_run.exit_code("preempted"))
         print("the sweep was told that the run is to go on", flush=True)
 
 
-def _join(run: PlannedRun) -> wandb_run.WandbRun | None:
+def _join(run: PlannedRun) -> WandbRun | None:
     """Open the agent's W&B run from here, where the run isn't at work."""
+    from largebatch.tracking import wandb_run
+
     facts = {k: v for k, v in run.folder.read_summary().items() if "/" not in k and k not in _OUTCOME}
     return wandb_run.start(run.config, run.folder.path, run.folder.name, run.folder.name, facts, print)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from largebatch.config import Config, setting_hash, setting_name, without_none
 from largebatch.run_folder import DONE
+from largebatch.tracking.agent import agent_run_id
 from largebatch.tracking.wandb_parts import Part, parts_of, rows_after
 from largebatch.tracking.wandb_server import UploadError, this_server
 from largebatch.tracking.wandb_session import (
-    agent_run_id,
     choose_mode,
     close_session,
     one_line,

@@ -49,11 +49,6 @@ def choose_mode(asked: str) -> tuple[str, str]:
     return ("offline", problem) if problem else ("online", "")
 
 
-def agent_run_id() -> str | None:
-    """The id of the W&B run that a sweep's agent has opened for this run; None where no agent started it."""
-    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-
-
 def unreachable(url: str, seconds: float) -> str | None:
     """Why ``url``'s host, or the proxy before it, took no TCP connection in ``seconds``; None if it did."""
     host, port = next_hop(url)
