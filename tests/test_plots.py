@@ -43,3 +43,9 @@ def test_phi_script_reproduces_the_committed_curves(drawn: str) -> None:
 
 def test_phi_script_draws_the_same_file_each_time(drawn: str, tmp_path: Path) -> None:
     assert draw("phi.py", tmp_path / "again.svg") == drawn
+
+
+def test_the_readme_s_comparison_is_the_one_that_its_script_wrote() -> None:
+    written = (PLOTS / "digits_report.md").read_text("utf-8")
+    assert written.count("\n| ") == 6  # five rows below the heading
+    assert written in (ROOT / "README.md").read_text("utf-8")

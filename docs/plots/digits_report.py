@@ -68,6 +68,7 @@ def ratios(axes: Axes, diagnosed: list[Diagnosed], style: dict[RowKey, Style]) -
             axes.plot(*zip(*points, strict=True), **look(style[cell.row]) | {"marker": None})
     axes.set_yscale("log")
     axes.set_title(f"weight norm / gradient norm (LNR), batch {largest:,}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("median over layers")
 
