@@ -75,7 +75,7 @@ def test_a_diverged_seed_counts_as_nothing_when_settings_are_chosen() -> None:
     cell = compare(runs)[0].cells[LARS, 128]
     assert cell.chosen is not None
     assert cell.chosen.options["optimizer.lr"] == 2.0
-    assert cell_counts(cell) == "2 settings, 3 seeds, 1 diverged"
+    assert cell_counts(cell) == "2 settings, 3 seeds, 1 diverged at other settings"
 
 
 def test_where_all_diverged_there_is_a_cell_that_says_so() -> None:

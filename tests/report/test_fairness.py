@@ -68,6 +68,7 @@ def changed(**changes: object) -> list[Run]:
          "Not everything was run", "TVLARS at 1,024"),
         ([*FAIR, made("lars", lr=2.0, seed=3, val=0.9, state="diverged"), made("tvlars", lr=2.0, seed=3, val=0.9)],
          "Some seeds diverged", "^For LARS at 128 training broke down"),
+        (changed(facts={"steps": 20}), "Very few optimizer steps", "^Training was short: 20 at batch 1,024. "),
         ([*seeds("lars", 0.5, 0.5, 0.5, epochs=10), *seeds("lars", 0.6, 0.6, 0.6, epochs=20)],
          "Settings of different length (epochs)", "LARS"),
     ],

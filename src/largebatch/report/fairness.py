@@ -11,6 +11,7 @@ from largebatch.report.load import Run
 from largebatch.report.wording import batches, listed, plural, row_label, value
 
 FEW_SEEDS = 3
+FEW_STEPS = 100  # the digits' network gets nowhere in 20 and far in 100
 # What an optimizer may be tuned by, and what makes rows, columns and repetitions; all else must be equal between rows.
 _TUNED = ("optimizer.", "schedule.", "lr_scaling.")
 _PLACES = ("batch_size", "seed")
@@ -29,7 +30,7 @@ def warnings(comparison: Comparison) -> list[Warn]:
     """All that is to be known before the table is believed; the gravest first."""
     checks: tuple[Callable[[Comparison], Iterator[Warn]], ...] = (
         _chosen_on_test, _unequal_conditions, _unequal_lengths, _unequal_trials, _few_seeds, _unequal_seeds,
-        _survivors, _edges, _missing, _arithmetic, _code, _unfinished,
+        _survivors, _few_steps, _edges, _missing, _arithmetic, _code, _unfinished,
     )  # fmt: skip
     return [warning for check in checks for warning in check(comparison)]
 
@@ -145,6 +146,21 @@ def _survivors(comparison: Comparison) -> Iterator[Warn]:
             "Some seeds diverged",
             f"For {_places(comparison, cells)} training broke down (the loss became infinite or undefined) on some "
             "seeds of the chosen setting. Its mean is over the seeds that went well, and it isn't called a leader.",
+        )
+
+
+def _few_steps(comparison: Comparison) -> Iterator[Warn]:
+    found: dict[int, int] = {}
+    for cell in _finished(comparison):
+        steps = [int(run.summary.get("steps") or 0) for run in cell.chosen.finished] if cell.chosen else []
+        if 0 < min(steps, default=0) < FEW_STEPS:
+            found[cell.batch_size] = min(steps)
+    if found:
+        said = listed([f"{steps} at batch {batch:,}" for batch, steps in sorted(found.items())])
+        yield Warn(
+            "Very few optimizer steps",
+            f"Training was short: {said}. In so few no optimizer gets far, and who is ahead is who starts faster. "
+            "With equal epochs a larger batch has fewer steps; more epochs show whether the others catch up.",
         )
 
 

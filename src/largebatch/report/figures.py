@@ -100,7 +100,7 @@ def steps_to_target(comparison: Comparison, reached: Sequence[Reached], target: 
     figure.update_layout(
         layout(
             "batch size",
-            "optimizer steps",
+            "optimizer steps, logarithmic",
             xaxis=batch_axis(comparison.columns),
             yaxis=log_axis(trace.y for trace in figure.data),
         )

@@ -137,8 +137,8 @@ def layer_map(diagnosed: Sequence[Diagnosed]) -> Chart:
         for quantity, (_, grid_of) in QUANTITIES.items():
             logs = [[rounded(math.log10(v), 3) if v and v > 0 else None for v in row] for row in grid_of(layers)]
             figure.add_heatmap(
-                x=layers.steps, y=[safe(name) for name in layers.names], z=logs, colorscale="Cividis",
-                colorbar={"title": {"text": "10^"}, "thickness": 12, "len": 0.9},
+                x=layers.steps, y=[safe(name) for name in layers.names], z=logs, colorscale="Viridis",
+                colorbar={"title": {"text": "log₁₀"}, "thickness": 12, "len": 0.9},
                 hovertemplate="%{y}, step %{x}: 10^%{z:.2f}<extra></extra>", meta={"pick": _pick(cell, quantity)},
             )  # fmt: skip
     switches = [

@@ -111,7 +111,7 @@ def _add_map(
         figure.add_heatmap(
             z=[[rounded(100 * means[x, y]) if (x, y) in means else None for x in xs] for y in ys],
             text=[[text.get((x, y), "") for x in xs] for y in ys],
-            colorscale="Cividis", colorbar={"title": {"text": "%"}, "thickness": 12, "len": 0.9}, zmin=low, zmax=high,
+            colorscale="Viridis", colorbar={"title": {"text": "%"}, "thickness": 12, "len": 0.9}, zmin=low, zmax=high,
             hovertemplate="%{x}, rate %{y}: %{text} %<extra></extra>", **shared,
         )  # fmt: skip
     if gone:

@@ -45,7 +45,9 @@ def _varied(cells: Sequence[Cell]) -> list[str]:
 
 def caption(comparison: Comparison) -> list[str]:
     by = {cell.chosen_by for cell in comparison.shown if cell.chosen}
-    said = ["Test accuracy in per cent: mean ± spread over seeds, and what it rests on."]
+    said = [
+        "Test accuracy in per cent: mean ± spread (the sample standard deviation over seeds), and what it rests on."
+    ]
     if BY_VALIDATION in by:
         said.append(
             "Validation chose: of several settings the one with the best mean validation accuracy, and in each run the "

@@ -47,10 +47,13 @@ def cell_figure(cell: Cell, digits: int) -> str:
 def cell_counts(cell: Cell) -> str:
     """``"2 settings, 3 seeds, 1 diverged"``: the trials, the chosen one's seeds, and what didn't finish."""
     unfinished = sum(not run.done for setting in cell.settings for run in setting.runs)
+    elsewhere = (
+        " at other settings" if cell.chosen and not cell.chosen.diverged else ""
+    )  # than the setting that is shown
     counts = [
         plural(cell.trials, "setting"),
         plural(cell.seeds, "seed"),
-        f"{cell.diverged} diverged" if cell.diverged else "",
+        f"{cell.diverged} diverged{elsewhere}" if cell.diverged else "",
         f"{unfinished} not finished" if unfinished else "",
     ]
     return ", ".join(filter(None, counts))
