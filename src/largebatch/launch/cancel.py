@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
@@ -31,7 +32,11 @@ def cancel(folders: Sequence[RunFolder]) -> int:
     statuses = {folder: folder.read_status() for folder in folders}
     queued = {str(job) for job, at in jobs_of(statuses.values()).items() if not at.ended}
     of_slurm = {f: str(s["job_id"]) for f, s in statuses.items() if str(s.get("job_id")) in queued}
-    here = [folder for folder in folders if folder not in of_slurm and folder.is_held() and _is_here(statuses[folder])]
+    here = [
+        folder
+        for folder in folders
+        if folder not in of_slurm and folder.is_held() and _is_here(folder, statuses[folder])
+    ]
     if of_slurm:
         answer = ask("scancel", *of_slurm.values())
         if answer.returncode != 0:
@@ -48,8 +53,14 @@ def cancel(folders: Sequence[RunFolder]) -> int:
     return 1 if left or elsewhere else 0
 
 
-def _is_here(status: dict[str, Any]) -> bool:
-    return status.get("host") == socket.gethostname() and "pid" in status
+def _is_here(folder: RunFolder, status: dict[str, Any]) -> bool:
+    """Whether the worker is this machine's: the process of the status, unless that has ended and left its number."""
+    if status.get("host") != socket.gethostname() or "pid" not in status:
+        return False
+    try:
+        return folder.name in Path(f"/proc/{status['pid']}/cmdline").read_text()
+    except OSError:
+        return False
 
 
 def _wait_for_jobs(jobs: dict[RunFolder, str], until: float) -> list[RunFolder]:
