@@ -18,7 +18,7 @@ from recorder import recorder
 from largebatch import cli
 from largebatch.tracking.layers import COLUMNS, LayerRow
 from largebatch.tracking.metrics import read_rows
-from largebatch.tracking.wandb_run import wandb_config
+from largebatch.tracking.wandb_arguments import wandb_config
 
 # wandb-workspaces has validators of pydantic's first version.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")

@@ -24,7 +24,7 @@ import pytest
 from one_run import configuration
 from recorder import recorder
 
-from largebatch.tracking import wandb_run
+from largebatch.tracking.wandb_arguments import run_tags
 from largebatch.tracking.wandb_session import next_hop, one_line, unreachable
 
 HERE = Path(__file__).parent
@@ -470,7 +470,7 @@ def test_next_hop(monkeypatch: pytest.MonkeyPatch, url: str, proxies: dict[str, 
 
 @pytest.mark.parametrize("tag", ["", "   ", "x" * 200, " y" * 64, "tvlars", "a,b"])
 def test_tags_are_what_wandb_accepts(tag: str) -> None:
-    tags = wandb_run.run_tags(configuration(tags=[tag, tag]))
+    tags = run_tags(configuration(tags=[tag, tag]))
     assert tags[:4] == ["digits", "smallcnn", "tvlars", "constant"]
     assert all(1 <= len(each) <= 64 and each == each.strip() for each in tags)
     assert len(tags) == len(set(tags))

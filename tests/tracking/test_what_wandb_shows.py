@@ -23,7 +23,7 @@ from runs import timeless as timeless_rows
 from largebatch.config import run_name, setting_hash, setting_name, to_yaml
 from largebatch.data.load import load_data
 from largebatch.tracking.images import save_images
-from largebatch.tracking.wandb_run import wandb_config
+from largebatch.tracking.wandb_arguments import wandb_config
 
 HERE = Path(__file__).parent
 KEY = "c0ffee" * 6 + "beef"
