@@ -26,6 +26,7 @@ from test_resume import is_alive, worker_pid
 from largebatch.config import Config
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.devices import worker_environment
+from largebatch.launch.interrupts import noted_signals
 from largebatch.launch.packing import runs_at_a_time
 from largebatch.launch.plan import PlannedRun, make_plan
 from largebatch.run_folder import read_json
@@ -172,6 +173,15 @@ def test_a_second_ctrl_c_ends_all_runs_amid_their_step(tmp_path: Path) -> None:
         status = read_json(run / "status.json")
         assert (status["state"], status["message"]) == ("preempted", "stopped by Ctrl-C")
         assert not list(run.glob("checkpoints/*.pt"))  # which stopping after the step would have left
+
+
+def test_signals_are_noted_where_raising_them_would_cut_something_in_two() -> None:
+    with noted_signals() as came:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGUSR2)
+        assert came == [signal.SIGINT, signal.SIGUSR2]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def workers_that_train(folder: Path) -> list[int]:
