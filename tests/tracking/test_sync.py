@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -233,7 +234,7 @@ def test_wandbs_terminal_viewer_starts(offline: Path) -> None:
     while not all(part in shown for part in wanted) and process.poll() is None and time.monotonic() < until:
         if select.select([parent], [], [], 0.2)[0]:
             shown += os.read(parent, 65536)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # with the viewer itself, which wandb starts
     process.wait()
     os.close(parent)
     assert [part for part in wanted if part not in shown] == [], "state and summary"
