@@ -26,7 +26,7 @@ test: install ## run all tests but SLURM's, two files at a time with a thread ea
 	LARGEBATCH_SLURM=skip OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slurm: install ## run those, on a private cluster that it brings up (Debian, root)
-	$(BIN)/python tests/slurm/cluster.py install
+	$(BIN)/python tests/tools/private_slurm/cluster.py install
 	LARGEBATCH_SLURM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
 lint: install ## check style and types

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.config import Config
+from largebatch.config.schema import Config
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, compose_grid, plain

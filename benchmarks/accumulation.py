@@ -38,13 +38,14 @@ from training_step import (
     timed,
 )
 
-from largebatch import distributed
-from largebatch.data.augment import augmented, draw
+from largebatch.data.augment import augmented
+from largebatch.data.draws import draw
 from largebatch.data.transfer import to_device
-from largebatch.profile import Profile
-from largebatch.state import Run, Training
-from largebatch.step import gradient, update
-from largebatch.train import batches_from
+from largebatch.machine import distributed
+from largebatch.training.profile import Profile
+from largebatch.training.state import Run, Training
+from largebatch.training.step import gradient, update
+from largebatch.training.worker import batches_from
 
 ACCUMULATIONS = (1, 2, 4)
 BY_HAND = 4

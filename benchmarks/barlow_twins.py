@@ -27,10 +27,10 @@ from accumulation import programs_steps
 from tabulate import tabulate
 from training_step import configuration, interleaved, ratio, set_up_run, timed
 
-from largebatch import distributed
-from largebatch.profile import Profile
-from largebatch.step import gradient, update
-from largebatch.train import batches_from
+from largebatch.machine import distributed
+from largebatch.training.profile import Profile
+from largebatch.training.step import gradient, update
+from largebatch.training.worker import batches_from
 
 ACCUMULATION = 4
 LARGE, SMALL = 8192, 512  # batches whose memory is compared

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from largebatch.checkpoint import CheckpointWriter, save_checkpoint
-from largebatch.resnet import resnet
+from largebatch.models.resnet import resnet
+from largebatch.training.checkpoint import CheckpointWriter, save_checkpoint
 
 
 class Training:

@@ -52,7 +52,7 @@ def overhead(folder: Path, repeat: int) -> float:
         for name in ("checkpoints", "metrics.jsonl", "summary.json"):
             path = run / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    bare = sum(seconds(PYTHON, "-m", "largebatch.train", str(run)) for run in sorted(grid.glob("digits-*")))
+    bare = sum(seconds(PYTHON, "-m", "largebatch.training.worker", str(run)) for run in sorted(grid.glob("digits-*")))
     return (by_launcher - bare) / 4
 
 

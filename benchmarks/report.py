@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from hydra.core.config_store import ConfigStore
 
-from largebatch.config import Config, from_composed, run_name, to_yaml
+from largebatch.config.identity import run_name
+from largebatch.config.schema import Config, from_composed, to_yaml
 from largebatch.launch.composition import compose_grid
-from largebatch.resnet import resnet
-from largebatch.run_folder import RunFolder
+from largebatch.models.resnet import resnet
+from largebatch.runs.folder import RunFolder
+from largebatch.runs.metrics import MetricsLog, Row, read_rows, write_table
 from largebatch.tracking.layers import COLUMNS, LayerLog
-from largebatch.tracking.metrics import MetricsLog, Row, read_rows, write_table
 from largebatch.tracking.recorder import summarise
 
 ROOT = Path(__file__).resolve().parent.parent

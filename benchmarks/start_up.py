@@ -20,11 +20,11 @@ RUN = ("tracker=none", "steps=1", "eval_every=1000")
 # Two runs in one process: the second finds everything imported. Prints its seconds.
 IN_PLACE = """
 import sys, time
-from largebatch import train
+from largebatch.training import worker
 train.die_with_parent = lambda: None
-train.main([sys.argv[1]])
+worker.main([sys.argv[1]])
 started = time.perf_counter()
-train.main([sys.argv[2]])
+worker.main([sys.argv[2]])
 print("seconds", time.perf_counter() - started)
 """
 
@@ -55,7 +55,7 @@ def measure(folder: Path, repeat: int) -> dict[str, float]:
         "python launch.py --help": seconds(PYTHON, launch, "--help", cwd=folder),
         "python launch.py optimizer=larss": seconds(PYTHON, launch, "optimizer=larss", cwd=folder),
         "import torch": seconds(PYTHON, "-c", "import torch", cwd=folder),
-        "a run of one step, fresh worker": seconds(PYTHON, "-m", "largebatch.train", str(worker), cwd=folder),
+        "a run of one step, fresh worker": seconds(PYTHON, "-m", "largebatch.training.worker", str(worker), cwd=folder),
         "a run of one step, in place": float(printed.rpartition("seconds")[2]),
     }
 

@@ -6,9 +6,10 @@ ResNet-18 on random images of 32x32. Everything takes turns in one process, the 
 
 A turn is some steps after one that isn't counted, to the end of the last one's work on the device.
 
-- `largebatch` is `largebatch.train.loop` after `set_up`, continued from turn to turn: data, augmentation, forward and
-  backward, LARS, schedule, metrics of every tenth step and of a turn's last one, layer statistics every twentieth, the
-  files of both. The end of its time is where the evaluation after its last step begins; there are no checkpoints.
+- `largebatch` is `largebatch.training.loop.loop` after `set_up`, continued from turn to turn: data, augmentation,
+  forward and backward, LARS, schedule, metrics of every tenth step and of a turn's last one, layer statistics every
+  twentieth, the files of both. The end of its time is where the evaluation after its last step begins; there are no
+  checkpoints.
 - `bare loop` calls the same model, augmentation, loss and optimizer in the same arithmetic, and nothing else.
 - `as published` takes each image through PIL transforms in a DataLoader of two workers (`--workers`), computes in
   fp32, steps a LARS that goes from tensor to tensor and reads its norms, and reads loss and accuracy every step. Its
@@ -49,20 +50,22 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from largebatch import distributed, train
-from largebatch.arithmetic import Arithmetic
-from largebatch.clock import StepClock
-from largebatch.config import Config, from_composed
-from largebatch.data.augment import augmented, draw
+from largebatch.config.schema import Config, from_composed
+from largebatch.data.augment import augmented
+from largebatch.data.draws import draw
 from largebatch.data.transfer import to_device
-from largebatch.facts import gather_facts
-from largebatch.models import build_model
-from largebatch.run_folder import RunFolder
-from largebatch.set_up import set_up
-from largebatch.state import Run, Training
-from largebatch.stop import StepBoundary
+from largebatch.machine import distributed
+from largebatch.machine.precision import Arithmetic
+from largebatch.models.build import build_model
+from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
+from largebatch.training.clock import StepClock
+from largebatch.training.facts import gather_facts
+from largebatch.training.loop import loop
+from largebatch.training.set_up import set_up
+from largebatch.training.state import Run, Training
+from largebatch.training.stop import StepBoundary
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES, SIDE, CLASSES = 20_000, 32, 10
@@ -173,7 +176,7 @@ def program_turn(run: Run, training: Training, steps: int) -> Turn:
         part = replace(run, steps=training.step + 1 + steps)
         saving = run.config.checkpoint
         boundary = StepBoundary(saving.every_seconds, saving.every_steps, rank=0)
-        _, state, message = train.loop(part, training, recorder, None, stopwatch, console, boundary)
+        _, state, message = loop(part, training, recorder, None, stopwatch, console, boundary)
         for number, handler in handlers.items():  # the boundary has its own, which ask it to stop
             signal.signal(number, handler)
         if state == "preempted":

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from largebatch.config import Config, from_composed
+from largebatch.config.schema import Config, from_composed
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from largebatch.config import ScheduleConfig
+from largebatch.config.schema import ScheduleConfig
 from largebatch.optim.tvlars import phi
-from largebatch.optimization import schedule_factor
+from largebatch.training.optimization import schedule_factor
 
 EPOCHS, WARM = 100, 10  # WARM: epochs of warm-up, and of phi's delay
 BATCHES = {512: 98, 16384: 4}  # steps an epoch of 50,000 images, the last batch included

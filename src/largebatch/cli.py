@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
-from largebatch.report.table import find_run, find_runs
-from largebatch.run_folder import RunFolder
+from largebatch.runs.folder import RunFolder
+from largebatch.runs.table import find_run, find_runs
 
 Commands = Any  # what argparse makes of add_subparsers has no public name
 _RUN = "a run's folder, or the beginning of its name or of its last eight digits"
@@ -50,7 +50,7 @@ def _add_status(commands: Commands) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from largebatch.report.watch import show_status, watch_status
+    from largebatch.runs.watch import show_status, watch_status
 
     if options.watch:
         watch_status(lambda: _named(options))
@@ -99,7 +99,7 @@ def _add_logs(commands: Commands) -> None:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from largebatch.report.logs import show_log
+    from largebatch.runs.logs import show_log
 
     show_log(find_run(options.wanted, options.runs_dir), options.lines, follow=options.follow)
     return 0
@@ -113,7 +113,7 @@ def _add_cancel(commands: Commands) -> None:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from largebatch.launch.cancel import cancel
+    from largebatch.runs.cancel import cancel
 
     return cancel(_named(options))
 

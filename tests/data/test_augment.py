@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.data import augment, augment_cpu
-from largebatch.data.augment import Draws
+from largebatch.data.draws import Draws
 
 WAYS = {"c++": augment_cpu.augmented, "torch": augment.augmented_torch}
 both_ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

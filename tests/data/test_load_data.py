@@ -8,11 +8,11 @@ import torch
 from datafiles import make_imagefolder
 from omegaconf import OmegaConf
 
-from largebatch.config import DatasetConfig
+from largebatch.config.checks import DATASETS
+from largebatch.config.schema import DatasetConfig
 from largebatch.data import MemoryImages, load_data
 from largebatch.data.load import measure_statistics
 from largebatch.errors import UserError
-from largebatch.validate import DATASETS
 
 PRESETS = sorted((Path(__file__).parents[2] / "conf" / "dataset").glob("*.yaml"))
 

@@ -18,11 +18,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from largebatch.config import Config, from_composed
+from largebatch.config.checks import validate
+from largebatch.config.schema import Config, from_composed
 from largebatch.errors import UserError
 from largebatch.launch import composition
 from largebatch.launch.composition import Composed, compose_grid
-from largebatch.validate import validate
 
 CONF = ROOT / "conf"
 

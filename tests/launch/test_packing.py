@@ -23,14 +23,14 @@ from hydra.core.config_store import ConfigStore
 from runs import finish, parameters, timeless
 from test_resume import is_alive, worker_pid
 
-from largebatch.config import Config
+from largebatch.config.schema import Config
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.devices import worker_environment
 from largebatch.launch.interrupts import noted_signals
 from largebatch.launch.packing import runs_at_a_time
 from largebatch.launch.plan import PlannedRun, make_plan
-from largebatch.run_folder import read_json
-from largebatch.tracking.metrics import read_rows
+from largebatch.runs.folder import read_json
+from largebatch.runs.metrics import read_rows
 
 # Two runs of some seconds each, at once.
 LONG = (
@@ -279,7 +279,7 @@ def gpus_of_children(parent: int) -> list[str]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             of = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if of == parent and b"largebatch.train" in (process / "cmdline").read_bytes():
+            if of == parent and b"largebatch.training.worker" in (process / "cmdline").read_bytes():
                 variables = (process / "environ").read_text().split("\0")
                 found += [line.partition("=")[2] for line in variables if line.startswith("CUDA_VISIBLE_DEVICES=")]
     return found

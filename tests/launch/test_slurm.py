@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 from conftest import TINY, configuration
 
-from largebatch import provenance
-from largebatch.config import Config
+from largebatch.config.checks import validate
+from largebatch.config.schema import Config
 from largebatch.errors import UserError
 from largebatch.launch.devices import resolve_devices
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm import arrays_of, sbatch_texts, submit_plan
-from largebatch.launch.slurm_queue import has_it
 from largebatch.launch.slurm_task import Place, torchrun_arguments
-from largebatch.provenance import copy_code, copy_of_code
-from largebatch.report.table import run_rows
-from largebatch.run_folder import RunFolder
-from largebatch.validate import validate
+from largebatch.runs import provenance
+from largebatch.runs.folder import RunFolder
+from largebatch.runs.provenance import copy_code, copy_of_code
+from largebatch.runs.slurm_queue import has_it
+from largebatch.runs.table import run_rows
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ import torch
 from conftest import configuration
 from torch import Tensor, nn
 
-from largebatch.batch import plan_small_batch
+from largebatch.config.batch import plan_small_batch
 from largebatch.errors import UserError
-from largebatch.models import build_backbone, build_model
+from largebatch.models.build import build_backbone, build_model
 from largebatch.modes import bt
 
 IMAGE = (3, 32, 32)

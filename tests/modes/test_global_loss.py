@@ -13,17 +13,17 @@ import torch.distributed as dist
 from conftest import TINY, configuration
 from torch import Tensor, nn
 
-from largebatch import distributed
+from largebatch.machine import distributed
 from largebatch.modes.bt import BarlowTwins, Projector, Stage
 from largebatch.modes.global_loss import GlobalLoss, global_loss
 from largebatch.optim import SampleNorms
-from largebatch.profile import Profile
-from largebatch.run_folder import RunFolder
-from largebatch.set_up import set_up
-from largebatch.state import Run, Training
-from largebatch.step import gradient
+from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
-from largebatch.train import batches_from
+from largebatch.training.profile import Profile
+from largebatch.training.set_up import set_up
+from largebatch.training.state import Run, Training
+from largebatch.training.step import gradient
+from largebatch.training.worker import batches_from
 
 CPU = torch.device("cpu")
 FP32 = torch.autocast("cpu", torch.bfloat16, enabled=False)

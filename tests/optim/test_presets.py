@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from largebatch.options import OPTIMIZER_OPTIONS, TIMM_OPTIMIZER_OPTIONS
+from largebatch.config.choices import OPTIMIZER_OPTIONS, TIMM_OPTIMIZER_OPTIONS
 
 FOLDER = Path(__file__).parents[2] / "conf" / "optimizer"
 PRESETS = {path.stem: yaml.safe_load(path.read_text()) for path in FOLDER.glob("*.yaml")}

@@ -16,8 +16,8 @@ from made_runs import write_run
 from recorder import recorder
 
 from largebatch import cli
+from largebatch.runs.metrics import read_rows
 from largebatch.tracking.layers import COLUMNS, LayerRow
-from largebatch.tracking.metrics import read_rows
 from largebatch.tracking.wandb_arguments import wandb_config
 
 # wandb-workspaces has validators of pydantic's first version.

@@ -12,11 +12,11 @@ import pytest
 from conftest import configuration
 from made_runs import write_run
 
-from largebatch.config import decisive, identity
+from largebatch.config.identity import decisive, identity
 from largebatch.report.compare import compare
 from largebatch.report.curves import read_histories
 from largebatch.report.load import Problem, flat, load_runs, number, read_history, read_layers, thinned
-from largebatch.run_folder import RunFolder
+from largebatch.runs.folder import RunFolder
 
 LARS = ("optimizer=lars", "dataset=digits")
 

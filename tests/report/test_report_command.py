@@ -18,7 +18,7 @@ from conftest import TINY, environment, start
 from made_runs import write_run
 from runs import finish
 
-from largebatch.run_folder import RunFolder
+from largebatch.runs.folder import RunFolder
 
 GRID = (
     *TINY, "dataset.val_fraction=0.25", "epochs=3", "tracker.layers_every=2", "cluster.parallel=2",

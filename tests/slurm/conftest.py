@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from slurm.cluster import Cluster, check_machine, is_taken
-from slurm.packages import ClusterError
+from private_slurm.cluster import Cluster, check_machine, is_taken
+from private_slurm.packages import ClusterError
 
 
 @pytest.fixture(scope="session", autouse=True)

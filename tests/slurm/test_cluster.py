@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from private_slurm import packages
+from private_slurm.cluster import Cluster
+from private_slurm.packages import ClusterError
+from private_slurm.processes import wait_until
 
-from slurm import packages
-from slurm.cluster import Cluster
 from slurm.conftest import place
-from slurm.packages import ClusterError
-from slurm.processes import wait_until
 
 # Two processes that don't end when asked to, one of them without a job's environment; known by how long they sleep.
 SLEEP = f"sleep\0{100_000 + os.getpid()}"
@@ -195,7 +196,7 @@ def test_mistakes_are_said_in_one_line(tmp_path: Path, cluster: Cluster, monkeyp
 
 
 def test_the_command_says_what_runs(cluster: Cluster) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("cluster.py")), "status", str(cluster.state)]
+    command = [sys.executable, str(ROOT / "tests/tools/private_slurm/cluster.py"), "status", str(cluster.state)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == list(cluster.daemons())

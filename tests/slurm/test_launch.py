@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, environment
+from private_slurm.cluster import Cluster
+from private_slurm.processes import wait_until
 from runs import finish, parameters, timeless, train_in
 
-from largebatch.tracking.metrics import read_rows
-from slurm.cluster import Cluster
+from largebatch.runs.metrics import read_rows
 from slurm.conftest import place
-from slurm.processes import wait_until
 
 ON_SLURM = ("cluster=slurm", "cluster.threads=1", "cluster.memory_gb=1")
 LONG = (*TINY, "epochs=100", "eval_every=50", "checkpoint.every_seconds=0.2")  # some seconds of steps

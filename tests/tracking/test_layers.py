@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import environment
+from conftest import ROOT, environment
 from offline import history_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -167,7 +167,7 @@ def test_wandb_gets_the_rows_of_the_table(tmp_path: Path) -> None:
     """Late, for they wait on the device, yet none is dropped; every third here, to stay below a thousand."""
     run = tmp_path / "digits-0123abcd"
     run.mkdir()
-    command = [sys.executable, str(Path(__file__).parent / "record_layers.py"), str(run)]
+    command = [sys.executable, str(ROOT / "tests" / "tools" / "record_layers.py"), str(run)]
     subprocess.run(command, env=environment(), cwd=tmp_path, check=True, timeout=60)
     rows = table(run / "layers.parquet")
     assert [(row["step"], row["layer"]) for row in rows] == [

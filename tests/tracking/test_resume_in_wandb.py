@@ -16,7 +16,7 @@ from protocol import TakenRun
 from recorder import Recorded, recorder
 from runs import the_run
 
-from largebatch.tracking.metrics import newest
+from largebatch.runs.metrics import newest
 from largebatch.tracking.wandb_parts import parts_of
 
 KEY = "c0ffee" * 6 + "beef"

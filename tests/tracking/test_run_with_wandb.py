@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, TINY, Launch, environment
 from offline import history_of, records
 
+from largebatch.runs.metrics import read_rows
 from largebatch.tracking.layers import COLUMNS
-from largebatch.tracking.metrics import read_rows
 
 WITH_WANDB = [item for item in TINY if item != "tracker=none"]
 SECRETS = {"WANDB_API_KEY": "5ec4e7" * 6 + "beef", "AWS_SECRET_ACCESS_KEY": "canary-aws", "MY_TOKEN": "canary-token"}

@@ -19,11 +19,11 @@ from recorder import recorder
 from wandb.apis.public.sweeps import _validate_config_and_fill_distribution
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from largebatch.config import identity
+from largebatch.config.checks import validate
+from largebatch.config.identity import identity
 from largebatch.launch.sweep_agent import overrides
-from largebatch.run_folder import RunFolder
-from largebatch.tracking.metrics import read_rows
-from largebatch.validate import validate
+from largebatch.runs.folder import RunFolder
+from largebatch.runs.metrics import read_rows
 
 Json = dict[str, Any]
 KEY = "c0ffee" * 6 + "beef"

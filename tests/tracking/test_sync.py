@@ -21,7 +21,7 @@ from copies import local_rows, timeless
 from recorder import Recorded, recorder
 from runs import finish, the_run
 
-from largebatch.run_folder import RunFolder
+from largebatch.runs.folder import RunFolder
 from largebatch.tracking.wandb_parts import parts_of, read_records, write_without_rows
 
 KEY = "c0ffee" * 6 + "beef"

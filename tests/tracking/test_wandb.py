@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from one_run import configuration
 from recorder import recorder
 
 from largebatch.tracking.wandb_arguments import run_tags
 from largebatch.tracking.wandb_session import next_hop, one_line, unreachable
 
-HERE = Path(__file__).parent
+TOOLS = ROOT / "tests" / "tools"
 KEY = "c0ffee" * 6 + "beef"
-DRIVER = str(HERE / "one_run.py")
+DRIVER = str(TOOLS / "one_run.py")
 
 
 @pytest.fixture(scope="module")

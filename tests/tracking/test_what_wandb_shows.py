@@ -20,12 +20,13 @@ from recorder import Recorded, recorder
 from runs import the_run
 from runs import timeless as timeless_rows
 
-from largebatch.config import run_name, setting_hash, setting_name, to_yaml
+from largebatch.config.identity import run_name, setting_hash, setting_name
+from largebatch.config.schema import to_yaml
 from largebatch.data.load import load_data
 from largebatch.tracking.images import save_images
 from largebatch.tracking.wandb_arguments import wandb_config
 
-HERE = Path(__file__).parent
+TOOLS = ROOT / "tests" / "tools"
 KEY = "c0ffee" * 6 + "beef"
 RUN = [*(item for item in TINY if item != "tracker=none"), "cluster.threads=1"]
 PLAIN = ["dataset.crop_padding=0", "dataset.flip=false", "dataset.rotation=0"]
@@ -157,7 +158,7 @@ def run_folder(folder: Path, *overrides: str) -> Path:
 
 def work(run: Path, around: dict[str, str], *how: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(HERE / "worker.py"), str(run), *how], cwd=run.parent, text=True,
+        [sys.executable, str(TOOLS / "worker.py"), str(run), *how], cwd=run.parent, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**environment(), "HOME": str(run.parent), "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", **around},
     )  # fmt: skip

@@ -10,67 +10,13 @@ give the same bits.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from largebatch.data import augment_cpu
-from largebatch.data.transfer import to_device
+from largebatch.data.draws import Draws
 
-_FIXED_POINT = 1 << 16  # PIL's affine transform counts in 1/65536 of a pixel
-_LARGEST_SIDE = 1 << 14  # pixels; beyond it a position may overflow int32
 _CPU_SLICE = 1 << 19  # pixels at once in torch; more leave the processor's cache
-
-
-@dataclass(frozen=True)
-class Draws:
-    """One image's random numbers in each row of ``table``; ``draws[a:b]`` are those of a part of the batch.
-
-    ``table`` is int32 [N, 8]: ``top`` and ``left``, the crop's corner in the padded image, 0 to ``2 * padding``;
-    ``flip``, 0 or 1; and the rotation in 1/65536: ``cos``, ``sin``, ``-sin`` of the angle, and the row and the column
-    in the crop that the pixel in row 0, column 0 comes from. ``padding`` is the border in pixels.
-    """
-
-    padding: int
-    table: Tensor
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, part: slice) -> Draws:
-        return Draws(self.padding, self.table[part])
-
-    def to(self, device: torch.device | str) -> Draws:
-        """The same on ``device``, in one transfer; to a GPU without waiting for it."""
-        return Draws(self.padding, to_device(self.table, torch.device(device)))
-
-
-def draw(generator: torch.Generator, n: int, *, padding: int, flip: bool, rotation: float, side: int) -> Draws:
-    """``n`` draws for images of ``side`` pixels, on the CPU.
-
-    Corners are uniform in 0..2*padding, a flip has probability 0.5, angles are uniform in +-``rotation`` degrees.
-    Raises ValueError for images of more than 16384 pixels a side.
-    """
-    if side > _LARGEST_SIDE:
-        raise ValueError(f"{side=} is more than {_LARGEST_SIDE}")
-    corners = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
-    flipped = torch.rand(n, generator=generator) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
-    angle = (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1) * rotation
-    table = torch.stack([*corners, flipped, *_rotation(angle, side)])
-    return Draws(padding, table.t().to(torch.int32, memory_format=torch.contiguous_format))
-
-
-def _rotation(angle: Tensor, side: int) -> Tensor:
-    """The last five columns of ``Draws.table``, as [5, N], for ``angle`` float64 [N], degrees counter-clockwise."""
-    radians = angle * (-math.pi / 180)
-    cos, sin = radians.cos(), radians.sin()
-    # The middle of the pixel in row 0, column 0 is at (0.5, 0.5).
-    centre = side / 2
-    first_row = centre + (cos - sin) * (0.5 - centre)
-    first_column = centre + (cos + sin) * (0.5 - centre)
-    return torch.stack([cos, sin, -sin, first_row, first_column]).mul_(_FIXED_POINT).add_(0.5).floor_()
 
 
 def augmented(

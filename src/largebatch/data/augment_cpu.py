@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from largebatch.optim import native
-
-if TYPE_CHECKING:
-    from largebatch.data.augment import Draws
+from largebatch import native
+from largebatch.data.draws import Draws
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largebatch.config import DatasetConfig
+from largebatch.config.schema import DatasetConfig
 from largebatch.data import views
-from largebatch.data.augment import Draws, augmented, draw
+from largebatch.data.augment import augmented
+from largebatch.data.draws import Draws, draw
 from largebatch.data.images import MemoryImages
 from largebatch.data.sampling import evaluation_share, global_batches, steps_per_epoch
 from largebatch.data.split import Split

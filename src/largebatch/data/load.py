@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from largebatch.config import DatasetConfig
+from largebatch.config.schema import DatasetConfig
 from largebatch.data.cache import Say
 from largebatch.data.cifar import load_cifar
 from largebatch.data.decoding import check_all, decode_all, without
@@ -21,7 +21,7 @@ from largebatch.data.stream import stream
 from largebatch.data.synthetic import load_synthetic
 from largebatch.data.tinyimagenet import load_tinyimagenet
 from largebatch.errors import UserError, choices
-from largebatch.memory import free_memory, host_memory
+from largebatch.machine.memory import free_memory, host_memory
 from largebatch.seeding import derive_seed
 
 Loaded = tuple[Split, Split, tuple[str, ...]]  # training set, test set, class names

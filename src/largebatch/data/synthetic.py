@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from largebatch.config import DatasetConfig
+from largebatch.config.schema import DatasetConfig
 from largebatch.data.images import MemoryImages
 from largebatch.data.split import Split
 from largebatch.errors import UserError

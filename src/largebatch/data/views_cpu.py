@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from largebatch import native
 from largebatch.data.view_draws import ViewDraws
-from largebatch.optim import native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.config import unknown_key
+from largebatch.config.schema import unknown_key
 from largebatch.errors import UserError
 from largebatch.launch.draws import Interval, drawn, interval_of
 

@@ -5,8 +5,8 @@ import os
 import shutil
 import subprocess
 
-from largebatch.batch import plan_batch
-from largebatch.config import ClusterConfig, Config
+from largebatch.config.batch import plan_batch
+from largebatch.config.schema import ClusterConfig, Config
 from largebatch.errors import UserError
 
 

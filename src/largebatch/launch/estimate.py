@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from largebatch.config import Config
+from largebatch.config.schema import Config
 from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
-from largebatch.report.table import list_runs
+from largebatch.runs.table import list_runs
 
 Summary = dict[str, Any]
 

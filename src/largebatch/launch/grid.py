@@ -1,4 +1,4 @@
-"""Carrying a plan out, and the table that closes it."""
+"""Carrying a plan out, or showing it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from largebatch.launch.estimate import estimated
 from largebatch.launch.interrupts import noted_signals
 from largebatch.launch.packing import StoppedByUser, carry_out, runs_at_a_time
 from largebatch.launch.plan import PlannedRun
+from largebatch.launch.plan_table import plan_rows, plan_table, print_table
 from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView
-from largebatch.report.table import Row, counted, format_table, run_rows
-from largebatch.run_folder import DONE
+from largebatch.runs.folder import DONE
+from largebatch.runs.table import counted
 from largebatch.tracking.agent import agent_run_id
-
-_COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
 
 
 def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
@@ -51,20 +50,16 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
 
 def show_plan(plan: Sequence[PlannedRun]) -> int:
     """What would be done: the runs, how each stands, what tells them apart, and how long they may take."""
-    rows = _rows(plan)
+    rows = plan_rows(plan)
     _say(f"{len(plan)} run(s): {counted(rows)}; nothing is started (dry_run=true)")
     to_go = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE or run.config.rerun]
     if estimate := estimated(to_go):
         _say(estimate)
-    _say("\n" + _table(rows))
+    _say("\n" + plan_table(rows))
     if _on_slurm(plan):
         for text in sbatch_texts(plan):
             _say(f"\nsbatch would be given:\n\n{text}")
     return 0
-
-
-def print_table(plan: Sequence[PlannedRun]) -> None:
-    _say("\n" + _table(_rows(plan)))
 
 
 def _on_slurm(plan: Sequence[PlannedRun]) -> bool:
@@ -72,23 +67,6 @@ def _on_slurm(plan: Sequence[PlannedRun]) -> bool:
     if len(names) > 1:
         raise UserError("cluster.name: differs within the grid; start one grid for each cluster")
     return names == {"slurm"}
-
-
-def _rows(plan: Sequence[PlannedRun]) -> list[Row]:
-    """A row for each run of the plan; one that has no folder yet is new."""
-    known = {row["run"]: row for row in run_rows(run.folder for run in plan if run.folder.path.exists())}
-    new = {"state": "new"}
-    found = []
-    for run in plan:
-        row = known.get(run.folder.name, {})
-        found.append(
-            new | {k: v for k, v in row.items() if v is not None} | {"label": run.label, "folder": str(run.folder.path)}
-        )
-    return found
-
-
-def _table(rows: Sequence[Row]) -> str:
-    return format_table(rows, {key: heading for key, heading in _COLUMNS.items() if len(rows) > 1 or key != "label"})
 
 
 def _say(text: str) -> None:

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.config import to_yaml
+from largebatch.config.schema import to_yaml
 from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
-from largebatch.launch.slurm_queue import Jobs, has_it
-from largebatch.process import LAUNCHER_PID, die_with_parent
-from largebatch.run_folder import DONE, RESUMES, RunBusyError, RunFolder, write_atomic
+from largebatch.machine.process import LAUNCHER_PID, die_with_parent
+from largebatch.runs.folder import DONE, RESUMES, RunBusyError, RunFolder, write_atomic
+from largebatch.runs.slurm_queue import Jobs, has_it
 
 _POLL_SECONDS = 0.05
 
@@ -129,7 +129,7 @@ def stop(started: list[Started], at_once: Callable[[], bool]) -> None:
 
 
 def _start_worker(run: PlannedRun, environment: dict[str, str], speaking: bool) -> subprocess.Popen[bytes]:
-    worker = ["-m", "largebatch.train", str(run.folder.path)]
+    worker = ["-m", "largebatch.training.worker", str(run.folder.path)]
     processes = run.config.cluster.processes or 1
     if processes > 1:
         # --standalone lets the system pick a free port.

@@ -7,7 +7,7 @@ import re
 from hydra.errors import OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.config import explain, unknown_key
+from largebatch.config.schema import explain, unknown_key
 from largebatch.errors import choices
 
 

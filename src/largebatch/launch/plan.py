@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from largebatch.config import Config, from_composed, run_name
+from largebatch.config.checks import validate
+from largebatch.config.identity import run_name
+from largebatch.config.schema import Config, from_composed
 from largebatch.errors import UserError
 from largebatch.launch.composition import Composed
 from largebatch.launch.devices import resolve_devices
-from largebatch.run_folder import RunFolder
-from largebatch.validate import validate
+from largebatch.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

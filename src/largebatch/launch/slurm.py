@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from largebatch.config import ClusterConfig
+from largebatch.config.schema import ClusterConfig
 from largebatch.errors import UserError
 from largebatch.launch.local import claim
 from largebatch.launch.plan import PlannedRun
-from largebatch.launch.slurm_queue import Jobs, ask, has_it, jobs_of
+from largebatch.launch.plan_table import print_table
 from largebatch.launch.slurm_task import carry_out_run
-from largebatch.provenance import copy_code, copy_of_code
-from largebatch.report.table import run_rows
-from largebatch.run_folder import DONE, RunBusyError
+from largebatch.runs.folder import DONE, RunBusyError
+from largebatch.runs.provenance import copy_code, copy_of_code
+from largebatch.runs.slurm_queue import Jobs, ask, has_it, jobs_of
+from largebatch.runs.table import run_rows
 
 _ARRAY_SIZE = 1001  # SLURM's own default of MaxArraySize
 _LOOK_SECONDS = 5.0
@@ -222,8 +223,6 @@ def _announce(jobs: dict[str, Array]) -> None:
 
 def _watch(plan: Sequence[PlannedRun]) -> int:
     """Say what ends until all have ended. The exit code is as after runs on this machine."""
-    from largebatch.launch.grid import print_table
-
     numbers = {run.folder.name: number for number, run in enumerate(plan, start=1)}
     told: set[str] = set()
     try:

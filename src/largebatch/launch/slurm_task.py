@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from largebatch.config import ClusterConfig, load_config
+from largebatch.config.schema import ClusterConfig, load_config
 from largebatch.errors import UserError
 from largebatch.launch.devices import thread_environment
 from largebatch.launch.slurm_nodes import Heartbeat
-from largebatch.launch.slurm_queue import ask, slurm_states
-from largebatch.process import LAUNCHER_PID, die_with_parent
-from largebatch.run_folder import DONE, RESUMES, RunBusyError, RunFolder
+from largebatch.machine.process import LAUNCHER_PID, die_with_parent
+from largebatch.runs.folder import DONE, RESUMES, RunBusyError, RunFolder
+from largebatch.runs.slurm_queue import ask, slurm_states
 
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 _POLL_SECONDS = 0.2
@@ -138,7 +138,8 @@ def _start(folder: RunFolder, cluster: ClusterConfig, place: Place) -> subproces
     environment[LAUNCHER_PID] = str(os.getpid())
     if cluster.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, *torchrun_arguments(cluster, place), "-m", "largebatch.train", str(folder.path)]
+    worker = ["-m", "largebatch.training.worker", str(folder.path)]
+    command = [sys.executable, *torchrun_arguments(cluster, place), *worker]
     with folder.log.open("ab") as log:
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True,

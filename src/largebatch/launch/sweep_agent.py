@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from largebatch.config import Config
+from largebatch.config.schema import Config
 from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
-from largebatch.tracking.metrics import read_rows
+from largebatch.runs.metrics import read_rows
 
 if TYPE_CHECKING:
     from largebatch.tracking.wandb_run import WandbRun

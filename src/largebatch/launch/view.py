@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from largebatch.launch.local import Outcome, Started
 from largebatch.launch.plan import PlannedRun
-from largebatch.report.table import duration, run_row
-from largebatch.tracking.metrics import newest
+from largebatch.runs.metrics import newest
+from largebatch.runs.table import duration, run_row
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largebatch.config import Config
+from largebatch.config.schema import Config
 from largebatch.data import Data
-from largebatch.models import build_backbone
+from largebatch.models.build import build_backbone
 
 VIEWS = 2
 # What a micro-batch adds to the running totals: sums over images of the loss and its two parts, and the images.

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largebatch.config import Config
+from largebatch.config.schema import Config
 from largebatch.data import Data
-from largebatch.models import build_model as build_network
+from largebatch.models.build import build_model as build_network
 
 VIEWS = 1
 # What a micro-batch adds to the running totals of training: sum of losses, correct predictions, images.

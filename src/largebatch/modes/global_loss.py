@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from largebatch import distributed
+from largebatch.machine import distributed
 from largebatch.modes.bt import EPSILON, Projector, Stage, barlow_loss
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from largebatch.optim import native
+from largebatch import native
 from largebatch.optim.numbers import LambNumbers, LarsNumbers
 
 _SOURCE = Path(__file__).with_suffix(".cpp")

@@ -10,7 +10,7 @@ from largebatch.errors import UserError, choices
 from largebatch.report import export
 from largebatch.report.compare import Comparison, compare
 from largebatch.report.load import Problem, Run, load_runs
-from largebatch.run_folder import write_atomic
+from largebatch.runs.folder import write_atomic
 
 FORMATS = ("html", "md", "csv", "parquet")
 _PRINTED = ("md", "csv")  # to the terminal, unless a file is named

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from largebatch.report.compare import Cell, Comparison
 from largebatch.report.load import Problem, Run, number, read_history, thinned
-from largebatch.tracking.metrics import Row
+from largebatch.runs.metrics import Row
 
 MOST_POINTS = 120  # of a curve: more than a screen tells apart
 

@@ -12,7 +12,7 @@ from largebatch.report.compare import REPORTED, Comparison, differing
 from largebatch.report.fairness import warnings
 from largebatch.report.load import Problem, Run
 from largebatch.report.wording import answer, cell_counts, cell_figure, decimals, row_label, title
-from largebatch.tracking.metrics import write_table
+from largebatch.runs.metrics import write_table
 
 Record = dict[str, Any]
 

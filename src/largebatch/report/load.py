@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from largebatch.config import decisive
-from largebatch.run_folder import DONE, STATES, RunFolder
-from largebatch.tracking.metrics import Row, read_rows
+from largebatch.config.identity import decisive
+from largebatch.runs.folder import DONE, STATES, RunFolder
+from largebatch.runs.metrics import Row, read_rows
 
 Tree = dict[str, Any]
 Read = TypeVar("Read")

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from largebatch.config import Config
-from largebatch.run_folder import RunFolder, write_atomic
+from largebatch.config.schema import Config
+from largebatch.runs.folder import RunFolder, write_atomic
+from largebatch.runs.metrics import MetricsLog, Row, read_rows, write_table
 from largebatch.tracking import wandb_run
 from largebatch.tracking.console import Console
 from largebatch.tracking.layers import LayerLog, LayerRow
-from largebatch.tracking.metrics import MetricsLog, Row, read_rows, write_table
 from largebatch.tracking.wandb_feed import WandbFeed
 
 _STATUS_EVERY_SECONDS = 1.0

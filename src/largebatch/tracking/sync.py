@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from largebatch.errors import UserError
-from largebatch.process import die_with_parent
-from largebatch.run_folder import RunBusyError, RunFolder
+from largebatch.machine.process import die_with_parent
+from largebatch.runs.folder import RunBusyError, RunFolder
 from largebatch.tracking.wandb_parts import Part, parts_of, rows_after, write_without_rows
 from largebatch.tracking.wandb_server import Server, UploadError, this_server
 from largebatch.tracking.wandb_session import (

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from largebatch.config import Config, setting_hash, setting_name, without_none
+from largebatch.config.identity import setting_hash, setting_name, without_none
+from largebatch.config.schema import Config
 
 
 def run_arguments(

@@ -7,7 +7,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from largebatch.tracking.metrics import Row
+from largebatch.runs.metrics import Row
 from largebatch.tracking.wandb_run import WandbRun
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from largebatch.config import Config, without_none
-from largebatch.run_folder import DONE
+from largebatch.config.identity import without_none
+from largebatch.config.schema import Config
+from largebatch.runs.folder import DONE
 from largebatch.tracking.agent import agent_run_id
 from largebatch.tracking.wandb_arguments import run_arguments
 from largebatch.tracking.wandb_parts import Part, parts_of, rows_after

@@ -1,0 +1,173 @@
+"""Which number format and memory layout a model's passes are fastest in: measured, and remembered for the machine."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from largebatch.config.schema import Config
+from largebatch.machine.memory import is_out_of_memory
+from largebatch.machine.trial import Image, trial_images, trial_pass
+from largebatch.native import cache_folder, processor
+from largebatch.runs.folder import write_atomic
+
+_SMALL = 1_000_000  # parameters; see choose_arithmetic
+_PASS_SECONDS = 0.6  # of the trial; on two cores 300 images for ResNet-18, or 20 with the CIFAR stem
+_ROUNDS = 3
+_CALM = 1.25  # times that one of equal passes may take longer than another
+_DISTURBED_SECONDS = 3600  # how long a measurement counts that wasn't calm
+_WORTH = {"bf16": 1.10, "channels_last": 1.03}  # times faster, to be taken: timings of equal things differ by as much
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """``precision``: fp32, or bf16 (torch.autocast); ``channels_last``: memory layout of images and convolutions."""
+
+    precision: str
+    channels_last: bool
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def __str__(self) -> str:
+        return self.precision + (", channels last" if self.channels_last else "")
+
+
+def choose_arithmetic(
+    config: Config, model: nn.Module, image: Image, micro_batch: int, device: torch.device
+) -> tuple[Arithmetic, str]:
+    """The fastest arithmetic that ``config.precision`` allows, and how it was found; empty where nothing was measured.
+
+    A copy of ``model`` takes a few forward and backward passes of random images [n, *image] each way, by turns. What
+    comes out is kept beside the compiled libraries for this processor or GPU, torch version, model, image and batch, so
+    that all runs of a comparison compute alike; runs that start at once measure once. Timings that other work disturbed
+    are kept for an hour.
+
+    A network of less than a million parameters is done in seconds, so nothing is measured; ``auto`` is fp32 for it,
+    where results agree to 1e-5 over any number of processes.
+    """
+    if sum(p.numel() for p in model.parameters()) < _SMALL:
+        return Arithmetic("bf16" if config.precision == "bf16" else "fp32", channels_last=False), ""
+    candidates = _candidates(config.precision, device)
+    try:
+        folder = cache_folder()
+    except (OSError, RuntimeError) as error:
+        seconds = measure(model, candidates, image, micro_batch, device)
+        return _fastest(seconds), f"measured now; not kept: {error}"
+    path = folder / f"arithmetic-{_key(config, image, micro_batch, device)}.json"
+    with _lock(folder / "arithmetic.lock"):
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept and (kept["calm"] or time.time() - path.stat().st_mtime < _DISTURBED_SECONDS):
+            return Arithmetic(**kept["arithmetic"]), "measured before, on such a machine"
+        seconds = measure(model, candidates, image, micro_batch, device)
+        chosen = _fastest(seconds)
+        write_atomic(path, json.dumps({"arithmetic": asdict(chosen), "calm": _is_calm(seconds)}))
+    return chosen, "measured now"
+
+
+def _candidates(precision: str, device: torch.device) -> list[Arithmetic]:
+    if precision == "auto":  # bf16 with channels last has always been faster than without
+        bf16 = [Arithmetic("bf16", True)] if _computes_in_bf16(device) else []
+        return [*_candidates("fp32", device), *bf16]
+    return [Arithmetic(precision, channels_last) for channels_last in (False, True)]
+
+
+def measure(
+    model: nn.Module,
+    candidates: list[Arithmetic],
+    image: Image,
+    micro_batch: int,
+    device: torch.device,
+) -> dict[Arithmetic, list[float]]:
+    """Seconds of each forward and backward pass of the same number of images in each of ``candidates``."""
+    networks = {c: copy.deepcopy(model).to(memory_format=c.memory_format).train() for c in candidates}
+    n = _affordable(networks[candidates[0]], candidates[0], image, micro_batch, device)
+    seconds = {c: [_seconds(network, c, image, n, device)] for c, network in networks.items()}  # warms up
+    fastest = min(first for (first,) in seconds.values())
+    for _ in range(_ROUNDS):
+        for c, network in networks.items():
+            if seconds[c][0] < 4 * fastest:  # some processors compute in bf16 at a tenth of the speed
+                seconds[c].append(_seconds(network, c, image, n, device))
+    return {c: times[1:] or times for c, times in seconds.items()}
+
+
+def _affordable(
+    network: nn.Module, arithmetic: Arithmetic, image: Image, micro_batch: int, device: torch.device
+) -> int:
+    """How many images, up to a micro-batch, there are memory and time for."""
+    n = min(micro_batch, 8)
+    _seconds(network, arithmetic, image, n, device)
+    while True:
+        seconds = _seconds(network, arithmetic, image, n, device)
+        more = min(micro_batch, 4 * n, int(n * _PASS_SECONDS / seconds))
+        if more < 1.5 * n:
+            return n
+        try:
+            _seconds(network, arithmetic, image, more, device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return n
+        n = more
+
+
+def _seconds(network: nn.Module, arithmetic: Arithmetic, image: Image, n: int, device: torch.device) -> float:
+    images = trial_images(image, n, arithmetic.memory_format, device)
+    _finish(device)
+    start = time.perf_counter()
+    trial_pass(network, network, images, arithmetic.autocast(device))
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _fastest(seconds: dict[Arithmetic, list[float]]) -> Arithmetic:
+    """The one whose best time is the best, where that is worth it."""
+
+    def handicapped(c: Arithmetic) -> float:
+        bf16 = _WORTH["bf16"] if c.precision == "bf16" else 1.0
+        return min(seconds[c]) * bf16 * (_WORTH["channels_last"] if c.channels_last else 1.0)
+
+    return min(seconds, key=handicapped)
+
+
+def _is_calm(seconds: dict[Arithmetic, list[float]]) -> bool:
+    return all(max(times) < _CALM * min(times) for times in seconds.values())
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return "bf16" in processor()  # avx512_bf16, amx_bf16; bf16 on Arm
+
+
+def _key(config: Config, image: Image, micro_batch: int, device: torch.device) -> str:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()} {torch.get_num_threads()}"
+    network = [asdict(config.model), config.mode.name, config.mode.projector]
+    parts = [where, torch.__version__, *network, config.precision, image, micro_batch]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+        yield

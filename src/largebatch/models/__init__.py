@@ -1,0 +1,1 @@
+"""Networks: stems, weight initialisation, ResNets."""

@@ -1,0 +1,130 @@
+"""Models: a small network of our own, ResNets, torchvision's, timm's; their stems and weight initialisation."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from largebatch.config.schema import ModelConfig
+from largebatch.errors import UserError, choices
+from largebatch.models.resnet import RESNETS, resnet
+
+_INITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
+    "kaiming_normal": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
+}
+
+
+def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+    """A classifier from float images [B, channels, H, W] to logits [B, num_classes], randomly initialised.
+
+    Raises:
+        UserError: for a name that timm doesn't know, or arguments that it refuses.
+    """
+    builders = {"largebatch": _smallcnn, "torchvision": _torchvision_family, "timm": _timm}
+    model = builders[config.library](config, num_classes, channels)
+    if config.init != "default":
+        initialise(model, config.init)
+    return model
+
+
+def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn.Module, int]:
+    """A model without its classifier, from images [B, *image] to features [B, F], and F.
+
+    Raises:
+        UserError: as ``build_model``, and for a timm model that gives no vector of features.
+    """
+    model = build_model(config, num_classes=1, channels=image[0])
+    if config.library == "timm":
+        cast(Any, model).reset_classifier(0)
+    else:
+        last = {"smallcnn": "head", "effb0": "classifier"}.get(config.name, "fc")
+        setattr(model, last, nn.Identity())
+    model.eval()  # a look at the shape leaves running statistics alone
+    try:
+        with torch.no_grad():
+            features = model(torch.zeros(2, *image))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model.name={config.name}: can't take images of {'x'.join(map(str, image))} ({str(error).strip()}); "
+            "choose another dataset.image_size or model"
+        ) from error
+    if features.ndim != 2:
+        raise UserError(
+            f"model.name={config.name}: its features of two images have the shape {list(features.shape)}, and Barlow "
+            "Twins needs a vector of each; choose a model with pooling (model.options.global_pool)"
+        )
+    return model.train(), features.shape[1]
+
+
+def initialise(model: nn.Module, init: str) -> None:
+    """Draw the weights of every convolution and linear layer anew; biases and norm layers stay as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+            _INITS[init](module.weight)
+
+
+def _smallcnn(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+    """Four 3x3 convolutions (65,834 parameters on grey images with ten classes), global average pooling.
+
+    Smooth throughout (GELU, average pooling): with ReLU and max pooling, rounding differences between one process and
+    two switch units over and grow to 1e-2 within 20 steps of SGD; so they stay below 1e-5.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    inputs = channels
+    for number, outputs in enumerate((32, 32, 64, 64), start=1):
+        layers[f"conv{number}"] = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
+        layers[f"norm{number}"] = nn.GroupNorm(8, outputs) if config.norm == "group" else nn.BatchNorm2d(outputs)
+        layers[f"gelu{number}"] = nn.GELU()
+        if number == 2:
+            layers["pool"] = nn.AvgPool2d(2, ceil_mode=True)
+        inputs = outputs
+    layers |= {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(inputs, num_classes)}
+    return nn.Sequential(layers)
+
+
+def _torchvision_family(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+    """With the stem asked for: our ResNets, which are torchvision's weight for weight, or its EfficientNet-B0."""
+    cifar = config.stem == "cifar"
+    if config.name in RESNETS:
+        network = resnet(config.name, num_classes, zero_init_residual=bool(config.zero_init_residual))
+        network.conv1 = _stem_convolution(network.conv1, channels, cifar=cifar)
+        if cifar:
+            network.maxpool = nn.Identity()
+        return network
+    from torchvision.models import efficientnet_b0  # 1.2 s to import
+
+    efficientnet: Any = efficientnet_b0(num_classes=num_classes)
+    efficientnet.features[0][0] = _stem_convolution(efficientnet.features[0][0], channels, cifar=cifar)
+    return cast(nn.Module, efficientnet)
+
+
+def _stem_convolution(original: nn.Conv2d, channels: int, *, cifar: bool) -> nn.Conv2d:
+    """The network's first convolution for ``channels`` inputs; with the CIFAR stem 3x3 and of stride 1."""
+    if not cifar and channels == original.in_channels:
+        return original
+    size, stride, padding = (3, 1, 1) if cifar else (original.kernel_size, original.stride, original.padding)
+    stem = nn.Conv2d(channels, original.out_channels, size, stride, padding, bias=original.bias is not None)  # type: ignore[arg-type]
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # torchvision's own, for both families
+    return stem
+
+
+def _timm(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+    import timm  # 0.7 to 3 s to import
+
+    if not timm.is_model(config.name):
+        raise UserError(f"model.name={config.name}: timm has no such model; {choices(config.name, timm.list_models())}")
+    try:
+        network: nn.Module = timm.create_model(
+            config.name, num_classes=num_classes, in_chans=channels, **config.options
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = f" with model.options={config.options}" if config.options else ""
+        raise UserError(f"model.name={config.name}{given}: timm refuses: {error}") from error
+    return network

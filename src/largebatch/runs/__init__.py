@@ -1,0 +1,1 @@
+"""Run folders seen from outside: status, metrics, logs, cancelling. Never torch."""

@@ -1,0 +1,74 @@
+"""Which code runs: the commit of a checkout, and the copy of the package that a queued job runs."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from largebatch.runs.folder import read_json
+
+PACKAGE = Path(__file__).resolve().parent
+_GIT_STATE = "git.json"  # beside a copied package
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the code that runs, and whether it was changed since; nothing outside a git checkout.
+
+    Of a copied package, as it was when it was copied.
+    """
+    copied = read_json(PACKAGE.parent / _GIT_STATE)
+    if copied:
+        return copied
+    commit = _git("rev-parse", "HEAD")
+    return {"git_commit": commit, "git_dirty": bool(_git("status", "--porcelain", ".")) if commit else None}
+
+
+def copy_of_code(folder: Path) -> Path:
+    """``folder/HASH``, where the package's copy belongs; to be put on PYTHONPATH.
+
+    HASH is sixteen hex digits over the names and contents of all files: the same code is copied once.
+    """
+    return folder / _hash_of_code()
+
+
+@functools.cache
+def _hash_of_code() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(PACKAGE)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def copy_code(folder: Path) -> Path:
+    """Copy the package's files to ``copy_of_code(folder)``, unless they are there."""
+    copy = copy_of_code(folder)
+    if copy.exists():
+        return copy
+    folder.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(dir=folder, prefix=".copying-"))
+    half.chmod(0o755)  # a project's folder may be shared
+    shutil.copytree(PACKAGE, half / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (half / _GIT_STATE).write_text(json.dumps(git_state()) + "\n")
+    try:
+        os.rename(half, copy)
+    except OSError:  # another launcher was faster
+        shutil.rmtree(half)
+        if not copy.exists():
+            raise
+    return copy
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

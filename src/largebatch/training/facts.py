@@ -1,0 +1,108 @@
+"""What a run resolved to: rate, batch, length, device, versions. Printed, stored in the summary and sent to W&B."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from largebatch.config.schema import Config
+from largebatch.data.location import in_words
+from largebatch.runs.provenance import git_state
+from largebatch.training.exact import kept_bytes
+from largebatch.training.optimization import resolved_lr, resolved_options, scaled_lr
+from largebatch.training.state import Run
+
+Facts = dict[str, Any]
+_PLACES = {"device": "on the device", "host": "in host memory", "files": "decoded while training"}
+
+
+def gather_facts(run: Run, model: nn.Module) -> Facts:
+    config, data, batch, device = run.config, run.data, run.batch, run.device
+    return {
+        "lr": resolved_lr(config),
+        "optimizer_options": resolved_options(config, run.epoch_steps),
+        "steps": run.total_steps,
+        "steps_per_epoch": run.epoch_steps,
+        "global_batch": batch.global_batch,
+        "processes": batch.processes,
+        "per_process_batch": batch.per_process,
+        "accumulation": batch.accumulation,
+        "micro_batch": batch.micro_batch,
+        "precision": run.arithmetic.precision,
+        "channels_last": run.arithmetic.channels_last,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_images": len(data.train),
+        "val_images": len(data.val) if data.val is not None else 0,
+        "test_images": len(data.test),
+        "skipped_images": data.skipped,
+        "data_location": data.place,
+        "classes": data.num_classes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        **_pretraining(run),
+        **git_state(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _pretraining(run: Run) -> Facts:
+    if run.probe is None:
+        return {}
+    kept = kept_bytes(run.config, run.batch) if run.exact else 0
+    return {
+        "pretraining_steps": run.steps,
+        "probe_steps": run.probe.steps,
+        "probe_batch": run.probe.batch.global_batch,
+        "loss_batch": run.batch.global_batch if run.exact else run.batch.micro_batch,
+        "embedding_bytes": kept,
+    }
+
+
+def facts_in_words(config: Config, facts: Facts) -> list[str]:
+    held_out = f", {facts['val_images']:,} for validation" if facts["val_images"] else ""
+    skipped = f", {facts['skipped_images']:,} unreadable and left out" if facts["skipped_images"] else ""
+    noise = config.lr_scaling.noise_scale
+    rule = config.lr_scaling.rule + (f", lr_scaling.noise_scale={noise:g}" if noise is not None else "")
+    scaled = f" (optimizer.lr={config.optimizer.lr:g}, lr_scaling.rule={rule})"
+    if config.optimizer.lr_1d is not None:
+        scaled += f", {scaled_lr(config, config.optimizer.lr_1d):g} for biases and norm parameters"
+    return [
+        f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test"
+        f"{skipped}, {_PLACES[facts['data_location']]}; {config.model.name}: {facts['parameters']:,} parameters",
+        f"batch {facts['global_batch']:,} = {facts['processes']} process(es) x {facts['accumulation']} micro-batch(es) "
+        f"of {facts['micro_batch']:,}; {facts['steps_per_epoch']:,} steps an epoch, {facts['steps']:,} in all",
+        f"{config.optimizer.name}: lr {facts['lr']:g}{scaled}; schedule {config.schedule.name}; "
+        f"{facts['precision']}{', channels last,' if facts['channels_last'] else ''} on {facts['device']}",
+        *_pretraining_in_words(config, facts),
+    ]
+
+
+def _pretraining_in_words(config: Config, facts: Facts) -> list[str]:
+    if config.mode.name != "bt":
+        return []
+    if config.mode.exact:
+        how = f"over the global batch, mode.exact=true; {in_words(facts['embedding_bytes'])} of embeddings a process"
+    else:
+        how = (
+            f"of each micro-batch of {facts['loss_batch']:,} images by itself, mode.exact=false: not the loss of the "
+            "global batch wherever there is more than one"
+        )
+    after = "fine-tuning" if config.mode.lr_backbone else "a linear probe"
+    return [
+        f"Barlow Twins for {facts['pretraining_steps']:,} steps, its loss {how}; then {after} for "
+        f"{facts['probe_steps']:,} steps of batch {facts['probe_batch']:,}"
+    ]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("largebatch", "torch", "torchvision", "timm", "numpy", "wandb"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue  # an optional package that isn't there has no version
+    return found

@@ -1,0 +1,63 @@
+"""What a frozen backbone makes of images: features of a whole split, computed by all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from largebatch.data import Split, eval_batches, evaluation_share
+from largebatch.machine import distributed
+from largebatch.machine.memory import is_out_of_memory
+from largebatch.modes.bt import BarlowTwins
+from largebatch.training.micro_batch import release_memory
+from largebatch.training.state import Run
+
+_AT_ONCE = (256, 1024)  # images: a micro-batch that fits with gradients fits without, within these bounds
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def split_features(run: Run, model: BarlowTwins, split: Split, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Features float32 [n, F] and labels int64 [n] of ``split`` without augmentation, in every process.
+
+    Args:
+        model: in evaluation mode.
+        most: of more images, so many are taken, evenly spaced.
+    """
+    chosen = torch.arange(len(split))
+    if most is not None and most < len(split):
+        chosen = torch.arange(most) * len(split) // most
+
+    def features(batches: Batches) -> Tensor:
+        found = [model.backbone(images).float() for images, _ in batches]
+        return torch.cat(found) if found else torch.empty(0, model.features, device=run.device)
+
+    here = without_gradient(run, split, features, chosen)
+    rows = [len(evaluation_share(len(chosen), rank, run.processes)) for rank in range(run.processes)]
+    labels = split.labels[chosen.to(split.labels.device)].to(run.device)
+    return distributed.gather_rows(here, rows), labels
+
+
+@torch.no_grad()
+def without_gradient(
+    run: Run, split: Split, compute: Callable[[Batches], Tensor], chosen: Tensor | None = None
+) -> Tensor:
+    """``compute`` of this process's part of ``split``; with ``micro_batch=auto`` in smaller batches where memory is
+    short.
+    """
+    size = min(max(run.batch.micro_batch, _AT_ONCE[0]), _AT_ONCE[1])
+    while True:
+        batches = eval_batches(
+            split, run.data.mean, run.data.std, rank=run.rank, processes=run.processes, batch=size, device=run.device,
+            workers=run.config.dataset.workers, channels_last=run.arithmetic.channels_last, chosen=chosen,
+        )  # fmt: skip
+        try:
+            with run.autocast:
+                return compute(batches)
+        except (RuntimeError, MemoryError) as error:
+            if run.config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
+                raise
+        size //= 2
+        release_memory(run.device)

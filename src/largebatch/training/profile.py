@@ -1,0 +1,86 @@
+"""Where a step's time goes: a trace for the usual viewers, and a table of shares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from largebatch.runs.folder import write_atomic
+
+_WARM_UP = 3  # steps: allocations, chosen convolution algorithms, compilation
+_STEPS = 10
+PHASES = ("data", "forward", "backward", "optimizer", "logging", "evaluation", "checkpoint")
+
+
+class Profile:
+    """Profiles ten steps of a run after three of warm-up, or as many as there are.
+
+    Leaves ``trace.json.gz`` (Perfetto, chrome://tracing) and ``shares.txt`` in ``folder``. The device is waited for at
+    the end of every phase of those steps, so that a phase is charged with its own work; steps take longer by that.
+
+    Args:
+        folder: None profiles nothing.
+        last_step: of the run.
+    """
+
+    def __init__(self, folder: Path | None, device: torch.device, last_step: int) -> None:
+        self._folder, self._device, self._last_step = folder, device, last_step
+        self._profiler: Any = None
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._begun = 0  # steps that were begun since the start
+        self._started = 0.0
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """What is done inside is charged to ``name``, one of ``PHASES``."""
+        return nullcontext() if self._profiler is None else self._measured(name)
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with torch.profiler.record_function(name):
+            yield
+            self._wait()
+        self._seconds[name] += time.perf_counter() - start
+
+    def before_step(self) -> None:
+        self._begun += 1
+        if self._folder is not None and self._begun == _WARM_UP + 1:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self._device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities)
+            self._profiler.start()
+            self._wait()
+            self._started = time.perf_counter()
+
+    def after_step(self, step: int) -> list[str]:
+        """Lines that say where the time went and where the trace is, after the last profiled step; none before."""
+        profiled = self._begun - _WARM_UP
+        if self._profiler is None or (profiled < _STEPS and step < self._last_step):
+            return []
+        self._wait()
+        total = time.perf_counter() - self._started
+        self._profiler.stop()
+        assert self._folder is not None
+        self._folder.mkdir(exist_ok=True)
+        self._profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        self._profiler = None
+        table = self._table(total, profiled)
+        write_atomic(self._folder / "shares.txt", table + "\n")
+        return [f"profiled {profiled} step(s); trace in {self._folder / 'trace.json.gz'}", *table.splitlines()]
+
+    def _table(self, total: float, steps: int) -> str:
+        from tabulate import tabulate
+
+        seconds = self._seconds | {"other": total - sum(self._seconds.values()), "all": total}
+        rows = [(name, 1000 * spent / steps, f"{spent / total:.1%}") for name, spent in seconds.items()]
+        return tabulate(rows, headers=("phase", "ms a step", "share"), floatfmt=".2f")
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

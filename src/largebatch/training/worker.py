@@ -1,0 +1,122 @@
+"""A worker's entry: ``python -m largebatch.training.worker RUN_DIR``.
+
+A worker reads nothing but the frozen ``config.yaml`` of its run folder. Alone, or as one rank of torchrun, it trains
+from the newest checkpoint (or from the start) to the end and writes the folder's files; rank 0 does the writing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from largebatch.config.schema import Config, load_config
+from largebatch.errors import UserError
+from largebatch.machine import distributed
+from largebatch.machine.process import die_with_parent, launcher_is_gone
+from largebatch.runs.folder import RESUMES, RunBusyError, RunFolder, this_process
+from largebatch.tracking.console import Console
+from largebatch.tracking.images import save_images
+from largebatch.tracking.recorder import Recorder
+from largebatch.training.checkpoint import CheckpointWriter, load_newest
+from largebatch.training.clock import StepClock
+from largebatch.training.facts import facts_in_words, gather_facts
+from largebatch.training.loop import batches_from, loop
+from largebatch.training.probe import train_probe
+from largebatch.training.set_up import set_up
+from largebatch.training.stop import StepBoundary
+
+
+def train(config: Config, folder: RunFolder, rank: int, processes: int, device: torch.device, console: Console) -> None:
+    """Carry a run from where it stands to its end, a divergence or a request to stop."""
+    saved = load_newest(folder.checkpoints, device, console.say)
+    run, training = set_up(config, folder, rank, processes, device, console, saved)
+    if saved is not None:
+        training.load(saved, rank)
+        saved = None  # or the device would hold it all the while
+        console.say(f"resumed after step {training.step} of {run.total_steps}")
+    facts = gather_facts(run, training.model)
+    for line in facts_in_words(config, facts):
+        console.say(line)
+    if rank == 0 and config.tracker.images and training.step == 0:
+        batches = batches_from(run, 0)
+        save_images(next(batches)[0], run.mode.VIEWS, run.data.mean, run.data.std, folder.images)
+        batches.close()  # and with it what decodes ahead
+    with contextlib.ExitStack() as stack:
+        recorder, writer = None, None
+        if rank == 0:
+            recorder = stack.enter_context(Recorder(config, folder, training.step, facts, console))
+            writer = stack.enter_context(CheckpointWriter(folder.checkpoints, device))
+        clock = StepClock(training.seconds, device)
+        console.start_progress(training.step, run.total_steps)
+        boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, rank)
+        run, state, message = loop(run, training, recorder, writer, clock, console, boundary)
+        if state == "finished" and run.probe:
+            state, message = train_probe(run, training, recorder, writer, clock, boundary)
+        if writer:
+            writer.wait()  # before the status says that the run is over
+        if recorder:
+            recorder.finish(state, training.step, message, clock.elapsed())
+    console.say(f"{state} after step {training.step} of {run.total_steps}{f': {message}' if message else ''}")
+
+
+def main(arguments: list[str]) -> int:
+    """Carry out the run of one folder. Exit code 0: ended as its state says; 1: failed; 2: the user can mend it."""
+    die_with_parent()
+    if launcher_is_gone():
+        return 1
+    if len(arguments) != 1:
+        print("usage: python -m largebatch.training.worker RUN_DIR", file=sys.stderr)
+        return 2
+    folder = RunFolder(Path(arguments[0]).absolute())
+    config = load_config(folder.config)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        with (
+            folder.hold(patience=2) if rank == 0 else contextlib.nullcontext(),
+            Console(folder.log, rank == 0) as console,
+        ):
+            return _work(config, folder, rank, console)
+    except RunBusyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _work(config: Config, folder: RunFolder, rank: int, console: Console) -> int:
+    """Train, and say in the status how it went wrong if it did."""
+    if rank == 0:
+        folder.update_status(state="running", started=time.time(), **this_process())
+    try:
+        torch.backends.cudnn.benchmark = not config.deterministic  # all micro-batches have one shape
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        rank, processes, device = distributed.start(config.cluster.device)
+        train(config, folder, rank, processes, device, console)
+    except UserError as error:
+        return _fail(folder, str(error), exit_code=2)
+    except Exception as error:
+        traceback.print_exc()
+        advice = "; a smaller micro_batch needs less memory" if isinstance(error, torch.OutOfMemoryError) else ""
+        first_line = str(error).partition("\n")[0]
+        where = f"traceback in {folder.log}; {RESUMES}"
+        return _fail(folder, f"{type(error).__name__}: {first_line}{advice}; {where}", exit_code=1)
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _fail(folder: RunFolder, message: str, exit_code: int) -> int:
+    """The first rank to fail has the cause; what the others see is its consequence."""
+    if folder.state() != "failed":
+        folder.update_status(state="failed", message=message, exit_code=exit_code, ended=time.time())
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,373 @@
+"""The schema, its checks and a run's identity."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, configuration
+from omegaconf import OmegaConf
+
+from largebatch.config.checks import DATASETS, validate
+from largebatch.config.choices import OPTIMIZER_OPTIONS, SCHEDULE_OPTIONS, SURGE_OPTIMIZERS
+from largebatch.config.identity import identity, run_name
+from largebatch.config.schema import Config, from_composed, load_config, to_yaml, unknown_key
+from largebatch.errors import UserError
+
+PRESETS = [
+    f"{group.name}={preset.stem}"
+    for group in sorted((ROOT / "conf").iterdir())
+    if group.is_dir() and group.name != "sweeps"
+    for preset in sorted(group.glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes_and_is_valid(preset: str) -> None:
+    validate(configuration(preset))
+
+
+def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
+    config = configuration()
+    validate(config)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("batch_size=-1", "batch_size=-1"),
+        ("epochs=0", "epochs=0"),
+        ("optimizer.lr=nan", "optimizer.lr=nan"),
+        ("optimizer.lr=0", "optimizer.lr=0"),
+        ("cluster.processes=0", "cluster.processes=0"),
+        ("batch_size=2000", "digits has 1437 images"),
+        ("dataset.val_fraction=1", "dataset.val_fraction=1"),
+        ("precision=fp8", "allowed: auto, fp32, bf16"),
+        ("optimizer.lmbda=0.1", "lars has no such option"),
+        ("schedule.power=2", "constant has no options"),
+        ("model.stem=cifar", "smallcnn has no such choice"),
+        ("model.init=xavier", "did you mean xavier_normal?"),
+        ("optimizer.momentum=null", "lars needs a value"),
+        ("optimizer.momentum=1", "must be below 1"),
+        ("optimizer.momentum=nan", "must be a finite number"),
+        ("+model.options.depth=3", "only timm's models"),
+        ("micro_batch=100", "micro_batch=128"),
+        ("micro_batch=most", "or auto"),
+        ("compile=ture", "did you mean true?"),
+        ("dataset.location=gpu", "allowed: auto, device, host"),
+        ("dataset.on_error=ignore", "allowed: stop, skip"),
+        ("lr_scaling.rule=surg", "did you mean surge?"),
+        ("lr_scaling.rule=surge", "docs/lr_scaling.md says how to measure it"),
+        ("lr_scaling.noise_scale=900", "only lr_scaling.rule=surge has it"),
+        ("lr_scaling.noise_scale=0", "must be a finite number above 0"),
+        ("lr_scaling.force=true", "only lr_scaling.rule=surge has it"),
+        ("dataset.mean=[0.1,0.2]", "one number a channel"),
+    ],
+)
+def test_a_wrong_value_is_named(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(configuration(override))
+    assert override.lstrip("+").split("=")[0].removesuffix(".depth") in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        validate(configuration("batch_size=-1", "seed=-2", "precision=fp8"))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+SURGE = ("lr_scaling.rule=surge", "lr_scaling.noise_scale=900")
+TIMM = "optimizer=timm"
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ["optimizer=adam"],
+        ["optimizer=adamw"],
+        ["optimizer=rmsprop"],
+        [TIMM, "optimizer.name=nadamw"],
+        [TIMM, "optimizer.name=lion"],
+    ],
+)
+def test_surge_scaling_is_for_updates_like_a_sign(optimizer: list[str]) -> None:
+    validate(configuration(*SURGE, *optimizer))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "used"),
+    [
+        (["optimizer=lars"], "lars"),
+        (["optimizer=tvlars"], "tvlars"),
+        (["optimizer=lamb"], "lamb"),
+        (["optimizer=sgd"], "sgd"),
+        (["optimizer=adagrad"], "adagrad"),
+        (["optimizer=rmsprop", "optimizer.centered=true"], "rmsprop with centered"),
+        (["optimizer=adamw", "optimizer.amsgrad=true"], "adamw with amsgrad"),
+        ([TIMM, "optimizer.name=lamb"], "lamb"),
+        ([TIMM, "optimizer.name=adamw", "+optimizer.options.amsgrad=true"], "adamw with amsgrad"),
+    ],
+)
+def test_surge_scaling_of_another_update_needs_force(optimizer: list[str], used: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"updates like a sign, as Adam's, and {used} has another.*force=true"
+    ) as caught:
+        validate(configuration(*SURGE, *optimizer))
+    assert len(str(caught.value).splitlines()) == 1
+    validate(configuration(*SURGE, *optimizer, "lr_scaling.force=true"))
+
+
+def test_every_optimizer_that_surge_scaling_covers_exists() -> None:
+    import timm.optim
+
+    torch_names = {name for name in OPTIMIZER_OPTIONS["torch"] if name in SURGE_OPTIMIZERS}
+    assert torch_names == {"adam", "adamw", "rmsprop"}
+    apex_and_bitsandbytes = {name for name in SURGE_OPTIMIZERS if name.startswith(("fused", "bnb"))}  # if installed
+    assert set(SURGE_OPTIMIZERS) - apex_and_bitsandbytes <= set(timm.optim.list_optimizers())
+
+
+def test_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
+    with pytest.raises(UserError, match="nearest: 999 or 1002"):
+        validate(configuration("batch_size=1000", "cluster.processes=3"))
+
+
+def test_epochs_and_steps_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="epochs=3 and steps=5"):
+        validate(configuration("epochs=3", "steps=5"))
+    assert configuration("steps=5").epochs is None
+    assert configuration().epochs == configuration().dataset.default_epochs
+
+
+def test_warmup_is_given_once_and_fits() -> None:
+    with pytest.raises(UserError, match="give one of the two"):
+        validate(configuration("schedule=warmup_cosine", "schedule.warmup_steps=5"))
+    with pytest.raises(UserError, match="longer than the training"):
+        validate(configuration("schedule=warmup_cosine", "epochs=5"))
+    validate(configuration("schedule=warmup_cosine", "schedule.warmup_steps=5", "schedule.warmup_epochs=null"))
+
+
+def test_unknown_keys_are_named_with_what_is_allowed() -> None:
+    assert unknown_key("optimizer.lrr").startswith("unknown key optimizer.lrr; keys in optimizer allowed: name, ")
+    assert unknown_key("optimizer.lrr").endswith("did you mean lr?")
+    assert unknown_key("batchsize").endswith("did you mean batch_size?")
+    assert "holds no further keys" in unknown_key("batch_size.x")
+
+
+def test_a_key_added_by_force_is_still_unknown() -> None:
+    with pytest.raises(UserError, match="unknown key typo"):
+        configuration("+typo=1")
+
+
+IDENTITY_FREE = [
+    "profile=true", "dataset.location=host", "dataset.location=device",
+    "cluster.processes=2", "tracker=none", "tracker.project=x", "tracker.log_every=3", "runs_dir=elsewhere",
+    "rerun=true", "dry_run=true", "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
+    "dataset.verify=false", "checkpoint.every_seconds=1", "epochs=120", "lr_scaling.force=true",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", IDENTITY_FREE)
+def test_identity_ignores_what_cannot_change_the_result(override: str) -> None:
+    default = configuration("epochs=120") if override.startswith("epochs") else configuration()
+    assert default.epochs == 120
+    assert identity(configuration(override)) == identity(default)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer=lamb", "optimizer.lr=0.3", "optimizer.momentum=0.8", "schedule=cosine", "batch_size=256", "seed=1",
+        "epochs=7", "steps=7", "model.init=xavier_uniform", "model.norm=batch", "precision=bf16", "sync_bn=true",
+        "micro_batch=128", "dataset.rotation=0", "dataset.val_fraction=0.1", "lr_scaling.rule=sqrt", "eval_every=2",
+        "deterministic=true", "lr_scaling.base_batch=128", "lr_scaling.noise_scale=900", "micro_batch=auto",
+        "compile=true", "compile=false", "dataset.on_error=skip",
+    ],
+)  # fmt: skip
+def test_identity_knows_what_can_change_the_result(override: str) -> None:
+    assert identity(configuration(override)) != identity(configuration())
+
+
+@pytest.mark.parametrize(
+    ("preset", "named"),
+    [("lars", "05a68267"), ("tvlars", "4dd394a1"), ("tvlars_published", "68070fe2"), ("lamb", "63732707")],
+)
+def test_options_that_came_later_do_not_rename_the_first_versions_runs(preset: str, named: str) -> None:
+    assert identity(configuration(f"optimizer={preset}")) == named
+    assert identity(configuration(f"optimizer={preset}", "optimizer.max_ratio=1")) != named
+    if preset != "lamb":
+        assert identity(configuration(f"optimizer={preset}", "optimizer.denominator=sum_of_norms")) != named
+
+
+def test_the_identity_of_earlier_runs_is_kept() -> None:
+    """A new option that isn't used must not rename the runs that there are."""
+    minimal = {
+        "dataset": {"name": "digits"},
+        "model": {"name": "smallcnn", "library": "largebatch"},
+        "optimizer": {"name": "sgd", "library": "torch", "lr": 0.1, "momentum": 0.9},
+        "schedule": {"name": "constant"},
+        "mode": {"name": "clf"},
+        "cluster": {"name": "local"},
+        "tracker": {"name": "none"},
+    }
+    assert identity(from_composed(OmegaConf.create(minimal))) == "693eba7a"
+
+
+def test_image_folders_are_told_apart_by_their_place() -> None:
+    one, two = (configuration("dataset=imagefolder", f"dataset.root={root}") for root in ("/a/cats", "/b/cats"))
+    assert identity(one) != identity(two)
+    assert run_name(one).startswith("cats-")
+
+
+def test_run_name_is_readable_and_fit_for_a_folder() -> None:
+    name = run_name(configuration("model=timm", "model.name=vit_tiny_patch16_224.augreg in/x"))
+    assert "/" not in name
+    assert " " not in name
+    assert name.endswith(identity(configuration("model=timm", "model.name=vit_tiny_patch16_224.augreg in/x")))
+    assert run_name(configuration()).startswith("digits-smallcnn-clf-lars-constant-b512-lr")
+
+
+def test_missing_value_is_named() -> None:
+    with pytest.raises(UserError, match=r"dataset\.name has no value"):
+        from_composed(OmegaConf.create({"batch_size": 4}))
+
+
+def test_optimizer_options_are_the_classes_keyword_arguments() -> None:
+    """The table of options in ``validate`` and the optimizers' signatures can't drift apart."""
+    from largebatch.training.optimization import _CLASSES
+
+    for library, optimizers in OPTIMIZER_OPTIONS.items():
+        for name, options in optimizers.items():
+            signature = set(inspect.signature(_CLASSES[name]).parameters)
+            renamed = {"delay" if option == "delay_epochs" else option for option in options} - {"sample_size"}
+            assert renamed <= signature, name
+            if library == "largebatch":  # how a step is carried out, and what only groups are for, isn't configured
+                for_programs = {"params", "adapt", "maximize", "foreach", "fused", "capturable"}
+                assert signature == renamed | {"lr"} | for_programs, name
+
+
+def test_presets_cover_the_names_that_validation_allows() -> None:
+    def presets(group: str) -> set[str]:
+        return {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+
+    assert presets("dataset") == set(DATASETS)
+    assert presets("schedule") == set(SCHEDULE_OPTIONS)
+    assert presets("optimizer") >= {name for names in OPTIMIZER_OPTIONS.values() for name in names} | {"timm"}
+
+
+def test_every_key_has_its_type() -> None:
+    """Schema fields are typed, so that a wrong type is refused while composing."""
+    for group in dataclasses.fields(Config):
+        assert group.type not in ("Any", ""), group.name
+
+
+# -- mode=bt
+
+
+@pytest.mark.parametrize(
+    "override", ["mode.lmbda=0.1", "mode.projector=[8,8]", "mode.exact=true", "mode.knn_every=1", "mode.lr_backbone=0"]
+)
+def test_options_of_pre_training_are_none_of_a_classifier_s(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(configuration(override))
+    assert str(caught.value).startswith(override.partition("=")[0])
+    assert str(caught.value).endswith("clf has no options")
+    validate(configuration("mode=bt", override))
+
+
+def test_an_unknown_mode_names_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"mode\.name=bt_published: allowed: clf, bt"):
+        validate(configuration("mode=bt", "mode.name=bt_published"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["mode.projector=[]"], "mode.projector=[]: must be one or more widths"),
+        (["mode.projector=[8,0]"], "mode.projector=[8, 0]: must be one or more widths of at least 1"),
+        (["mode.projector=null"], "mode.projector=null: bt needs a value"),
+        (["mode.lmbda=null"], "mode.lmbda=null: bt needs a value"),
+        (["mode.eval_epochs=0"], "mode.eval_epochs=0: must be an integer of at least 1"),
+        (["mode.lr_classifier=0"], "mode.lr_classifier=0.0: must be a finite number above 0"),
+        (["mode.lr_backbone=-1"], "mode.lr_backbone=-1.0: must be a finite number of at least 0"),
+        (["mode.knn_temperature=0"], "mode.knn_temperature=0.0: must be a finite number above 0"),
+        (["mode.loss_scale=nan"], "mode.loss_scale=nan: must be a finite number above 0"),
+        (["optimizer.lr_1d=-0.1"], "optimizer.lr_1d=-0.1: must be a finite number of at least 0"),
+        (["batch_size=1"], "batch_size=1: mode=bt correlates the images of a batch"),
+        (["batch_size=1", "mode.exact=false"], "batch_size=1: mode=bt correlates the images of a batch"),
+        (["mode.exact=false", "micro_batch=1"], "mode.exact=false: correlates the images of each micro-batch"),
+        (
+            ["mode.exact=false", "batch_size=4", "cluster.processes=4"],
+            "mode.exact=false: correlates the images of each micro-batch",
+        ),
+        (["mode.exact=false", "optimizer=clars"], "mode.exact=false: clars measures the gradient norms of samples"),
+        (["dataset.views.min_area=0"], "dataset.views.min_area=0.0: must be a finite number above 0"),
+        (["dataset.views.min_area=1.1"], "dataset.views.min_area=1.1: must be at most 1"),
+        (["dataset.views.jitter=1.1"], "dataset.views.jitter=1.1: must be a probability from 0 to 1"),
+        (["dataset.views.gray=-0.1"], "dataset.views.gray=-0.1: must be a probability from 0 to 1"),
+        (["dataset.views.gray=nan"], "dataset.views.gray=nan: must be a probability from 0 to 1"),
+        (["dataset.views.blur=[1,2]"], "dataset.views.blur=[1.0, 2.0]: must be two probabilities from 0 to 1"),
+        (["dataset.views.blur=[0.5]"], "dataset.views.blur=[0.5]: must be two probabilities from 0 to 1"),
+        (["dataset.views.solarize=[0,0,0]"], "dataset.views.solarize=[0.0, 0.0, 0.0]: must be two probabilities"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_value_for_pre_training_is_named(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(configuration("mode=bt", *overrides))
+    assert str(caught.value).startswith(says)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["micro_batch=1"],  # the loss is that of the whole batch
+        ["optimizer=clars"],
+        ["mode.exact=false"],
+        ["mode.projector=[8]"],
+        ["dataset.views.blur=[0,1]", "dataset.views.min_area=1", "dataset.views.jitter=0"],
+        ["micro_batch=auto", "mode.exact=false"],
+        ["mode.knn_every=0"],
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_pre_training_can_be(overrides: list[str]) -> None:
+    validate(configuration("mode=bt", *overrides))
+
+
+@pytest.mark.parametrize("length", ["epochs=0", "steps=0"])
+def test_only_pre_training_can_be_left_out(length: str) -> None:
+    validate(configuration("mode=bt", length))
+    with pytest.raises(UserError, match=f"{length}: only mode=bt can do without training"):
+        validate(configuration(length))
+    with pytest.raises(UserError, match="must be an integer of at least 0"):
+        validate(configuration("mode=bt", length.replace("0", "-1")))
+
+
+VIEWS = ["min_area=0.5", "jitter=0.5", "gray=0.5", "blur=[0.5,0.5]", "solarize=[0.5,0.5]"]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_are_part_of_what_pre_training_is_and_of_nothing_else(view: str) -> None:
+    override = f"dataset.views.{view}"
+    assert identity(configuration(override)) == identity(configuration())
+    assert identity(configuration("mode=bt", override)) != identity(configuration("mode=bt"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["mode.lmbda=0.1", "mode.projector=[8,8]", "mode.exact=false", "mode.eval_epochs=3", "mode.lr_backbone=0.1",
+     "mode.loss_scale=1", "mode.eval_augmentation=true", "optimizer.lr_1d=0.1", "epochs=0"],
+)  # fmt: skip
+def test_identity_knows_what_can_change_pre_training_or_what_follows(override: str) -> None:
+    assert identity(configuration("mode=bt", override)) != identity(configuration("mode=bt"))
+
+
+def test_a_rate_for_biases_that_is_not_given_does_not_rename_a_run() -> None:
+    assert identity(configuration("optimizer.lr_1d=null")) == identity(configuration())
+    assert identity(configuration("optimizer.lr_1d=0.1")) != identity(configuration())

@@ -1,0 +1,152 @@
+"""Models: shapes, stems, sizes, and weight initialisation that really happens."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, configuration
+from torch import nn
+
+from largebatch.errors import UserError
+from largebatch.models.build import build_model
+from largebatch.models.resnet import RESNETS, resnet
+
+
+def build(*overrides: str, num_classes: int = 10, channels: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(configuration(*overrides).model, num_classes, channels)
+
+
+def test_smallcnn_has_about_65k_parameters() -> None:
+    assert 60_000 < sum(p.numel() for p in build("model=smallcnn", channels=1).parameters()) < 70_000
+
+
+@pytest.mark.parametrize("size", [7, 8, 28, 64])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_smallcnn_takes_images_of_any_size(size: int, norm: str) -> None:
+    model = build("model=smallcnn", f"model.norm={norm}", num_classes=7, channels=1)
+    assert model(torch.randn(2, 1, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "effb0"])
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_torchvision_models_fit_classes_and_channels(name: str, stem: str, channels: int) -> None:
+    model = build(f"model={name}", f"model.stem={stem}", num_classes=7, channels=channels).eval()
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    assert first.in_channels == channels
+    assert first.stride == ((1, 1) if stem == "cifar" else (2, 2))
+    assert model(torch.randn(2, channels, 32, 32)).shape == (2, 7)
+
+
+def equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """The same names in the same order, and the same values bit for bit."""
+    return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def ours_and_torchvision_s(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """Both built under the same seed."""
+    from torchvision import models
+
+    torch.manual_seed(0)
+    ours = resnet(name, num_classes)
+    torch.manual_seed(0)
+    return ours, getattr(models, name)(num_classes=num_classes)
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_our_resnets_are_torchvision_s_bit_for_bit(name: str) -> None:
+    """Weights under a seed, outputs, gradients and running statistics."""
+    ours, theirs = ours_and_torchvision_s(name, num_classes=7)
+    assert equal(ours.state_dict(), theirs.state_dict())
+    assert {n for n, _ in ours.named_modules()} == {n for n, _ in theirs.named_modules()}
+    images = torch.randn(3, 3, 64, 64)
+    outputs = [model(images) for model in (ours, theirs)]  # in training mode
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().mean().backward()
+    gradients = [{n: p.grad for n, p in model.named_parameters()} for model in (ours, theirs)]
+    assert equal(*gradients)
+    assert equal(ours.state_dict(), theirs.state_dict())
+    assert torch.equal(ours.eval()(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_the_same_weights_as_when_torchvision_built_them(name: str) -> None:
+    """A model's initial weights follow from its seed alone, with the CIFAR stem too, which is drawn last."""
+    assert equal(build(f"model={name}").state_dict(), ours_and_torchvision_s(name, num_classes=10)[1].state_dict())
+    _, theirs = ours_and_torchvision_s(name, num_classes=10)
+    stem = nn.Conv2d(1, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    cifar = build(f"model={name}", "model.stem=cifar", channels=1).state_dict()
+    assert equal(cifar, theirs.state_dict() | {"conv1.weight": stem.weight.detach()})
+
+
+def test_a_resnet_is_built_without_torchvision_and_the_compiler() -> None:
+    """They take longer to import than the network takes to build."""
+    program = """
+import sys
+from largebatch.config.schema import ModelConfig
+from largebatch.models.build import build_model
+model = build_model(ModelConfig(name="resnet18", library="torchvision", stem="imagenet"), 10, 3)
+assert sum(p.numel() for p in model.parameters()) == 11_181_642
+print([name for name in ("torchvision", "torch._dynamo") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_timm_models_by_name() -> None:
+    model = build("model=timm", "model.name=resnet10t", "+model.options.drop_rate=0.25", num_classes=7, channels=1)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    assert getattr(model, "drop_rate") == 0.25  # noqa: B009
+
+
+def test_an_unknown_timm_model_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"model\.name=resnet18x: timm has no such model; .* did you mean resnet18"):
+        build("model=timm", "model.name=resnet18x")
+
+
+def test_options_that_timm_refuses_are_named() -> None:
+    with pytest.raises(UserError, match=r"model\.options=.*depthh"):
+        build("model=timm", "model.name=resnet10t", "+model.options.depthh=3")
+
+
+def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        name: module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and isinstance(module.weight, nn.Parameter)
+    }
+
+
+@pytest.mark.parametrize("name", ["smallcnn", "resnet18", "effb0"])
+@pytest.mark.parametrize("init", ["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal"])
+def test_initialisation_changes_every_weight_and_has_its_spread(name: str, init: str) -> None:
+    """Standard deviations by the papers' formulas: Xavier sqrt(2 / (fan_in + fan_out)), Kaiming sqrt(2 / fan_in)."""
+    default, chosen = build(f"model={name}"), build(f"model={name}", f"model.init={init}")
+    before, after = weights(default), weights(chosen)
+    assert len(after) >= 5
+    for layer, weight in after.items():
+        assert not torch.equal(weight, before[layer]), layer
+        fan_in, fan_out = weight[0].numel(), weight.shape[0] * weight[0, 0].numel()
+        expected = math.sqrt(2 / (fan_in + fan_out)) if init.startswith("xavier") else math.sqrt(2 / fan_in)
+        if weight.numel() > 2000:
+            assert float(weight.detach().std()) == pytest.approx(expected, rel=0.1), layer
+        bound = math.sqrt(3) * expected
+        if init.endswith("uniform"):
+            assert float(weight.detach().abs().max()) <= bound * 1.0001, layer
+        elif weight.numel() > 2000:
+            assert float(weight.detach().abs().max()) > bound, layer
+
+
+def test_norm_layers_keep_their_initialisation() -> None:
+    model = build("model=resnet18", "model.init=xavier_normal")
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all(bool((norm.weight == 1).all()) for norm in norms)

@@ -1,0 +1,205 @@
+"""Looking at runs and ending them: ``largebatch status``, ``logs`` and ``cancel``, and what a dry run says of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Launch, environment, start
+
+from largebatch.runs.folder import RunFolder, read_json
+from largebatch.runs.metrics import newest
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+LARGEBATCH = [sys.executable, "-m", "largebatch.cli"]
+# A run of ten seconds and more.
+LONG = (*TINY, "steps=4000", "eval_every=100", "checkpoint.every_steps=1000000")
+
+
+@pytest.fixture
+def largebatch(tmp_path: Path) -> Command:
+    """Run ``largebatch`` in the folder that has ``runs/``."""
+
+    def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*LARGEBATCH, *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True,
+            timeout=timeout, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def a_run(folder: Path, name: str, said: str = "", **status: object) -> RunFolder:
+    """A run's folder with what ``status`` says of it."""
+    run = RunFolder(folder / "runs" / name)
+    run.path.mkdir(parents=True)
+    run.update_status(**{"state": "finished", "message": "", "cluster": "local", **status})
+    run.log.write_text(said)
+    return run
+
+
+def test_runs_are_listed_with_how_they_stand_and_what_they_said(tmp_path: Path, largebatch: Command) -> None:
+    a_run(tmp_path, "digits-a-11111111", state="finished", step=8, steps=8)
+    preempted = a_run(
+        tmp_path, "digits-b-12222222", "begins\nstep 3/8  train/loss 0.5\n", state="preempted", step=3, steps=8
+    )
+    preempted.metrics.write_text('{"step": 2, "test/accuracy": 0.25}\n{"step": 3, "train/loss": 0.5}\n{"st')
+    a_run(tmp_path, "digits-c-33333333", state="running", pid=1, host="gone", step=5, steps=8)
+    a_run(tmp_path, "digits-d-44444444", state="failed", message="out of disk", step=1, steps=8)
+    (tmp_path / "runs" / "not-a-run").mkdir()
+    listed = largebatch("status")
+    lines = [re.split(r"\s{2,}", line) for line in listed.stdout.splitlines()]
+    assert lines[2:6] == [
+        ["digits-a-11111111", "finished", "8", "8", "-"],
+        ["digits-b-12222222", "preempted", "3", "8", "25.00 %", "step 3/8", "train/loss 0.5"],
+        ["digits-c-33333333", "interrupted", "5", "8", "-"],
+        ["digits-d-44444444", "failed", "1", "8", "-", "out of disk"],
+    ]
+    assert lines[-1] == ["4 run(s): 1 finished, 1 preempted, 1 interrupted, 1 failed"]
+    rows = json.loads(largebatch("status", "runs", "--json").stdout)
+    assert [row["log"] for row in rows] == ["", "step 3/8  train/loss 0.5", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("status.json", '{"state": "fin'), ("status.json", "[1]"), ("summary.json", "\xff"), ("metrics.jsonl", "half\n")],
+)
+def test_a_folder_with_damaged_files_is_named_among_the_others(
+    tmp_path: Path, largebatch: Command, file: str, content: str
+) -> None:
+    a_run(tmp_path, "good-11111111")
+    bad = a_run(tmp_path, "bad-22222222", state="running" if file == "metrics.jsonl" else "finished")
+    (bad.path / file).write_bytes(content.encode("latin-1"))
+    listed = largebatch("status")
+    assert listed.returncode == 0, listed.stderr
+    assert "1 unreadable, 1 finished" in listed.stdout
+    assert re.search(rf"bad-22222222 +unreadable.*{file}", listed.stdout)
+
+
+def test_runs_are_named_by_the_beginning_of_name_or_digits(tmp_path: Path, largebatch: Command) -> None:
+    for name in ("digits-lars-s0-1a111111", "digits-lars-s1-1b222222", "cifar10-lamb-s0-3c333333"):
+        a_run(tmp_path, name, f"this is {name}\nits end\n")
+    for wanted in ("cifar", "3c3", "runs/cifar10", "runs/3c", "runs/cifar10-lamb-s0-3c333333"):
+        assert largebatch("logs", wanted).stdout == "this is cifar10-lamb-s0-3c333333\nits end\n", wanted
+    assert largebatch("logs", "1b", "--lines", "1").stdout == "its end\n"
+    assert len(json.loads(largebatch("status", "digits", "3c3", "--json").stdout)) == 3
+    assert len(json.loads(largebatch("status", "digits", "1a", "--json").stdout)) == 2
+    several, none = largebatch("logs", "digits"), largebatch("status", "imagenet")
+    assert several.returncode == none.returncode == 2
+    assert "digits: means 2 runs; give more of the name, or its last digits" in several.stderr
+    assert "error:   digits-lars-s1-1b222222" in several.stderr
+    assert none.stderr == (
+        "error: imagenet: no run in runs whose name, or whose last eight digits, begin so; "
+        "`largebatch status runs` lists them\n"
+    )
+    nowhere = largebatch("cancel", "elsewhere/1a")
+    assert nowhere.returncode == 2
+    assert "elsewhere is not a folder" in nowhere.stderr
+
+
+def test_slurm_s_log_is_shown_where_the_run_has_said_nothing(tmp_path: Path, largebatch: Command) -> None:
+    a_run(tmp_path, "digits-11111111", state="failed", cluster="slurm", job_id="12_3")
+    assert largebatch("logs", "digits").returncode == 2
+    (tmp_path / "runs" / ".slurm").mkdir()
+    (tmp_path / "runs" / ".slurm" / "12_3_0_log.err").write_text("srun: error: no such module\n")
+    (tmp_path / "runs" / ".slurm" / "12_4_0_log.err").write_text("another's\n")
+    assert largebatch("logs", "digits").stdout.splitlines() == [
+        "==> runs/.slurm/12_3_0_log.err", "srun: error: no such module",
+    ]  # fmt: skip
+
+
+def wait_for_step(folder: Path, step: int) -> RunFolder:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        for path in folder.glob("runs/*/metrics.jsonl"):
+            if (newest(path, "step") or 0) >= step:
+                return RunFolder(path.parent)
+        time.sleep(0.05)
+    raise AssertionError("the run didn't come to that step")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cancelled_run_saves_and_the_same_command_goes_on(
+    tmp_path: Path, largebatch: Command, processes: int
+) -> None:
+    launcher = start(*LONG, f"cluster.processes={processes}", cwd=tmp_path)
+    run = wait_for_step(tmp_path, 20)
+    followed = subprocess.Popen(
+        [*LARGEBATCH, "logs", "synthetic", "--follow"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    watched = subprocess.Popen(
+        [*LARGEBATCH, "status", "--watch"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert watched.stdout is not None
+    assert re.search(r"\d\d:\d\d:\d\d synthetic.* running", watched.stdout.readline())
+    cancelled = largebatch("cancel", run.name[:12])
+    assert cancelled.returncode == 0, cancelled.stdout + cancelled.stderr
+    step = run.read_status()["step"]
+    assert cancelled.stdout == f"{run.name}: cancelled after step {step} of 4000\n"
+    assert run.state() == "preempted"
+    assert (run.checkpoints / f"step-{step:08}.pt").exists()
+    assert launcher.wait(30) == 0, launcher.communicate()
+    assert f"preempted after step {step} of 4000" in followed.communicate(timeout=30)[0]
+    last = watched.communicate(timeout=30)[0].splitlines()
+    assert re.search(rf"{run.name} preempted +cancelled; the same command resumes", last[-2])
+    assert last[-1] == "1 run(s): 1 preempted"
+    again = largebatch("cancel", "runs")
+    assert again.stdout == f"{run.name}: not at work; preempted\n"
+
+
+def test_a_terminal_is_shown_runs_at_work_until_none_is(tmp_path: Path) -> None:
+    done, at_work = a_run(tmp_path, "digits-a-11111111"), a_run(tmp_path, "digits-b-22222222", state="queued")
+    terminal, program_side = pty.openpty()
+    watcher = subprocess.Popen(
+        [*LARGEBATCH, "status", "--watch"], cwd=tmp_path, env={**environment(), "TERM": "xterm", "COLUMNS": "120"},
+        stdin=program_side, stdout=program_side, stderr=program_side,
+    )  # fmt: skip
+    os.close(program_side)
+    sent = bytearray()
+    try:
+        while part := os.read(terminal, 1 << 16):
+            sent += part
+            if b"queued" in sent:  # it was seen
+                at_work.update_status(state="finished")
+    except OSError:  # how a terminal says that nobody has its other side any more
+        pass
+    os.close(terminal)
+    assert watcher.wait(30) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", sent.decode())
+    first = text.partition("1 finished, 1 queued")[2]
+    assert first.index(at_work.name) < first.index(done.name)  # what is at work comes first
+    assert text.rstrip().endswith("2 run(s): 2 finished")
+
+
+def test_a_dry_run_says_how_the_runs_stand_and_how_long_they_may_take(launch: Launch, tmp_path: Path) -> None:
+    grid = ("-m", *TINY, "seed=0,1", "steps=8")
+    before = launch(*grid, "dry_run=true").stdout.splitlines()
+    assert before[:2] == [
+        "2 run(s): 2 new; nothing is started (dry_run=true)",
+        "no finished run of these data sets, models and modes tells how long they take",
+    ]
+    assert launch(*TINY, "seed=0", "steps=8").returncode == 0
+    (finished,) = tmp_path.glob("runs/*/summary.json")
+    summary = read_json(finished)
+    finished.write_text(json.dumps(summary | {"wall_seconds": 7200.0, "processes": 2}))  # of 8 steps
+    after = launch(*grid, "dry_run=true").stdout.splitlines()
+    assert after[:2] == [
+        "2 run(s): 1 finished, 1 new; nothing is started (dry_run=true)",
+        "about 4.0 device-hours to go, by the finished runs nearest to them",
+    ]
+    longer = launch("-m", *TINY, "seed=0,1", "steps=16", "batch_size=8,16", "dry_run=true").stdout.splitlines()
+    assert longer[1].startswith("about 24.0 device-hours to go")  # 2 * (8 + 4): images count
+    other = launch("-m", *TINY, "mode=bt", "seed=0,1", "dry_run=true").stdout.splitlines()
+    assert other[1].startswith("no finished run of these")

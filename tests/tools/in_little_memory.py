@@ -1,0 +1,211 @@
+"""``micro_batch=auto``: finding what fits, and steps that run out of memory. Memory is made short by ``ulimit -v``.
+
+Started by test_memory.py.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, configuration, environment
+
+from largebatch.errors import UserError
+from largebatch.machine.memory import free_memory, host_memory, is_out_of_memory
+from largebatch.runs.folder import RunFolder
+from largebatch.tracking.console import Console
+from largebatch.training.clock import StepClock
+from largebatch.training.evaluation import evaluate
+from largebatch.training.micro_batch import smaller_micro_batch
+from largebatch.training.probe import train_probe
+from largebatch.training.profile import Profile
+from largebatch.training.set_up import set_up
+from largebatch.training.state import Run, Training
+from largebatch.training.step import gradient
+from largebatch.training.stop import StepBoundary
+from largebatch.training.worker import batches_from, loop
+
+MIB = 1 << 20
+CPU = torch.device("cpu")
+# A pass of the whole batch keeps some 400 MiB: one map of 512 x 32 x 32 x 32 takes 64.
+WIDE = (
+    "dataset=synthetic", "dataset.train_size=512", "dataset.test_size=512", "dataset.image_size=32",
+    "dataset.num_classes=4", "model.norm=batch", "batch_size=512", "tracker=none", "steps=1",
+)  # fmt: skip
+
+
+@contextmanager
+def memory_left(size: int) -> Iterator[None]:
+    """Let this process take only ``size`` bytes more."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def a_run(folder: Path, *overrides: str) -> tuple[Run, Training]:
+    folder.mkdir(exist_ok=True)
+    with Console(folder / "log.txt", speaking=False) as console:
+        return set_up(configuration(*WIDE, *overrides), RunFolder(folder), 0, 1, CPU, console, None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads of so small a network wait for each other longest, where other work has the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def one_gradient(run: Run, training: Training) -> tuple[torch.Tensor | None, Run]:
+    return gradient(run, training, batches_from(run, 0), Profile(None, CPU, 1))
+
+
+def test_a_failed_allocation_is_told_from_other_errors() -> None:
+    with memory_left(64 * MIB), pytest.raises(RuntimeError) as failed:
+        torch.empty(1 << 30)
+    assert is_out_of_memory(failed.value)
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_free_memory_knows_the_process_s_own_limit() -> None:
+    assert 0 < free_memory(CPU) == pytest.approx(host_memory(), rel=0.2)
+    with memory_left(300 * MIB):
+        assert host_memory() == pytest.approx(300 * MIB, abs=20 * MIB)
+
+
+def test_the_whole_share_is_taken_where_it_fits(tmp_path: Path) -> None:
+    run, _ = a_run(tmp_path, "micro_batch=auto")
+    assert (run.batch.micro_batch, run.batch.accumulation) == (512, 1)
+
+
+def test_what_is_found_in_little_memory_fits_there(tmp_path: Path) -> None:
+    with memory_left(300 * MIB):
+        run, training = a_run(tmp_path, "micro_batch=auto")
+        assert 8 <= run.batch.micro_batch < 512
+        finite, after = one_gradient(run, training)
+    assert finite is not None
+    assert after == run
+
+
+def test_a_step_that_runs_out_of_memory_is_taken_again_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Gradients, running statistics and totals equal those of a run that had the smaller micro-batches at once."""
+    run, training = a_run(tmp_path / "short", "micro_batch=auto")
+    assert run.batch.micro_batch == 512
+    tried = []
+    with memory_left(150 * MIB):
+        finite = None
+        while finite is None:
+            tried.append(run.batch.micro_batch)
+            finite, run = one_gradient(run, training)
+    assert len(tried) > 1
+    assert tried == [512 >> n for n in range(len(tried))]
+
+    plain_run, plain = a_run(tmp_path / "plain", f"micro_batch={tried[-1]}")
+    one_gradient(plain_run, plain)
+    assert bool(finite)
+    assert torch.equal(training.totals, plain.totals)
+    assert_same_gradients_and_statistics(training, plain)
+
+
+def assert_same_gradients_and_statistics(one: Training, other: Training) -> None:
+    for (name, ours), theirs in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad), name
+    for ours, theirs in zip(one.model.buffers(), other.model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# Two views of an image take twice the memory of one.
+FEWER = ("mode=bt", "dataset.train_size=256", "batch_size=256")
+
+
+def test_so_is_a_step_of_barlow_twins(tmp_path: Path) -> None:
+    run, training = a_run(tmp_path / "short", *FEWER, "micro_batch=auto")
+    assert run.batch.micro_batch == 256
+    tried, finite = [], None
+    with memory_left(150 * MIB):
+        while finite is None:
+            tried.append(run.batch.micro_batch)
+            finite, run = one_gradient(run, training)
+    assert len(tried) > 1
+    assert tried == [256 >> n for n in range(len(tried))]
+
+    plain_run, plain = a_run(tmp_path / "plain", *FEWER, f"micro_batch={tried[-1]}")
+    one_gradient(plain_run, plain)
+    assert bool(finite)
+    assert torch.equal(training.totals, plain.totals)
+    assert_same_gradients_and_statistics(training, plain)
+
+
+def test_the_probe_takes_the_micro_batches_that_pretraining_came_to(tmp_path: Path) -> None:
+    probe = ("mode.eval_batch_size=256", "mode.eval_epochs=1", "mode.lr_backbone=0.01", "mode.knn_every=0")
+    run, training = a_run(tmp_path, *FEWER, *probe, "micro_batch=auto")
+    clock, boundary = StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0)
+    with Console(tmp_path / "log.txt", speaking=False) as console, memory_left(150 * MIB):
+        run, state, _ = loop(run, training, None, None, clock, console, boundary)
+        assert state == "finished"
+        assert run.batch.micro_batch < 256
+        assert run.probe is not None
+        assert run.probe.batch.micro_batch == run.batch.micro_batch
+        assert train_probe(run, training, None, None, clock, boundary) == ("finished", "")
+
+
+def test_without_auto_the_error_is_raised(tmp_path: Path) -> None:
+    run, training = a_run(tmp_path)
+    with memory_left(100 * MIB), pytest.raises(RuntimeError, match="can't allocate memory"):
+        one_gradient(run, training)
+
+
+def test_evaluation_takes_smaller_batches_where_memory_is_short(tmp_path: Path) -> None:
+    run, training = a_run(tmp_path, "micro_batch=auto")
+    expected = evaluate(run, training.model)
+    with memory_left(100 * MIB):  # not so little that oneDNN finds no page for its code: that it doesn't get over
+        assert evaluate(run, training.model) == pytest.approx(expected, rel=1e-5)
+
+
+def test_smaller_micro_batches_divide_the_share_and_hold_whole_groups(tmp_path: Path) -> None:
+    run, _ = a_run(tmp_path, "batch_size=360", "micro_batch=90")
+    assert smaller_micro_batch(run.batch, 1) == 45
+    assert smaller_micro_batch(run.batch, 4) == 40
+    with pytest.raises(UserError, match="no smaller ones"):
+        smaller_micro_batch(run.batch, 90)
+
+
+def test_host_memory_does_not_grow_over_2000_steps(tmp_path: Path, one_thread: None) -> None:
+    config = configuration(*TINY, "steps=2400", "tracker.log_every=50", "tracker.layers_every=0", "eval_every=1000")
+    with Console(tmp_path / "log.txt", speaking=False) as console:
+        run, training = set_up(config, RunFolder(tmp_path), 0, 1, CPU, console, None)
+        boundary, resident = StepBoundary(3600.0, None, rank=0), []
+        for steps in (400, 2400):
+            loop(replace(run, steps=steps), training, None, None, StepClock(0.0, CPU), console, boundary)
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    assert resident[1] - resident[0] < 4 * MIB
+
+
+def test_a_process_that_runs_out_of_memory_takes_the_others_along(tmp_path: Path) -> None:
+    """Rank 1 of two runs short at the second step; both go on with half, and the run ends well."""
+    script = ROOT / "tests" / "tools" / "short_of_memory.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    result = subprocess.run(
+        [*torchrun, str(tmp_path)], env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "out of memory at step 2: micro-batches of 128 from here on" in log
+    assert "finished after step 4 of 4" in log

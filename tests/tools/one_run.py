@@ -1,0 +1,104 @@
+"""A W&B run as the training loop makes it, in a process of its own: ``python one_run.py JSON [ignored ...]``.
+
+Takes ``{"directory", "tracker": {...}, "rows", "first_step", "init_timeout", "finish_timeout", "times", "break": ...}``
+and prints one JSON object with what was said and how long it took. ``break`` is what happens after the first row:
+``core`` kills wandb's process, ``type`` logs something that isn't a row, ``self`` kills this process after 2 s,
+``wait`` prints ``ready`` and waits for a line.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from largebatch.config import schema
+from largebatch.tracking import wandb_run
+
+
+def configuration(**tracker: Any) -> schema.Config:
+    return schema.Config(
+        dataset=schema.DatasetConfig(name="digits"),
+        model=schema.ModelConfig(name="smallcnn", library="largebatch"),
+        optimizer=schema.OptimizerConfig(name="tvlars", library="largebatch", lr=2.0, lmbda=0.001),
+        schedule=schema.ScheduleConfig(name="constant"),
+        mode=schema.ModeConfig(name="clf"),
+        cluster=schema.ClusterConfig(name="local"),
+        tracker=schema.TrackerConfig(**{"name": "wandb", **tracker}),
+    )
+
+
+def training_row(step: int) -> dict[str, Any]:
+    counters = {"step": step, "epoch": step / 4, "examples": 512 * step, "wall_seconds": 0.1 * step}
+    return {**counters, "train/loss": 1.0 / step, "optim/lr": 2.0, "optim/phi": None}
+
+
+def evaluation_row(step: int) -> dict[str, Any]:
+    return {"step": step, "epoch": step / 4, "examples": 512 * step, "wall_seconds": 1.0, "test/accuracy": 0.5}
+
+
+def kill_core() -> None:
+    """Kill the process that wandb started for this one."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # some other process, gone meanwhile
+            name, rest = stat.read_text().rsplit(")", 1)
+            if rest.split()[1] == str(os.getpid()) and "wandb-core" in name:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+                time.sleep(0.3)
+                return
+    raise RuntimeError("this process has no wandb-core")
+
+
+def carry_out(asked: dict[str, Any], said: list[str]) -> dict[str, Any]:
+    began = time.monotonic()
+    limits = {key: asked[key] for key in ("init_timeout", "finish_timeout") if key in asked}
+    run = wandb_run.start(
+        configuration(**asked.get("tracker", {})),
+        Path(asked["directory"]),
+        asked.get("id", "0123abcd"),
+        "digits-tvlars-0123abcd",
+        {"lr": 4.0, "commit": "0" * 40, "steps": 20},
+        said.append,
+        **limits,
+    )
+    report: dict[str, Any] = {"mode": run.mode if run else None, "start_seconds": time.monotonic() - began}
+    if run is None:
+        return report
+    first = asked.get("first_step", 1)
+    for step in range(first, first + asked.get("rows", 3)):
+        run.log(training_row(step))
+        if step == first:
+            interfere(run, asked.get("break"))
+    run.log(evaluation_row(first + asked.get("rows", 3) - 1))
+    run.summarize({"test/accuracy": 0.875, "best/test/accuracy": 0.9, "test/top5": None})
+    began = time.monotonic()
+    run.finish(asked.get("exit_code", 0))
+    return {**report, "finish_seconds": time.monotonic() - began}
+
+
+def interfere(run: wandb_run.WandbRun, how: str | None) -> None:
+    if how == "core":
+        kill_core()
+    elif how == "type":
+        run.log(["not", "a", "row"])  # type: ignore[arg-type]
+    elif how == "self":
+        time.sleep(2.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "wait":
+        print("ready", flush=True)
+        sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    wanted = json.loads(sys.argv[1])
+    heard: list[str] = []
+    environment = dict(os.environ)
+    report = carry_out(wanted, heard)
+    for _ in range(wanted.get("times", 1) - 1):
+        time.sleep(1.1)  # wandb names a part of a run by the second, and no run is resumed within the same one
+        report = carry_out(wanted, heard)
+    changed = {key for key in {*environment, *os.environ} if environment.get(key) != os.environ.get(key)}
+    print(json.dumps({**report, "said": heard, "changed": sorted(changed), "wandb": "wandb" in sys.modules}))

@@ -1,0 +1,18 @@
+"""A run's worker that is ``impatient`` of W&B at its end, or ``fails``: ``python worker.py RUN_DIR [HOW]``."""
+
+import sys
+
+from largebatch.tracking import wandb_run
+from largebatch.training import loop, worker
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("as told")
+
+
+if __name__ == "__main__":
+    if "impatient" in sys.argv:
+        wandb_run.FINISH_TIMEOUT = 1.5
+    if "fails" in sys.argv:
+        loop.evaluate = fail  # type: ignore[assignment]
+    sys.exit(worker.main(sys.argv[1:2]))

@@ -1,0 +1,315 @@
+"""Barlow Twins from end to end: pre-training and linear probe in one run, the same over any division of the batch."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, Launch, configuration
+from offline import history_of
+from runs import parameters, the_run, train_in
+from torch import Tensor, nn
+
+from largebatch.config.schema import load_config
+from largebatch.data import MemoryImages, load_data
+from largebatch.modes.bt import build_model
+from largebatch.runs.folder import RunFolder
+from largebatch.runs.metrics import read_rows
+from largebatch.seeding import derive_seed
+from largebatch.tracking.console import Console
+from largebatch.training.clock import StepClock
+from largebatch.training.probe import train_probe
+from largebatch.training.set_up import set_up
+from largebatch.training.state import Run, Training
+from largebatch.training.stop import StepBoundary
+from largebatch.training.worker import loop
+
+CPU = torch.device("cpu")
+# A probe batch that divides neither the 64 training images nor what a validation part leaves of them.
+BT = (
+    *TINY, "mode=bt", "mode.projector=[16,16]", "mode.eval_epochs=3", "mode.eval_batch_size=20", "cluster.threads=1",
+)  # fmt: skip
+
+
+def checkpoint(run: Path, step: int) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(run / "checkpoints" / f"step-{step:08d}.pt", weights_only=True)
+    return state
+
+
+def of_backbone(model: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.items() if name.startswith("backbone.")}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return summary
+
+
+def status_of(run: Path) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return status
+
+
+# 9 steps and three epochs of two probe steps, on 48 images.
+WHOLE = (*BT, "steps=9", "dataset.val_fraction=0.25", "mode.knn_every=2", "model.norm=batch", "optimizer.lr=0.5")
+RECORDED = (
+    "tracker=wandb", "tracker.mode=offline", "tracker.layers_every=3", "profile=true", "checkpoint.every_seconds=1e6",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one process, with all that can be recorded of it."""
+    plain = [item for item in WHOLE if item != "tracker=none"]
+    return train_in(tmp_path_factory.mktemp("runs") / "whole", *plain, *RECORDED)
+
+
+def test_a_run_has_rows_of_neighbours_pretraining_and_probe(whole: Path) -> None:
+    rows = read_rows(whole / "metrics.jsonl")
+    neighbours = [row for row in rows if "test/knn_accuracy" in row]
+    assert [row["step"] for row in neighbours] == [0, 6, 9]  # an epoch of 48 images has three steps of 16
+    assert {"val/knn_accuracy", "embedding/std", "embedding/effective_rank"} <= neighbours[0].keys()
+    assert rows[0] == neighbours[0]
+
+    trained = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in trained] == [2, 4, 6, 8, 9]
+    mode = load_config(whole / "config.yaml").mode
+    assert mode.lmbda is not None
+    assert mode.loss_scale is not None
+    for row in trained:
+        unscaled = row["train/on_diagonal"] + mode.lmbda * row["train/off_diagonal"]
+        assert row["train/loss"] == pytest.approx(mode.loss_scale * unscaled, rel=1e-6)
+
+    probed = rows[-3:]
+    assert rows == [*sorted([*trained, *neighbours], key=lambda row: row["step"]), *probed]
+    assert [(row["step"], row["probe/epoch"]) for row in probed] == [(11, 1), (13, 2), (15, 3)]
+    assert [row["epoch"] for row in probed] == [4, 5, 6]
+    assert [row["examples"] for row in probed] == [9 * 16 + epoch * 40 for epoch in (1, 2, 3)]
+    for epoch, row in enumerate(probed):
+        assert row["probe/lr"] == pytest.approx(0.3 * (1 + math.cos(math.pi * epoch / 3)) / 2)
+        for split, images in (("val", 16), ("test", 21)):
+            assert row[f"{split}/accuracy"] * images == pytest.approx(round(row[f"{split}/accuracy"] * images))
+            assert row[f"{split}/top5"] == 1  # there are four classes
+            assert row[f"{split}/loss"] > 0
+        assert row["probe/accuracy"] * 40 == pytest.approx(round(row["probe/accuracy"] * 40))
+        assert row["probe/loss"] > 0
+
+
+def test_a_run_leaves_status_summary_and_tables(whole: Path) -> None:
+    rows, summary, status = read_rows(whole / "metrics.jsonl"), summary_of(whole), status_of(whole)
+    assert (status["state"], status["step"], status["steps"]) == ("finished", 15, 15)
+    assert (summary["state"], summary["step"], summary["steps"], summary["pretraining_steps"]) == (
+        "finished",
+        15,
+        15,
+        9,
+    )
+    assert (summary["probe_batch"], summary["probe_steps"]) == (20, 6)
+    for name in ("test/accuracy", "test/loss", "val/accuracy", "probe/loss", "probe/accuracy"):
+        assert summary[name] == rows[-1][name]
+    (last,) = (row for row in rows if row["step"] == 9 and "test/knn_accuracy" in row)
+    assert summary["test/knn_accuracy"] == last["test/knn_accuracy"]
+    assert summary["embedding/effective_rank"] == last["embedding/effective_rank"]
+    chosen = max(rows[-3:], key=lambda row: (row["val/accuracy"], -row["step"]))
+    assert summary["best/chosen_by"] == "val/accuracy"
+    assert summary["best/test/accuracy"] == chosen["test/accuracy"]
+    assert summary["best/epoch"] == chosen["epoch"]
+
+    assert pyarrow.parquet.read_table(whole / "metrics.parquet").num_rows == len(rows)
+    layers = pyarrow.parquet.read_table(whole / "layers.parquet").to_pylist()
+    assert {row["step"] for row in layers} == {3, 6, 9}
+    projector = {"projector.first.weight", "projector.stages.0.linear.weight"}
+    assert {row["layer"] for row in layers} == {f"backbone.conv{n}.weight" for n in (1, 2, 3, 4)} | projector
+    assert all(row["weight_norm"] > 0 and row["gradient_norm"] > 0 for row in layers)
+    assert "its loss over the global batch, mode.exact=true; " in (whole / "log.txt").read_text()
+
+
+def test_a_run_is_profiled_and_copied_to_wandb(whole: Path) -> None:
+    with gzip.open(whole / "profile" / "trace.json.gz") as handle:
+        events = json.load(handle)["traceEvents"]
+    phases = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    steps = phases.count("optimizer")
+    assert steps == 6  # after three of warm-up
+    assert all(phases.count(name) >= steps for name in ("data", "forward", "backward"))
+    assert (whole / "profile" / "shares.txt").exists()
+
+    history, summary = history_of(whole)
+    assert [row for row in history if not any(name.startswith("layers/") for name in row)] == read_rows(
+        whole / "metrics.jsonl"
+    )
+    assert summary["test/accuracy"] == summary_of(whole)["test/accuracy"]
+    assert (summary["step"], summary["epoch"]) == (15, 6)
+
+
+def test_the_probe_is_of_the_backbone_that_pretraining_left(whole: Path) -> None:
+    """Accuracy and loss on the test set, from the checkpoint, with the images normalised here."""
+    final, config = checkpoint(whole, 15), load_config(whole / "config.yaml")
+    assert same(final["model"], checkpoint(whole, 9)["model"])
+
+    data = load_data(config.dataset, config.seed)
+    model = build_model(config, data)
+    model.load_state_dict(final["model"])
+    head = nn.Linear(model.features, data.num_classes)
+    head.load_state_dict(final["probe"]["head"])
+    assert isinstance(data.test.images, MemoryImages)
+    pixels = data.test.images.pixels.float() / 255
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (data.mean, data.std))
+    with torch.no_grad():
+        logits = head(model.eval().backbone((pixels - mean) / std))
+    summary = summary_of(whole)
+    assert summary["test/accuracy"] == int((logits.argmax(dim=1) == data.test.labels).sum()) / 21
+    assert summary["test/loss"] == pytest.approx(float(F.cross_entropy(logits, data.test.labels)), rel=1e-5)
+    trained = checkpoint(whole, 9)["probe"]["head"]
+    assert not same(head.state_dict(), trained)
+    assert float(trained["weight"].std()) == pytest.approx(0.01, rel=0.2)  # where it starts
+
+
+# A rate at which rounding differences don't grow over 12 steps.
+GENTLE = (*BT, "steps=12", "optimizer.lr=0.5")
+
+
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process that takes its whole batch at once."""
+    return train_in(tmp_path_factory.mktemp("runs") / "undivided", *GENTLE)
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Parameters and running statistics, the probe's linear layer, and the figures."""
+    a, b = (parameters(run) for run in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=partial("{}: {}".format, name))
+    c, d = (checkpoint(run, status_of(run)["step"])["probe"]["head"] for run in (one, other))
+    for name in c:
+        torch.testing.assert_close(c[name], d[name], rtol=1e-4, atol=1e-5)
+    first, second = summary_of(one), summary_of(other)
+    for figure in ("test/accuracy", "test/knn_accuracy"):
+        assert first[figure] == second[figure]
+    for figure in ("test/loss", "probe/loss", "train/loss", "embedding/std", "embedding/effective_rank"):
+        assert first[figure] == pytest.approx(second[figure], rel=1e-4)
+
+
+@pytest.mark.parametrize("division", [["cluster.processes=2"], ["cluster.processes=4", "micro_batch=2"]])
+def test_any_division_of_the_batch_trains_the_same(tmp_path: Path, undivided: Path, division: list[str]) -> None:
+    assert_same_training(undivided, train_in(tmp_path / "divided", *GENTLE, *division))
+
+
+def test_synchronised_batch_norm_trains_the_same_in_two_processes(tmp_path: Path, whole: Path) -> None:
+    assert_same_training(whole, train_in(tmp_path / "divided", *WHOLE, "sync_bn=true", "cluster.processes=2"))
+
+
+def test_a_loss_of_each_micro_batch_trains_another_network_and_says_so(tmp_path: Path, undivided: Path) -> None:
+    run = train_in(tmp_path / "inexact", *GENTLE, "mode.exact=false", "cluster.processes=2")
+    ours, theirs = parameters(run), parameters(undivided)
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in of_backbone(ours)) > 1e-3
+    assert "its loss of each micro-batch of 8 images by itself, mode.exact=false" in (run / "log.txt").read_text()
+    assert status_of(run)["state"] == "finished"
+
+
+def probed(folder: Path, *overrides: str) -> Training:
+    """The training after a probe of an untrained backbone."""
+    run, training = in_this_process(folder, "epochs=0", *overrides)
+    ended = train_probe(run, training, None, None, StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0))
+    assert ended == ("finished", "")
+    assert training.step == 9
+    return training
+
+
+@pytest.mark.parametrize("augmentation", ["true", "false"])
+@pytest.mark.parametrize("backbone", ["0.0", "0.01"])
+def test_a_probe_s_accumulation_trains_the_same(tmp_path: Path, backbone: str, augmentation: str) -> None:
+    options = (f"mode.lr_backbone={backbone}", f"mode.eval_augmentation={augmentation}")
+    whole, divided = (probed(tmp_path, *options, size) for size in ("micro_batch=null", "micro_batch=4"))
+    assert whole.probe is not None
+    assert divided.probe is not None
+    torch.testing.assert_close(whole.probe.head.weight, divided.probe.head.weight, rtol=1e-5, atol=1e-6)
+    untrained = in_this_process(tmp_path)[1].model.state_dict()
+    assert same(whole.model.state_dict(), untrained) is (backbone == "0.0")
+    for ours, theirs in zip(whole.model.parameters(), divided.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_without_pretraining_the_untrained_backbone_is_evaluated(launch: Launch, tmp_path: Path) -> None:
+    result = launch(*BT, "epochs=0", "schedule=warmup_cosine", "model.norm=batch")
+    assert result.returncode == 0, result.stderr
+    run = the_run(tmp_path)
+    rows, summary = read_rows(run / "metrics.jsonl"), summary_of(run)
+    assert [row["step"] for row in rows] == [0, 3, 6, 9]
+    assert not any("train/loss" in row for row in rows)
+    assert summary["test/knn_accuracy"] == rows[0]["test/knn_accuracy"]
+    assert summary["test/accuracy"] == rows[-1]["test/accuracy"]
+    assert (summary["state"], summary["pretraining_steps"]) == ("finished", 0)
+
+    config = load_config(run / "config.yaml")
+    torch.manual_seed(derive_seed(config.seed, "model"))
+    untrained = build_model(config, load_data(config.dataset, config.seed)).state_dict()
+    assert same(parameters(run), untrained)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup_cosine", "warmup_poly"])
+def test_every_schedule_does_without_a_step(tmp_path: Path, schedule: str) -> None:
+    training = in_this_process(tmp_path, "epochs=0", f"schedule={schedule}")[1]
+    (rate,) = training.schedule.get_last_lr()
+    assert math.isfinite(rate)
+
+
+def in_this_process(folder: Path, *overrides: str) -> tuple[Run, Training]:
+    with Console(folder / "log.txt", speaking=False) as console:
+        return set_up(configuration(*BT, *overrides), RunFolder(folder), 0, 1, CPU, console, None)
+
+
+def test_a_stop_wished_for_in_the_last_step_of_pretraining_takes_effect_in_the_probe(tmp_path: Path) -> None:
+    run, training = in_this_process(tmp_path, "steps=1")
+    clock, boundary = StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0)
+    boundary.asked_to_stop = True
+    with Console(tmp_path / "log.txt", speaking=False) as console:
+        assert loop(run, training, None, None, clock, console, boundary) == (run, "finished", "")
+    assert train_probe(run, training, None, None, clock, boundary) == ("preempted", "")
+    assert training.step == 2
+
+
+def test_a_diverged_pretraining_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
+    result = launch(*BT, "steps=40", "optimizer=sgd", "optimizer.lr=1e12")
+    assert result.returncode == 0, result.stderr
+    run = the_run(tmp_path)
+    status = status_of(run)
+    assert status["state"] == "diverged"
+    assert "the loss was not finite at step " in status["message"]
+    assert 2 <= int(status["message"].rsplit(" ", 1)[1]) <= status["step"] < 40
+    assert summary_of(run)["state"] == "diverged"
+    assert "test/accuracy" not in summary_of(run)
+    assert "Traceback" not in (run / "log.txt").read_text()
+
+
+def test_a_diverged_probe_says_in_which_epoch(tmp_path: Path) -> None:
+    run, training = in_this_process(tmp_path, "epochs=0", "mode.lr_classifier=1e30")
+    state, message = train_probe(run, training, None, None, StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0))
+    assert state == "diverged"
+    assert message == f"the loss was not finite in epoch {training.step // 3} of the evaluation's training"
+    assert training.step < 9
+
+
+@pytest.mark.parametrize(("model", "division"), [("resnet50", ()), ("effb0", ("micro_batch=5",))])
+def test_models_with_batch_norm_take_an_odd_batch(launch: Launch, tmp_path: Path, model: str, division: Any) -> None:
+    """And a probe batch that is larger than the data."""
+    small = ("dataset.image_size=16", "dataset.channels=3", "dataset.train_size=32", "batch_size=15", "steps=1")
+    probe = ("mode.eval_epochs=1", "mode.eval_batch_size=256")
+    result = launch(*BT, *small, *probe, f"model={model}", "model.stem=cifar", *division)
+    assert result.returncode == 0, result.stderr
+    summary = summary_of(the_run(tmp_path))
+    assert (summary["state"], summary["probe_batch"]) == ("finished", 32)
+    assert summary["test/accuracy"] * 21 == pytest.approx(round(summary["test/accuracy"] * 21))
+    assert math.isfinite(summary["train/loss"])

@@ -1,0 +1,60 @@
+"""Single steps of Barlow Twins: any optimizer, and running statistics."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from test_bt import CPU, in_this_process, same
+from torch import Tensor
+
+from largebatch.modes.bt import BarlowTwins
+from largebatch.training.profile import Profile
+from largebatch.training.step import gradient, update
+from largebatch.training.worker import batches_from
+
+OPTIMIZERS = [
+    "lars", "lamb", "tvlars", "clars", "sgd", "adam", "adamw", "adagrad", "rmsprop", "timm optimizer.name=lars",
+]  # fmt: skip
+
+
+def two_steps(folder: Path, *overrides: str) -> dict[str, Tensor]:
+    """The parameters after them; every one must have moved."""
+    run, training = in_this_process(folder, "steps=2", *overrides)
+    before = {name: parameter.detach().clone() for name, parameter in training.model.named_parameters()}
+    batches, nothing = batches_from(run, 0), Profile(None, CPU, 2)
+    for training.step in (1, 2):
+        finite, _ = gradient(run, training, batches, nothing)
+        assert finite is not None
+        assert bool(finite)
+        update(training, None, 0, nothing)
+    after = {name: parameter.detach() for name, parameter in training.model.named_parameters()}
+    assert [name for name in after if torch.equal(after[name], before[name])] == []
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+    return after
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_takes_the_same_steps_however_the_batch_is_divided(tmp_path: Path, optimizer: str) -> None:
+    # At its full scale: what divides by the size of gradients makes rounding of none large.
+    options = (*f"optimizer={optimizer}".split(), "optimizer.lr=0.001", "mode.loss_scale=1")
+    whole, divided = two_steps(tmp_path, *options), two_steps(tmp_path, *options, "micro_batch=4")
+    for name in whole:
+        torch.testing.assert_close(whole[name], divided[name], rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_move_once_a_view_and_micro_batch(tmp_path: Path) -> None:
+    """Though with accumulation each view passes twice."""
+    run, training = in_this_process(tmp_path, "steps=1", "model.norm=batch", "micro_batch=4")
+    assert isinstance(training.model, BarlowTwins)
+    reference = copy.deepcopy(training.model.backbone).train()
+    training.step = 1
+    gradient(run, training, batches_from(run, 0), Profile(None, CPU, 1))
+    for images, _ in itertools.islice(batches_from(run, 0), 4):
+        for view in images.chunk(2):
+            reference(view)
+    assert int(reference.get_buffer("norm1.num_batches_tracked")) == 8
+    assert same(dict(training.model.backbone.named_buffers()), dict(reference.named_buffers()))

@@ -1,0 +1,68 @@
+"""``profile=true`` and ``compile=true`` with the real program."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, Launch
+from runs import the_run
+
+from largebatch.runs.metrics import read_rows
+
+
+@pytest.mark.parametrize(("steps", "profiled"), [(20, 10), (5, 2)])
+def test_a_profile_is_a_trace_and_a_table(launch: Launch, tmp_path: Path, steps: int, profiled: int) -> None:
+    result = launch(*TINY, f"steps={steps}", "profile=true")
+    assert result.returncode == 0, result.stderr
+    run = the_run(tmp_path)
+    with gzip.open(run / "profile" / "trace.json.gz") as handle:
+        events = json.load(handle)["traceEvents"]
+    forwards = [event for event in events if event.get("name") == "forward" and event.get("cat") == "user_annotation"]
+    assert len(forwards) == profiled
+    assert all(event["dur"] > 0 for event in forwards)
+    assert any(event.get("name") == "aten::convolution" for event in events)
+
+    table = (run / "profile" / "shares.txt").read_text()
+    assert "profiled" in result.stdout
+    shares = {name: float(share) for name, share in re.findall(r"^(\w+) +[\d.]+ +([\d.]+)%", table, re.MULTILINE)}
+    assert set(shares) >= {"data", "forward", "backward", "optimizer", "logging", "evaluation", "other", "all"}
+    whole = shares.pop("all")
+    assert whole == 100
+    assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+    assert shares["backward"] > 0
+
+
+def test_a_profiled_run_is_the_same_run(launch: Launch, tmp_path: Path) -> None:
+    for extra in ("profile=true", "profile=false"):
+        launch(*TINY, "steps=4", extra)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_a_compiled_run_trains_the_same_but_for_rounding(launch: Launch, tmp_path: Path) -> None:
+    for choice in ("true", "false"):
+        result = launch(*TINY, "steps=6", "optimizer.lr=0.1", f"compile={choice}", timeout=250)
+        assert result.returncode == 0, result.stdout + result.stderr
+    runs = {"compiled" in (run / "log.txt").read_text(): run for run in (tmp_path / "runs").iterdir()}
+    assert set(runs) == {True, False}
+    models = {
+        compiled: torch.load(run / "checkpoints" / "step-00000006.pt", weights_only=True)["model"]
+        for compiled, run in runs.items()
+    }
+    assert models[True].keys() == models[False].keys()
+    for name, tensor in models[True].items():
+        torch.testing.assert_close(tensor, models[False][name], rtol=1e-4, atol=1e-5)
+    rows = {compiled: read_rows(run / "metrics.jsonl")[-1] for compiled, run in runs.items()}
+    assert rows[True]["test/loss"] == pytest.approx(rows[False]["test/loss"], rel=1e-4)
+
+
+def test_what_cannot_be_compiled_is_an_error_where_it_was_asked_for(launch: Launch, tmp_path: Path) -> None:
+    """Norms of single samples are taken by hooks, which compiled passes wouldn't call."""
+    result = launch(*TINY, "steps=2", "optimizer=clars", "compile=true")
+    assert result.returncode == 2
+    assert "compile=true" in result.stderr
+    assert "clars" in result.stderr

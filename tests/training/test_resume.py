@@ -1,0 +1,117 @@
+"""Stopping and resuming with the real program: exact, and never two processes on one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import TINY, Launch, start
+from runs import finish, parameters, the_run, timeless, train_in
+
+from largebatch.runs.metrics import read_rows
+
+# Long enough to be stopped in the middle: a checkpoint every 5 of 60 steps.
+LONG = (
+    *TINY,
+    "batch_size=18",  # also of three processes, where the order of a sum matters
+    "steps=60",
+    "checkpoint.every_steps=5",
+    "tracker.layers_every=3",
+    "optimizer=tvlars",
+    "cluster.threads=1",
+)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the metrics of the run in ``folder`` have come to ``step``."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        if any(row["step"] >= step for path in folder.glob("runs/*/metrics.jsonl") for row in read_rows(path)):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run never got there")
+
+
+def worker_pid(run: Path) -> int:
+    pid: int = json.loads((run / "status.json").read_text())["pid"]
+    return pid
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def stop_run(run: Path, process: subprocess.Popen[str], how: str) -> tuple[str, str]:
+    """End the worker, its launcher ("everything"), or press Ctrl-C; what the launcher said, once no worker is left."""
+    worker = worker_pid(run)
+    if how == "worker":
+        os.kill(worker, signal.SIGKILL)
+    elif how == "everything":
+        process.kill()
+    else:
+        process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=100)
+    deadline = time.monotonic() + 20
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(worker)
+    return out, errors
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one process", "three processes"])
+def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run that nothing stopped, and its command line."""
+    command = [*LONG, f"cluster.processes={request.param}", "model.norm=batch"]
+    return train_in(tmp_path_factory.mktemp("runs") / "undisturbed", *command), command
+
+
+@pytest.mark.parametrize("how", ["worker", "everything", "interrupt"])
+def test_a_stopped_run_continues_exactly(tmp_path: Path, how: str, undisturbed: tuple[Path, list[str]]) -> None:
+    whole, command = undisturbed
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    process = start(*command, cwd=folder)
+    wait_for_step(folder, 20, process)
+    stopped = the_run(folder)
+    out, errors = stop_run(stopped, process, how)
+    if how == "worker":
+        assert process.returncode == 1
+        assert "same command resumes" in errors
+    if how == "interrupt":
+        assert process.returncode == 130
+        assert json.loads((stopped / "status.json").read_text())["state"] == "preempted", out
+    assert not (stopped / "summary.json").exists()
+
+    out = finish(start(*command, cwd=folder))
+    assert "resumed after step" in out
+    resumed, expected = parameters(stopped), parameters(whole)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert timeless(stopped) == timeless(whole)
+    assert (
+        pyarrow.parquet.read_table(stopped / "layers.parquet").to_pylist()
+        == pyarrow.parquet.read_table(whole / "layers.parquet").to_pylist()
+    )
+
+
+def test_a_run_in_hand_is_refused_with_pid_and_host(tmp_path: Path, launch: Launch) -> None:
+    process = start(*LONG, "steps=2000", cwd=tmp_path)
+    try:
+        wait_for_step(tmp_path, 2, process)
+        refused = launch(*LONG, "steps=2000")
+        assert refused.returncode == 2
+        assert f"pid {worker_pid(the_run(tmp_path))} on " in refused.stderr
+        assert process.poll() is None  # and the one that works on it goes on
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)

@@ -1,0 +1,65 @@
+"""What a step must not do: read figures back from the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, configuration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from largebatch.runs.folder import RunFolder
+from largebatch.tracking.console import Console
+from largebatch.training.profile import Profile
+from largebatch.training.set_up import set_up
+from largebatch.training.step import gradient, update
+from largebatch.training.worker import batches_from
+
+CPU = torch.device("cpu")
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations[str(function.overloadpacket)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def assert_nothing_is_read_back(folder: Path, *overrides: str) -> None:
+    with Console(folder / "log.txt", speaking=False) as console:
+        run, training = set_up(configuration(*TINY, "steps=9", *overrides), RunFolder(folder), 0, 1, CPU, console, None)
+    batches, nothing = batches_from(run, 0), Profile(None, CPU, 9)
+    passes = 2 if run.exact and run.batch.accumulation > 1 else 1
+    ready = [next(batches) for _ in range(passes * run.batch.accumulation)]
+    for step in (1, 2, 3):
+        training.step = step
+        with Counting() as counting:
+            finite, _ = gradient(run, training, iter(ready), nothing)
+            update(training, None, 0, nothing)
+        assert finite is not None
+        assert counting.operations["aten.convolution_backward"] > 0
+        assert counting.operations["aten._local_scalar_dense"] == 0
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "lamb", "tvlars", "clars", "sgd"])
+@pytest.mark.parametrize("division", [(), ("micro_batch=4",), ("micro_batch=auto",)])
+def test_no_figure_is_read_back_in_a_step(tmp_path: Path, optimizer: str, division: tuple[str, ...]) -> None:
+    """On a GPU each would wait for everything that was queued."""
+    assert_nothing_is_read_back(tmp_path, f"optimizer={optimizer}", *division)
+
+
+@pytest.mark.parametrize(("optimizer", "exact"), [("lars", "true"), ("lars", "false"), ("clars", "true")])
+@pytest.mark.parametrize("division", [(), ("micro_batch=4",), ("micro_batch=auto",)])
+def test_no_figure_is_read_back_in_a_step_of_pre_training(
+    tmp_path: Path, optimizer: str, exact: str, division: tuple[str, ...]
+) -> None:
+    bt = ("mode=bt", "mode.projector=[12,8,6]", f"mode.exact={exact}")
+    assert_nothing_is_read_back(tmp_path, *bt, f"optimizer={optimizer}", *division)

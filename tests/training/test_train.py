@@ -1,0 +1,186 @@
+"""Training from end to end with the real program: what a run leaves, and equality over processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from conftest import TINY, Launch
+from runs import parameters, the_run, train_in
+
+from largebatch.runs.metrics import read_rows
+
+
+def test_a_run_leaves_its_whole_folder(launch: Launch, tmp_path: Path) -> None:
+    result = launch(*TINY, "steps=10", "optimizer=tvlars", "tracker.layers_every=5", "dataset.val_fraction=0.25")
+    assert result.returncode == 0, result.stderr
+    run = the_run(tmp_path)
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml", "status.json", "metrics.jsonl", "metrics.parquet", "layers.parquet", "summary.json",
+        "checkpoints", "log.txt",
+    }  # fmt: skip
+    assert not list(run.rglob("*.tmp"))
+
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["steps"]) == ("finished", 10, 10)
+    assert {"pid", "host", "message", "queued", "started", "ended"} <= status.keys()
+
+    rows = read_rows(run / "metrics.jsonl")
+    logged = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in logged] == [2, 4, 6, 8, 10]
+    assert {"epoch", "examples", "wall_seconds", "train/accuracy", "optim/lr", "optim/phi"} <= logged[-1].keys()
+    assert {"perf/images_per_second", "perf/step_ms"} <= logged[-1].keys()
+    evaluated = [row for row in rows if "test/accuracy" in row]
+    assert [row["step"] for row in evaluated] == [3, 6, 9, 10]  # an epoch of 48 images has three steps of 16
+    assert {"test/loss", "test/top5", "val/loss", "val/accuracy", "val/top5"} <= evaluated[-1].keys()
+    assert pyarrow.parquet.read_table(run / "metrics.parquet").num_rows == len(rows)
+
+    layers = pyarrow.parquet.read_table(run / "layers.parquet").to_pylist()
+    assert {row["step"] for row in layers} == {5, 10}
+    assert {row["layer"] for row in layers} == {
+        "conv1.weight",
+        "conv2.weight",
+        "conv3.weight",
+        "conv4.weight",
+        "head.weight",
+    }
+    assert all(row["weight_norm"] > 0 and row["gradient_norm"] > 0 and row["trust_ratio"] > 0 for row in layers)
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test/accuracy"] == evaluated[-1]["test/accuracy"]
+    chosen = max(evaluated, key=lambda row: (row["val/accuracy"], -row["step"]))
+    assert summary["best/test/accuracy"] == chosen["test/accuracy"]
+    assert summary["best/chosen_by"] == "val/accuracy"
+    assert {"images_per_second", "wall_seconds", "git_commit", "versions", "lr", "per_process_batch"} <= summary.keys()
+
+
+# A rate at which rounding differences don't grow over 20 steps.
+GENTLE = (*TINY, "steps=20", "optimizer=lars", "optimizer.lr=0.5", "cluster.threads=1")
+
+
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process that takes its whole batch at once."""
+    return train_in(tmp_path_factory.mktemp("runs") / "undivided", *GENTLE)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_in(tmp_path_factory.mktemp("runs") / "divided", *GENTLE, "cluster.processes=2")
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest of any parameter or running statistic."""
+    a, b = parameters(one), parameters(other)
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+
+
+def test_two_processes_train_the_same(undivided: Path, two_processes: Path) -> None:
+    assert difference(undivided, two_processes) < 1e-5
+
+
+@pytest.mark.parametrize("division", [["micro_batch=4"], ["micro_batch=4", "cluster.processes=2"]])
+def test_accumulation_trains_the_same(tmp_path: Path, undivided: Path, division: list[str]) -> None:
+    assert difference(undivided, train_in(tmp_path / "divided", *GENTLE, *division)) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def clars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_in(tmp_path_factory.mktemp("runs") / "clars", *GENTLE, *CLARS)
+
+
+CLARS = ("optimizer=clars", "optimizer.lr=2", "optimizer.sample_size=2")
+
+
+@pytest.mark.parametrize("division", [["cluster.processes=2"], ["micro_batch=4"]])
+def test_clars_trains_the_same_on_several_processes_and_with_accumulation(
+    tmp_path: Path, clars: Path, division: list[str]
+) -> None:
+    """Groups of two samples, whose gradients' norms add up over micro-batches and processes."""
+    assert "gradient norms of 2 samples at a time by hooks" in (clars / "log.txt").read_text()
+    assert difference(clars, train_in(tmp_path / "divided", *GENTLE, *CLARS, *division)) < 1e-5
+    single = train_in(tmp_path / "single", *GENTLE, *CLARS, "optimizer.sample_size=1")
+    assert difference(clars, single) > 1e-4
+
+
+def test_clars_on_a_model_whose_layers_have_no_hooks(tmp_path: Path) -> None:
+    """A vision transformer's position embedding isn't a layer: the norms are of micro-batches then."""
+    vit = (
+        "model=timm", "model.name=vit_tiny_patch16_224", "dataset.channels=3", "optimizer.sample_size=8",
+        "+model.options={img_size:8,patch_size:4,depth:1,embed_dim:12,num_heads:2}", "steps=3",
+    )  # fmt: skip
+    run = train_in(tmp_path / "vit", *TINY, "optimizer=clars", "cluster.threads=1", *vit)
+    log = (run / "log.txt").read_text()
+    assert "gradient norms of 8 samples at a time by passes: cls_token" in log
+    assert "1 process(es) x 2 micro-batch(es) of 8" in log
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_clars_sample_size_must_divide_the_micro_batch(launch: Launch) -> None:
+    result = launch(*TINY, "optimizer=clars", "optimizer.sample_size=3")
+    assert result.returncode == 2
+    assert "optimizer.sample_size=3 doesn't divide the micro-batch of 16 images; nearest: 2" in result.stderr
+
+
+def test_batch_norm_trains_the_same_over_processes_only_when_synchronised(tmp_path: Path) -> None:
+    whole = train_in(tmp_path / "whole", *GENTLE, "model.norm=batch")
+    synchronised = ("model.norm=batch", "sync_bn=true", "cluster.processes=2")
+    assert difference(whole, train_in(tmp_path / "synchronised", *GENTLE, *synchronised)) < 1e-5
+    local = ("model.norm=batch", "cluster.processes=2")
+    assert difference(whole, train_in(tmp_path / "local", *GENTLE, *local)) > 1e-3
+
+
+def test_the_whole_test_set_counts_once_whatever_the_processes(
+    tmp_path: Path, undivided: Path, two_processes: Path
+) -> None:
+    """The 21 test images don't divide by 2 or 3: the accuracy is a multiple of 1/21 all the same."""
+    one, two = (json.loads((run / "summary.json").read_text()) for run in (undivided, two_processes))
+    three = json.loads(
+        (train_in(tmp_path / "three", *GENTLE, "batch_size=15", "cluster.processes=3") / "summary.json").read_text()
+    )
+    assert one["test/accuracy"] == two["test/accuracy"]
+    assert one["test/loss"] == pytest.approx(two["test/loss"], rel=1e-4)
+    for summary in (one, two, three):
+        assert summary["test/accuracy"] * 21 == pytest.approx(round(summary["test/accuracy"] * 21), abs=1e-9)
+        assert summary["test_images"] == 21
+
+
+def test_speed_is_in_every_row_but_that_of_the_first_step(launch: Launch, tmp_path: Path) -> None:
+    assert launch(*TINY, "steps=4", "tracker.log_every=1").returncode == 0
+    run = the_run(tmp_path)
+    timed = {row["step"]: row.get("perf/step_ms") for row in read_rows(run / "metrics.jsonl") if "train/loss" in row}
+    assert timed.pop(1) is None  # it would show what comes once, such as allocations
+    assert len(timed) == 3
+    assert all(0 < milliseconds < 1000 for milliseconds in timed.values())
+    assert json.loads((run / "summary.json").read_text())["images_per_second"] > 0
+
+
+def test_divergence_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
+    command = (*TINY, "steps=40", "optimizer=sgd", "optimizer.lr=1e30")
+    result = launch(*command)
+    assert result.returncode == 0
+    run = the_run(tmp_path)
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "diverged"
+    assert "the loss was not finite at step 2" in status["message"]
+    summary = json.loads((run / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert summary["state"] == "diverged"
+    assert "diverged before" in launch(*command).stdout
+
+
+def test_an_exception_leaves_one_line_and_a_traceback_in_the_log(launch: Launch, tmp_path: Path) -> None:
+    result = launch(*TINY, "steps=2", "model=timm", "model.name=test_vit", "dataset.image_size=9")
+    assert result.returncode == 1
+    run = the_run(tmp_path)
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert str(run / "log.txt") in result.stderr
+    assert "Traceback" in (run / "log.txt").read_text()
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+
+
+def test_bf16_trains(launch: Launch, tmp_path: Path) -> None:
+    assert launch(*TINY, "steps=3", "precision=bf16").returncode == 0
+    assert json.loads((the_run(tmp_path) / "summary.json").read_text())["precision"] == "bf16"
