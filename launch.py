@@ -16,10 +16,10 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.config.schema import Config
+from largebatch.config.schema import defaults
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, compose_grid, plain
@@ -47,7 +47,7 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
     Raises:
         UserError: when it can't be composed.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
     # Hydra copies its store for each group that it lists and each job that it composes: half of --help's time.
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ

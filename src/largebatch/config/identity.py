@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -9,70 +10,71 @@ import re
 from pathlib import Path
 from typing import Any
 
+from largebatch.config.datasets import DATASETS
+from largebatch.config.modes import MODES
 from largebatch.config.schema import Config
 
-# Keys that can't change a run's result, and so aren't part of what it is.
-_NOT_IDENTITY = ("cluster", "tracker", "checkpoint", "runs_dir", "rerun", "dry_run", "profile")
-_NOT_IDENTITY_DATASET = ("root", "download", "verify", "workers", "location", "default_epochs")
-# Keys that came after the first version, at what that did: left out, so that its runs keep their names.
-_LATER_KEYS = {"compile": "auto"}
-_LATER_DATASET_KEYS = {"on_error": "stop"}
-# Of lars and tvlars:
-_LATER_OPTIONS = {"denominator": "norm_of_sum", "lr_in_momentum": False, "larc": False, "eps": 0.0}
+# Keys that aren't part of the identity, each with the reason. Every other key is.
+NOT_DECISIVE = {
+    "cluster": "devices, processes and SLURM's options are where a run trains",
+    "tracker": "logging observes a run",
+    "checkpoint": "resuming is exact",
+    "runs_dir": "where results are written",
+    "rerun": "an instruction to the launcher",
+    "dry_run": "an instruction to the launcher",
+    "profile": "observes a run",
+    "dataset.root": "the same files elsewhere; decisive for data sets that are named by their root",
+    "dataset.download": "how files come here",
+    "dataset.verify": "a check of the files",
+    "dataset.workers": "the number of processes that decode",
+    "dataset.location": "where pixels are kept",
+    "dataset.default_epochs": "contained in epochs",
+    "mode.default_epochs": "contained in epochs",
+    "lr_scaling.force": "permits a rule and changes nothing in it",
+    "dataset.views": "decisive for modes that take more than one view",
+}
 
 
 def identity(config: Config) -> str:
-    """Eight hex digits over everything that can change the result, and nothing else.
-
-    Keys that are None are left out, so that a later version's new option doesn't rename the runs that don't use it.
-    An ``imagefolder`` is known by its folder, every other data set by its name.
-    """
+    """Return eight hex digits over everything that can change the result, and nothing else."""
     return _hash(decisive(dataclasses.asdict(config)))
 
 
 def setting_hash(config: Config) -> str:
-    """As ``identity``, without the seed."""
+    """Return ``identity`` without the seed: the same for all seeds of a setting."""
     tree = decisive(dataclasses.asdict(config))
     del tree["seed"]
     return _hash(tree)
 
 
 def decisive(tree: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration's tree that can change the result; of a tree of an earlier version too."""
-    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
-    dataset, optimizer = kept["dataset"], kept["optimizer"]
-    for key in _NOT_IDENTITY:
-        kept.pop(key, None)
-    for key in _NOT_IDENTITY_DATASET:
-        if not (key == "root" and dataset["name"] == "imagefolder"):
-            dataset.pop(key, None)
-    kept.get("lr_scaling", {}).pop("force", None)  # it lets a run be, and changes nothing in it
-    kept["mode"].pop("default_epochs", None)
-    if kept["mode"]["name"] != "bt":
-        dataset.pop("views", None)
-    later: list[tuple[dict[str, Any], dict[str, Any]]] = [(kept, _LATER_KEYS), (dataset, _LATER_DATASET_KEYS)]
-    if optimizer["name"] in ("lars", "tvlars"):
-        later.append((optimizer, _LATER_OPTIONS))
-    for branch, defaults in later:
-        for key, default in defaults.items():
-            if branch.get(key) == default:
-                branch.pop(key, None)
+    """Return the part of a configuration's tree that can change the result: all keys but ``NOT_DECISIVE``."""
+    kept = copy.deepcopy(tree)
+    dataset, mode = tree["dataset"]["name"], tree["mode"]["name"]
+    decisive_here = {"dataset.root": DATASETS[dataset].named_by_root, "dataset.views": MODES[mode].views > 1}
+    for key in NOT_DECISIVE:
+        if not decisive_here.get(key):
+            *path, last = key.split(".")
+            node = kept
+            for part in path:
+                node = node.get(part, {})
+            node.pop(last, None)
     return kept
 
 
 def run_name(config: Config) -> str:
-    """The run folder's name: a readable prefix and the identity."""
+    """Return the run folder's name: a readable prefix and the identity."""
     return _joined(*_choices(config), f"s{config.seed}", identity(config))
 
 
 def setting_name(config: Config) -> str:
-    """What the runs of one setting with other seeds share: a readable prefix and ``setting_hash``."""
+    """Return the name that the runs of a setting share over seeds: a readable prefix and ``setting_hash``."""
     return _joined(*_choices(config), setting_hash(config))
 
 
 def _choices(config: Config) -> tuple[str, ...]:
     return (
-        config.dataset.name if config.dataset.name != "imagefolder" else Path(config.dataset.root).name,
+        Path(config.dataset.root).name if config.dataset.named_by_root else config.dataset.name,
         config.model.name,
         config.mode.name,
         config.optimizer.name,
@@ -87,12 +89,12 @@ def _joined(*parts: str) -> str:
 
 
 def _hash(tree: dict[str, Any]) -> str:
-    canonical = json.dumps(without_none(tree), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
 def without_none(tree: Any) -> Any:
-    """Nested dicts without the keys that are None."""
+    """Return nested dicts without the keys that are None."""
     if isinstance(tree, dict):
         return {key: without_none(value) for key, value in tree.items() if value is not None}
     return tree

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from largebatch.config.schema import DatasetConfig
+from largebatch.data.cache import Say
 from largebatch.data.images import MemoryImages
 from largebatch.data.split import Split, hold_out
 from largebatch.errors import UserError
@@ -18,7 +19,7 @@ _TEST_SIZE = 360
 _SPLIT_SEED = 0  # fixed: the test set is the same for every run
 
 
-def load_digits(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
+def load_digits(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
     """Training set of 1437 and test set of 360 images, stratified and the same for every seed.
 
     Pixels of 0..16 become 0..255 (``round(x * 255 / 16)``). The file is read without importing scikit-learn, which

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from largebatch.config.schema import DatasetConfig
+from largebatch.data.cache import Say
 from largebatch.data.images import FileImages
 from largebatch.data.split import Split
 from largebatch.errors import UserError
@@ -15,7 +16,7 @@ from largebatch.errors import UserError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
-def load_imagefolder(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
+def load_imagefolder(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
     """``root/train/<class>/...`` and ``root/test/<class>/...``, or ``root/val`` where there is no ``root/test``.
 
     Images may lie in folders below a class's; hidden files and other extensions are passed over. The sorted class

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DATASETS, DatasetConfig
 from largebatch.data.cache import Say
-from largebatch.data.cifar import load_cifar
 from largebatch.data.decoding import check_all, decode_all, without
-from largebatch.data.digits import load_digits
-from largebatch.data.imagefolder import load_imagefolder
 from largebatch.data.images import FileImages, Images, MemoryImages, decoded_bytes, resize
 from largebatch.data.location import Place, choose_location, on_device
 from largebatch.data.split import Split, hold_out
 from largebatch.data.stream import stream
-from largebatch.data.synthetic import load_synthetic
-from largebatch.data.tinyimagenet import load_tinyimagenet
 from largebatch.errors import UserError, choices
 from largebatch.machine.memory import free_memory, host_memory
 from largebatch.seeding import derive_seed
 
 Loaded = tuple[Split, Split, tuple[str, ...]]  # training set, test set, class names
-_LOADERS: dict[str, Callable[[DatasetConfig, Say], Loaded]] = {
-    "digits": lambda config, say: load_digits(config),
-    "cifar10": load_cifar,
-    "cifar100": load_cifar,
-    "tinyimagenet": lambda config, say: load_tinyimagenet(config),
-    "imagefolder": lambda config, say: load_imagefolder(config),
-    "imagenet": lambda config, say: load_imagefolder(config),
-    "synthetic": lambda config, say: load_synthetic(config),
-}
 _MEASURED_IMAGES = 2000
 _CPU = torch.device("cpu")
 
@@ -131,10 +118,12 @@ def load_data(
 
 
 def _load(config: DatasetConfig, say: Say) -> Loaded:
-    if config.name not in _LOADERS:
-        raise UserError(f"dataset.name={config.name}: {choices(config.name, _LOADERS)}")
+    if config.name not in DATASETS:
+        raise UserError(f"dataset.name={config.name}: {choices(config.name, DATASETS)}")
+    module, _, function = DATASETS[config.name].loader.partition(":")
+    load: Callable[[DatasetConfig, Say], Loaded] = getattr(importlib.import_module(module), function)
     try:
-        train, test, classes = _LOADERS[config.name](config, say)
+        train, test, classes = load(config, say)
     except OSError as error:  # for example a folder that one may not read
         raise UserError(f"dataset={config.name}: {error}; look at dataset.root={config.root}") from error
     if train.images.channels != config.channels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from largebatch.config.schema import DatasetConfig
+from largebatch.data.cache import Say
 from largebatch.data.images import MemoryImages
 from largebatch.data.split import Split
 from largebatch.errors import UserError
@@ -12,7 +13,7 @@ from largebatch.errors import UserError
 _SEED = 0
 
 
-def load_synthetic(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
+def load_synthetic(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
     """Uniformly random bytes with balanced labels in random order; the same for every run.
 
     Raises:

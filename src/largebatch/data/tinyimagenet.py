@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from largebatch.config.schema import DatasetConfig
+from largebatch.data.cache import Say
 from largebatch.data.download import find_or_download
 from largebatch.data.images import FileImages
 from largebatch.data.split import Split
@@ -20,7 +21,7 @@ _ANNOTATIONS = "val/val_annotations.txt"
 _IMAGE_SIZE = 64
 
 
-def load_tinyimagenet(config: DatasetConfig) -> tuple[Split, Split, tuple[str, ...]]:
+def load_tinyimagenet(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
     """Training set ``train/<wnid>/images``, test set ``val/`` (the archive's own test set has no labels).
 
     The sorted folders of ``train`` are the classes and fix the labels. The images stay in their files, to be decoded as

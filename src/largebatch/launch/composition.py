@@ -20,7 +20,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.config.schema import unknown_key
 from largebatch.errors import UserError
 from largebatch.launch.draws import Interval, drawn, interval_of
 
@@ -64,10 +63,11 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         given = {override.get_key_element(): override for override in parser.parse_overrides(arguments)}
         fixed = [str(override.input_line) for override in given.values() if not override.is_sweep_override()]
+        forced = by_force(fixed, conf)
         asked = {key: _points(override) for key, override in given.items() if override.is_sweep_override()}
         if "sweeps" in asked:
             raise UserError(f"{given['sweeps'].input_line}: one named grid at a time")
-        base = compose("config", fixed, return_hydra_config=True)
+        base = compose("config", forced, return_hydra_config=True)
         params = base.hydra.sweeper.get("params") or {}
         lines = [f"{key}={values}" for key, values in params.items() if key not in given or key in asked]
         of_file = {override.get_key_element(): _points(override) for override in parser.parse_overrides(lines)}
@@ -78,7 +78,7 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
         trials = _trials(base.get("trials"), [case | axes for case in cases])
         points = dict.fromkeys(point for case in cases for point in _combinations(case | axes, trials))
         return [
-            Composed((*fixed, *point), _tree(point, fixed, conf, parser, composed), sweep, multirun=True)
+            Composed((*fixed, *point), _tree(point, forced, conf, parser, composed), sweep, multirun=True)
             for point in points
         ]
 
@@ -179,25 +179,40 @@ def _tree(
             presets.append(line)
     key = tuple(presets)
     if key not in composed:
-        composed[key] = plain(compose("config", [*fixed, *presets]))
+        composed[key] = plain(compose("config", [*fixed, *by_force(presets, conf)]))
     tree = copy.deepcopy(composed[key])
     for name, value in values.items():
         _set(tree, name, value)
     return tree
 
 
-def _sets_a_value(override: Override, conf: Path) -> bool:
-    """And doesn't choose a preset, add or remove a key, or merge a mapping."""
+def by_force(arguments: list[str], conf: Path) -> list[str]:
+    """Return overrides with ``++`` before each that sets a value.
+
+    Hydra refuses a key that the chosen presets lack, though the chosen optimizer, say, has it. Which keys there are is
+    checked after composition, against the dataclasses of the choices.
+    """
+    overrides = OverridesParser.create().parse_overrides(arguments)
+    return [f"++{o.input_line}" if _changes_a_value(o, conf) else str(o.input_line) for o in overrides]
+
+
+def _changes_a_value(override: Override, conf: Path) -> bool:
+    """Return False for an override that chooses a preset, has a sign of its own, or is about Hydra itself."""
     key = override.get_key_element()
-    chooses = "/" in key or "@" in key or (conf / key).is_dir()
-    return override.type == OverrideType.CHANGE and not chooses and not isinstance(override.value(), dict)
+    chooses = "/" in key or "@" in key or (conf / key).is_dir() or key.startswith("hydra.")
+    return override.type == OverrideType.CHANGE and not chooses
+
+
+def _sets_a_value(override: Override, conf: Path) -> bool:
+    """Return False for what Hydra must compose: a preset, a sign, a mapping to merge."""
+    return _changes_a_value(override, conf) and not isinstance(override.value(), dict)
 
 
 def _set(tree: Tree, key: str, value: Any) -> None:
     *path, last = key.split(".")
     node: Any = tree
     for part in path:
-        node = node.get(part) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or last not in node:
-        raise UserError(unknown_key(key))
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"unknown key {key}: {part} is a value and holds no further keys")
     node[last] = value

@@ -7,7 +7,7 @@ import re
 from hydra.errors import OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.config.schema import explain, unknown_key
+from largebatch.config.schema import explain
 from largebatch.errors import choices
 
 
@@ -15,7 +15,7 @@ def composition_error(error: Exception) -> str:
     """The key, what was given, what is allowed; Hydra's own words where they say that already."""
     if isinstance(error, OmegaConfBaseException):
         return explain(error)
-    text = str(error)
+    text = str(error).replace("++", "")  # ours (composition.by_force)
     if match := re.search(r"'sweeps/wandb/?([^']*)'", text):
         return (
             f"sweeps/wandb/{match[1] or 'NAME'} is a sweep of W&B's, and none of these presets: "
@@ -24,12 +24,6 @@ def composition_error(error: Exception) -> str:
     if isinstance(error, OverrideParseException):
         reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
         return f"{error.override}: {reason}; quote values with commas, brackets or spaces for the shell"
-    if match := re.search(r"Could not override '([^']+)'", text):
-        cause = error.__cause__
-        if isinstance(cause, OmegaConfBaseException) and "is not in struct" not in str(cause):
-            cause.full_key = cause.full_key or match[1]
-            return explain(cause)
-        return unknown_key(match[1])
     if match := re.search(
         r"Could not find '([^'/]+)/([^']+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text
     ):

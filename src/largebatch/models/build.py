@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from largebatch.config.schema import ModelConfig
+from largebatch.config.models import EfficientNet, ModelConfig, ResNet, SmallCnn, TimmModel
 from largebatch.errors import UserError, choices
-from largebatch.models.resnet import RESNETS, resnet
+from largebatch.models.resnet import resnet
 
 _INITS: dict[str, Callable[[Tensor], Tensor]] = {
     "xavier_uniform": nn.init.xavier_uniform_,
@@ -27,8 +27,13 @@ def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Modu
     Raises:
         UserError: for a name that timm doesn't know, or arguments that it refuses.
     """
-    builders = {"largebatch": _smallcnn, "torchvision": _torchvision_family, "timm": _timm}
-    model = builders[config.library](config, num_classes, channels)
+    if isinstance(config, TimmModel):
+        model = _timm(config, num_classes, channels)
+    elif isinstance(config, SmallCnn):
+        model = _smallcnn(config, num_classes, channels)
+    else:
+        assert isinstance(config, EfficientNet)
+        model = _torchvision_family(config, num_classes, channels)
     if config.init != "default":
         initialise(model, config.init)
     return model
@@ -41,7 +46,7 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
         UserError: as ``build_model``, and for a timm model that gives no vector of features.
     """
     model = build_model(config, num_classes=1, channels=image[0])
-    if config.library == "timm":
+    if isinstance(config, TimmModel):
         cast(Any, model).reset_classifier(0)
     else:
         last = {"smallcnn": "head", "effb0": "classifier"}.get(config.name, "fc")
@@ -70,7 +75,7 @@ def initialise(model: nn.Module, init: str) -> None:
             _INITS[init](module.weight)
 
 
-def _smallcnn(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+def _smallcnn(config: SmallCnn, num_classes: int, channels: int) -> nn.Module:
     """Four 3x3 convolutions (65,834 parameters on grey images with ten classes), global average pooling.
 
     Smooth throughout (GELU, average pooling): with ReLU and max pooling, rounding differences between one process and
@@ -89,11 +94,11 @@ def _smallcnn(config: ModelConfig, num_classes: int, channels: int) -> nn.Module
     return nn.Sequential(layers)
 
 
-def _torchvision_family(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+def _torchvision_family(config: EfficientNet, num_classes: int, channels: int) -> nn.Module:
     """With the stem asked for: our ResNets, which are torchvision's weight for weight, or its EfficientNet-B0."""
     cifar = config.stem == "cifar"
-    if config.name in RESNETS:
-        network = resnet(config.name, num_classes, zero_init_residual=bool(config.zero_init_residual))
+    if isinstance(config, ResNet):
+        network = resnet(config.name, num_classes, zero_init_residual=config.zero_init_residual)
         network.conv1 = _stem_convolution(network.conv1, channels, cifar=cifar)
         if cifar:
             network.maxpool = nn.Identity()
@@ -115,7 +120,7 @@ def _stem_convolution(original: nn.Conv2d, channels: int, *, cifar: bool) -> nn.
     return stem
 
 
-def _timm(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+def _timm(config: TimmModel, num_classes: int, channels: int) -> nn.Module:
     import timm  # 0.7 to 3 s to import
 
     if not timm.is_model(config.name):

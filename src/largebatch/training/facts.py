@@ -13,7 +13,7 @@ from largebatch.config.schema import Config
 from largebatch.data.location import in_words
 from largebatch.runs.provenance import git_state
 from largebatch.training.exact import kept_bytes
-from largebatch.training.optimization import resolved_lr, resolved_options, scaled_lr
+from largebatch.training.optimization import resolved_lr, scaled_lr
 from largebatch.training.state import Run
 
 Facts = dict[str, Any]
@@ -24,7 +24,7 @@ def gather_facts(run: Run, model: nn.Module) -> Facts:
     config, data, batch, device = run.config, run.data, run.batch, run.device
     return {
         "lr": resolved_lr(config),
-        "optimizer_options": resolved_options(config, run.epoch_steps),
+        "optimizer_options": config.optimizer.arguments(config.batch_size, run.epoch_steps),
         "steps": run.total_steps,
         "steps_per_epoch": run.epoch_steps,
         "global_batch": batch.global_batch,

@@ -1,0 +1,168 @@
+"""Data sets: the options of each, and its loader. To add a data set, add its dataclass here and to ``DATASETS``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from omegaconf import MISSING
+
+from largebatch.config.options import option
+
+if TYPE_CHECKING:
+    from largebatch.config.schema import Config
+
+
+@dataclass
+class ViewsConfig:
+    """The two views of Barlow Twins; defaults of the reference program. A view is mirrored if ``dataset.flip``."""
+
+    min_area: float = option(0.08, above=0, most=1)  # smallest part of an image's area that a crop may show
+    jitter: float = option(0.8, least=0, most=1)  # probability of changing brightness, contrast, saturation and hue
+    gray: float = option(0.2, least=0, most=1)  # probability of taking colours away
+    blur: list[float] = option([1.0, 0.1], least=0, most=1, length=2)  # of Gaussian blur, in first and second view
+    solarize: list[float] = option([0.0, 0.2], least=0, most=1, length=2)  # of inverting bright pixels, likewise
+
+
+@dataclass
+class DatasetConfig:
+    """Options of every data set.
+
+    ``loader`` is the function that returns training split, test split and class names. ``named_by_root`` tells
+    whether ``root`` decides which images there are.
+    """
+
+    loader: ClassVar[str] = ""
+    named_by_root: ClassVar[bool] = False
+
+    name: str = MISSING
+    root: str = "data"  # folder of the files, or of the download
+    download: bool = True  # fetch missing files if there is a network
+    verify: bool = True  # compare files with published checksums, and check that every image can be read
+    workers: int = option(2, least=0)  # decoding processes a rank, for images that are decoded while training
+    location: str = option("auto", allowed=("auto", "device", "host"))  # of decoded pixels; auto: the device if they fit
+    on_error: str = option("stop", allowed=("stop", "skip"))  # at an unreadable image: stop, or leave it out and count
+    val_fraction: float = option(0.0, least=0, below=1)  # part of the training set held out for choosing settings
+    train_size: int | None = option(None, least=1)  # images, if known beforehand
+    test_size: int | None = option(None, least=1)
+    num_classes: int | None = option(None, least=2)
+    channels: int = option(3, allowed=(1, 3))  # 1 is grey
+    image_size: int | None = option(None, least=1)  # side in pixels to resize images to; None: the data set's own
+    mean: list[float] | None = None  # per channel, of pixels in 0..1; None: measure on training images
+    std: list[float] | None = None
+    crop_padding: int = option(4, least=0)  # pixels of padding before a random crop; 0 is off
+    flip: bool = True  # random horizontal flip
+    rotation: float = option(15.0, least=0, most=180)  # random rotation, degrees to either side; 0 is off
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    default_epochs: int = option(100, least=1)  # if neither `epochs` nor `steps` nor the mode gives a length
+
+    def problems(self, config: Config) -> list[str]:
+        """Return one line for each conflict between options, or with the batch size."""
+        problems = [
+            f"dataset.{key}={values}: must have one number a channel (dataset.channels={self.channels})"
+            for key, values in {"mean": self.mean, "std": self.std}.items()
+            if values is not None and len(values) != self.channels
+        ]
+        if any(value <= 0 for value in self.std or []):
+            problems.append(f"dataset.std={self.std}: must be above 0")
+        if self.train_size is not None and 0 <= self.val_fraction < 1:
+            left = round(self.train_size * (1 - self.val_fraction))
+            if config.batch_size > left:
+                without = " after the validation part" if self.val_fraction else ""
+                problems.append(
+                    f"batch_size={config.batch_size}: larger than the training set; "
+                    f"{self.name} has {left} images{without}, so at most that"
+                )
+        return problems
+
+
+@dataclass
+class Digits(DatasetConfig):
+    """scikit-learn's digits: 1,797 grey images of 8x8."""
+
+    loader = "largebatch.data.digits:load_digits"
+
+    train_size: int | None = 1437
+    test_size: int | None = 360
+    num_classes: int | None = 10
+    channels: int = option(1, allowed=(1,))
+    image_size: int | None = option(8, least=1)
+
+
+@dataclass
+class Cifar10(DatasetConfig):
+    """CIFAR-10: RGB images of 32x32."""
+
+    loader = "largebatch.data.cifar:load_cifar"
+
+    train_size: int | None = 50_000
+    test_size: int | None = 10_000
+    num_classes: int | None = 10
+    channels: int = option(3, allowed=(3,))
+    image_size: int | None = option(32, least=1)
+
+
+@dataclass
+class Cifar100(Cifar10):
+    """CIFAR-100: RGB images of 32x32, with the fine classes."""
+
+    num_classes: int | None = 100
+
+
+@dataclass
+class TinyImageNet(DatasetConfig):
+    """Tiny ImageNet: RGB images of 64x64. Its labelled validation images are the test set."""
+
+    loader = "largebatch.data.tinyimagenet:load_tinyimagenet"
+
+    train_size: int | None = 100_000
+    test_size: int | None = 10_000
+    num_classes: int | None = 200
+    image_size: int | None = option(64, least=1)
+
+
+@dataclass
+class ImageFolder(DatasetConfig):
+    """Any tree ``root/train/<class>/...`` and ``root/test/<class>/...``."""
+
+    loader = "largebatch.data.imagefolder:load_imagefolder"
+    named_by_root = True
+
+    root: str = "data/imagefolder"
+    image_size: int | None = option(64, least=1)
+
+
+@dataclass
+class ImageNet(DatasetConfig):
+    """ImageNet-1k (ILSVRC 2012) as class folders."""
+
+    loader = "largebatch.data.imagefolder:load_imagefolder"
+
+    root: str = "data/imagenet"
+    train_size: int | None = 1_281_167
+    test_size: int | None = 50_000
+    num_classes: int | None = 1000
+    image_size: int | None = option(224, least=1)
+
+
+@dataclass
+class Synthetic(DatasetConfig):
+    """Random images and labels, by default in CIFAR-10's shape, for timing."""
+
+    loader = "largebatch.data.synthetic:load_synthetic"
+
+    train_size: int | None = option(50_000, least=1)
+    test_size: int | None = option(10_000, least=1)
+    num_classes: int | None = option(10, least=2)
+    image_size: int | None = option(32, least=1)
+
+
+DATASETS: dict[str, type[DatasetConfig]] = {
+    "digits": Digits,
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
+    "tinyimagenet": TinyImageNet,
+    "imagefolder": ImageFolder,
+    "imagenet": ImageNet,
+    "synthetic": Synthetic,
+}

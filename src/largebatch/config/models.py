@@ -1,0 +1,58 @@
+"""Models: the options of each. To add a model, add its name to ``MODELS`` and its builder to ``models/build.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from largebatch.config.options import option
+
+INITS = ("default", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
+
+
+@dataclass
+class ModelConfig:
+    """Options of every model."""
+
+    name: str = MISSING
+    init: str = option("default", allowed=INITS)  # of convolution and linear weights; default is the library's
+
+
+@dataclass
+class SmallCnn(ModelConfig):
+    """Four convolutions of our own, for small images."""
+
+    norm: str = option("group", allowed=("group", "batch"))
+
+
+@dataclass
+class EfficientNet(ModelConfig):
+    """torchvision's EfficientNet-B0."""
+
+    stem: str = option("imagenet", allowed=("imagenet", "cifar"))  # as published; cifar: 3x3, stride 1, no pooling
+
+
+@dataclass
+class ResNet(EfficientNet):
+    """torchvision's ResNets."""
+
+    zero_init_residual: bool = False  # each block begins as the identity
+
+
+@dataclass
+class TimmModel(ModelConfig):
+    """Any model of timm, by timm's name; ``options`` are passed on to ``timm.create_model``."""
+
+    library: str = option("timm", allowed=("timm",))
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+MODELS: dict[str, type[ModelConfig]] = {
+    "smallcnn": SmallCnn,
+    "resnet18": ResNet,
+    "resnet34": ResNet,
+    "resnet50": ResNet,
+    "effb0": EfficientNet,
+}

@@ -1,0 +1,254 @@
+"""Optimizers: the options of each, their defaults and limits.
+
+An option's name and default are those of the keyword argument of the optimizer's class, which ``target`` names. A test
+compares them. To add an optimizer, add its dataclass here and to ``OPTIMIZERS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from omegaconf import MISSING
+
+from largebatch.config.options import option
+
+if TYPE_CHECKING:
+    from largebatch.config.schema import Config
+
+
+@dataclass
+class OptimizerConfig:
+    """Options of every optimizer.
+
+    ``target`` is the optimizer's class, ``label`` its name in reports, and ``sign_like`` tells whether its update is a
+    gradient over its own recent size, or a sign. The theory behind ``lr_scaling.rule=surge`` covers only those.
+    """
+
+    target: ClassVar[str] = ""
+    label: ClassVar[str] = ""
+    sign_like: ClassVar[bool] = False
+
+    name: str = MISSING
+    lr: float = option(MISSING, above=0)  # learning rate; at lr_scaling.base_batch if a scaling rule is chosen
+    lr_1d: float | None = option(None, least=0)  # learning rate of biases and norm parameters, scaled alike; None: lr
+
+    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+        """Return the keyword arguments of the class, beside parameters and learning rates."""
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "lr", "lr_1d")}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+    @property
+    def samples_together(self) -> int:
+        """Number of samples that one micro-batch must hold together; divides the micro-batch."""
+        return 1
+
+    def beyond_surge(self) -> str:
+        """Return the optimizer, with the option at fault, if the surge rule doesn't cover it; else an empty string."""
+        return "" if self.sign_like else self.name
+
+    def problems(self, config: Config) -> list[str]:
+        """Return one line for each conflict between options, or with the rest of the configuration."""
+        return []
+
+
+@dataclass
+class Lars(OptimizerConfig):
+    """LARS (arXiv 1708.03888)."""
+
+    target = "largebatch.optim.lars:LARS"
+    label = "LARS"
+    denominators: ClassVar[tuple[str, str]] = ("norm_of_sum", "sum_of_norms")
+
+    weight_decay: float = option(0.0, least=0)
+    momentum: float = option(0.9, least=0, below=1)
+    nesterov: bool = False
+    trust_coefficient: float = option(1e-3, above=0)
+    denominator: str = option("norm_of_sum", allowed=denominators)  # ||g + wd*w|| or ||g|| + wd*||w||
+    eps: float = option(0.0, least=0)
+    adapt_1d: bool = False  # scale biases and norm parameters layer-wise too
+    decay_1d: bool = False  # decay them too
+    norm_clip: float | None = option(None, above=0)  # upper bound of the norms in the trust ratio
+    max_ratio: float | None = option(None, above=0)  # upper bound of the trust ratio itself
+    larc: bool = False  # divide the trust ratio by lr before max_ratio clips it
+    lr_in_momentum: bool = False  # keep the learning rate inside the momentum buffer
+
+    def problems(self, config: Config) -> list[str]:
+        problems = _nesterov_problems(self.nesterov, self.momentum)
+        if self.larc and self.max_ratio is None:
+            problems.append("optimizer.larc=true: needs optimizer.max_ratio, LARC's own is 1")
+        return problems
+
+
+@dataclass
+class Tvlars(Lars):
+    """TVLARS (arXiv 2309.14053)."""
+
+    target = "largebatch.optim.tvlars:TVLARS"
+    label = "TVLARS"
+
+    lmbda: float = option(1e-3, least=0)  # steepness of phi's decay, per optimizer step
+    alpha: float = option(1.0, least=0)  # phi starts near 1/alpha
+    delay_epochs: float = option(0.0, least=0)  # epochs before phi is at its midpoint
+    gamma_min: int | float | str = option(0.0, least=0, words=("auto",))  # floor of phi; auto: 0.001 * batch_size / 256
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gamma_min, int):  # so that 0 and 0.0 are one run
+            self.gamma_min = float(self.gamma_min)
+
+    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+        options = super().arguments(batch_size, steps_per_epoch)
+        options["delay"] = round(options.pop("delay_epochs") * steps_per_epoch)
+        if self.gamma_min == "auto":
+            options["gamma_min"] = 0.001 * batch_size / 256
+        return options
+
+
+@dataclass
+class Clars(Lars):
+    """CLARS (arXiv 2002.01576)."""
+
+    target = "largebatch.optim.clars:CLARS"
+    label = "CLARS"
+    denominators = ("sample_norms", "sum_of_norms")
+
+    denominator: str = option("sample_norms", allowed=denominators)  # sum_of_norms adds wd*||w||
+    sample_size: int = option(1, least=1)  # samples whose mean gradient's norm counts as one
+
+    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+        options = super().arguments(batch_size, steps_per_epoch)
+        del options["sample_size"]  # the training loop measures the norms
+        return options
+
+    @property
+    def samples_together(self) -> int:
+        return self.sample_size
+
+    def problems(self, config: Config) -> list[str]:
+        problems = super().problems(config)
+        if config.compile is True:
+            problems.append("compile=true: clars measures gradient norms by hooks, which compiled passes don't call")
+        if config.mode.loss_per_micro_batch:
+            problems.append(
+                "mode.exact=false: clars measures the gradient norms of samples, which then pass twice in one backward "
+                "pass. Fix: mode.exact=true"
+            )
+        return problems
+
+
+@dataclass
+class Lamb(OptimizerConfig):
+    """LAMB (arXiv 1904.00962)."""
+
+    target = "largebatch.optim.lamb:LAMB"
+    label = "LAMB"
+
+    weight_decay: float = option(0.01, least=0)
+    betas: list[float] = option([0.9, 0.999], least=0, below=1, length=2)
+    eps: float = option(1e-6, least=0)
+    bias_correction: bool = True
+    adapt_1d: bool = False  # scale biases and norm parameters layer-wise too
+    decay_1d: bool = False  # decay them too
+    norm_clip: float | None = option(None, above=0)  # upper bound of the norms in the trust ratio
+    max_ratio: float | None = option(None, above=0)  # upper bound of the trust ratio itself
+
+
+@dataclass
+class Sgd(OptimizerConfig):
+    target = "torch.optim:SGD"
+    label = "SGD"
+
+    weight_decay: float = option(0.0, least=0)
+    momentum: float = option(0.0, least=0, below=1)
+    nesterov: bool = False
+
+    def problems(self, config: Config) -> list[str]:
+        return _nesterov_problems(self.nesterov, self.momentum)
+
+
+@dataclass
+class Adam(OptimizerConfig):
+    target = "torch.optim:Adam"
+    label = "Adam"
+    sign_like = True
+
+    weight_decay: float = option(0.0, least=0)
+    betas: list[float] = option([0.9, 0.999], least=0, below=1, length=2)
+    eps: float = option(1e-8, least=0)
+    amsgrad: bool = False
+
+    def beyond_surge(self) -> str:
+        return f"{self.name} with amsgrad" if self.amsgrad else ""
+
+
+@dataclass
+class AdamW(Adam):
+    target = "torch.optim:AdamW"
+    label = "AdamW"
+
+    weight_decay: float = option(0.01, least=0)
+
+
+@dataclass
+class Adagrad(OptimizerConfig):
+    target = "torch.optim:Adagrad"
+    label = "Adagrad"
+
+    weight_decay: float = option(0.0, least=0)
+    eps: float = option(1e-10, least=0)
+    lr_decay: float = option(0.0, least=0)
+
+
+@dataclass
+class RmsProp(OptimizerConfig):
+    target = "torch.optim:RMSprop"
+    label = "RMSprop"
+    sign_like = True
+
+    weight_decay: float = option(0.0, least=0)
+    momentum: float = option(0.0, least=0, below=1)
+    alpha: float = option(0.99, least=0)  # smoothing constant of the squared gradient
+    eps: float = option(1e-8, least=0)
+    centered: bool = False
+
+    def beyond_surge(self) -> str:
+        return f"{self.name} with centered" if self.centered else ""
+
+
+@dataclass
+class TimmOptimizer(OptimizerConfig):
+    """Any optimizer of timm, by timm's name; ``options`` are its further keyword arguments."""
+
+    # Names of timm's with a sign-like update. docs/lr_scaling.md says why others aren't here.
+    SIGN_LIKE: ClassVar[tuple[str, ...]] = (
+        "adam", "adamw", "rmsprop", "adamwlegacy", "nadam", "nadamlegacy", "nadamw", "lion", "rmsproptf", "bnbadam",
+        "bnbadam8bit", "bnbadamw", "bnbadamw8bit", "bnblion", "bnblion8bit", "fusedadam", "fusedadamw",
+    )  # fmt: skip
+
+    library: str = option("timm", allowed=("timm",))
+    weight_decay: float = option(0.0, least=0)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+        return {"weight_decay": self.weight_decay, **self.options}
+
+    def beyond_surge(self) -> str:
+        changed = [name for name in ("amsgrad", "centered") if self.options.get(name)]
+        return "" if self.name in self.SIGN_LIKE and not changed else " with ".join([self.name, *changed])
+
+
+def _nesterov_problems(nesterov: bool, momentum: float) -> list[str]:
+    return ["optimizer.nesterov=true: needs optimizer.momentum above 0"] if nesterov and not momentum else []
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
+    "lars": Lars,
+    "lamb": Lamb,
+    "tvlars": Tvlars,
+    "clars": Clars,
+    "sgd": Sgd,
+    "adamw": AdamW,
+    "adam": Adam,
+    "adagrad": Adagrad,
+    "rmsprop": RmsProp,
+}

@@ -1,0 +1,85 @@
+"""Ranges and allowed values of configuration fields, and the check of a whole configuration against them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from largebatch.errors import choices
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Allowed values of a field. A list is checked element by element; None is always allowed.
+
+    Attributes:
+        least, most: smallest and largest allowed number.
+        above, below: the same, without the number itself.
+        length: number of elements of a list; None: one or more.
+        allowed: list of allowed values, in place of a range.
+        words: names that are allowed beside numbers.
+    """
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    length: int | None = None
+    allowed: tuple[Any, ...] = ()
+    words: tuple[str, ...] = ()
+
+    def problem(self, value: Any) -> str:
+        """Return what is wrong with ``value``, or an empty string."""
+        if self.allowed:
+            names = [str(name).lower() for name in self.allowed]
+            return "" if value in self.allowed else choices(str(value), names)
+        if isinstance(value, str):
+            return "" if value in self.words else f"must be {self._number(value)}{self._or_words()}"
+        if not isinstance(value, list):
+            return "" if self._holds(value) else f"must be {self._number(value)}{self._or_words()}"
+        if (len(value) == self.length if self.length else value) and all(map(self._holds, value)):
+            return ""
+        count = "one or more" if self.length is None else self.length
+        return f"must be {count} numbers {self._range()}"
+
+    def _holds(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def _number(self, value: Any) -> str:
+        return f"{'a finite number' if isinstance(value, float) else 'an integer'} {self._range()}"
+
+    def _range(self) -> str:
+        bounds = {"of at least": self.least, "above": self.above, "of at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
+
+    def _or_words(self) -> str:
+        return "".join(f", or {word}" for word in self.words)
+
+
+def option(default: Any, **limits: Any) -> Any:
+    """Return a dataclass field with ``Limits``; a list as default is copied for each instance."""
+    metadata = {"limits": Limits(**limits)}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def problems_of(node: Any, prefix: str = "") -> list[str]:
+    """Return one line for each field of the dataclass ``node``, at any depth, that is outside its limits."""
+    problems = []
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            problems += problems_of(value, f"{key}.")
+        elif "limits" in field.metadata and value is not None:
+            problem = field.metadata["limits"].problem(value)
+            problems += [f"{key}={value}: {problem}"] if problem else []
+    return problems

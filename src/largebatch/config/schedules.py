@@ -1,0 +1,132 @@
+"""Learning-rate schedules: the options of each and its factor at each optimizer step.
+
+A factor multiplies the learning rate at optimizer step t = 0, 1, ... T - 1. Warm-up of W steps: ``(t + 1) / W``. After
+it, ``decay(s)`` of the progress ``s = (t - W) / (T - W)``. To add a schedule, add its dataclass here and to
+``SCHEDULES``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from omegaconf import MISSING
+
+from largebatch.config.options import option
+from largebatch.errors import UserError
+
+if TYPE_CHECKING:
+    from largebatch.config.schema import Config
+
+
+@dataclass
+class ScheduleConfig:
+    """Options of every schedule. Without warm-up and decay unless a subclass has them."""
+
+    name: str = MISSING
+
+    def decay(self, progress: float) -> float:
+        """Return the factor after warm-up, for ``progress`` from 0 to 1."""
+        return 1.0
+
+    def warmup(self, steps_per_epoch: int) -> int:
+        """Return the number of warm-up steps."""
+        return 0
+
+    def factor(self, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+        """Return the factor as a function of the optimizer step.
+
+        Raises:
+            UserError: if the warm-up leaves no step after it.
+        """
+        warmup = self.warmup(steps_per_epoch)
+        if total_steps and warmup >= total_steps:
+            raise UserError(
+                f"{self._warmup_key()}: {warmup} steps of warm-up, but the training has {total_steps}; "
+                "warm up for less, or train longer"
+            )
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return self.decay(min((step - warmup) / max(total_steps - warmup, 1), 1.0))
+
+        return factor
+
+    def _warmup_key(self) -> str:
+        return ""
+
+    def problems(self, config: Config) -> list[str]:
+        """Return one line for each conflict between options, or with the length of training."""
+        return []
+
+
+@dataclass
+class Constant(ScheduleConfig):
+    """``decay(s) = 1``."""
+
+
+@dataclass
+class Cosine(ScheduleConfig):
+    """``decay(s) = f + (1 - f) * (1 + cos(pi * s)) / 2`` with the final factor f."""
+
+    final_factor: float = option(0.0, least=0)  # learning rate at the end, as a part of the full one
+
+    def decay(self, progress: float) -> float:
+        return self.final_factor + (1 - self.final_factor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass
+class _Warmup(ScheduleConfig):
+    """Warm-up in exactly one of the two units."""
+
+    warmup_epochs: float | None = option(None, least=0)
+    warmup_steps: int | None = option(None, least=0)
+
+    def warmup(self, steps_per_epoch: int) -> int:
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((self.warmup_epochs or 0) * steps_per_epoch)
+
+    def _warmup_key(self) -> str:
+        if self.warmup_steps is not None:
+            return f"schedule.warmup_steps={self.warmup_steps}"
+        return f"schedule.warmup_epochs={self.warmup_epochs:g}"
+
+    def problems(self, config: Config) -> list[str]:
+        if (self.warmup_epochs is None) == (self.warmup_steps is None):
+            return [
+                f"schedule.warmup_epochs={self.warmup_epochs} and schedule.warmup_steps={self.warmup_steps}: "
+                "give one of the two and set the other to null"
+            ]
+        for given, length in ("warmup_steps", "steps"), ("warmup_epochs", "epochs"):
+            warmup, training = getattr(self, given), getattr(config, length)
+            if warmup and training and warmup > training:
+                return [f"schedule.{given}={warmup:g}: longer than the training, {length}={training}"]
+        return []
+
+
+@dataclass
+class WarmupCosine(_Warmup, Cosine):
+    """``Cosine`` after a linear warm-up."""
+
+
+@dataclass
+class WarmupPoly(_Warmup):
+    """``decay(s) = f + (1 - f) * (1 - s) ** power`` after a linear warm-up, with the final factor f."""
+
+    final_factor: float = option(0.0, least=0)  # learning rate at the end, as a part of the full one
+    power: float = option(2.0, above=0)
+
+    def decay(self, progress: float) -> float:
+        return self.final_factor + (1 - self.final_factor) * math.pow(1 - progress, self.power)
+
+
+SCHEDULES: dict[str, type[ScheduleConfig]] = {
+    "constant": Constant,
+    "cosine": Cosine,
+    "warmup_cosine": WarmupCosine,
+    "warmup_poly": WarmupPoly,
+}
