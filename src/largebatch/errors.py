@@ -1,18 +1,18 @@
-"""The error that a user can mend, and the nearest name for a mistyped one."""
+"""Errors that the user can fix, with suggestions for mistyped names."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one message without a traceback, exit code 2.
+    """Error that the user can fix: shown as one message without a traceback, with exit code 2.
 
-    The message says what was wrong and where, what is allowed, and what to do.
+    The message names the key and its value, the problem, the allowed values, and the fix.
     """
 
 
 def choices(given: object, allowed: Iterable[str]) -> str:
-    """``"allowed: a, b, c; did you mean b?"`` for an error about a name that isn't one of ``allowed``."""
+    """Return ``"allowed: a, b, c; did you mean b?"``, for an error about an unknown name ``given``."""
     names = list(allowed)
     near = difflib.get_close_matches(str(given), names, n=1)
     listed = ", ".join(names) if len(names) <= 40 else f"{len(names)} names"

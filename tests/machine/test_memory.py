@@ -1,4 +1,4 @@
-"""``in_little_memory.py`` in a process of its own: what fits depends on what tests before it have left over."""
+"""``in_little_memory.py`` in its own process, because earlier tests change how much memory is free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from conftest import ROOT
 
 
-def test_in_little_memory() -> None:
+def test_scarce_memory() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/tools/in_little_memory.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""``precision=auto``: measuring which arithmetic is fastest, keeping it, and computing in it."""
+"""``precision=auto``: measuring the fastest arithmetic, caching it, and computing in it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 FP32, FP32_CL = Arithmetic("fp32", False), Arithmetic("fp32", True)
 BF16, BF16_CL = Arithmetic("bf16", False), Arithmetic("bf16", True)
 IMAGE = (3, 8, 8)
-# A model of more than a million parameters whose passes take milliseconds.
+# A model with more than a million parameters whose passes take milliseconds.
 RESNET = (
     "dataset=synthetic", "dataset.train_size=32", "dataset.test_size=8", "dataset.image_size=32", "model=resnet18",
     "batch_size=8", "tracker=none",
@@ -44,7 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_measuring_leaves_the_model_as_it_was() -> None:
+def test_measuring_leaves_the_model_unchanged() -> None:
     model = small_network().eval()
     before = copy.deepcopy(model.state_dict())
     seconds = measure(model, [FP32, BF16_CL], IMAGE, 16, CPU)
@@ -58,14 +58,14 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("seconds", "chosen"),
     [
-        ({FP32: 1.0, FP32_CL: 0.99, BF16: 0.95, BF16_CL: 0.95}, FP32),  # as fast as each other, but for noise
+        ({FP32: 1.0, FP32_CL: 0.99, BF16: 0.95, BF16_CL: 0.95}, FP32),  # equally fast apart from noise
         ({FP32: 1.0, FP32_CL: 0.9, BF16: 1.0, BF16_CL: 0.85}, FP32_CL),
         ({FP32: 1.0, FP32_CL: 0.9, BF16: 0.6, BF16_CL: 0.4}, BF16_CL),
         ({FP32: 1.0, FP32_CL: 1.1, BF16: 0.6, BF16_CL: 0.6}, BF16),
         ({BF16: 1.0, BF16_CL: 0.5}, BF16_CL),
     ],
 )
-def test_the_fastest_is_taken_where_it_is_worth_it(seconds: dict[Arithmetic, float], chosen: Arithmetic) -> None:
+def test_the_fastest_arithmetic_is_chosen_beyond_noise(seconds: dict[Arithmetic, float], chosen: Arithmetic) -> None:
     assert _fastest({way: [1.5 * best, best] for way, best in seconds.items()}) == chosen
 
 
@@ -78,25 +78,25 @@ def test_a_small_network_is_not_measured(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_given_precision_is_kept_to(cache: Path, precision: str) -> None:
+def test_a_given_precision_is_used(cache: Path, precision: str) -> None:
     chosen, how = choose_arithmetic(configuration("precision=" + precision), small_network(), IMAGE, 8, CPU)
     assert (chosen.precision, how) == (precision, "measured now")
 
 
-def test_what_was_measured_counts_for_other_runs_of_the_same_model_and_batch(cache: Path) -> None:
+def test_a_measurement_is_reused_for_the_same_model_and_batch(cache: Path) -> None:
     def choose(seed: int) -> tuple[Arithmetic, str]:
         return choose_arithmetic(configuration(f"seed={seed}"), small_network(), IMAGE, 8, CPU)
 
     first = choose(0)
     assert first[1] == "measured now"
-    assert choose(1) == (first[0], "measured before, on such a machine")
+    assert choose(1) == (first[0], "measured before, on a machine of this kind")
     other_batch, how = choose_arithmetic(configuration(), small_network(), IMAGE, 16, CPU)
     assert how == "measured now"
     assert len(list(cache.glob("arithmetic-*.json"))) == 2
     assert other_batch.precision in ("fp32", "bf16")
 
 
-def test_a_disturbed_measurement_counts_for_an_hour(cache: Path) -> None:
+def test_a_disturbed_measurement_is_reused_for_an_hour(cache: Path) -> None:
     choose_arithmetic(configuration(), small_network(), IMAGE, 8, CPU)
     (path,) = cache.glob("arithmetic-*.json")
     kept = json.loads(path.read_text())
@@ -106,17 +106,15 @@ def test_a_disturbed_measurement_counts_for_an_hour(cache: Path) -> None:
         assert how in choose_arithmetic(configuration(), small_network(), IMAGE, 8, CPU)[1]
 
 
-def test_without_a_place_to_keep_it_it_is_measured_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arithmetic_is_measured_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LARGEBATCH_CACHE", str(tmp_path / "file" / "cache"))
     _, how = choose_arithmetic(configuration(), small_network(), IMAGE, 8, CPU)
-    assert how.startswith("measured now; not kept: ")
+    assert how.startswith("measured now; not cached: ")
 
 
 @pytest.mark.parametrize("way", [FP32, FP32_CL, BF16_CL])
-def test_a_resumed_run_computes_as_it_did(tmp_path: Path, way: Arithmetic) -> None:
+def test_a_resumed_run_keeps_its_arithmetic(tmp_path: Path, way: Arithmetic) -> None:
     saved = {"arithmetic": {"precision": way.precision, "channels_last": way.channels_last}, "micro_batch": 8}
     with Console(tmp_path / "log.txt", speaking=False) as console:
         run, training = set_up(configuration(*RESNET), RunFolder(tmp_path), 0, 1, CPU, console, saved)
@@ -125,8 +123,8 @@ def test_a_resumed_run_computes_as_it_did(tmp_path: Path, way: Arithmetic) -> No
     assert layer.is_contiguous(memory_format=way.memory_format)
 
 
-def test_all_ways_compute_the_same_but_for_rounding(tmp_path: Path) -> None:
-    """A loss and its gradient in bf16 and channels last against plain fp32."""
+def test_all_arithmetics_agree_up_to_rounding(tmp_path: Path) -> None:
+    """Compare a loss and its gradient in bf16 and channels last with plain fp32."""
     losses, gradients = {}, {}
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     for way in (FP32, FP32_CL, BF16_CL):
@@ -143,7 +141,7 @@ def test_all_ways_compute_the_same_but_for_rounding(tmp_path: Path) -> None:
     assert losses[BF16_CL] != losses[FP32]
 
 
-def test_a_run_says_and_stores_what_was_chosen(launch: Launch, tmp_path: Path) -> None:
+def test_a_run_logs_and_stores_the_chosen_arithmetic(launch: Launch, tmp_path: Path) -> None:
     result = launch(*RESNET, "steps=2", "model.stem=cifar")
     assert result.returncode == 0, result.stderr
     (run,) = (tmp_path / "runs").iterdir()
@@ -158,17 +156,18 @@ def test_a_run_says_and_stores_what_was_chosen(launch: Launch, tmp_path: Path) -
 CHOOSE = """
 import os, sys
 from conftest import configuration
-os.environ["LARGEBATCH_CACHE"] = sys.argv[1]  # conftest has set the suite's
-from test_arithmetic import CPU, IMAGE, small_network
+os.environ["LARGEBATCH_CACHE"] = sys.argv[1]  # conftest sets another folder
 from largebatch.machine.precision import choose_arithmetic
+from test_precision import CPU, IMAGE, small_network
 print(*choose_arithmetic(configuration(), small_network(), IMAGE, 8, CPU), sep=": ")
 """
 
 
-def test_processes_that_start_at_once_measure_once(cache: Path) -> None:
-    ours = environment() | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+def test_processes_that_start_together_measure_once(cache: Path) -> None:
+    folders = (ROOT / "src", ROOT / "tests", ROOT / "tests" / "machine")
+    variables = environment() | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", CHOOSE, str(cache)]
-    processes = [subprocess.Popen(command, env=ours, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = sorted(process.communicate(timeout=100)[0].strip().split(": ") for process in processes)
-    assert sorted(how for _, how in printed) == ["measured before, on such a machine", "measured now"]
+    assert sorted(how for _, how in printed) == ["measured before, on a machine of this kind", "measured now"]
     assert len({way for way, _ in printed}) == 1

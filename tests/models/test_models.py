@@ -1,4 +1,4 @@
-"""Models: shapes, stems, sizes, and weight initialisation that really happens."""
+"""Shapes, stems and sizes of models, and the initialisation of their weights."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_torchvision_models_fit_classes_and_channels(name: str, stem: str, chann
 
 
 def equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """The same names in the same order, and the same values bit for bit."""
+    """Return True if names, their order and all values are equal bit for bit."""
     return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def ours_and_torchvision_s(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
-    """Both built under the same seed."""
+    """Build both models with the same seed."""
     from torchvision import models
 
     torch.manual_seed(0)
@@ -60,8 +60,8 @@ def ours_and_torchvision_s(name: str, num_classes: int) -> tuple[nn.Module, nn.M
 
 
 @pytest.mark.parametrize("name", RESNETS)
-def test_our_resnets_are_torchvision_s_bit_for_bit(name: str) -> None:
-    """Weights under a seed, outputs, gradients and running statistics."""
+def test_our_resnets_equal_torchvision_s_bit_for_bit(name: str) -> None:
+    """Compare initial weights, outputs, gradients and running statistics."""
     ours, theirs = ours_and_torchvision_s(name, num_classes=7)
     assert equal(ours.state_dict(), theirs.state_dict())
     assert {n for n, _ in ours.named_modules()} == {n for n, _ in theirs.named_modules()}
@@ -77,8 +77,8 @@ def test_our_resnets_are_torchvision_s_bit_for_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RESNETS)
-def test_the_same_weights_as_when_torchvision_built_them(name: str) -> None:
-    """A model's initial weights follow from its seed alone, with the CIFAR stem too, which is drawn last."""
+def test_initial_weights_equal_those_of_torchvision_s_constructor(name: str) -> None:
+    """The CIFAR stem is drawn last, so that it doesn't change the other weights."""
     assert equal(build(f"model={name}").state_dict(), ours_and_torchvision_s(name, num_classes=10)[1].state_dict())
     _, theirs = ours_and_torchvision_s(name, num_classes=10)
     stem = nn.Conv2d(1, 64, 3, padding=1, bias=False)
@@ -88,7 +88,7 @@ def test_the_same_weights_as_when_torchvision_built_them(name: str) -> None:
 
 
 def test_a_resnet_is_built_without_torchvision_and_the_compiler() -> None:
-    """They take longer to import than the network takes to build."""
+    """Importing them takes longer than building the network."""
     program = """
 import sys
 from largebatch.config.schema import ModelConfig
@@ -112,7 +112,7 @@ def test_an_unknown_timm_model_names_the_nearest() -> None:
         build("model=timm", "model.name=resnet18x")
 
 
-def test_options_that_timm_refuses_are_named() -> None:
+def test_options_that_timm_rejects_are_named() -> None:
     with pytest.raises(UserError, match=r"model\.options=.*depthh"):
         build("model=timm", "model.name=resnet10t", "+model.options.depthh=3")
 
@@ -127,8 +127,8 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @pytest.mark.parametrize("name", ["smallcnn", "resnet18", "effb0"])
 @pytest.mark.parametrize("init", ["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal"])
-def test_initialisation_changes_every_weight_and_has_its_spread(name: str, init: str) -> None:
-    """Standard deviations by the papers' formulas: Xavier sqrt(2 / (fan_in + fan_out)), Kaiming sqrt(2 / fan_in)."""
+def test_initialisation_draws_every_weight_with_the_papers_deviation(name: str, init: str) -> None:
+    """Standard deviations in the papers: Xavier sqrt(2 / (fan_in + fan_out)), Kaiming sqrt(2 / fan_in)."""
     default, chosen = build(f"model={name}"), build(f"model={name}", f"model.init={init}")
     before, after = weights(default), weights(chosen)
     assert len(after) >= 5

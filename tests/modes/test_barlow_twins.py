@@ -1,4 +1,4 @@
-"""Barlow Twins' model and loss, the backbones without classifier, and batches that need not divide."""
+"""Barlow Twins' model and loss, backbones without classifier, and batches that don't divide evenly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def some_images(n: int) -> Tensor:
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_each_view_has_batch_statistics_of_its_own(norm: str) -> None:
+def test_each_view_has_its_own_batch_statistics(norm: str) -> None:
     model = small_model(f"model.norm={norm}").train()
     apart, together = copy.deepcopy(model), copy.deepcopy(model)
     one, two = some_images(7), 3 * some_images(7) + 1
@@ -60,7 +60,7 @@ def test_a_stage_is_batch_norm_relu_and_linear() -> None:
 
 
 @pytest.mark.parametrize("widths", [[8], [8, 6], [12, 8, 6]], ids=str)
-def test_projector_has_linear_layers_of_the_widths_without_bias(widths: list[int]) -> None:
+def test_projector_has_linear_layers_of_the_given_widths_without_bias(widths: list[int]) -> None:
     projector = bt.Projector(5, widths)
     assert projector(torch.randn(4, 5)).shape == (4, widths[-1])
     shapes = [tuple(layer.weight.shape) for layer in projector.modules() if isinstance(layer, nn.Linear)]
@@ -72,7 +72,7 @@ def test_projector_has_linear_layers_of_the_widths_without_bias(widths: list[int
 
 
 def in_float64(one: Tensor, two: Tensor, lmbda: float) -> tuple[float, float, float]:
-    """Loss, on-diagonal and off-diagonal part of two views' embeddings, number by number."""
+    """Return loss, on-diagonal and off-diagonal part of two views' embeddings, computed number by number."""
     columns = []
     for view in (one, two):
         columns.append([])
@@ -92,7 +92,7 @@ def in_float64(one: Tensor, two: Tensor, lmbda: float) -> tuple[float, float, fl
 
 
 @pytest.mark.parametrize("images", [2, 5, 16])
-def test_loss_of_a_micro_batch_is_the_formula(images: int) -> None:
+def test_loss_of_a_micro_batch_equals_the_formula(images: int) -> None:
     config = configuration("mode=bt", "mode.lmbda=0.02", "mode.loss_scale=0.3")
     model = small_model().train()
     views = torch.cat([some_images(images), 0.7 * some_images(images).flip(2) + 0.1])
@@ -118,7 +118,7 @@ def test_loss_is_computed_in_fp32_under_autocast() -> None:
     assert float(value) == pytest.approx(scale * in_float64(one, two, 0.005)[0], rel=1e-5)
 
 
-def test_loss_is_0_for_equal_views_of_uncorrelated_dimensions_and_d_for_constant_ones() -> None:
+def test_loss_is_0_for_equal_uncorrelated_views_and_d_for_constant_views() -> None:
     signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     correlation = bt.standardised(signs).T @ bt.standardised(signs) / 4
     assert float(bt.barlow_loss(correlation, 0.1)[0]) == pytest.approx(0, abs=1e-6)
@@ -126,7 +126,7 @@ def test_loss_is_0_for_equal_views_of_uncorrelated_dimensions_and_d_for_constant
     assert float(bt.barlow_loss(constant.T @ constant / 4, 0.1)[0]) == 2
 
 
-def test_train_figures_are_means_over_images() -> None:
+def test_train_metrics_are_means_over_images() -> None:
     parts = (torch.tensor(5.0), torch.tensor(3.0), torch.tensor(20.0))
     others = (torch.tensor(8.0), torch.tensor(6.0), torch.tensor(20.0))
     totals = bt.counted(0.1, parts, 30) + bt.counted(0.1, others, 10)
@@ -158,7 +158,7 @@ def test_a_backbone_is_the_model_without_its_classifier(model: list[str], featur
     assert backbone.training
     torch.manual_seed(0)
     whole = build_model(config, num_classes=1, channels=3)
-    for name, buffer in whole.named_buffers():  # running statistics are as at the start
+    for name, buffer in whole.named_buffers():  # running statistics keep their initial values
         assert torch.equal(dict(backbone.named_buffers())[name], buffer), name
     images = torch.randn(3, *IMAGE)
     found = backbone.eval()(images)
@@ -177,17 +177,17 @@ def test_timm_s_pooling_is_kept() -> None:
     assert build_backbone(configuration(*model).model, IMAGE)[1] == 1024
 
 
-def test_a_model_without_a_vector_of_features_is_refused() -> None:
+def test_a_model_without_a_feature_vector_is_rejected() -> None:
     model = ("model=timm", "model.name=resnet10t", "+model.options.global_pool=''")
     with pytest.raises(UserError, match=r"model\.name=resnet10t: .*\[2, 512, 1, 1\].*model\.options\.global_pool"):
         build_backbone(configuration(*model).model, IMAGE)
 
 
-# -- batches that need not divide
+# -- batches that don't divide evenly
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_a_small_batch_divides_and_is_as_large_as_it_can_be(processes: int) -> None:
+def test_a_small_batch_is_the_largest_that_divides_evenly(processes: int) -> None:
     for batch, images, micro_batch in itertools.product((5, 64, 256, 1000), (5, 60, 1437), (1, 7, 32, 256)):
         plan = plan_small_batch(batch, images, processes, micro_batch)
         assert plan.processes == processes
@@ -199,16 +199,16 @@ def test_a_small_batch_divides_and_is_as_large_as_it_can_be(processes: int) -> N
             assert plan.per_process % larger
 
 
-def test_a_small_batch_is_whole_where_it_fits() -> None:
+def test_a_small_batch_that_fits_is_not_split() -> None:
     plan = plan_small_batch(256, 10_000, 2, 512)
     assert (plan.global_batch, plan.accumulation, plan.micro_batch) == (256, 1, 128)
 
 
-def test_a_small_batch_of_fewer_images_than_processes_is_one_each() -> None:
+def test_a_batch_smaller_than_the_processes_is_one_image_per_process() -> None:
     assert plan_small_batch(2, 100, 3, 8).global_batch == 3
 
 
-def test_a_model_that_refuses_the_images_is_named_with_their_size() -> None:
+def test_a_model_that_rejects_the_images_is_named_with_their_size() -> None:
     config = configuration("mode=bt", "model=timm", "model.name=efficientformer_l1").model
     with pytest.raises(UserError, match=r"model\.name=efficientformer_l1: can't take images of 3x32x32"):
         build_backbone(config, (3, 32, 32))

@@ -1,4 +1,4 @@
-"""The two signs of a collapse, on embeddings whose spread is known."""
+"""Both indicators of a collapse, on embeddings with known spread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def gaussian(n: int, width: int, seed: int = 0) -> Tensor:
 
 
 def cross(directions: int, width: int, times: int = 1) -> Tensor:
-    """Both ends of as many orthogonal directions, all of length 3, around a point that isn't 0."""
+    """Return both ends of orthogonal ``directions`` of length 3, around a point other than 0."""
     turned = torch.linalg.qr(gaussian(width, width).double()).Q[:directions] * 3
     return (torch.cat([turned, -turned]).repeat(times, 1) + gaussian(1, width, seed=1)).float()
 
@@ -30,28 +30,28 @@ def entropy_rank(embeddings: Tensor) -> float:
 
 
 @pytest.mark.parametrize("width", [8, 64, 300])
-def test_embeddings_that_point_everywhere_alike_have_a_deviation_of_1(width: int) -> None:
+def test_uniformly_distributed_directions_have_a_deviation_of_1(width: int) -> None:
     assert mean_deviation(gaussian(4000, width)) == pytest.approx(1, abs=0.02)
 
 
 def test_equal_embeddings_have_a_deviation_of_0() -> None:
     assert mean_deviation(gaussian(1, 32).repeat(50, 1)) == pytest.approx(0, abs=1e-6)
     assert mean_deviation(torch.zeros(50, 32)) == 0
-    # Lengths are no matter: the same direction is the same.
+    # Lengths don't matter: only directions count.
     assert mean_deviation(gaussian(1, 32) * torch.linspace(1, 9, 50)[:, None]) == pytest.approx(0, abs=1e-6)
 
 
-def test_deviation_is_between_the_two_where_embeddings_share_a_direction() -> None:
+def test_deviation_falls_as_a_shared_direction_grows() -> None:
     found = [float(mean_deviation(gaussian(2000, 32) + shared)) for shared in (0.0, 0.5, 1.0, 3.0)]
     assert found == sorted(found, reverse=True)
-    # By the formula: of directions (1 and noise) the deviation is about sqrt(1 / (1 + shared ** 2)).
+    # The deviation is about sqrt(1 / (1 + shared ** 2)).
     assert found[2] == pytest.approx(math.sqrt(1 / 2), abs=0.03)
     assert found[3] == pytest.approx(math.sqrt(1 / 10), abs=0.03)
 
 
 @pytest.mark.parametrize("directions", [1, 2, 5])
 @pytest.mark.parametrize(("width", "times"), [(6, 1), (6, 40), (64, 1), (64, 40)])
-def test_effective_rank_of_equal_orthogonal_directions_is_their_number(directions: int, width: int, times: int) -> None:
+def test_effective_rank_counts_orthogonal_directions(directions: int, width: int, times: int) -> None:
     assert effective_rank(cross(directions, width, times)) == pytest.approx(directions, rel=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_effective_rank_is_the_entropy_of_the_singular_values(n: int, width: int
 
 @pytest.mark.parametrize(("n", "width"), [(10, 40), (40, 10), (300, 200)])
 def test_embeddings_on_a_line_have_an_effective_rank_of_1(n: int, width: int) -> None:
-    """Though rounding leaves something in each of the other directions, of which there are many."""
+    """Rounding leaves small values in the many other directions, which must not count."""
     on_a_line = torch.outer(torch.arange(n), torch.arange(1, width + 1)) + torch.arange(width)
     assert effective_rank(on_a_line.float()) == pytest.approx(1, abs=1e-6)
 
@@ -77,20 +77,20 @@ def test_equal_embeddings_have_an_effective_rank_of_0(n: int, width: int) -> Non
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("n", "width"), [(7, 30), (30, 7)])
-def test_effective_rank_of_embeddings_that_are_not_finite_is_not_a_number(n: int, width: int, bad: float) -> None:
+def test_effective_rank_of_non_finite_embeddings_is_nan(n: int, width: int, bad: float) -> None:
     embeddings = gaussian(n, width)
     embeddings[3, 2] = bad
     assert math.isnan(effective_rank(embeddings))
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
-def test_neither_depends_on_the_scale(factor: float) -> None:
+def test_both_indicators_ignore_the_scale(factor: float) -> None:
     embeddings = gaussian(40, 16) * torch.linspace(0.1, 2, 16) + 0.5
-    for figure in (mean_deviation, effective_rank):
-        assert figure(factor * embeddings) == pytest.approx(float(figure(embeddings)), rel=1e-5)
+    for indicator in (mean_deviation, effective_rank):
+        assert indicator(factor * embeddings) == pytest.approx(float(indicator(embeddings)), rel=1e-5)
 
 
-def test_effective_rank_ignores_where_the_embeddings_are_and_a_turn() -> None:
+def test_effective_rank_ignores_translation_and_rotation() -> None:
     embeddings = gaussian(40, 16) * torch.linspace(0.1, 2, 16)
     turn = torch.linalg.qr(gaussian(16, 16, seed=3)).Q
     for changed in (embeddings + 10, embeddings @ turn):

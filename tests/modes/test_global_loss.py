@@ -1,4 +1,4 @@
-"""Barlow Twins' loss of a global batch and its gradient, against the formula and the whole model in float64."""
+"""Barlow Twins' loss of a global batch and its gradient, compared with the formula and the model in float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ projectors = pytest.mark.parametrize("widths", [[8], [8, 6], [12, 8, 6]], ids=st
 
 
 def projector_and_first(widths: list[int], images: int) -> tuple[Projector, Tensor]:
-    """A projector whose batch norms have weights of their own, and what it makes of features in its first layer."""
+    """Return a projector with random batch-norm weights, and its first layer's output for two views of features."""
     torch.manual_seed(0)
     projector = Projector(5, widths)
     for stage in projector.stages:
@@ -52,7 +52,7 @@ def normalised(values: Tensor) -> Tensor:
 
 
 def formula(one: Tensor, two: Tensor, lmbda: float) -> Parts:
-    """Of two views' embeddings [n, D]: the loss, its on-diagonal and its off-diagonal part, written out."""
+    """Return the loss of two views' embeddings [n, D], its on-diagonal and its off-diagonal part, written out."""
     correlation = normalised(one).T @ normalised(two) / len(one)
     places = range(len(correlation))
     on_diagonal = torch.stack([(1 - correlation[i, i]) ** 2 for i in places]).sum()
@@ -62,7 +62,7 @@ def formula(one: Tensor, two: Tensor, lmbda: float) -> Parts:
 
 
 def reference(projector: Projector, first: Tensor) -> tuple[GlobalLoss, Projector]:
-    """The same in float64 by autograd; gradients of the parameters are in the projector that is returned."""
+    """Compute the same in float64 by autograd; the returned projector has the gradients of the parameters."""
     twin = copy.deepcopy(projector).double()
     twin.zero_grad()
     leaf = first.double().requires_grad_()
@@ -88,7 +88,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 def farthest(got: nn.Module, expected: nn.Module) -> float:
-    """The largest relative difference of a parameter's gradient."""
+    """Return the largest relative difference between the gradients of a parameter."""
     found = []
     for (name, one), other in zip(got.named_parameters(), expected.parameters(), strict=True):
         assert one.grad is not None, name
@@ -109,12 +109,12 @@ def same_buffers(got: nn.Module, expected: nn.Module) -> None:
         torch.testing.assert_close(buffer, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-# -- the loss by itself
+# -- the loss alone
 
 
 @projectors
 @pytest.mark.parametrize("rows", [15, 5, 3, 1])
-def test_loss_and_gradients_are_those_of_the_formula(widths: list[int], rows: int) -> None:
+def test_loss_and_gradients_equal_the_formula(widths: list[int], rows: int) -> None:
     projector, first = projector_and_first(widths, 15)
     untouched = first.clone()
     got = computed(projector, first, rows)
@@ -124,26 +124,24 @@ def test_loss_and_gradients_are_those_of_the_formula(widths: list[int], rows: in
     )
     assert difference(got.gradient, expected.gradient) < 1e-5
     assert farthest(projector.stages, twin.stages) < 1e-5
-    assert projector.first.weight.grad is None  # whose output was given
+    assert projector.first.weight.grad is None  # global_loss starts at its output
     assert torch.equal(first, untouched)
 
 
 def test_values_far_from_0_lose_no_digits() -> None:
-    """Variances of parts are put together from deviations: of the squares of such numbers no digit would be left."""
+    """Variances of parts are combined from deviations; sums of squares would lose every digit here."""
     projector, first = projector_and_first([12, 8, 6], 16)
     first += 100 * torch.arange(1.0, 13)
     got = computed(projector, first, 4)
     expected, twin = reference(projector, first)
-    # fp32 numbers up to 1,200, as the means are, are rounded to 6e-5.
+    # fp32 rounds the means, up to 1,200, to 6e-5.
     assert difference(got.gradient, expected.gradient) < 1e-3
     assert farthest(projector.stages, twin.stages) < 1e-3
 
 
 @projectors
 @pytest.mark.parametrize("rows", [15, 5])
-def test_running_statistics_are_those_of_batch_norm_that_saw_one_view_after_the_other(
-    widths: list[int], rows: int
-) -> None:
+def test_running_statistics_equal_batch_norm_s_of_one_view_after_the_other(widths: list[int], rows: int) -> None:
     projector, first = projector_and_first(widths, 15)
     twin = copy.deepcopy(projector).train()
     computed(projector, first, rows)
@@ -156,7 +154,7 @@ def test_running_statistics_are_those_of_batch_norm_that_saw_one_view_after_the_
 
 
 @pytest.mark.parametrize("rows", [15, 5])
-def test_gradients_are_added_to_what_is_there(rows: int) -> None:
+def test_gradients_are_added_to_existing_gradients(rows: int) -> None:
     projector, first = projector_and_first([12, 8, 6], 15)
     computed(projector, first, rows)
     once = [one.clone() for one in gradients(projector)]
@@ -167,7 +165,7 @@ def test_gradients_are_added_to_what_is_there(rows: int) -> None:
 
 @projectors
 @pytest.mark.parametrize("rows", [15, 5])
-def test_a_column_that_does_not_vary_is_a_finite_loss(widths: list[int], rows: int) -> None:
+def test_a_constant_column_has_a_finite_loss(widths: list[int], rows: int) -> None:
     projector, first = projector_and_first(widths, 15)
     first[:, :, 3] = 0.75
     got = computed(projector, first, rows)
@@ -177,7 +175,7 @@ def test_a_column_that_does_not_vary_is_a_finite_loss(widths: list[int], rows: i
     assert farthest(projector.stages, twin.stages) < 1e-5
 
 
-def test_a_batch_of_equal_images_has_a_diagonal_of_0() -> None:
+def test_a_batch_of_equal_images_has_correlation_0() -> None:
     projector, first = projector_and_first([12, 8, 6], 1)
     got = computed(projector, first.repeat(1, 16, 1), 4)
     assert [float(part) for part in got.parts] == pytest.approx([6, 6, 0], abs=1e-6)
@@ -186,7 +184,7 @@ def test_a_batch_of_equal_images_has_a_diagonal_of_0() -> None:
 
 
 @pytest.mark.parametrize("rows", [64, 16])
-def test_linear_layers_in_bf16_cost_no_more_than_with_autograd(rows: int) -> None:
+def test_linear_layers_in_bf16_are_as_exact_as_with_autograd(rows: int) -> None:
     bf16 = torch.autocast("cpu", torch.bfloat16)
     projector, values = projector_and_first([32, 24, 16], 64)
     first = values.bfloat16()
@@ -218,9 +216,7 @@ def one_process(rank: int, processes: int, widths: list[int], folder: Path) -> N
 
 
 @pytest.mark.parametrize(("processes", "widths"), [(2, [12, 8, 6]), (3, [8, 6])])
-def test_processes_that_hold_a_share_each_agree_with_one_that_holds_all(
-    tmp_path: Path, processes: int, widths: list[int]
-) -> None:
+def test_several_processes_agree_with_one_process(tmp_path: Path, processes: int, widths: list[int]) -> None:
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=one_process, args=(rank, processes, widths, tmp_path)) for rank in range(processes)]
     for process in ranks:
@@ -231,7 +227,7 @@ def test_processes_that_hold_a_share_each_agree_with_one_that_holds_all(
     projector, first = projector_and_first(widths, 18)
     whole = computed(projector, first, 18)
     found = [torch.load(tmp_path / f"rank{rank}") for rank in range(processes)]
-    # Each gradient is multiplied by the processes: their mean is the gradient.
+    # Each gradient is multiplied by the number of processes, so that their mean is the gradient.
     given_back = torch.cat([of_rank for _, of_rank, _, _ in found], dim=1) / processes
     torch.testing.assert_close(given_back, whole.gradient, rtol=1e-4, atol=1e-6)
     for parts, _, averaged, buffers in found:
@@ -261,7 +257,7 @@ def after_one_gradient(folder: Path, *overrides: str) -> tuple[Run, Training]:
 
 
 def in_float64(folder: Path, *overrides: str) -> tuple[BarlowTwins, Parts]:
-    """The model at its start after a backward pass through the whole batch at once, by autograd alone."""
+    """Return the initial model after autograd's backward pass through the undivided batch, and the loss parts."""
     run, training = at_start(folder, *overrides)
     assert isinstance(training.model, BarlowTwins)
     assert run.config.mode.lmbda is not None
@@ -275,9 +271,7 @@ def in_float64(folder: Path, *overrides: str) -> tuple[BarlowTwins, Parts]:
 
 
 @pytest.mark.parametrize("division", [(), ("micro_batch=16",), ("micro_batch=8",), ("micro_batch=4",)], ids=str)
-def test_a_step_has_the_gradient_of_the_whole_batch_however_it_is_divided(
-    tmp_path: Path, division: tuple[str, ...]
-) -> None:
+def test_a_divided_batch_has_the_gradient_of_the_whole_batch(tmp_path: Path, division: tuple[str, ...]) -> None:
     run, divided = after_one_gradient(tmp_path, *division)
     assert run.batch.accumulation == 32 // run.batch.micro_batch
     whole = after_one_gradient(tmp_path)[1]
@@ -290,12 +284,12 @@ def test_a_step_has_the_gradient_of_the_whole_batch_however_it_is_divided(
     assert divided.totals.tolist() == pytest.approx([*totals, 32], rel=1e-5)
 
 
-def test_without_exact_the_gradient_is_that_of_the_micro_batches(tmp_path: Path) -> None:
+def test_without_exact_the_gradient_is_the_mean_over_micro_batches(tmp_path: Path) -> None:
     whole = after_one_gradient(tmp_path)[1]
     run, each = after_one_gradient(tmp_path, "mode.exact=false", "micro_batch=8")
     assert run.batch.accumulation == 4
     assert farthest(each.model, whole.model) > 1e-2
-    # Not because of a slip elsewhere: the mean of the micro-batches' own gradients is what it is.
+    # No other error explains the difference: the gradient equals the mean over the micro-batches' own gradients.
     _, twin = at_start(tmp_path)
     model = twin.model.double().train()
     for images, _ in itertools.islice(batches_from(run, 0), 4):
@@ -304,7 +298,7 @@ def test_without_exact_the_gradient_is_that_of_the_micro_batches(tmp_path: Path)
     assert farthest(each.model, model) < 1e-5
 
 
-def test_with_batch_norm_a_whole_batch_is_what_autograd_makes_of_it(tmp_path: Path) -> None:
+def test_with_batch_norm_an_undivided_batch_agrees_with_autograd(tmp_path: Path) -> None:
     exact = after_one_gradient(tmp_path, "model.norm=batch")[1]
     plain = after_one_gradient(tmp_path, "model.norm=batch", "mode.exact=false")[1]
     assert farthest(exact.model, plain.model) < 1e-5
@@ -312,7 +306,7 @@ def test_with_batch_norm_a_whole_batch_is_what_autograd_makes_of_it(tmp_path: Pa
     torch.testing.assert_close(exact.totals, plain.totals, rtol=1e-5, atol=0)
 
 
-def test_running_statistics_move_once_though_micro_batches_pass_twice(tmp_path: Path) -> None:
+def test_running_statistics_update_once_although_micro_batches_pass_twice(tmp_path: Path) -> None:
     run, training = after_one_gradient(tmp_path, "model.norm=batch", "micro_batch=8")
     twin = at_start(tmp_path, "model.norm=batch", "micro_batch=8")[1].model.train()
     assert isinstance(training.model, BarlowTwins)
@@ -325,7 +319,7 @@ def test_running_statistics_move_once_though_micro_batches_pass_twice(tmp_path: 
     assert {int(count) for name, count in twin.backbone.named_buffers() if "num_batches" in name} == {8}
 
 
-def test_what_is_random_in_the_network_is_the_same_in_both_passes(tmp_path: Path) -> None:
+def test_random_layers_draw_the_same_in_both_passes(tmp_path: Path) -> None:
     model = ("model=timm", "model.name=test_resnet", "+model.options.drop_path_rate=0.5")
     images = ("+model.options.zero_init_last=false", "dataset.image_size=32", "dataset.channels=3")
     run, training = at_start(tmp_path, *model, *images, "batch_size=8", "micro_batch=4")
@@ -340,7 +334,7 @@ def test_what_is_random_in_the_network_is_the_same_in_both_passes(tmp_path: Path
     view = batches[0][0][:4]
     for _ in range(2):
         training.model.projector.first(training.model.backbone(view))
-    assert not torch.equal(outputs[8], outputs[9])  # there is something random in it
+    assert not torch.equal(outputs[8], outputs[9])  # the network is random
 
 
 # -- CLARS's norms of samples
@@ -349,9 +343,9 @@ CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4")
 
 
 def norms_of_contributions(folder: Path) -> dict[str, float]:
-    """For each layer the sum, over samples and views, of the norm of what the sample adds to the layer's gradient.
+    """Return for each layer the sum, over samples and views, of the norm of the sample's part of the gradient.
 
-    In float64: a sample's row of a layer's output, with the gradient that comes back to it, taken back alone.
+    In float64: each sample's row of a layer's output goes back alone, with its gradient.
     """
     run, training = at_start(folder)
     assert isinstance(training.model, BarlowTwins)
@@ -377,7 +371,7 @@ def norms_of_contributions(folder: Path) -> dict[str, float]:
         assert outputs.grad is not None
         for sample in range(len(inputs)):
             found[name] += float((outputs.grad[sample, :, None] * inputs[sample]).detach().norm())
-            if module is model.projector.first:  # before it samples don't meet: group norm
+            if module is model.projector.first:  # group norm: samples are independent up to here
                 own = torch.autograd.grad(
                     outputs[sample], list(convolutions.values()), outputs.grad[sample], retain_graph=True
                 )
@@ -387,7 +381,7 @@ def norms_of_contributions(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("division", [(), ("micro_batch=8",), ("micro_batch=2",)], ids=str)
-def test_clars_divides_by_the_norms_of_samples_in_the_global_batch(tmp_path: Path, division: tuple[str, ...]) -> None:
+def test_clars_uses_the_norms_of_samples_in_the_global_batch(tmp_path: Path, division: tuple[str, ...]) -> None:
     expected = norms_of_contributions(tmp_path)
     _, training = after_one_gradient(tmp_path, "optimizer=clars", *division)
     assert isinstance(training.norms, SampleNorms)
@@ -397,11 +391,11 @@ def test_clars_divides_by_the_norms_of_samples_in_the_global_batch(tmp_path: Pat
     got = {names[parameter]: float(mean) for parameter, mean in means.items()}
     assert got == pytest.approx(expected, rel=1e-4)
     assert len(got) == 7
-    for parameter, mean in means.items():  # the triangle inequality: no norm of a mean is above the mean of norms
+    for parameter, mean in means.items():  # triangle inequality: the norm of a mean is at most the mean of norms
         assert parameter.grad is not None
         assert float(parameter.grad.norm()) < float(mean)
 
 
-def test_clars_s_gradient_is_that_of_a_run_without_its_hooks(tmp_path: Path) -> None:
+def test_clars_s_hooks_do_not_change_the_gradient(tmp_path: Path) -> None:
     watched = after_one_gradient(tmp_path, "optimizer=clars", "micro_batch=8")[1]
     assert farthest(watched.model, after_one_gradient(tmp_path, "micro_batch=8")[1].model) == 0

@@ -1,4 +1,4 @@
-"""The weighted nearest-neighbour vote, against one query at a time in NumPy and against scikit-learn."""
+"""Weighted nearest-neighbour vote, compared with one query at a time in NumPy and with scikit-learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = 4
 
 
 def some_features(n: int, width: int = 5, seed: int = 0) -> Tensor:
-    """Around the directions of their classes (see ``labels_of``), of lengths from 0.1 to 10."""
+    """Return features near their classes' directions (see ``labels_of``), with lengths from 0.1 to 10."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(CLASSES, width, generator=torch.Generator().manual_seed(9))
     features = centres[labels_of(n)] + torch.randn(n, width, generator=generator)
@@ -27,7 +27,7 @@ def labels_of(n: int) -> Tensor:
 
 
 def one_by_one(queries: Tensor, bank: Tensor, labels: Tensor, neighbours: int, temperature: float) -> list[int]:
-    """Each query's vote, in float64."""
+    """Return each query's prediction, computed in float64."""
 
     def direction(vector: Tensor) -> NDArray[np.float64]:
         values = vector.double().numpy()
@@ -51,15 +51,15 @@ def predicted(queries: Tensor, bank: Tensor, neighbours: int, temperature: float
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 10.0])
 @pytest.mark.parametrize("neighbours", [1, 2, 7, 20, 60])
-def test_predictions_are_those_of_one_query_after_the_other(neighbours: int, temperature: float) -> None:
+def test_predictions_equal_those_computed_one_query_at_a_time(neighbours: int, temperature: float) -> None:
     queries, bank = some_features(40), some_features(60, seed=1)
     got = predicted(queries, bank, neighbours, temperature)
     assert got.dtype == torch.int64
     assert got.tolist() == one_by_one(queries, bank, labels_of(60), neighbours, temperature)
-    assert 0.3 < (got == labels_of(40)).float().mean() < 1  # neither chance nor all
+    assert 0.3 < (got == labels_of(40)).float().mean() < 1  # neither chance nor perfect
 
 
-def test_one_neighbour_is_scikit_learns_on_features_of_length_1() -> None:
+def test_one_neighbour_agrees_with_scikit_learn_on_features_of_length_1() -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
     queries, bank = (torch.nn.functional.normalize(some_features(n, 16, seed=n)) for n in (200, 500))
@@ -68,12 +68,12 @@ def test_one_neighbour_is_scikit_learns_on_features_of_length_1() -> None:
         assert predicted(features, bank, neighbours=1).tolist() == theirs.predict(queries.numpy()).tolist()
 
 
-def test_more_neighbours_than_the_bank_has_are_all_of_it() -> None:
+def test_more_neighbours_than_rows_in_the_bank_are_all_rows() -> None:
     queries, bank = some_features(30), some_features(9, seed=1)
     assert torch.equal(predicted(queries, bank, neighbours=1000), predicted(queries, bank, neighbours=9))
 
 
-def test_temperatures_from_next_to_0_to_huge_neither_overflow_nor_vanish() -> None:
+def test_extreme_temperatures_neither_overflow_nor_vanish() -> None:
     queries, bank = some_features(50), some_features(61, seed=1)
     nearest = predicted(queries, bank, neighbours=1)
     for cold in (1e-30, 1e-6):  # exp(1 / temperature) would be infinite, exp(-2 / temperature) is 0
@@ -92,9 +92,9 @@ def test_no_queries_have_no_predictions() -> None:
     assert (got.dtype, got.shape) == (torch.int64, (0,))
 
 
-def test_many_queries_are_done_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_in_parts_have_the_same_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, bank = some_features(40), some_features(60, seed=1)
     at_once = predicted(queries, bank, neighbours=7)
-    for similarities in (60 * 7, 60, 1):  # a last part of five; one query a part
+    for similarities in (60 * 7, 60, 1):  # a last part of five; one query per part
         monkeypatch.setattr(knn, "_AT_ONCE", similarities)
         assert torch.equal(predicted(queries, bank, neighbours=7), at_once)

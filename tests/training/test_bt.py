@@ -1,4 +1,4 @@
-"""Barlow Twins from end to end: pre-training and linear probe in one run, the same over any division of the batch."""
+"""Barlow Twins end to end: pre-training and linear probe in one run, equal for every division of the batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from largebatch.training.stop import StepBoundary
 from largebatch.training.worker import loop
 
 CPU = torch.device("cpu")
-# A probe batch that divides neither the 64 training images nor what a validation part leaves of them.
+# The probe batch divides neither the 64 training images nor the 48 left by a validation part.
 BT = (
     *TINY, "mode=bt", "mode.projector=[16,16]", "mode.eval_epochs=3", "mode.eval_batch_size=20", "cluster.threads=1",
 )  # fmt: skip
@@ -71,12 +71,12 @@ RECORDED = (
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in one process, with all that can be recorded of it."""
+    """Run in one process with everything recorded."""
     plain = [item for item in WHOLE if item != "tracker=none"]
     return train_in(tmp_path_factory.mktemp("runs") / "whole", *plain, *RECORDED)
 
 
-def test_a_run_has_rows_of_neighbours_pretraining_and_probe(whole: Path) -> None:
+def test_a_run_logs_neighbours_pretraining_and_probe(whole: Path) -> None:
     rows = read_rows(whole / "metrics.jsonl")
     neighbours = [row for row in rows if "test/knn_accuracy" in row]
     assert [row["step"] for row in neighbours] == [0, 6, 9]  # an epoch of 48 images has three steps of 16
@@ -107,7 +107,7 @@ def test_a_run_has_rows_of_neighbours_pretraining_and_probe(whole: Path) -> None
         assert row["probe/loss"] > 0
 
 
-def test_a_run_leaves_status_summary_and_tables(whole: Path) -> None:
+def test_a_run_writes_status_summary_and_tables(whole: Path) -> None:
     rows, summary, status = read_rows(whole / "metrics.jsonl"), summary_of(whole), status_of(whole)
     assert (status["state"], status["step"], status["steps"]) == ("finished", 15, 15)
     assert (summary["state"], summary["step"], summary["steps"], summary["pretraining_steps"]) == (
@@ -141,7 +141,7 @@ def test_a_run_is_profiled_and_copied_to_wandb(whole: Path) -> None:
         events = json.load(handle)["traceEvents"]
     phases = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     steps = phases.count("optimizer")
-    assert steps == 6  # after three of warm-up
+    assert steps == 6  # after three warm-up steps
     assert all(phases.count(name) >= steps for name in ("data", "forward", "backward"))
     assert (whole / "profile" / "shares.txt").exists()
 
@@ -153,8 +153,8 @@ def test_a_run_is_profiled_and_copied_to_wandb(whole: Path) -> None:
     assert (summary["step"], summary["epoch"]) == (15, 6)
 
 
-def test_the_probe_is_of_the_backbone_that_pretraining_left(whole: Path) -> None:
-    """Accuracy and loss on the test set, from the checkpoint, with the images normalised here."""
+def test_the_probe_evaluates_the_pretrained_backbone(whole: Path) -> None:
+    """Recompute accuracy and loss on the test set from the checkpoint, with images normalised here."""
     final, config = checkpoint(whole, 15), load_config(whole / "config.yaml")
     assert same(final["model"], checkpoint(whole, 9)["model"])
 
@@ -173,21 +173,21 @@ def test_the_probe_is_of_the_backbone_that_pretraining_left(whole: Path) -> None
     assert summary["test/loss"] == pytest.approx(float(F.cross_entropy(logits, data.test.labels)), rel=1e-5)
     trained = checkpoint(whole, 9)["probe"]["head"]
     assert not same(head.state_dict(), trained)
-    assert float(trained["weight"].std()) == pytest.approx(0.01, rel=0.2)  # where it starts
+    assert float(trained["weight"].std()) == pytest.approx(0.01, rel=0.2)  # the initial weights
 
 
-# A rate at which rounding differences don't grow over 12 steps.
+# Rounding differences don't grow over 12 steps at this learning rate.
 GENTLE = (*BT, "steps=12", "optimizer.lr=0.5")
 
 
 @pytest.fixture(scope="module")
 def undivided(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process that takes its whole batch at once."""
+    """Run one process with undivided batches."""
     return train_in(tmp_path_factory.mktemp("runs") / "undivided", *GENTLE)
 
 
 def assert_same_training(one: Path, other: Path) -> None:
-    """Parameters and running statistics, the probe's linear layer, and the figures."""
+    """Compare parameters, running statistics, the probe's linear layer, and metrics."""
     a, b = (parameters(run) for run in (one, other))
     assert a.keys() == b.keys()
     for name in a:
@@ -196,10 +196,10 @@ def assert_same_training(one: Path, other: Path) -> None:
     for name in c:
         torch.testing.assert_close(c[name], d[name], rtol=1e-4, atol=1e-5)
     first, second = summary_of(one), summary_of(other)
-    for figure in ("test/accuracy", "test/knn_accuracy"):
-        assert first[figure] == second[figure]
-    for figure in ("test/loss", "probe/loss", "train/loss", "embedding/std", "embedding/effective_rank"):
-        assert first[figure] == pytest.approx(second[figure], rel=1e-4)
+    for metric in ("test/accuracy", "test/knn_accuracy"):
+        assert first[metric] == second[metric]
+    for metric in ("test/loss", "probe/loss", "train/loss", "embedding/std", "embedding/effective_rank"):
+        assert first[metric] == pytest.approx(second[metric], rel=1e-4)
 
 
 @pytest.mark.parametrize("division", [["cluster.processes=2"], ["cluster.processes=4", "micro_batch=2"]])
@@ -211,7 +211,7 @@ def test_synchronised_batch_norm_trains_the_same_in_two_processes(tmp_path: Path
     assert_same_training(whole, train_in(tmp_path / "divided", *WHOLE, "sync_bn=true", "cluster.processes=2"))
 
 
-def test_a_loss_of_each_micro_batch_trains_another_network_and_says_so(tmp_path: Path, undivided: Path) -> None:
+def test_without_exact_another_network_is_trained_and_the_log_names_it(tmp_path: Path, undivided: Path) -> None:
     run = train_in(tmp_path / "inexact", *GENTLE, "mode.exact=false", "cluster.processes=2")
     ours, theirs = parameters(run), parameters(undivided)
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in of_backbone(ours)) > 1e-3
@@ -220,7 +220,7 @@ def test_a_loss_of_each_micro_batch_trains_another_network_and_says_so(tmp_path:
 
 
 def probed(folder: Path, *overrides: str) -> Training:
-    """The training after a probe of an untrained backbone."""
+    """Return the training state after a probe of an untrained backbone."""
     run, training = in_this_process(folder, "epochs=0", *overrides)
     ended = train_probe(run, training, None, None, StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0))
     assert ended == ("finished", "")
@@ -230,7 +230,7 @@ def probed(folder: Path, *overrides: str) -> Training:
 
 @pytest.mark.parametrize("augmentation", ["true", "false"])
 @pytest.mark.parametrize("backbone", ["0.0", "0.01"])
-def test_a_probe_s_accumulation_trains_the_same(tmp_path: Path, backbone: str, augmentation: str) -> None:
+def test_accumulation_trains_the_same_probe(tmp_path: Path, backbone: str, augmentation: str) -> None:
     options = (f"mode.lr_backbone={backbone}", f"mode.eval_augmentation={augmentation}")
     whole, divided = (probed(tmp_path, *options, size) for size in ("micro_batch=null", "micro_batch=4"))
     assert whole.probe is not None
@@ -260,10 +260,10 @@ def test_without_pretraining_the_untrained_backbone_is_evaluated(launch: Launch,
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup_cosine", "warmup_poly"])
-def test_every_schedule_does_without_a_step(tmp_path: Path, schedule: str) -> None:
+def test_every_schedule_allows_zero_steps(tmp_path: Path, schedule: str) -> None:
     training = in_this_process(tmp_path, "epochs=0", f"schedule={schedule}")[1]
-    (rate,) = training.schedule.get_last_lr()
-    assert math.isfinite(rate)
+    (lr,) = training.schedule.get_last_lr()
+    assert math.isfinite(lr)
 
 
 def in_this_process(folder: Path, *overrides: str) -> tuple[Run, Training]:
@@ -271,7 +271,7 @@ def in_this_process(folder: Path, *overrides: str) -> tuple[Run, Training]:
         return set_up(configuration(*BT, *overrides), RunFolder(folder), 0, 1, CPU, console, None)
 
 
-def test_a_stop_wished_for_in_the_last_step_of_pretraining_takes_effect_in_the_probe(tmp_path: Path) -> None:
+def test_a_stop_request_in_the_last_pretraining_step_stops_the_probe(tmp_path: Path) -> None:
     run, training = in_this_process(tmp_path, "steps=1")
     clock, boundary = StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0)
     boundary.asked_to_stop = True
@@ -294,7 +294,7 @@ def test_a_diverged_pretraining_is_an_outcome(launch: Launch, tmp_path: Path) ->
     assert "Traceback" not in (run / "log.txt").read_text()
 
 
-def test_a_diverged_probe_says_in_which_epoch(tmp_path: Path) -> None:
+def test_a_diverged_probe_names_its_epoch(tmp_path: Path) -> None:
     run, training = in_this_process(tmp_path, "epochs=0", "mode.lr_classifier=1e30")
     state, message = train_probe(run, training, None, None, StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0))
     assert state == "diverged"
@@ -304,7 +304,7 @@ def test_a_diverged_probe_says_in_which_epoch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("model", "division"), [("resnet50", ()), ("effb0", ("micro_batch=5",))])
 def test_models_with_batch_norm_take_an_odd_batch(launch: Launch, tmp_path: Path, model: str, division: Any) -> None:
-    """And a probe batch that is larger than the data."""
+    """The probe batch is larger than the training set."""
     small = ("dataset.image_size=16", "dataset.channels=3", "dataset.train_size=32", "batch_size=15", "steps=1")
     probe = ("mode.eval_epochs=1", "mode.eval_batch_size=256")
     result = launch(*BT, *small, *probe, f"model={model}", "model.stem=cifar", *division)

@@ -1,4 +1,4 @@
-"""Single steps of Barlow Twins: any optimizer, and running statistics."""
+"""Single steps of Barlow Twins: every optimizer, and running statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIMIZERS = [
 
 
 def two_steps(folder: Path, *overrides: str) -> dict[str, Tensor]:
-    """The parameters after them; every one must have moved."""
+    """Return the parameters after two steps; every parameter must have changed."""
     run, training = in_this_process(folder, "steps=2", *overrides)
     before = {name: parameter.detach().clone() for name, parameter in training.model.named_parameters()}
     batches, nothing = batches_from(run, 0), Profile(None, CPU, 2)
@@ -38,16 +38,16 @@ def two_steps(folder: Path, *overrides: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_takes_the_same_steps_however_the_batch_is_divided(tmp_path: Path, optimizer: str) -> None:
-    # At its full scale: what divides by the size of gradients makes rounding of none large.
+def test_every_optimizer_takes_the_same_steps_for_a_divided_batch(tmp_path: Path, optimizer: str) -> None:
+    # loss_scale=1: optimizers that divide by gradient norms would magnify rounding of tiny gradients.
     options = (*f"optimizer={optimizer}".split(), "optimizer.lr=0.001", "mode.loss_scale=1")
     whole, divided = two_steps(tmp_path, *options), two_steps(tmp_path, *options, "micro_batch=4")
     for name in whole:
         torch.testing.assert_close(whole[name], divided[name], rtol=1e-4, atol=1e-5)
 
 
-def test_running_statistics_move_once_a_view_and_micro_batch(tmp_path: Path) -> None:
-    """Though with accumulation each view passes twice."""
+def test_running_statistics_update_once_per_view_and_micro_batch(tmp_path: Path) -> None:
+    """With accumulation, each view passes twice."""
     run, training = in_this_process(tmp_path, "steps=1", "model.norm=batch", "micro_batch=4")
     assert isinstance(training.model, BarlowTwins)
     reference = copy.deepcopy(training.model.backbone).train()

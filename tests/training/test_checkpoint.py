@@ -1,4 +1,4 @@
-"""Checkpoints: exact while training goes on, whole when the process is killed, and no failure without a word."""
+"""Checkpoints: exact during training, complete when the process is killed, and no silent failure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from largebatch.training.checkpoint import CheckpointWriter, load_newest, save_c
 
 CPU = torch.device("cpu")
 NAMES = "step-{:08d}.pt"
-SLOW = 24_000_000  # fp32 numbers that take a tenth of a second to write, at the least
+SLOW = 24_000_000  # fp32 numbers that take at least 0.1 s to write
 
 
 def writer(folder: Path) -> CheckpointWriter:
@@ -35,28 +35,28 @@ def load(folder: Path) -> dict[str, Any]:
     return state
 
 
-def test_newest_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_the_newest_two_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path: Path) -> None:
+    messages: list[str] = []
     with writer(tmp_path) as checkpoints:
         for step in (9, 10, 100):
             checkpoints.save(step, {"weights": torch.full((3,), float(step))})
     assert sorted(path.name for path in tmp_path.iterdir()) == [NAMES.format(10), NAMES.format(100)]
     newest = tmp_path / NAMES.format(100)
     newest.write_bytes(newest.read_bytes()[:200])
-    state = load_newest(tmp_path, CPU, said.append)
+    state = load_newest(tmp_path, CPU, messages.append)
     assert state is not None
     assert state["step"] == 10
     assert torch.equal(state["weights"], torch.full((3,), 10.0))
-    assert len(said) == 1
-    assert str(newest) in said[0]
+    assert len(messages) == 1
+    assert str(newest) in messages[0]
 
 
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+def test_load_newest_without_checkpoints_returns_none(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "none", CPU, print) is None
 
 
-def test_the_state_is_that_of_the_save_whatever_training_does_next(tmp_path: Path) -> None:
-    """Tensors, and the lists and dicts around them, change while the thread still writes."""
+def test_changes_after_a_save_do_not_reach_the_checkpoint(tmp_path: Path) -> None:
+    """Tensors, lists and dicts change while the thread writes."""
     weights, losses, during = torch.full((SLOW,), 1.0), [0.5], []
     with writer(tmp_path) as checkpoints:
         for step in (1, 2, 3):
@@ -64,7 +64,7 @@ def test_the_state_is_that_of_the_save_whatever_training_does_next(tmp_path: Pat
             weights += 1
             losses.append(0.25)
             during.append(not (tmp_path / NAMES.format(step)).exists())
-    assert any(during), "every write was over before the change"
+    assert any(during), "every write ended before the change"
     for step in (2, 3):
         saved = torch.load(tmp_path / NAMES.format(step), weights_only=True)
         assert saved["step"] == step
@@ -72,7 +72,7 @@ def test_the_state_is_that_of_the_save_whatever_training_does_next(tmp_path: Pat
         assert saved["schedule"]["losses"] == [0.5, 0.25, 0.25][:step]
 
 
-def test_a_save_waits_for_the_one_before_and_wait_for_the_last(tmp_path: Path) -> None:
+def test_save_waits_for_the_previous_write_and_wait_for_the_last(tmp_path: Path) -> None:
     with writer(tmp_path) as checkpoints:
         checkpoints.wait()  # nothing to wait for
         checkpoints.save(1, {"weights": torch.zeros(SLOW)})
@@ -83,7 +83,7 @@ def test_a_save_waits_for_the_one_before_and_wait_for_the_last(tmp_path: Path) -
 
 
 def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A small network in channels_last with tied weights, after some steps of SGD with momentum."""
+    """Return a small network in channels_last with tied weights, after ``steps`` steps of SGD with momentum."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4), nn.Linear(8, 4))
     model[4].weight = model[3].weight
@@ -97,7 +97,7 @@ def trained(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def assert_same(one: Any, other: Any) -> None:
-    """Equal in kind, names, values, types and strides."""
+    """Compare kinds, names, values, types and strides."""
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other)
@@ -116,7 +116,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse")
-def test_a_model_and_an_optimizer_come_back_as_torch_saves_them(tmp_path: Path) -> None:
+def test_a_model_and_an_optimizer_load_as_from_torch_save(tmp_path: Path) -> None:
     model, optimizer = trained(steps=3)
     base = torch.arange(1000.0)
     state = {
@@ -148,8 +148,8 @@ def test_a_model_and_an_optimizer_come_back_as_torch_saves_them(tmp_path: Path) 
     assert_same(its_optimizer.state_dict(), optimizer.state_dict())
 
 
-def test_what_is_saved_may_change_in_size_and_kind(tmp_path: Path) -> None:
-    """As an optimizer's state does at its first step."""
+def test_the_state_may_change_its_sizes_and_types(tmp_path: Path) -> None:
+    """An optimizer's state does so at its first step."""
     states: list[dict[str, Any]] = [
         {"weights": torch.ones(5)},
         {"weights": torch.ones(7), "momentum": {0: torch.full((5,), 2.0)}},
@@ -164,7 +164,7 @@ def test_what_is_saved_may_change_in_size_and_kind(tmp_path: Path) -> None:
             assert_same(load(tmp_path), {"step": step, **state})
 
 
-def test_a_save_of_the_same_shapes_takes_no_new_memory(tmp_path: Path) -> None:
+def test_a_save_of_the_same_shapes_allocates_no_memory(tmp_path: Path) -> None:
     state = {"weights": torch.ones(1_000_000), "more": [torch.ones(500_000)]}
     with writer(tmp_path) as checkpoints:
         allocated = []
@@ -176,7 +176,7 @@ def test_a_save_of_the_same_shapes_takes_no_new_memory(tmp_path: Path) -> None:
     assert allocated[1] < 10_000
 
 
-def test_what_a_killed_writer_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_partial_file_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, {"weights": torch.ones(2)})
     (tmp_path / "step-00000002.tmp").write_bytes(b"half")
     (tmp_path / "notes.tmp").write_text("mine")
@@ -184,8 +184,8 @@ def test_what_a_killed_writer_left_half_written_is_removed_and_nothing_else(tmp_
         assert {path.name for path in tmp_path.iterdir()} == {NAMES.format(1), "notes.tmp"}
 
 
-# A line on its standard input starts a child that saves in a loop, from where the folder stands, changing its tensors
-# as soon as a save returns; it says the child's process id.
+# Each line on standard input starts a child, whose process id is printed. The child loads the newest checkpoint and
+# saves in a loop. It changes its tensors as soon as a save returns.
 SAVING = """
 import os, sys
 from pathlib import Path
@@ -214,7 +214,7 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path
     draw = random.Random(0)
     command = [sys.executable, "-c", SAVING, str(tmp_path)]
     kills, half_written, newest = 12, 0, 0
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the fork would lack torch's threads
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a forked child lacks torch's threads
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as parent:
@@ -237,11 +237,11 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path
             newest = state["step"]
             assert all(bool((tensor == newest).all()) for tensor in state["tensors"])
         parent.stdin.close()
-    assert half_written, "no kill came during a write"
+    assert half_written, "no kill happened during a write"
 
 
-def test_a_normal_exit_in_the_middle_of_a_write_ends_after_it(tmp_path: Path) -> None:
-    """Even without the context: nothing waits here but the interpreter."""
+def test_a_normal_exit_during_a_write_waits_for_the_write(tmp_path: Path) -> None:
+    """The program doesn't use the writer as a context manager, so only the interpreter waits."""
     program = f"""
 import sys, torch
 from pathlib import Path
@@ -258,7 +258,7 @@ print(list(folder.glob("*.pt")))
 
 @pytest.fixture
 def full_disk() -> Any:
-    """Call it, and no file can grow beyond a kilobyte any more until the test ends."""
+    """Function that limits all files to 1000 bytes until the test ends."""
     _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -268,7 +268,7 @@ STATE = {"weights": torch.ones(1000)}
 
 
 @pytest.mark.parametrize("where", ["save", "wait", "exit"])
-def test_what_the_thread_raises_is_raised_at_the_next_call(
+def test_an_error_in_the_thread_is_raised_at_the_next_call(
     tmp_path: Path, full_disk: Callable[[], None], where: str
 ) -> None:
     checkpoints = writer(tmp_path)
@@ -283,8 +283,8 @@ def test_what_the_thread_raises_is_raised_at_the_next_call(
     checkpoints.save(2, STATE)
     with pytest.raises(OSError, match=r"step-00000002\.pt can't be written .*MB are free"):
         calls[where]()
-    assert [path.name for path in tmp_path.iterdir()] == [NAMES.format(1)]  # and nothing half written
-    checkpoints.wait()  # it was said once
+    assert [path.name for path in tmp_path.iterdir()] == [NAMES.format(1)]  # no partial file
+    checkpoints.wait()  # the error is raised only once
 
 
 def train_and_fail(folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -293,7 +293,7 @@ def train_and_fail(folder: Path, state: dict[str, torch.Tensor]) -> None:
         raise ZeroDivisionError
 
 
-def test_the_error_that_ended_training_wins_and_says_that_the_checkpoint_is_missing(
+def test_an_error_in_training_is_raised_with_a_note_on_the_missing_checkpoint(
     tmp_path: Path, full_disk: Callable[[], None]
 ) -> None:
     full_disk()
@@ -304,7 +304,7 @@ def test_the_error_that_ended_training_wins_and_says_that_the_checkpoint_is_miss
     assert "step-00000001.pt" in note
 
 
-def test_an_error_in_training_lets_the_write_in_flight_end(tmp_path: Path) -> None:
+def test_an_error_in_training_waits_for_the_current_write(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         train_and_fail(tmp_path, {"weights": torch.ones(SLOW)})
     assert not hasattr(caught.value, "__notes__")
@@ -312,7 +312,7 @@ def test_an_error_in_training_lets_the_write_in_flight_end(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_a_save_only_queues_its_copy_and_is_exact(tmp_path: Path) -> None:
+def test_a_save_on_a_gpu_only_queues_its_copy_and_is_exact(tmp_path: Path) -> None:
     device = torch.device("cuda")
     weights = torch.full((SLOW,), 1.0, device=device)
     on_host = torch.zeros(3)
@@ -322,7 +322,7 @@ def test_on_a_gpu_a_save_only_queues_its_copy_and_is_exact(tmp_path: Path) -> No
             checkpoints.save(step, {"weights": weights, "on host": on_host})
             weights += 1
             on_host += 1
-            if step == 2:  # the first one has memory to allocate
+            if step == 2:  # the first save allocates memory
                 assert not torch.cuda.current_stream().query(), "save waited for the device"
             checkpoints.wait()
     for step in (1, 2):

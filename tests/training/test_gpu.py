@@ -1,4 +1,4 @@
-"""The real program on a GPU; skipped where there is none."""
+"""The real program on a GPU; skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN = (
 
 
 def train(folder: Path, *overrides: str) -> tuple[dict[str, torch.Tensor], str]:
-    """The parameters that a run ends with, and its log."""
+    """Return the final parameters of a run, and its log."""
     folder.mkdir()
     command = [sys.executable, str(ROOT / "launch.py"), *RUN, *overrides]
     result = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, check=False)
@@ -31,7 +31,7 @@ def train(folder: Path, *overrides: str) -> tuple[dict[str, torch.Tensor], str]:
     return state["model"], (run / "log.txt").read_text()
 
 
-def test_where_the_pixels_are_changes_nothing(tmp_path: Path) -> None:
+def test_the_location_of_the_pixels_does_not_change_the_result(tmp_path: Path) -> None:
     common = ("deterministic=true", "precision=fp32")
     on_device, log = train(tmp_path / "device", *common, "dataset.location=device")
     in_host_memory, other_log = train(tmp_path / "host", *common, "dataset.location=host")
@@ -41,8 +41,8 @@ def test_where_the_pixels_are_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("division", ["micro_batch=null", "micro_batch=32"])
-def test_compiled_passes_train_the_same_but_for_rounding(tmp_path: Path, division: str) -> None:
-    """With CUDA graphs where nothing is accumulated."""
+def test_compiled_passes_train_the_same_up_to_rounding(tmp_path: Path, division: str) -> None:
+    """CUDA graphs are used without accumulation only."""
     eager, _ = train(tmp_path / "eager", "precision=fp32", "compile=false", division)
     compiled, log = train(tmp_path / "compiled", "precision=fp32", "compile=true", division)
     assert ("with CUDA graphs" in log) == (division == "micro_batch=null")
@@ -58,7 +58,7 @@ def test_the_exact_loss_of_barlow_twins_is_the_same_in_micro_batches(tmp_path: P
         torch.testing.assert_close(parted[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_auto_everything_trains(tmp_path: Path) -> None:
+def test_micro_batch_and_precision_auto_train(tmp_path: Path) -> None:
     _, log = train(tmp_path / "run", "micro_batch=auto", "precision=auto", "profile=true")
     assert "the fastest for resnet18 here" in log
     assert "finished after step 6 of 6" in log

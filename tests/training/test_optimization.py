@@ -1,4 +1,4 @@
-"""Learning rates, schedules and optimizers as the configuration asks for them."""
+"""Learning rates, schedules and optimizers built from the configuration."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def surge_lr(batch_size: int, *overrides: str, noise_scale: float = 1000) -> flo
 
 @pytest.mark.parametrize("batch", [1, 17, 256, 1000, 4096, 10**6])
 @pytest.mark.parametrize("base", [64, 256, 5000])
-def test_surge_rule_is_the_paper_s_formula_through_the_base_batch(batch: int, base: int) -> None:
+def test_surge_rule_equals_the_paper_s_formula_scaled_at_the_base_batch(batch: int, base: int) -> None:
     def optimum(size: int) -> float:
-        """Arxiv 2405.14578, theorem 3, for an unknown largest rate of 1."""
+        """Return arXiv 2405.14578, theorem 3, for a largest learning rate of 1."""
         return 1 / (0.5 * (math.sqrt(1000 / size) + math.sqrt(size / 1000)))
 
     got = surge_lr(batch, f"lr_scaling.base_batch={base}")
@@ -41,19 +41,19 @@ def test_surge_rule_is_the_paper_s_formula_through_the_base_batch(batch: int, ba
     assert surge_lr(base, f"lr_scaling.base_batch={base}") == 0.002
 
 
-def test_surge_rule_rises_like_the_square_root_peaks_at_the_noise_scale_and_falls() -> None:
+def test_surge_rule_rises_like_the_square_root_and_peaks_at_the_noise_scale() -> None:
     base = "lr_scaling.base_batch=1"
     small = surge_lr(4, base, noise_scale=1e9) / surge_lr(1, base, noise_scale=1e9)
     assert small == pytest.approx(2.0, rel=1e-6)
     got = {size: surge_lr(size) for size in (250, 500, 999, 1000, 1001, 2000, 4000)}
     assert max(got, key=lambda size: got[size]) == 1000
-    assert got[500] == pytest.approx(got[2000])  # the same on either side of the peak
+    assert got[500] == pytest.approx(got[2000])  # symmetric around the peak
     assert got[250] == pytest.approx(got[4000])
     assert got[250] < got[500] < got[1000]
 
 
-def test_surge_rule_is_the_best_rate_of_sign_descent_on_a_quadratic() -> None:
-    """The formula against what it is a limit of: the rate that lowers a quadratic loss most, in expectation.
+def test_surge_rule_is_the_best_learning_rate_of_sign_descent_on_a_quadratic() -> None:
+    """The formula is a limit of the learning rate that lowers a quadratic loss most, in expectation.
 
     One step ``x -= lr * sign(g)`` with gradient coordinates of mean m and deviation s / sqrt(B) changes the loss by
     ``-lr * n * m * E + lr**2 / 2 * (sum of H_ij E[sign_i sign_j])`` with ``E = erf(sqrt(B / 2) * m / s)``.
@@ -62,7 +62,7 @@ def test_surge_rule_is_the_best_rate_of_sign_descent_on_a_quadratic() -> None:
     ratio = mean / deviation
     noise_scale = math.pi * n * diagonal / (2 * n * (n - 1) * off_diagonal * ratio**2)
 
-    def best_rate(size: int) -> float:
+    def best_lr(size: int) -> float:
         mean_sign = math.erf(math.sqrt(size / 2) * ratio)
         curvature = n * diagonal + n * (n - 1) * off_diagonal * mean_sign**2
         return n * mean * mean_sign / curvature
@@ -70,10 +70,10 @@ def test_surge_rule_is_the_best_rate_of_sign_descent_on_a_quadratic() -> None:
     base = round(noise_scale / 64)
     for size in (base // 8, base * 8, round(noise_scale), round(noise_scale * 4)):
         ours = surge_lr(size, f"lr_scaling.base_batch={base}", noise_scale=noise_scale) / 0.002
-        assert ours == pytest.approx(best_rate(size) / best_rate(base), rel=0.08)
+        assert ours == pytest.approx(best_lr(size) / best_lr(base), rel=0.08)
 
 
-def test_surge_rate_in_a_run_is_printed_and_stored(launch: Launch, tmp_path: Path) -> None:
+def test_a_run_prints_and_stores_its_surge_learning_rate(launch: Launch, tmp_path: Path) -> None:
     rule = ("lr_scaling.rule=surge", "lr_scaling.noise_scale=64", "lr_scaling.base_batch=4")
     result = launch(*TINY, "steps=2", "optimizer=adamw", "optimizer.lr=0.001", *rule)
     assert result.returncode == 0, result.stderr
@@ -82,22 +82,22 @@ def test_surge_rate_in_a_run_is_printed_and_stored(launch: Launch, tmp_path: Pat
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "summary.json").read_text())["lr"] == pytest.approx(0.0017)
     assert read_rows(run / "metrics.jsonl")[0]["optim/lr"] == pytest.approx(0.0017)
-    refused = launch(*TINY, "steps=2", "optimizer=lars", *rule)
-    assert refused.returncode == 2
-    assert "lr_scaling.force=true" in refused.stderr
+    rejected = launch(*TINY, "steps=2", "optimizer=lars", *rule)
+    assert rejected.returncode == 2
+    assert "lr_scaling.force=true" in rejected.stderr
 
 
-def rates(*overrides: str, steps: int, epoch_steps: int = 5) -> list[float]:
+def factors(*overrides: str, steps: int, epoch_steps: int = 5) -> list[float]:
     config = configuration(*overrides).schedule
     factor = schedule_factor(config, steps, warmup_steps(config, epoch_steps))
     return [factor(step) for step in range(steps)]
 
 
 def test_constant_is_constant() -> None:
-    assert rates("schedule=constant", steps=7) == [1.0] * 7
+    assert factors("schedule=constant", steps=7) == [1.0] * 7
 
 
-def test_cosine_is_torch_s_cosine_annealing() -> None:
+def test_cosine_equals_torch_s_cosine_annealing() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=0.01)
@@ -106,11 +106,11 @@ def test_cosine_is_torch_s_cosine_annealing() -> None:
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
-    assert rates("schedule=cosine", "schedule.final_factor=0.01", steps=40) == pytest.approx(expected, abs=1e-9)
+    assert factors("schedule=cosine", "schedule.final_factor=0.01", steps=40) == pytest.approx(expected, abs=1e-9)
 
 
 def test_warmup_cosine_rises_linearly_then_falls_once() -> None:
-    got = rates("schedule=warmup_cosine", "schedule.warmup_epochs=2", steps=50)
+    got = factors("schedule=warmup_cosine", "schedule.warmup_epochs=2", steps=50)
     assert got[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert got[10] == pytest.approx(1.0)
     assert got[30] == pytest.approx(0.001 + 0.999 / 2)
@@ -118,19 +118,19 @@ def test_warmup_cosine_rises_linearly_then_falls_once() -> None:
     assert 0.001 < got[-1] < 0.01
 
 
-def test_warmup_poly_is_lars_s_decay() -> None:
+def test_warmup_poly_equals_the_decay_of_the_lars_paper() -> None:
     overrides = ("schedule=warmup_poly", "schedule.warmup_steps=4", "schedule.warmup_epochs=null")
-    got = rates(*overrides, steps=24)
+    got = factors(*overrides, steps=24)
     assert got[3] == 1.0
     assert got[4:] == pytest.approx([(1 - step / 20) ** 2 for step in range(20)])
 
 
-def test_warmup_that_fills_the_training_is_refused() -> None:
+def test_warmup_longer_than_the_training_is_an_error() -> None:
     with pytest.raises(UserError, match=r"schedule\.warmup_epochs=10.* 50 steps of warm-up, but the training has 40"):
-        rates("schedule=warmup_cosine", steps=40)
+        factors("schedule=warmup_cosine", steps=40)
 
 
-def test_tvlars_delay_is_given_in_epochs_and_its_floor_follows_the_batch() -> None:
+def test_tvlars_s_delay_is_in_epochs_and_gamma_min_auto_depends_on_the_batch() -> None:
     config = configuration(
         "optimizer=tvlars", "optimizer.delay_epochs=3", "optimizer.gamma_min=auto", "batch_size=1024"
     )
@@ -144,7 +144,7 @@ def test_tvlars_delay_is_given_in_epochs_and_its_floor_follows_the_batch() -> No
     "name",
     ["lars", "lamb", "tvlars", "tvlars_published", "lamb_published", "sgd", "adam", "adamw", "adagrad", "rmsprop"],
 )
-def test_every_optimizer_takes_a_step_downhill_with_its_preset(name: str) -> None:
+def test_every_optimizer_lowers_the_loss_with_its_preset(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1))
     inputs, targets = torch.randn(64, 6), torch.randn(64, 1)
@@ -180,9 +180,9 @@ def test_published_lamb_has_no_bias_correction_and_adapts_everything() -> None:
     )
 
 
-# -- a rate of its own for biases and norm parameters
+# -- a separate learning rate for biases and norm parameters
 
-LR_1D = ("optimizer.lr=0.05", "optimizer.lr_1d=0.008", "batch_size=512", "lr_scaling.rule=linear")  # twice both
+LR_1D = ("optimizer.lr=0.05", "optimizer.lr_1d=0.008", "batch_size=512", "lr_scaling.rule=linear")  # doubles both
 
 
 def small_network() -> nn.Module:
@@ -191,7 +191,7 @@ def small_network() -> nn.Module:
 
 
 def after_steps(*overrides: str, steps: int = 1) -> tuple[dict[str, torch.Tensor], torch.optim.Optimizer]:
-    """Parameters after some steps of the gradients of one fixed batch, which differ from step to step."""
+    """Return the parameters after ``steps`` steps, and the optimizer; two fixed batches alternate."""
     model = small_network()
     optimizer = build_optimizer(configuration(*overrides), model, steps_per_epoch=1)
     inputs, targets = torch.randn(2, 32, 6), torch.randn(2, 32, 3)
@@ -209,8 +209,8 @@ def after_steps(*overrides: str, steps: int = 1) -> tuple[dict[str, torch.Tensor
      ["optimizer=timm", "optimizer.name=lion"], ["optimizer=timm", "optimizer.name=adamw"]],
     ids=lambda overrides: "-".join(overrides),
 )  # fmt: skip
-def test_biases_and_norm_parameters_step_with_their_own_rate(optimizer: list[str]) -> None:
-    """A step as with that rate for all, and the weights as with theirs."""
+def test_biases_and_norm_parameters_step_with_their_own_learning_rate(optimizer: list[str]) -> None:
+    """They step as if all parameters had ``lr_1d``, and weights as if all had ``lr``."""
     got, with_groups = after_steps(*optimizer, *LR_1D)
     assert [group["lr"] for group in with_groups.param_groups] == pytest.approx([0.1, 0.016])
     many, few = (after_steps(*optimizer, f"optimizer.lr={lr}")[0] for lr in (0.1, 0.016))
@@ -221,7 +221,7 @@ def test_biases_and_norm_parameters_step_with_their_own_rate(optimizer: list[str
         assert not torch.equal(parameter, before[name])
 
 
-def test_sgd_and_lars_with_a_rate_for_biases_by_hand() -> None:
+def test_sgd_and_lars_with_lr_1d_equal_a_step_by_hand() -> None:
     model = small_network()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     inputs, targets = torch.randn(2, 32, 6), torch.randn(2, 32, 3)  # as in after_steps
@@ -233,22 +233,22 @@ def test_sgd_and_lars_with_a_rate_for_biases_by_hand() -> None:
         gradient = gradients[name]
         assert gradient is not None
         decayed = gradient + 0.1 * weight
-        rate = 0.1 if weight.ndim > 1 else 0.016
-        torch.testing.assert_close(sgd[name], weight - rate * decayed)
+        lr = 0.1 if weight.ndim > 1 else 0.016
+        torch.testing.assert_close(sgd[name], weight - lr * decayed)
         ratio = 0.001 * weight.norm() / decayed.norm() if weight.ndim > 1 else 1.0
-        torch.testing.assert_close(lars[name], weight - rate * ratio * (decayed if weight.ndim > 1 else gradient))
+        torch.testing.assert_close(lars[name], weight - lr * ratio * (decayed if weight.ndim > 1 else gradient))
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "lamb", "sgd", "adam", "adamw", "adagrad", "rmsprop"])
-def test_a_rate_of_0_leaves_biases_where_they_are(optimizer: str) -> None:
+def test_lr_1d_0_leaves_biases_unchanged(optimizer: str) -> None:
     got, _ = after_steps(f"optimizer={optimizer}", "optimizer.lr=0.1", "optimizer.lr_1d=0", steps=3)
     for name, parameter in small_network().named_parameters():
         assert torch.equal(got[name], parameter) == (parameter.ndim == 1)
 
 
 @pytest.mark.parametrize("name", ["lars", "tvlars", "lamb", "sgd", "adam", "adamw", "adagrad", "rmsprop"])
-def test_the_same_rate_for_both_is_no_change(name: str) -> None:
-    """Over some steps, so that what an optimizer keeps for each parameter counts too."""
+def test_lr_1d_equal_to_lr_changes_nothing(name: str) -> None:
+    """Several steps also cover the optimizer's state of each parameter."""
     adapted = [f"optimizer.{key}_1d=true" for key in ("adapt", "decay") if name in ("lars", "tvlars", "lamb")]
     got, split = after_steps(f"optimizer={name}", *adapted, "optimizer.lr=0.02", "optimizer.lr_1d=0.02", steps=4)
     expected, _ = after_steps(f"optimizer={name}", *adapted, "optimizer.lr=0.02", steps=4)
@@ -257,7 +257,7 @@ def test_the_same_rate_for_both_is_no_change(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lars", "tvlars", "clars", "lamb"])
-def test_layers_keep_their_names_beside_a_rate_for_biases(name: str) -> None:
+def test_layers_keep_their_names_with_lr_1d(name: str) -> None:
     every = [name for name, _ in small_network().named_parameters()]
     for adapted, layers in ((False, ["0.weight", "3.weight"]), (True, every)):
         config = configuration(f"optimizer={name}", *LR_1D, f"optimizer.adapt_1d={adapted}")
@@ -266,8 +266,8 @@ def test_layers_keep_their_names_beside_a_rate_for_biases(name: str) -> None:
         assert sorted(optimizer.layer_names) == sorted(layers)
 
 
-def test_tvlars_s_phi_is_on_one_clock_in_both_groups() -> None:
-    """Which matters with biases adapted too: phi falls by half in these steps."""
+def test_tvlars_s_phi_counts_the_same_steps_in_both_groups() -> None:
+    """Biases are adapted too, and phi falls by half in these steps."""
     options = ("optimizer=tvlars", "optimizer.adapt_1d=true", "optimizer.lmbda=1", "optimizer.delay_epochs=2")
     got, optimizer = after_steps(*options, "optimizer.lr=2", "optimizer.lr_1d=2", steps=4)
     expected, whole = after_steps(*options, "optimizer.lr=2", steps=4)
@@ -282,7 +282,7 @@ def test_tvlars_s_phi_is_on_one_clock_in_both_groups() -> None:
     assert next(ratios) == pytest.approx(next(ratios), rel=1e-5)
 
 
-def test_the_schedule_multiplies_both_rates() -> None:
+def test_the_schedule_multiplies_both_learning_rates() -> None:
     config = configuration(*LR_1D, "schedule=warmup_cosine", "schedule.warmup_epochs=null", "schedule.warmup_steps=4")
     optimizer = build_optimizer(config, small_network(), steps_per_epoch=1)
     factor = schedule_factor(config.schedule, 12, warmup_steps(config.schedule, 1))
@@ -297,7 +297,7 @@ def test_the_schedule_multiplies_both_rates() -> None:
     assert seen == [pytest.approx([0.1 * factor(step), 0.016 * factor(step)]) for step in range(12)]
 
 
-def test_the_rate_of_biases_follows_the_scaling_rule() -> None:
+def test_lr_1d_follows_the_scaling_rule() -> None:
     overrides = ("optimizer=adamw", "optimizer.lr=0.002", "optimizer.lr_1d=0.0005", "batch_size=1024")
     for rule in (["none"], ["linear"], ["sqrt"], ["surge", "lr_scaling.noise_scale=1000"]):
         config = configuration(*overrides, f"lr_scaling.rule={rule[0]}", *rule[1:])
@@ -308,7 +308,7 @@ def test_the_rate_of_biases_follows_the_scaling_rule() -> None:
         assert {parameter.ndim for parameter in groups[1]["params"]} == {1}
 
 
-def test_a_model_without_biases_needs_no_rate_for_them() -> None:
+def test_lr_1d_without_biases_makes_no_second_group() -> None:
     config = configuration("optimizer=lars", "optimizer.lr_1d=0.1")
     optimizer = build_optimizer(config, nn.Linear(3, 2, bias=False), steps_per_epoch=1)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]

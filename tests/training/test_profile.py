@@ -16,7 +16,7 @@ from largebatch.runs.metrics import read_rows
 
 
 @pytest.mark.parametrize(("steps", "profiled"), [(20, 10), (5, 2)])
-def test_a_profile_is_a_trace_and_a_table(launch: Launch, tmp_path: Path, steps: int, profiled: int) -> None:
+def test_a_profile_has_a_trace_and_a_table(launch: Launch, tmp_path: Path, steps: int, profiled: int) -> None:
     result = launch(*TINY, f"steps={steps}", "profile=true")
     assert result.returncode == 0, result.stderr
     run = the_run(tmp_path)
@@ -37,13 +37,13 @@ def test_a_profile_is_a_trace_and_a_table(launch: Launch, tmp_path: Path, steps:
     assert shares["backward"] > 0
 
 
-def test_a_profiled_run_is_the_same_run(launch: Launch, tmp_path: Path) -> None:
+def test_profile_does_not_change_the_run_s_folder(launch: Launch, tmp_path: Path) -> None:
     for extra in ("profile=true", "profile=false"):
         launch(*TINY, "steps=4", extra)
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
-def test_a_compiled_run_trains_the_same_but_for_rounding(launch: Launch, tmp_path: Path) -> None:
+def test_a_compiled_run_trains_the_same_up_to_rounding(launch: Launch, tmp_path: Path) -> None:
     for choice in ("true", "false"):
         result = launch(*TINY, "steps=6", "optimizer.lr=0.1", f"compile={choice}", timeout=250)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -60,8 +60,8 @@ def test_a_compiled_run_trains_the_same_but_for_rounding(launch: Launch, tmp_pat
     assert rows[True]["test/loss"] == pytest.approx(rows[False]["test/loss"], rel=1e-4)
 
 
-def test_what_cannot_be_compiled_is_an_error_where_it_was_asked_for(launch: Launch, tmp_path: Path) -> None:
-    """Norms of single samples are taken by hooks, which compiled passes wouldn't call."""
+def test_compile_true_is_an_error_for_a_run_that_cannot_be_compiled(launch: Launch, tmp_path: Path) -> None:
+    """Hooks measure the norms of samples, and compiled passes wouldn't call hooks."""
     result = launch(*TINY, "steps=2", "optimizer=clars", "compile=true")
     assert result.returncode == 2
     assert "compile=true" in result.stderr

@@ -1,4 +1,4 @@
-"""Stopping and resuming with the real program: exact, and never two processes on one run."""
+"""Stopping a run and resuming it exactly, and never two processes on one run, with the real program."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from runs import finish, parameters, the_run, timeless, train_in
 
 from largebatch.runs.metrics import read_rows
 
-# Long enough to be stopped in the middle: a checkpoint every 5 of 60 steps.
+# Long enough for a stop in the middle: 60 steps, with a checkpoint every 5.
 LONG = (
     *TINY,
-    "batch_size=18",  # also of three processes, where the order of a sum matters
+    "batch_size=18",  # divisible by three processes, for which the order of a sum matters
     "steps=60",
     "checkpoint.every_steps=5",
     "tracker.layers_every=3",
@@ -30,14 +30,14 @@ LONG = (
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until the metrics of the run in ``folder`` have come to ``step``."""
+    """Wait until the metrics of the run in ``folder`` have reached ``step``."""
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         assert process.poll() is None, "the run ended before it could be stopped"
         if any(row["step"] >= step for path in folder.glob("runs/*/metrics.jsonl") for row in read_rows(path)):
             return
         time.sleep(0.01)
-    raise AssertionError("the run never got there")
+    raise AssertionError(f"the run didn't reach step {step}")
 
 
 def worker_pid(run: Path) -> int:
@@ -53,7 +53,10 @@ def is_alive(pid: int) -> bool:
 
 
 def stop_run(run: Path, process: subprocess.Popen[str], how: str) -> tuple[str, str]:
-    """End the worker, its launcher ("everything"), or press Ctrl-C; what the launcher said, once no worker is left."""
+    """Kill the worker, kill its launcher ("everything"), or press Ctrl-C; return the launcher's output and errors.
+
+    The worker has ended when this returns.
+    """
     worker = worker_pid(run)
     if how == "worker":
         os.kill(worker, signal.SIGKILL)
@@ -71,13 +74,13 @@ def stop_run(run: Path, process: subprocess.Popen[str], how: str) -> tuple[str, 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one process", "three processes"])
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A run that nothing stopped, and its command line."""
+    """Uninterrupted run, and its command line."""
     command = [*LONG, f"cluster.processes={request.param}", "model.norm=batch"]
     return train_in(tmp_path_factory.mktemp("runs") / "undisturbed", *command), command
 
 
 @pytest.mark.parametrize("how", ["worker", "everything", "interrupt"])
-def test_a_stopped_run_continues_exactly(tmp_path: Path, how: str, undisturbed: tuple[Path, list[str]]) -> None:
+def test_a_stopped_run_resumes_exactly(tmp_path: Path, how: str, undisturbed: tuple[Path, list[str]]) -> None:
     whole, command = undisturbed
     folder = tmp_path / "stopped"
     folder.mkdir()
@@ -104,14 +107,14 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, how: str, undisturbed: 
     )
 
 
-def test_a_run_in_hand_is_refused_with_pid_and_host(tmp_path: Path, launch: Launch) -> None:
+def test_starting_a_running_run_is_an_error_with_pid_and_host(tmp_path: Path, launch: Launch) -> None:
     process = start(*LONG, "steps=2000", cwd=tmp_path)
     try:
         wait_for_step(tmp_path, 2, process)
         refused = launch(*LONG, "steps=2000")
         assert refused.returncode == 2
         assert f"pid {worker_pid(the_run(tmp_path))} on " in refused.stderr
-        assert process.poll() is None  # and the one that works on it goes on
+        assert process.poll() is None  # the first process keeps running
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)

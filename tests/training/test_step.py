@@ -1,4 +1,4 @@
-"""What a step must not do: read figures back from the device."""
+"""A step must not read numbers back from the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations that torch is asked for."""
+    """Count torch's operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ def assert_nothing_is_read_back(folder: Path, *overrides: str) -> None:
 
 @pytest.mark.parametrize("optimizer", ["lars", "lamb", "tvlars", "clars", "sgd"])
 @pytest.mark.parametrize("division", [(), ("micro_batch=4",), ("micro_batch=auto",)])
-def test_no_figure_is_read_back_in_a_step(tmp_path: Path, optimizer: str, division: tuple[str, ...]) -> None:
-    """On a GPU each would wait for everything that was queued."""
+def test_a_step_reads_no_number_back(tmp_path: Path, optimizer: str, division: tuple[str, ...]) -> None:
+    """On a GPU, each read would wait for all queued work."""
     assert_nothing_is_read_back(tmp_path, f"optimizer={optimizer}", *division)
 
 
 @pytest.mark.parametrize(("optimizer", "exact"), [("lars", "true"), ("lars", "false"), ("clars", "true")])
 @pytest.mark.parametrize("division", [(), ("micro_batch=4",), ("micro_batch=auto",)])
-def test_no_figure_is_read_back_in_a_step_of_pre_training(
+def test_a_pretraining_step_reads_no_number_back(
     tmp_path: Path, optimizer: str, exact: str, division: tuple[str, ...]
 ) -> None:
     bt = ("mode=bt", "mode.projector=[12,8,6]", f"mode.exact={exact}")

@@ -1,4 +1,4 @@
-"""Training from end to end with the real program: what a run leaves, and equality over processes."""
+"""Training end to end with the real program: the run's folder, and equality over processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runs import parameters, the_run, train_in
 from largebatch.runs.metrics import read_rows
 
 
-def test_a_run_leaves_its_whole_folder(launch: Launch, tmp_path: Path) -> None:
+def test_a_run_writes_its_whole_folder(launch: Launch, tmp_path: Path) -> None:
     result = launch(*TINY, "steps=10", "optimizer=tvlars", "tracker.layers_every=5", "dataset.val_fraction=0.25")
     assert result.returncode == 0, result.stderr
     run = the_run(tmp_path)
@@ -56,13 +56,13 @@ def test_a_run_leaves_its_whole_folder(launch: Launch, tmp_path: Path) -> None:
     assert {"images_per_second", "wall_seconds", "git_commit", "versions", "lr", "per_process_batch"} <= summary.keys()
 
 
-# A rate at which rounding differences don't grow over 20 steps.
+# Rounding differences don't grow over 20 steps at this learning rate.
 GENTLE = (*TINY, "steps=20", "optimizer=lars", "optimizer.lr=0.5", "cluster.threads=1")
 
 
 @pytest.fixture(scope="module")
 def undivided(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process that takes its whole batch at once."""
+    """Run one process with undivided batches."""
     return train_in(tmp_path_factory.mktemp("runs") / "undivided", *GENTLE)
 
 
@@ -72,7 +72,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def difference(one: Path, other: Path) -> float:
-    """The largest of any parameter or running statistic."""
+    """Return the largest difference of a parameter or running statistic."""
     a, b = parameters(one), parameters(other)
     return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
 
@@ -98,15 +98,15 @@ CLARS = ("optimizer=clars", "optimizer.lr=2", "optimizer.sample_size=2")
 def test_clars_trains_the_same_on_several_processes_and_with_accumulation(
     tmp_path: Path, clars: Path, division: list[str]
 ) -> None:
-    """Groups of two samples, whose gradients' norms add up over micro-batches and processes."""
+    """Gradient norms of groups of two samples are summed over micro-batches and processes."""
     assert "gradient norms of 2 samples at a time by hooks" in (clars / "log.txt").read_text()
     assert difference(clars, train_in(tmp_path / "divided", *GENTLE, *CLARS, *division)) < 1e-5
     single = train_in(tmp_path / "single", *GENTLE, *CLARS, "optimizer.sample_size=1")
     assert difference(clars, single) > 1e-4
 
 
-def test_clars_on_a_model_whose_layers_have_no_hooks(tmp_path: Path) -> None:
-    """A vision transformer's position embedding isn't a layer: the norms are of micro-batches then."""
+def test_clars_trains_a_model_with_parameters_outside_layers(tmp_path: Path) -> None:
+    """A vision transformer's position embedding isn't a layer, so the norms are those of micro-batches."""
     vit = (
         "model=timm", "model.name=vit_tiny_patch16_224", "dataset.channels=3", "optimizer.sample_size=8",
         "+model.options={img_size:8,patch_size:4,depth:1,embed_dim:12,num_heads:2}", "steps=3",
@@ -124,7 +124,7 @@ def test_clars_sample_size_must_divide_the_micro_batch(launch: Launch) -> None:
     assert "optimizer.sample_size=3 doesn't divide the micro-batch of 16 images; nearest: 2" in result.stderr
 
 
-def test_batch_norm_trains_the_same_over_processes_only_when_synchronised(tmp_path: Path) -> None:
+def test_batch_norm_trains_the_same_over_processes_only_if_synchronised(tmp_path: Path) -> None:
     whole = train_in(tmp_path / "whole", *GENTLE, "model.norm=batch")
     synchronised = ("model.norm=batch", "sync_bn=true", "cluster.processes=2")
     assert difference(whole, train_in(tmp_path / "synchronised", *GENTLE, *synchronised)) < 1e-5
@@ -132,10 +132,10 @@ def test_batch_norm_trains_the_same_over_processes_only_when_synchronised(tmp_pa
     assert difference(whole, train_in(tmp_path / "local", *GENTLE, *local)) > 1e-3
 
 
-def test_the_whole_test_set_counts_once_whatever_the_processes(
+def test_every_test_image_counts_once_for_any_number_of_processes(
     tmp_path: Path, undivided: Path, two_processes: Path
 ) -> None:
-    """The 21 test images don't divide by 2 or 3: the accuracy is a multiple of 1/21 all the same."""
+    """2 processes can't share 21 test images evenly, and the accuracy is a multiple of 1/21 in every run."""
     one, two = (json.loads((run / "summary.json").read_text()) for run in (undivided, two_processes))
     three = json.loads(
         (train_in(tmp_path / "three", *GENTLE, "batch_size=15", "cluster.processes=3") / "summary.json").read_text()
@@ -147,11 +147,11 @@ def test_the_whole_test_set_counts_once_whatever_the_processes(
         assert summary["test_images"] == 21
 
 
-def test_speed_is_in_every_row_but_that_of_the_first_step(launch: Launch, tmp_path: Path) -> None:
+def test_every_row_except_the_first_has_the_speed(launch: Launch, tmp_path: Path) -> None:
     assert launch(*TINY, "steps=4", "tracker.log_every=1").returncode == 0
     run = the_run(tmp_path)
     timed = {row["step"]: row.get("perf/step_ms") for row in read_rows(run / "metrics.jsonl") if "train/loss" in row}
-    assert timed.pop(1) is None  # it would show what comes once, such as allocations
+    assert timed.pop(1) is None  # it would include one-time work such as allocations
     assert len(timed) == 3
     assert all(0 < milliseconds < 1000 for milliseconds in timed.values())
     assert json.loads((run / "summary.json").read_text())["images_per_second"] > 0
@@ -170,7 +170,7 @@ def test_divergence_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
     assert "diverged before" in launch(*command).stdout
 
 
-def test_an_exception_leaves_one_line_and_a_traceback_in_the_log(launch: Launch, tmp_path: Path) -> None:
+def test_an_exception_is_one_line_on_stderr_and_a_traceback_in_the_log(launch: Launch, tmp_path: Path) -> None:
     result = launch(*TINY, "steps=2", "model=timm", "model.name=test_vit", "dataset.image_size=9")
     assert result.returncode == 1
     run = the_run(tmp_path)

@@ -1,1 +1,1 @@
-"""What a run finds out about processes, memory and arithmetic of the machine that it is on."""
+"""Processes, memory and arithmetic of the machine on which a run trains."""

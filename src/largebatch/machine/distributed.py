@@ -1,4 +1,4 @@
-"""The processes of one run: who am I, sums over all, batch statistics over all."""
+"""Processes of one run: rank, sums over processes, batch statistics over processes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 
 def start(device: str) -> tuple[int, int, torch.device]:
-    """Join the run's process group, as the launcher's environment says. Returns rank, processes and this one's device.
+    """Join the process group from the launcher's environment; return rank, processes and this process's device.
 
-    A run of one process needs no group, and has none.
+    A run of one process has no group.
     """
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     where = torch.device("cpu")
@@ -26,19 +26,19 @@ def start(device: str) -> tuple[int, int, torch.device]:
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(where)
     if processes > 1:
-        # gloo beside nccl: small sums of host tensors must not wait for the device.
+        # gloo in addition to nccl: small sums of host tensors must not wait for the device.
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, device_id=where if device == "cuda" else None)
     return rank, processes, where
 
 
 def processes() -> int:
-    """Processes of the run, on all machines."""
+    """Return the number of processes of the run, on all machines."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def processes_here() -> int:
-    """Processes of the run on this machine, which share its memory and cores."""
+    """Return the number of the run's processes on this machine; they share its memory and cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -48,14 +48,14 @@ def stop() -> None:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """``values`` summed over all processes, in place."""
+    """Sum ``values`` over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def gather_rows(values: Tensor, rows: list[int]) -> Tensor:
-    """The ``values`` [rows[rank], ...] of all processes one below the other, in every process."""
+    """Concatenate the ``values`` [rows[rank], ...] of all processes, in every process."""
     if not dist.is_initialized():
         return values
     padded = values.new_zeros(max(rows), *values.shape[1:])
@@ -72,16 +72,16 @@ def smallest_over_processes(value: Tensor) -> float:
 
 
 def any_process(here: bool) -> bool:
-    """Whether it is so in any process; every process must ask."""
+    """Return True if ``here`` is True in any process; every process must call this."""
     if not dist.is_initialized():
         return here
-    answer = torch.tensor(here, dtype=torch.int32)  # on the host: no device is waited for
+    answer = torch.tensor(here, dtype=torch.int32)  # on the host, without a wait for the device
     dist.all_reduce(answer, op=dist.ReduceOp.MAX)
     return bool(answer)
 
 
 def from_rank_0(value: T) -> T:
-    """Rank 0's ``value``, in every process."""
+    """Return rank 0's ``value`` in every process."""
     if not dist.is_initialized():
         return value
     held = [value]
@@ -90,7 +90,7 @@ def from_rank_0(value: T) -> T:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """What DDP does along the backward pass, after it."""
+    """Average the gradients over processes after the backward pass; DDP does so during it."""
     if not dist.is_initialized():
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -103,24 +103,25 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def replicate(model: nn.Module, example: Tensor) -> nn.Module:
-    """``model`` with gradients averaged over the run's processes; itself in a run of one.
+    """Return ``model`` with gradients averaged over the run's processes; with one process, ``model`` itself.
 
-    DDP lays its buckets out anew after the first backward, which changes the order of sums over three or more
-    processes. A backward of ``example`` [n, C, H, W] brings that forward, so that a resumed run sums like a whole one.
+    DDP rebuilds its buckets after the first backward pass, which changes the order of sums over three or more
+    processes. A backward pass of ``example`` [n, C, H, W] triggers this here. A resumed run then sums like an
+    uninterrupted one.
     """
     if not dist.is_initialized():
         return model
-    # Gradients aren't copied into the buckets. Running statistics are rank 0's, which evaluation and checkpoints take
-    # (share_buffers); to share them at every step as well would change nothing and have the processes wait.
+    # gradient_as_bucket_view avoids a copy of the gradients. broadcast_buffers=False: evaluation and checkpoints take
+    # rank 0's running statistics (share_buffers); sharing them at every step would only make the processes wait.
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    replica.eval()  # running statistics stay as they are
+    replica.eval()  # leaves the running statistics unchanged
     replica(example).sum().backward()
     replica.zero_grad(set_to_none=True)
     return replica
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every process rank 0's buffers: running statistics, which differ since each sees its own images."""
+    """Copy rank 0's buffers to every process: running statistics differ because the processes see other images."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -143,7 +144,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with statistics over all processes, on any device; torch's own refuses the CPU.
+    """Batch norm with statistics over all processes, on any device; torch's SyncBatchNorm doesn't support the CPU.
 
     Input [B, C, ...] with the same B in every process. Training mode computes mean and (biased) variance over
     processes, batch and positions; the running variance is the unbiased one, as in ``torch.nn.BatchNorm2d``.
@@ -183,10 +184,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` with its batch-norm layers replaced by ones with statistics over all processes.
+    """Replace the batch-norm layers of ``model`` by layers with statistics over all processes.
 
     Raises:
-        UserError: on CPU, for a model with batch-norm layers of its own kind (some of timm's).
+        UserError: on CPU, for a model with its own batch-norm class (some timm models).
     """
     if device.type == "cuda":
         if type(model).__module__.startswith("timm."):
@@ -201,7 +202,7 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
             sync.load_state_dict(child.state_dict())
             setattr(model, name, sync)
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
-            raise UserError(f"sync_bn=true: {type(child).__name__} has no synchronised form on CPU; use a GPU")
+            raise UserError(f"sync_bn=true: {type(child).__name__} can't be synchronised on CPU; use a GPU")
         else:
             synchronise_batch_norm(child, device)
     return model

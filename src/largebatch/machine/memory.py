@@ -1,4 +1,4 @@
-"""How much memory is free, and what a failed allocation looks like."""
+"""Free memory, and recognition of failed allocations."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 import torch
 
-# torch's CPU allocator, the standard library, and oneDNN, which has no other words for it.
+# Messages of torch's CPU allocator, the standard library, and oneDNN ("could not create a primitive").
 _WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a primitive")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is a failed allocation, on a GPU or on the host."""
+    """Return True if ``error`` is a failed allocation, on a GPU or on the host."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
     )
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken: of the GPU's memory, or of the host's."""
+    """Return the bytes of GPU memory (``cuda``) or host memory (``cpu``) that can still be allocated."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -30,20 +30,23 @@ def free_memory(device: torch.device) -> int:
 
 
 def host_memory() -> int:
-    """Bytes that this process can still take: of the system's, its control group's, its own limit (``ulimit -v``)."""
+    """Return the bytes that this process can still allocate.
+
+    It is the least of what the system, the control groups and the process's own limit (``ulimit -v``) leave.
+    """
     return min(_of_the_system(), _of_the_group(), _of_the_process())
 
 
 def _of_the_system() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux: what there is, less what programs usually take
+    except OSError:  # not Linux: half of the memory, since other programs need some
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
 
 
 def _of_the_group() -> int:
-    """Of the control groups (version 2 or 1) that a container or a SLURM job is in: the least of all levels."""
+    """Return the least free bytes of all levels of the control groups (version 1 or 2), as in containers and SLURM."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
@@ -68,7 +71,7 @@ def _of_the_levels(root: Path, group: str, limit: str, used: str) -> int:
         try:
             given, taken = (level / limit).read_text().strip(), int((level / used).read_text())
             cached = re.search(r"^(?:total_)?inactive_file (\d+)$", (level / "memory.stat").read_text(), re.MULTILINE)
-        except OSError:  # the top level has no limit, and a container doesn't see those above its own
+        except OSError:  # the top level has no limit; a container can't read the levels above its own
             continue
         if given != "max":
             least = min(least, int(given) - taken + (int(cached[1]) if cached else 0))

@@ -1,4 +1,4 @@
-"""Which number format and memory layout a model's passes are fastest in: measured, and remembered for the machine."""
+"""Choice of the fastest number format and memory layout for a model, measured once per machine."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from largebatch.native import cache_folder, processor
 from largebatch.runs.folder import write_atomic
 
 _SMALL = 1_000_000  # parameters; see choose_arithmetic
-_PASS_SECONDS = 0.6  # of the trial; on two cores 300 images for ResNet-18, or 20 with the CIFAR stem
+_PASS_SECONDS = 0.6  # per trial pass; on two cores 300 images for ResNet-18, or 20 with the CIFAR stem
 _ROUNDS = 3
-_CALM = 1.25  # times that one of equal passes may take longer than another
-_DISTURBED_SECONDS = 3600  # how long a measurement counts that wasn't calm
-_WORTH = {"bf16": 1.10, "channels_last": 1.03}  # times faster, to be taken: timings of equal things differ by as much
+_CALM = 1.25  # largest ratio between times of equal passes in an undisturbed measurement
+_DISTURBED_SECONDS = 3600  # lifetime of a disturbed measurement
+_WORTH = {"bf16": 1.10, "channels_last": 1.03}  # required speed-up; timings of equal passes differ by as much
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Arithmetic:
 def choose_arithmetic(
     config: Config, model: nn.Module, image: Image, micro_batch: int, device: torch.device
 ) -> tuple[Arithmetic, str]:
-    """The fastest arithmetic that ``config.precision`` allows, and how it was found; empty where nothing was measured.
+    """Return the fastest arithmetic that ``config.precision`` allows, and a note on its source ("": not measured).
 
-    A copy of ``model`` takes a few forward and backward passes of random images [n, *image] each way, by turns. What
-    comes out is kept beside the compiled libraries for this processor or GPU, torch version, model, image and batch, so
-    that all runs of a comparison compute alike; runs that start at once measure once. Timings that other work disturbed
-    are kept for an hour.
+    A copy of ``model`` takes a few forward and backward passes of random images [n, *image] in each arithmetic, in
+    turns. The result is cached with the compiled libraries, by processor or GPU, torch version, model, image and batch:
+    all runs of a comparison compute alike. Runs that start at the same time measure once. A measurement that other
+    processes disturbed is used for an hour.
 
-    A network of less than a million parameters is done in seconds, so nothing is measured; ``auto`` is fp32 for it,
-    where results agree to 1e-5 over any number of processes.
+    Networks of less than a million parameters train in seconds and aren't measured. For them, ``auto`` is fp32: results
+    then agree to 1e-5 over any number of processes.
     """
     if sum(p.numel() for p in model.parameters()) < _SMALL:
         return Arithmetic("bf16" if config.precision == "bf16" else "fp32", channels_last=False), ""
@@ -67,12 +67,12 @@ def choose_arithmetic(
         folder = cache_folder()
     except (OSError, RuntimeError) as error:
         seconds = measure(model, candidates, image, micro_batch, device)
-        return _fastest(seconds), f"measured now; not kept: {error}"
+        return _fastest(seconds), f"measured now; not cached: {error}"
     path = folder / f"arithmetic-{_key(config, image, micro_batch, device)}.json"
     with _lock(folder / "arithmetic.lock"):
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept and (kept["calm"] or time.time() - path.stat().st_mtime < _DISTURBED_SECONDS):
-            return Arithmetic(**kept["arithmetic"]), "measured before, on such a machine"
+            return Arithmetic(**kept["arithmetic"]), "measured before, on a machine of this kind"
         seconds = measure(model, candidates, image, micro_batch, device)
         chosen = _fastest(seconds)
         write_atomic(path, json.dumps({"arithmetic": asdict(chosen), "calm": _is_calm(seconds)}))
@@ -80,7 +80,7 @@ def choose_arithmetic(
 
 
 def _candidates(precision: str, device: torch.device) -> list[Arithmetic]:
-    if precision == "auto":  # bf16 with channels last has always been faster than without
+    if precision == "auto":  # bf16 with channels last has always been faster than bf16 without
         bf16 = [Arithmetic("bf16", True)] if _computes_in_bf16(device) else []
         return [*_candidates("fp32", device), *bf16]
     return [Arithmetic(precision, channels_last) for channels_last in (False, True)]
@@ -93,7 +93,7 @@ def measure(
     micro_batch: int,
     device: torch.device,
 ) -> dict[Arithmetic, list[float]]:
-    """Seconds of each forward and backward pass of the same number of images in each of ``candidates``."""
+    """Time forward and backward passes of equally many images in each candidate; return the seconds of each pass."""
     networks = {c: copy.deepcopy(model).to(memory_format=c.memory_format).train() for c in candidates}
     n = _affordable(networks[candidates[0]], candidates[0], image, micro_batch, device)
     seconds = {c: [_seconds(network, c, image, n, device)] for c, network in networks.items()}  # warms up
@@ -108,7 +108,7 @@ def measure(
 def _affordable(
     network: nn.Module, arithmetic: Arithmetic, image: Image, micro_batch: int, device: torch.device
 ) -> int:
-    """How many images, up to a micro-batch, there are memory and time for."""
+    """Return the number of images, up to a micro-batch, that fit into memory and the time of a trial pass."""
     n = min(micro_batch, 8)
     _seconds(network, arithmetic, image, n, device)
     while True:
@@ -140,7 +140,7 @@ def _finish(device: torch.device) -> None:
 
 
 def _fastest(seconds: dict[Arithmetic, list[float]]) -> Arithmetic:
-    """The one whose best time is the best, where that is worth it."""
+    """Return the arithmetic with the best time, if it is faster by the factors of ``_WORTH``."""
 
     def handicapped(c: Arithmetic) -> float:
         bf16 = _WORTH["bf16"] if c.precision == "bf16" else 1.0

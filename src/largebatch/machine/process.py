@@ -1,4 +1,4 @@
-"""Processes that don't outlive the one that started them (Linux; elsewhere they are only signalled)."""
+"""Processes that end with their parent (on Linux; elsewhere the parent only signals them)."""
 
 import ctypes
 import os
@@ -10,13 +10,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends."""
+    """Make the kernel kill this process when its parent ends for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def launcher_is_gone() -> bool:
-    """Whether the launcher that started this worker ended before ``die_with_parent`` took effect."""
+    """Return True if this worker's launcher ended before ``die_with_parent`` took effect."""
     pid = os.environ.get(LAUNCHER_PID)
     if pid is None:  # started by hand
         return False

@@ -1,4 +1,4 @@
-"""A forward and backward pass that is only tried, for its time or its memory."""
+"""Trial forward and backward pass, to measure its time or memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Image = tuple[int, int, int]  # channels, height, width
 
 
 def trial_images(image: Image, n: int, memory_format: torch.memory_format, device: torch.device) -> Tensor:
-    """Random images [n, *image]."""
+    """Return random images [n, *image]."""
     return torch.randn(n, *image, device=device).contiguous(memory_format=memory_format)
 
 
 def trial_pass(network: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, autocast: torch.autocast) -> None:
-    """Forward and backward in training mode; ``model``, which ``network`` calls, is left as it was."""
+    """Run ``network`` forward and backward in training mode; leave ``model``, which it calls, unchanged."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     model.train()
     try:

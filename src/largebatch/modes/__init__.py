@@ -1,1 +1,1 @@
-"""What a mode is: its model, its loss and its evaluation. Nothing about loops."""
+"""Models, losses and evaluations of the modes; no loops."""

@@ -15,9 +15,9 @@ from largebatch.data import Data
 from largebatch.models.build import build_backbone
 
 VIEWS = 2
-# What a micro-batch adds to the running totals: sums over images of the loss and its two parts, and the images.
+# Totals of a micro-batch: the loss, its two parts, each summed over images, and the number of images.
 TOTALS = 4
-EPSILON = 1e-5  # added to a variance; torch's default, which the reference program has
+EPSILON = 1e-5  # added to variances; torch's default, also in the reference program
 
 
 class Stage(nn.Module):
@@ -32,12 +32,12 @@ class Stage(nn.Module):
         return cast(Tensor, self.linear(F.relu(self.norm(values))))
 
     def from_standardised(self, values: Tensor) -> Tensor:
-        """As ``forward``, of values whose mean is 0 and whose variance is 1 already."""
+        """Do the same as ``forward`` for values that already have mean 0 and variance 1."""
         return cast(Tensor, self.linear(F.relu(values * self.norm.weight + self.norm.bias)))
 
 
 class Projector(nn.Module):
-    """Linear layers of the given widths, batch norm and ReLU between them: features [n, F] to embeddings [n, D]."""
+    """Linear layers of the given widths with batch norm and ReLU between: features [n, F] to embeddings [n, D]."""
 
     def __init__(self, features: int, widths: list[int]) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Projector(nn.Module):
 class BarlowTwins(nn.Module):
     """Backbone and projector: images [2n, C, H, W], first views and then second, to embeddings [2n, D].
 
-    The views pass one after the other, so that each has batch statistics of its own, as in the reference program.
+    The two views pass separately. Each view has its own batch statistics, as in the reference program.
     """
 
     def __init__(self, backbone: nn.Module, features: int, widths: list[int]) -> None:
@@ -74,7 +74,7 @@ def build_model(config: Config, data: Data) -> BarlowTwins:
 
 
 def barlow_loss(correlation: Tensor, lmbda: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a cross-correlation matrix C [D, D]: the loss, its on-diagonal and its off-diagonal part.
+    """Return the loss of a cross-correlation matrix C [D, D], its on-diagonal and its off-diagonal part.
 
     ``loss = sum_i (1 - C_ii)^2 + lmbda * sum_{i != j} C_ij^2``
     """
@@ -85,11 +85,11 @@ def barlow_loss(correlation: Tensor, lmbda: float) -> tuple[Tensor, Tensor, Tens
 
 
 def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of a micro-batch by itself (``mode.exact=false``), and its totals.
+    """Return the loss of one micro-batch alone (``mode.exact=false``), and its totals.
 
     Args:
         images: [2n, C, H, W], first views and then second.
-        labels: [n], not looked at.
+        labels: [n], unused.
     """
     mode = config.mode
     assert mode.lmbda is not None
@@ -102,21 +102,21 @@ def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labe
 
 
 def standardised(values: Tensor) -> Tensor:
-    """``values`` [n, D] with mean 0 and variance 1 in each column: batch norm without parameters."""
+    """Return ``values`` [n, D] with mean 0 and variance 1 in each column: batch norm without parameters."""
     variance, mean = torch.var_mean(values, dim=0, correction=0)
     return (values - mean) * torch.rsqrt(variance + EPSILON)
 
 
 @torch.no_grad()
 def counted(scale: float, parts: tuple[Tensor, Tensor, Tensor], images: int) -> Tensor:
-    """What ``images`` of a loss and its parts add to the totals [loss, on-diagonal, off-diagonal, images]."""
+    """Return the totals [loss, on-diagonal, off-diagonal, images] of ``images`` images with these loss parts."""
     value, on_diagonal, off_diagonal = parts
     one = torch.ones_like(value)
     return images * torch.stack([scale * value, on_diagonal, off_diagonal, one]).double()
 
 
 def train_figures(totals: list[float]) -> dict[str, float]:
-    """Totals summed over micro-batches, steps and processes, as logged figures."""
+    """Return the logged metrics from totals summed over micro-batches, steps and processes."""
     value, on_diagonal, off_diagonal, count = totals
     return {
         "train/loss": value / count,

@@ -13,7 +13,7 @@ from largebatch.data import Data
 from largebatch.models.build import build_model as build_network
 
 VIEWS = 1
-# What a micro-batch adds to the running totals of training: sum of losses, correct predictions, images.
+# Totals of a micro-batch in training: sum of losses, correct predictions, images.
 TOTALS = 3
 
 
@@ -22,25 +22,25 @@ def build_model(config: Config, data: Data) -> nn.Module:
 
 
 def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64."""
+    """Return the mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64."""
     logits = model(images).float()
     value = F.cross_entropy(logits, labels)
     with torch.no_grad():
         correct = (logits.argmax(dim=1) == labels).sum()
-        count = torch.full_like(correct, len(labels), dtype=torch.float64)  # made on the device, where nothing waits
+        count = torch.full_like(correct, len(labels), dtype=torch.float64)  # filled on the device, without a wait
         totals = torch.stack([value.double() * count, correct.double(), count])
     return value, totals
 
 
 def train_figures(totals: list[float]) -> dict[str, float]:
-    """Totals summed over micro-batches, steps and processes, as logged figures."""
+    """Return the logged metrics from totals summed over micro-batches, steps and processes."""
     losses, correct, count = totals
     return {"train/loss": losses / count, "train/accuracy": correct / count}
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
-    """Totals [sum of losses, top-1 correct, top-5 correct, images] of this process's part of a split, in float64."""
+    """Return totals [sum of losses, top-1 correct, top-5 correct, images] of this process's images, in float64."""
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     for images, labels in batches:
         logits = model(images).float()
@@ -52,6 +52,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
 
 
 def evaluation_figures(split: str, totals: list[float]) -> dict[str, float]:
-    """Totals summed over processes, as logged figures of ``split`` (``val`` or ``test``)."""
+    """Return the logged metrics of ``split`` (``val`` or ``test``) from totals summed over processes."""
     losses, top1, top5, count = totals
     return {f"{split}/loss": losses / count, f"{split}/accuracy": top1 / count, f"{split}/top5": top5 / count}

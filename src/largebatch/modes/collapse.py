@@ -1,4 +1,4 @@
-"""Whether embeddings have collapsed: to a point, or into a few dimensions."""
+"""Indicators of collapsed embeddings: to one point, or into a few dimensions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def mean_deviation(embeddings: Tensor) -> Tensor:
-    """The mean over dimensions of the standard deviation of ``embeddings`` [n, D] of length 1, times sqrt(D).
+    """Normalise ``embeddings`` [n, D] to length 1; return their mean standard deviation per dimension, times sqrt(D).
 
-    1 where they point everywhere alike, 0 where all are the same.
+    The result is 1 for uniformly distributed directions, and 0 for equal ones.
     """
     directions = F.normalize(embeddings.float(), dim=1)
     mean: Tensor = directions.std(dim=0, correction=0).mean() * embeddings.shape[1] ** 0.5
@@ -18,19 +18,19 @@ def mean_deviation(embeddings: Tensor) -> Tensor:
 
 
 def effective_rank(embeddings: Tensor) -> Tensor:
-    """In how many dimensions ``embeddings`` [n, D] vary: the exponential of the entropy of their singular values.
+    """Return the number of dimensions in which ``embeddings`` [n, D] vary (Roy and Vetterli, 2007).
 
-    The values are those of the embeddings without their mean, divided by their sum (Roy and Vetterli, 2007). Between 1
-    and ``min(n - 1, D)``; 0 where nothing varies, NaN where an embedding isn't finite.
+    It is the exponential of the entropy of the singular values of the centred embeddings, divided by their sum. The
+    result lies between 1 and ``min(n - 1, D)``. It is 0 if nothing varies, and NaN if an embedding isn't finite.
     """
     centred = embeddings.double() - embeddings.double().mean(dim=0)
-    if not bool(centred.isfinite().all()):  # eigvalsh would refuse them
+    if not bool(centred.isfinite().all()):  # eigvalsh raises an error for them
         return centred.new_tensor(torch.nan)
     n, width = centred.shape
     gram = centred @ centred.mT if n < width else centred.mT @ centred
     squares = torch.linalg.eigvalsh(gram)
     rounding = squares.max() * len(squares) * torch.finfo(torch.float64).eps
-    values = torch.where(squares > rounding, squares, 0).sqrt()  # the null space's, which can be below 0
+    values = torch.where(squares > rounding, squares, 0).sqrt()  # values of the null space are rounding errors
     total = values.sum()
     shares = torch.where(total > 0, values / total, 0)
     return torch.where(total > 0, torch.special.entr(shares).sum().exp(), 0)

@@ -1,8 +1,8 @@
-"""The Barlow Twins loss of a global batch that no process sees as a whole, and its gradient.
+"""Barlow Twins loss of a global batch, and its gradient, computed in parts.
 
-Mean, variance and cross-correlation are sums over samples. So everything after the projector's first layer, its batch
-norms too, is computed over the global batch a few rows at a time: sums over rows, then over processes, with nothing
-kept but each layer's output. The gradient goes back the same way.
+Mean, variance and cross-correlation are sums over samples. Everything after the projector's first layer, including
+batch norm, is therefore computed a few rows at a time: sums over rows, then over processes. Only the output of each
+layer is kept. The gradient goes back the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from largebatch.modes.bt import EPSILON, Projector, Stage, barlow_loss
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one view's values over the global batch of ``count`` images, in fp32 [width]: mean, and biased variance."""
+    """Mean and biased variance of one view's values over the global batch of ``count`` images, in fp32 [width]."""
 
     mean: Tensor
     variance: Tensor
@@ -39,27 +39,28 @@ class GlobalLoss(NamedTuple):
     gradient: Tensor  # with respect to ``first``: [2, n, W]
 
 
-Graph = tuple[Tensor, Tensor]  # the input and the output of a pass that can still go backward
+Graph = tuple[Tensor, Tensor]  # input and output of a pass whose autograd graph is kept
 
 
 @torch.no_grad()
 def global_loss(
     projector: Projector, first: Tensor, rows: int, autocast: torch.autocast, *, lmbda: float, scale: float
 ) -> GlobalLoss:
-    """Loss over the global batch, and its gradient with respect to what this process put in.
+    """Return the loss over the global batch, and its gradient with respect to this process's ``first``.
 
-    Gradients of the projector's parameters but those of its first layer are added to their ``.grad``. All are
-    multiplied by the number of processes, whose mean then is the gradient. Running statistics of the projector move.
+    The gradients of the projector's parameters, except of its first layer, are added to their ``.grad``. All gradients
+    are multiplied by the number of processes, so that their mean over processes is the gradient. The projector's
+    running statistics are updated.
 
-    Beside ``first``, as many numbers are kept as the projector's later layers put out, and once the widest of them.
+    Memory, in addition to ``first``: the outputs of the projector's later layers, and once more the widest of them.
 
     Args:
-        first: [2, n, W], both views of this process's n images after the projector's first layer. Every process gives
-            as many.
-        rows: how many images at once, a divisor of n. With n the graph of the forward pass is kept, else each part of
-            it is done anew on the way back.
-        autocast: for the linear layers; everything else is done in fp32.
-        scale: the loss is multiplied by it in the gradient.
+        first: [2, n, W], both views of this process's n images after the projector's first layer; n is the same in
+            every process.
+        rows: number of images at once, a divisor of n. ``rows=n`` keeps the graph of the forward pass; fewer repeat
+            each part of the forward pass in the backward pass.
+        autocast: precision of the linear layers; everything else is computed in fp32.
+        scale: factor of the loss in the gradient.
     """
     inputs: list[Tensor] = []
     statistics: list[list[Statistics]] = []
@@ -74,7 +75,7 @@ def global_loss(
         values = torch.stack([output for output, _ in passed])
         graphs.append([graph for _, graph in passed])
     if not inputs:
-        values = values.clone()  # what follows works in place
+        values = values.clone()  # _correlation_gradient_ works in place
     parts = _correlation_gradient_(values, rows, lmbda, scale)
     for stage in reversed(projector.stages):
         assert isinstance(stage, Stage)
@@ -84,7 +85,10 @@ def global_loss(
 
 
 def global_statistics(values: Tensor, rows: int) -> Statistics:
-    """Of one view's ``values`` [n, width], over all processes; no rounding grows with the number of parts."""
+    """Return the statistics of one view's ``values`` [n, width] over all processes.
+
+    Rounding doesn't grow with the number of parts.
+    """
     parts = values.view(-1, rows, values.shape[1])
     means = torch.stack([part.float().mean(0) for part in parts]).double()
     squares = [part.float().var(0, correction=0) for part in parts]
@@ -95,7 +99,7 @@ def global_statistics(values: Tensor, rows: int) -> Statistics:
 
 
 def _track(norm: nn.BatchNorm1d, statistics: Sequence[Statistics]) -> None:
-    """Move the running statistics as ``nn.BatchNorm1d`` does when it sees one view after the other."""
+    """Update the running statistics like ``nn.BatchNorm1d`` for one view after the other."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
@@ -109,7 +113,7 @@ def _track(norm: nn.BatchNorm1d, statistics: Sequence[Statistics]) -> None:
 def _forward(
     stage: Stage, values: Tensor, statistics: Statistics, rows: int, autocast: torch.autocast
 ) -> tuple[Tensor, Graph | None]:
-    """One view through a stage, and its graph if ``rows`` are all."""
+    """Pass one view through a stage; return its output, and its graph if ``rows`` is the whole view."""
     if rows == len(values):
         graph = _pass(stage, statistics.standardise(values), autocast)
         return graph[1].detach(), graph
@@ -138,10 +142,10 @@ def _backward(
     rows: int,
     autocast: torch.autocast,
 ) -> Tensor:
-    """From the gradient with respect to a stage's output to that with respect to ``values``, its input.
+    """Turn the gradient with respect to a stage's output into the gradient with respect to its input ``values``.
 
-    Through batch norm: ``(g - mean(g) - x * mean(g * x)) / deviation``, means over the global batch, where g belongs to
-    the standardised input x.
+    Through batch norm it is ``(g - mean(g) - x * mean(g * x)) / deviation``. x is the standardised input, g the
+    gradient with respect to x, and the means are over the global batch.
     """
     result = torch.empty_like(values)
     sums = torch.zeros(2, values.shape[1], device=values.device)
@@ -163,7 +167,7 @@ def _parts(values: Tensor, rows: int) -> Iterator[slice]:
 
 
 def _correlation_gradient_(values: Tensor, rows: int, lmbda: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn embeddings [2, n, D] into the gradient with respect to them; returns the loss and its parts."""
+    """Replace the embeddings ``values`` [2, n, D] by their gradient; return the loss and its parts."""
     statistics = [global_statistics(view, rows) for view in values]
     width, count = values.shape[2], statistics[0].count
     correlation = torch.zeros(width, width, device=values.device)
@@ -176,7 +180,7 @@ def _correlation_gradient_(values: Tensor, rows: int, lmbda: float, scale: float
     slope.diagonal().copy_(correlation.diagonal() - 1)
     slope *= 2 * scale * distributed.processes() / count  # the gradient with respect to the sum of products
 
-    # Standardised values have no mean, so neither has their gradient; its mean product with them is C's with its slope.
+    # Standardised values have mean 0, and so has their gradient. Its mean product with them is C times the slope.
     product = slope * correlation
     products = product.sum(1), product.sum(0)
     for part in _parts(values[0], rows):
