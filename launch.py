@@ -6,6 +6,7 @@ python launch.py -m optimizer=lars,lamb,tvlars seed=0,1,2
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -19,10 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.config.schema import defaults
+from largebatch.config.schema import defaults, from_composed
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
-from largebatch.launch.composition import Composed, compose_grid, plain
+from largebatch.launch.composition import Composed, by_force, compose_grid, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.messages import composition_error
 from largebatch.launch.plan import make_plan
@@ -38,14 +39,15 @@ _job: list[Composed] = []
 def compose(tree: DictConfig) -> None:
     """Called by Hydra for a run, in this process: only collects."""
     job = HydraConfig.get()
-    _job.append(Composed(tuple(job.overrides.task), plain(tree), job.runtime.choices.get("sweeps"), multirun=False))
+    overrides = tuple(override.removeprefix("++") for override in job.overrides.task)
+    _job.append(Composed(overrides, plain(tree), job.runtime.choices.get("sweeps"), multirun=False))
 
 
 def composed_jobs(arguments: list[str]) -> list[Composed]:
-    """What Hydra makes of the command line; empty after ``--help`` and the like.
+    """Return what Hydra makes of the command line; empty after ``--help`` and the like.
 
     Raises:
-        UserError: when it can't be composed.
+        UserError: if it can't be composed.
     """
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
     # Hydra copies its store for each group that it lists and each job that it composes: half of --help's time.
@@ -53,15 +55,19 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message can be ours
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
+    flags = [override for override in overrides if override.startswith("-")]
     try:
-        if len(overrides) < len(arguments) and not any(override.startswith("-") for override in overrides):
+        if len(overrides) < len(arguments) and not flags:
             return compose_grid(overrides, CONF)
+        if not set(flags) & {"-sc", "--shell-completion"}:
+            sys.argv[1:] = [a if a.startswith("-") or "=" not in a else by_force([a], CONF)[0] for a in arguments]
         with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch:
-            os.environ["LARGEBATCH_SCRATCH"] = scratch  # where Hydra may put the files of its own that it insists on
+            os.environ["LARGEBATCH_SCRATCH"] = scratch  # for the files that Hydra insists on
             compose()
         if _job and len(overrides) < len(arguments):
-            flags = " ".join(override for override in overrides if override.startswith("-"))
-            raise UserError(f"{flags}: not beside -m; a folder of presets is added by 'hydra.searchpath=[FOLDER]'")
+            raise UserError(
+                f"{' '.join(flags)}: not beside -m; a folder of presets is added by 'hydra.searchpath=[FOLDER]'"
+            )
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if wants_traceback:
             raise
@@ -69,12 +75,30 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
     return _job
 
 
+def show_configuration(arguments: list[str]) -> bool:
+    """Print the configuration of a run if ``--cfg job`` asks for it: exactly the keys of its choices.
+
+    Hydra's own ``--cfg`` would print the presets, without the options that keep their defaults.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cfg", "-c")
+    parser.add_argument("--package", "-p", default="")
+    parser.add_argument("--resolve", action="store_true")  # it always is
+    given, others = parser.parse_known_args(arguments)
+    if given.cfg != "job" or set(_MULTIRUN) & set(others):
+        return False
+    sys.argv[1:] = others
+    for job in composed_jobs(others):
+        shown = OmegaConf.structured(from_composed(job.tree))
+        print(OmegaConf.to_yaml(OmegaConf.select(shown, given.package) if given.package else shown), end="")
+    return True
+
+
 def main() -> int:
     if agent_run_id():
         sys.argv[1:] = sweep_agent.overrides(sys.argv[1:])
     try:
-        jobs = composed_jobs(sys.argv[1:])
-        if not jobs:
+        if show_configuration(sys.argv[1:]) or not (jobs := composed_jobs(sys.argv[1:])):
             return 0
         plan = make_plan(jobs)
         code = show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)

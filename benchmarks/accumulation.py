@@ -22,6 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for a run; read when torch is loaded
 
 import torch
+from largebatch.training.step import gradient, update
 from tabulate import tabulate
 from torch.nn import functional as F
 from training_step import (
@@ -44,7 +45,6 @@ from largebatch.data.transfer import to_device
 from largebatch.machine import distributed
 from largebatch.training.profile import Profile
 from largebatch.training.state import Run, Training
-from largebatch.training.step import gradient, update
 from largebatch.training.worker import batches_from
 
 ACCUMULATIONS = (1, 2, 4)

@@ -24,12 +24,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for 
 
 import torch
 from accumulation import programs_steps
+from largebatch.training.step import gradient, update
 from tabulate import tabulate
 from training_step import configuration, interleaved, ratio, set_up_run, timed
 
 from largebatch.machine import distributed
 from largebatch.training.profile import Profile
-from largebatch.training.step import gradient, update
 from largebatch.training.worker import batches_from
 
 ACCUMULATION = 4

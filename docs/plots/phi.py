@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from largebatch.config.schema import ScheduleConfig
+from largebatch.config.schedules import ScheduleConfig
 from largebatch.optim.tvlars import phi
 from largebatch.training.optimization import schedule_factor
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, configuration
+from largebatch.config.choices import OPTIMIZER_OPTIONS, SCHEDULE_OPTIONS, SURGE_OPTIMIZERS
 from omegaconf import OmegaConf
 
 from largebatch.config.checks import DATASETS, validate
-from largebatch.config.choices import OPTIMIZER_OPTIONS, SCHEDULE_OPTIONS, SURGE_OPTIMIZERS
 from largebatch.config.identity import identity, run_name
 from largebatch.config.schema import Config, from_composed, load_config, to_yaml, unknown_key
 from largebatch.errors import UserError

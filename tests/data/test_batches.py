@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from datafiles import make_imagefolder
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import FileImages, MemoryImages, Split, eval_batches, train_batches
 from largebatch.errors import UserError
 

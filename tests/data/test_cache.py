@@ -14,7 +14,7 @@ import pytest
 import torch
 from datafiles import make_cifar10, make_imagefolder, make_tinyimagenet, save_image
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import cifar, load_data
 from largebatch.data.cache import kept
 from largebatch.errors import UserError
@@ -249,7 +249,7 @@ def test_an_error_leaves_no_temporary_file(tmp_path):
 # Starts a process for each line that it reads, so that torch is imported only once.
 STARTER = """
 import hashlib, os, sys
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import load_data
 
 def say(line):

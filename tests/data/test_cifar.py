@@ -10,7 +10,7 @@ import pytest
 import torch
 from datafiles import make_cifar10, make_cifar100, python2_pickle
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import cifar, load_data
 from largebatch.errors import UserError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from datafiles import make_cifar10, make_tinyimagenet
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data.download import find_or_download
 from largebatch.errors import UserError
 

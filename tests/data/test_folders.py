@@ -8,7 +8,7 @@ import torch
 from datafiles import make_imagefolder, make_tinyimagenet, save_image
 from PIL import Image
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import load_data
 from largebatch.errors import UserError
 

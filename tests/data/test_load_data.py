@@ -9,7 +9,7 @@ from datafiles import make_imagefolder
 from omegaconf import OmegaConf
 
 from largebatch.config.checks import DATASETS
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import MemoryImages, load_data
 from largebatch.data.load import measure_statistics
 from largebatch.errors import UserError

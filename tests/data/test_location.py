@@ -4,7 +4,7 @@ import pytest
 import torch
 from datafiles import make_imagefolder
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import FileImages, MemoryImages, Split, load, load_data
 from largebatch.data.location import choose_location, on_device
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datafiles import make_imagefolder, make_tinyimagenet
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import load, load_data, train_batches
 from largebatch.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
-from largebatch.config.schema import DatasetConfig, ViewsConfig
+from largebatch.config.datasets import DatasetConfig, ViewsConfig
 from largebatch.data import views
 from largebatch.data.view_draws import configured_views
 from largebatch.data.views import VIEWS, View, ViewDraws, draw, view_torch

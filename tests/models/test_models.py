@@ -91,7 +91,7 @@ def test_a_resnet_is_built_without_torchvision_and_the_compiler() -> None:
     """Importing them takes longer than building the network."""
     program = """
 import sys
-from largebatch.config.schema import ModelConfig
+from largebatch.config.models import ModelConfig
 from largebatch.models.build import build_model
 model = build_model(ModelConfig(name="resnet18", library="torchvision", stem="imagenet"), 10, 3)
 assert sum(p.numel() for p in model.parameters()) == 11_181_642

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY, configuration
+from largebatch.training.step import gradient
 from torch import Tensor, nn
 
 from largebatch.machine import distributed
@@ -22,7 +23,6 @@ from largebatch.tracking.console import Console
 from largebatch.training.profile import Profile
 from largebatch.training.set_up import set_up
 from largebatch.training.state import Run, Training
-from largebatch.training.step import gradient
 from largebatch.training.worker import batches_from
 
 CPU = torch.device("cpu")

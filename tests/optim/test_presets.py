@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from largebatch.config.choices import OPTIMIZER_OPTIONS, TIMM_OPTIMIZER_OPTIONS
 
 FOLDER = Path(__file__).parents[2] / "conf" / "optimizer"

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, configuration, environment
+from largebatch.training.step import gradient
 
 from largebatch.errors import UserError
 from largebatch.machine.memory import free_memory, host_memory, is_out_of_memory
@@ -28,7 +29,6 @@ from largebatch.training.probe import train_probe
 from largebatch.training.profile import Profile
 from largebatch.training.set_up import set_up
 from largebatch.training.state import Run, Training
-from largebatch.training.step import gradient
 from largebatch.training.stop import StepBoundary
 from largebatch.training.worker import batches_from, loop
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from largebatch.training.step import gradient, update
 from test_bt import CPU, in_this_process, same
 from torch import Tensor
 
 from largebatch.modes.bt import BarlowTwins
 from largebatch.training.profile import Profile
-from largebatch.training.step import gradient, update
 from largebatch.training.worker import batches_from
 
 OPTIMIZERS = [

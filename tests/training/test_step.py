@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, configuration
+from largebatch.training.step import gradient, update
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
 from largebatch.training.profile import Profile
 from largebatch.training.set_up import set_up
-from largebatch.training.step import gradient, update
 from largebatch.training.worker import batches_from
 
 CPU = torch.device("cpu")

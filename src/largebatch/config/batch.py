@@ -24,22 +24,22 @@ class BatchPlan:
 
 
 def plan_batch(
-    global_batch: int, processes: int, micro_batch: int | str | None, sample_size: int | None = None
+    global_batch: int, processes: int, micro_batch: int | str | None, samples_together: int = 1
 ) -> BatchPlan:
     """Divide ``global_batch`` over ``processes``, and each share into micro-batches of ``micro_batch`` images.
 
     Args:
         micro_batch: None and ``auto`` leave the share whole; what ``auto`` comes to is found in training.
-        sample_size: must divide the micro-batch: CLARS's groups of samples aren't spread over two.
+        samples_together: must divide the micro-batch: CLARS's groups of samples aren't spread over two.
 
     Raises:
         UserError: when a division leaves a remainder; the message names the nearest sizes that leave none.
     """
     plan = _divide(global_batch, processes, micro_batch if isinstance(micro_batch, int) else None)
-    if sample_size is not None and plan.micro_batch % sample_size:
+    if plan.micro_batch % samples_together:
         raise UserError(
-            f"optimizer.sample_size={sample_size} doesn't divide the micro-batch of {plan.micro_batch} images; "
-            f"nearest: {_nearest_divisor(plan.micro_batch, sample_size)}"
+            f"optimizer.sample_size={samples_together} doesn't divide the micro-batch of {plan.micro_batch} images; "
+            f"nearest: {_nearest_divisor(plan.micro_batch, samples_together)}"
         )
     return plan
 

@@ -40,7 +40,7 @@ class DatasetConfig:
     download: bool = True  # fetch missing files if there is a network
     verify: bool = True  # compare files with published checksums, and check that every image can be read
     workers: int = option(2, least=0)  # decoding processes a rank, for images that are decoded while training
-    location: str = option("auto", allowed=("auto", "device", "host"))  # of decoded pixels; auto: the device if they fit
+    location: str = option("auto", allowed=("auto", "device", "host"))  # of pixels; auto: the device if they fit
     on_error: str = option("stop", allowed=("stop", "skip"))  # at an unreadable image: stop, or leave it out and count
     val_fraction: float = option(0.0, least=0, below=1)  # part of the training set held out for choosing settings
     train_size: int | None = option(None, least=1)  # images, if known beforehand

@@ -197,9 +197,11 @@ def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, s
     first_line = str(error).splitlines()[0]
     if "missing mandatory value" in first_line.lower():
         return f"{key} has no value. Fix: choose a preset for its group or set it"
-    if "is not Optional" in first_line or "Non optional field" in first_line:
+    if "'None'" in first_line:
         return f"{key}=null: needs a value"
     value = OmegaConf.select(OmegaConf.create(tree or {}), key)
+    if OmegaConf.is_dict(value):
+        return f"unknown key {key}.{next(iter(value))}: {key} is a value and holds no further keys"
     return f"{key}: {first_line}" if value is None else f"{key}={value}: {first_line}"
 
 
@@ -208,8 +210,6 @@ def _unknown_key(key: str, tree: dict[str, Any], schema: DictConfig) -> str:
     node: Any = schema
     path: list[str] = []
     for part in key.split("."):
-        if not OmegaConf.is_dict(node):
-            return f"unknown key {key}: {'.'.join(path)} is a value and holds no further keys"
         if part not in node:
             break
         node = node._get_node(part)
@@ -218,4 +218,4 @@ def _unknown_key(key: str, tree: dict[str, Any], schema: DictConfig) -> str:
     if len(path) == 1 and path[0] in CHOICES:
         value = OmegaConf.select(OmegaConf.create(tree), key)
         return f"{key}={value}: {tree[path[0]]['name']} has no such option; {known}"
-    return f"unknown key {key}; keys{f' in {path[0]}' if path else ''} {known}"
+    return f"unknown key {key}; keys{' in ' + '.'.join(path) if path else ''} {known}"

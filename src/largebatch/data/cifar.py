@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Block, Say, cache_path, fingerprint, kept, read_decoded, write_decoded
 from largebatch.data.download import find_or_download, md5_of
 from largebatch.data.images import MemoryImages, resize

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import PIL
 import torch
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import (
     Block,
     Decoded,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
 from largebatch.data.images import MemoryImages
 from largebatch.data.split import Split, hold_out

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.errors import UserError
 
 _TIMEOUT = 20  # seconds without an answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
 from largebatch.data.images import MemoryImages
 from largebatch.data.split import Split

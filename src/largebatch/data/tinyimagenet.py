@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
 from largebatch.data.download import find_or_download
 from largebatch.data.images import FileImages

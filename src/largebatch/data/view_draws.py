@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from largebatch.config.schema import DatasetConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data.transfer import to_device
 
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))

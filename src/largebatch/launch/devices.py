@@ -24,7 +24,7 @@ def resolve_devices(config: Config) -> None:
     else:
         _resolve_here(cluster)
     assert cluster.processes is not None
-    plan_batch(config.batch_size, cluster.processes, config.micro_batch, config.optimizer.sample_size)
+    plan_batch(config.batch_size, cluster.processes, config.micro_batch, config.optimizer.samples_together)
 
 
 def _resolve_request(cluster: ClusterConfig) -> None:

@@ -161,7 +161,7 @@ def _computes_in_bf16(device: torch.device) -> bool:
 
 def _key(config: Config, image: Image, micro_batch: int, device: torch.device) -> str:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()} {torch.get_num_threads()}"
-    network = [asdict(config.model), config.mode.name, config.mode.projector]
+    network = [asdict(config.model), asdict(config.mode)]
     parts = [where, torch.__version__, *network, config.precision, image, micro_batch]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

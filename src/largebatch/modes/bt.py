@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from largebatch.config.batch import BatchPlan
+from largebatch.config.modes import Bt
 from largebatch.config.schema import Config
 from largebatch.data import Data
 from largebatch.models.build import build_backbone
 
-VIEWS = 2
 # Totals of a micro-batch: the loss, its two parts, each summed over images, and the number of images.
 TOTALS = 4
 EPSILON = 1e-5  # added to variances; torch's default, also in the reference program
@@ -69,8 +70,25 @@ class BarlowTwins(nn.Module):
 
 def build_model(config: Config, data: Data) -> BarlowTwins:
     backbone, features = build_backbone(config.model, data.image)
-    assert config.mode.projector is not None
-    return BarlowTwins(backbone, features, config.mode.projector)
+    return BarlowTwins(backbone, features, options(config).projector)
+
+
+def options(config: Config) -> Bt:
+    """Return the mode's options."""
+    return cast(Bt, config.mode)
+
+
+def network(model: nn.Module, config: Config) -> nn.Module:
+    """Return the part of the model that takes a micro-batch: the backbone if the loss is over the global batch."""
+    return cast(BarlowTwins, model).backbone if config.mode.loss_over_global_batch else model
+
+
+def kept_bytes(config: Config, batch: BatchPlan) -> int:
+    """Return the bytes that a process keeps of all its images: each output of the projector, and one gradient."""
+    if not config.mode.loss_over_global_batch:
+        return 0
+    widths = options(config).projector
+    return 4 * 2 * batch.per_process * (sum(widths) + max(widths))
 
 
 def barlow_loss(correlation: Tensor, lmbda: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,9 +109,7 @@ def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labe
         images: [2n, C, H, W], first views and then second.
         labels: [n], unused.
     """
-    mode = config.mode
-    assert mode.lmbda is not None
-    assert mode.loss_scale is not None
+    mode = options(config)
     first, second = model(images).float().chunk(2)
     with torch.autocast(images.device.type, enabled=False):
         correlation = standardised(first).mT @ standardised(second) / len(first)
@@ -115,7 +131,7 @@ def counted(scale: float, parts: tuple[Tensor, Tensor, Tensor], images: int) -> 
     return images * torch.stack([scale * value, on_diagonal, off_diagonal, one]).double()
 
 
-def train_figures(totals: list[float]) -> dict[str, float]:
+def train_metrics(totals: list[float]) -> dict[str, float]:
     """Return the logged metrics from totals summed over micro-batches, steps and processes."""
     value, on_diagonal, off_diagonal, count = totals
     return {

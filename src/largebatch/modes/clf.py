@@ -8,17 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from largebatch.config.batch import BatchPlan
 from largebatch.config.schema import Config
 from largebatch.data import Data
 from largebatch.models.build import build_model as build_network
 
-VIEWS = 1
 # Totals of a micro-batch in training: sum of losses, correct predictions, images.
 TOTALS = 3
 
 
 def build_model(config: Config, data: Data) -> nn.Module:
     return build_network(config.model, data.num_classes, data.channels)
+
+
+def network(model: nn.Module, config: Config) -> nn.Module:
+    """Return the part of the model that takes a micro-batch: all of it."""
+    return model
+
+
+def kept_bytes(config: Config, batch: BatchPlan) -> int:
+    """Return the bytes that a process keeps of all its images beside a micro-batch's: none."""
+    return 0
 
 
 def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +42,7 @@ def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labe
     return value, totals
 
 
-def train_figures(totals: list[float]) -> dict[str, float]:
+def train_metrics(totals: list[float]) -> dict[str, float]:
     """Return the logged metrics from totals summed over micro-batches, steps and processes."""
     losses, correct, count = totals
     return {"train/loss": losses / count, "train/accuracy": correct / count}
@@ -51,7 +61,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
     return totals
 
 
-def evaluation_figures(split: str, totals: list[float]) -> dict[str, float]:
+def evaluation_metrics(split: str, totals: list[float]) -> dict[str, float]:
     """Return the logged metrics of ``split`` (``val`` or ``test``) from totals summed over processes."""
     losses, top1, top5, count = totals
     return {f"{split}/loss": losses / count, f"{split}/accuracy": top1 / count, f"{split}/top5": top5 / count}

@@ -40,7 +40,7 @@ def compiled(run: Run, replica: nn.Module, model: nn.Module, norms: bool) -> tup
     graphs = device.type == "cuda" and whole
     try:
         network = cast(Network, torch.compile(replica, dynamic=False, mode="reduce-overhead" if graphs else None))
-        views = 1 if run.exact else run.mode.VIEWS  # at once
+        views = 1 if run.exact else config.mode.views  # at once
         images = trial_images(run.data.image, views * run.batch.micro_batch, run.arithmetic.memory_format, device)
         for _ in range(3 if graphs else 1):  # a graph is captured at the second time
             trial_pass(network, model, images, run.autocast)

@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from largebatch.config.schema import Config
-from largebatch.data.location import in_words
 from largebatch.runs.provenance import git_state
-from largebatch.training.exact import kept_bytes
 from largebatch.training.optimization import resolved_lr, scaled_lr
 from largebatch.training.state import Run
 
@@ -20,12 +18,13 @@ Facts = dict[str, Any]
 _PLACES = {"device": "on the device", "host": "in host memory", "files": "decoded while training"}
 
 
-def gather_facts(run: Run, model: nn.Module) -> Facts:
+def gather_facts(run: Run, model: nn.Module, total_steps: int) -> Facts:
+    """Return what the configuration of a run resolved to, apart from its mode's own facts."""
     config, data, batch, device = run.config, run.data, run.batch, run.device
     return {
         "lr": resolved_lr(config),
         "optimizer_options": config.optimizer.arguments(config.batch_size, run.epoch_steps),
-        "steps": run.total_steps,
+        "steps": total_steps,
         "steps_per_epoch": run.epoch_steps,
         "global_batch": batch.global_batch,
         "processes": batch.processes,
@@ -43,22 +42,8 @@ def gather_facts(run: Run, model: nn.Module) -> Facts:
         "classes": data.num_classes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        **_pretraining(run),
         **git_state(),
         "versions": {"python": platform.python_version(), **_versions()},
-    }
-
-
-def _pretraining(run: Run) -> Facts:
-    if run.probe is None:
-        return {}
-    kept = kept_bytes(run.config, run.batch) if run.exact else 0
-    return {
-        "pretraining_steps": run.steps,
-        "probe_steps": run.probe.steps,
-        "probe_batch": run.probe.batch.global_batch,
-        "loss_batch": run.batch.global_batch if run.exact else run.batch.micro_batch,
-        "embedding_bytes": kept,
     }
 
 
@@ -77,24 +62,6 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
         f"of {facts['micro_batch']:,}; {facts['steps_per_epoch']:,} steps an epoch, {facts['steps']:,} in all",
         f"{config.optimizer.name}: lr {facts['lr']:g}{scaled}; schedule {config.schedule.name}; "
         f"{facts['precision']}{', channels last,' if facts['channels_last'] else ''} on {facts['device']}",
-        *_pretraining_in_words(config, facts),
-    ]
-
-
-def _pretraining_in_words(config: Config, facts: Facts) -> list[str]:
-    if config.mode.name != "bt":
-        return []
-    if config.mode.exact:
-        how = f"over the global batch, mode.exact=true; {in_words(facts['embedding_bytes'])} of embeddings a process"
-    else:
-        how = (
-            f"of each micro-batch of {facts['loss_batch']:,} images by itself, mode.exact=false: not the loss of the "
-            "global batch wherever there is more than one"
-        )
-    after = "fine-tuning" if config.mode.lr_backbone else "a linear probe"
-    return [
-        f"Barlow Twins for {facts['pretraining_steps']:,} steps, its loss {how}; then {after} for "
-        f"{facts['probe_steps']:,} steps of batch {facts['probe_batch']:,}"
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a frozen backbone makes of images: features of a whole split, computed by all processes together."""
+"""Features of a whole split from a frozen backbone, computed by all processes together."""
 
 from __future__ import annotations
 

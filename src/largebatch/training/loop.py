@@ -3,128 +3,120 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
 
-from largebatch.config.schema import Config
-from largebatch.data import train_batches
 from largebatch.machine import distributed
-from largebatch.optim import TVLARS
-from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
 from largebatch.training.checkpoint import CheckpointWriter
 from largebatch.training.clock import StepClock
-from largebatch.training.evaluation import evaluate
-from largebatch.training.profile import Profile
-from largebatch.training.saving import keeps_as_best, save_training
-from largebatch.training.state import Run, Training
-from largebatch.training.step import gradient, update
+from largebatch.training.phase import MainPhase
 from largebatch.training.stop import StepBoundary
 
 
-def loop(
-    run: Run,
-    training: Training,
-    recorder: Recorder | None,
-    writer: CheckpointWriter | None,
-    clock: StepClock,
-    console: Console,
-    boundary: StepBoundary,
-) -> tuple[Run, str, str]:
-    """Step, log, evaluate, save, until there is a reason to end.
+@dataclass(frozen=True)
+class Session:
+    """What serves a run while its process lives. Only rank 0 has a recorder and a writer."""
 
-    Returns:
-        ``run``, maybe with smaller micro-batches, its state and a word on it.
-    """
-    config, mode = run.config, run.mode
-    profile = Profile(run.folder.profile if config.profile and run.rank == 0 else None, run.device, run.steps)
-    batches = batches_from(run, training.step)
-    first_bad_step = torch.full((), math.inf, device=run.device)  # where a loss was NaN or infinite
+    recorder: Recorder | None
+    writer: CheckpointWriter | None
+    clock: StepClock
+    console: Console
+    boundary: StepBoundary
+
+    def record(self, row: dict[str, float]) -> None:
+        if self.recorder:
+            self.recorder.row(row | {"wall_seconds": self.clock.elapsed()})
+
+
+def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
+    """Take the steps of a phase that are left. Returns the run's state and a message."""
+    training, profile, clock = phase.training, phase.profile, session.clock
+    batches = phase.batches()
+    first_bad_step = torch.full((), math.inf, device=phase.run.device)  # whose loss was NaN or infinite
     diverged, first_step = False, training.step + 1
 
-    if training.step == 0 and run.evaluates_after(0):
-        figures = evaluate(run, training.model)
-        if recorder:
-            recorder.row({"step": 0, "epoch": 0, "examples": 0, "wall_seconds": clock.elapsed()} | figures)
+    if training.step == phase.start and phase.evaluates_after(training.step):
+        session.record(phase.position(training.step) | phase.evaluate())
 
-    while training.step < run.steps and not diverged:
+    while training.step < phase.end and not diverged:
         profile.before_step()
         training.step = step = training.step + 1
-        torch.manual_seed(derive_seed(config.seed, "step", step, run.rank))  # dropout; no random state needs saving
-        finite, smaller = gradient(run, training, batches, profile)
+        finite = phase.gradient(batches)
         if finite is None:
-            console.say(f"out of memory at step {step}: micro-batches of {smaller.batch.micro_batch} from here on")
-            training.step, run = step - 1, smaller
-            batches = batches_from(run, training.step)
+            session.console.say(
+                f"out of memory at step {step}: micro-batches of {phase.run.batch.micro_batch} from here on"
+            )
+            training.step = step - 1
+            batches = phase.batches()
             continue
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
-        rates = learning_rates(config, training.optimizer)
-        update(training, recorder, config.tracker.layers_every, profile)
+        learning_rates = phase.learning_rates()
+        phase.update(session.recorder)
         clock.step()
 
-        where = {"step": step, "epoch": step / run.epoch_steps, "examples": step * config.batch_size}
-        if step % config.tracker.log_every == 0 or step == run.steps:
+        if phase.logs_after(step):
             with profile.phase("logging"):
-                figures = mode.train_figures(distributed.sum_over_processes(training.totals).tolist())
-                training.totals.zero_()
-                figures |= rates | phi(training.optimizer, step)
+                metrics = phase.train_metrics() | learning_rates
                 if step > first_step:
-                    figures |= clock.speed(config.batch_size)
-                diverged = not math.isfinite(figures["train/loss"])
-                if recorder:
-                    recorder.row(where | {"wall_seconds": clock.elapsed()} | figures)
+                    metrics |= clock.speed(phase.run.config.batch_size)
+                diverged = not math.isfinite(metrics["train/loss"])
+                session.record(phase.position(step) | metrics)
         for line in profile.after_step(step):
-            console.say(line)
+            session.console.say(line)
         is_best = False
-        if not diverged and run.evaluates_after(step):
+        if not diverged and phase.evaluates_after(step):
             with clock.paused(), profile.phase("evaluation"):
-                figures = evaluate(run, training.model)
-            if not all(map(math.isfinite, figures.values())):  # the weights show it before the next training loss does
+                metrics = phase.evaluate()
+            if not all(map(math.isfinite, metrics.values())):  # the weights show it before the next training loss does
                 diverged = True
                 first_bad_step.clamp_(max=step)
-            is_best = keeps_as_best(run, training, figures)
-            if recorder:
-                recorder.row(where | {"wall_seconds": clock.elapsed()} | figures)
-        stop, save = boundary.after_step(step)
-        if not diverged and (save or is_best or step == run.steps):
+            is_best = _is_best(phase, metrics)
+            session.record(phase.position(step) | metrics)
+        stop, save = session.boundary.after_step(step)
+        if not diverged and (save or is_best or step == phase.end):
             with profile.phase("checkpoint"):
-                save_training(run, training, recorder, writer, clock, is_best)
-            boundary.saved(step)
-            if stop and step < run.steps:
-                return run, "preempted", ""
+                _save(phase, session, is_best)
+            session.boundary.saved(step)
+            if stop and step < phase.end:
+                return "preempted", ""
         if step == first_step:
             clock.restart()
 
     if diverged:
-        return (
-            run,
-            "diverged",
-            f"the loss was not finite at step {distributed.smallest_over_processes(first_bad_step):.0f}",
-        )
-    return run, "finished", ""
+        bad_step = distributed.smallest_over_processes(first_bad_step)
+        return "diverged", f"the loss was not finite at step {bad_step:.0f}"
+    phase.close()
+    return "finished", ""
 
 
-def batches_from(run: Run, step: int) -> Generator[tuple[Tensor, Tensor]]:
-    """This process's micro-batches from after optimizer step ``step`` on."""
-    data, config = run.data, run.config
-    return train_batches(
-        data.train, config.dataset, data.mean, data.std, batch_size=config.batch_size, rank=run.rank,
-        processes=run.processes, micro_batch=run.batch.micro_batch, seed=config.seed, start_step=step,
-        device=run.device, channels_last=run.arithmetic.channels_last, two_views=run.mode.VIEWS == 2,
-        passes=2 if run.exact and run.batch.accumulation > 1 else 1,
-    )  # fmt: skip
+def _is_best(phase: MainPhase, metrics: dict[str, float]) -> bool:
+    """Return True in every process if the model with these metrics is the best so far (``tracker.checkpoints``).
+
+    Validation accuracy decides. The test set chooses nothing, so without validation images no model is the best.
+    """
+    accuracy = metrics.get("val/accuracy")
+    if not phase.run.config.tracker.checkpoints or accuracy is None:
+        return False
+    is_best = distributed.from_rank_0(accuracy > phase.training.best)
+    if is_best:
+        phase.training.best = accuracy
+    return is_best
 
 
-def learning_rates(config: Config, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The rate of the next step, and that of biases and norm parameters where they have their own."""
-    groups = optimizer.param_groups
-    own = {"optim/lr_1d": groups[1]["lr"]} if config.optimizer.lr_1d is not None and len(groups) > 1 else {}
-    return {"optim/lr": groups[0]["lr"]} | own
-
-
-def phi(optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
-    """TVLARS's factor at optimizer step ``step`` = 1, 2, ..."""
-    return {"optim/phi": optimizer.phi(step)} if isinstance(optimizer, TVLARS) else {}
+def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
+    """Save a checkpoint. Every process calls it; rank 0 writes, and has the totals of all processes afterwards."""
+    run, training = phase.run, phase.training
+    totals = [training.totals, training.probe.totals] if training.probe else [training.totals]
+    for tensor in totals:
+        distributed.sum_over_processes(tensor)
+    if session.recorder and session.writer:
+        resolved = {"arithmetic": asdict(run.arithmetic), "micro_batch": run.batch.micro_batch}
+        state = training.state(session.clock.elapsed()) | resolved
+        best = run.folder.best_checkpoint if is_best else None
+        session.writer.save(training.step, state, first=session.recorder.layers_to_write(), best=best)
+    else:
+        for tensor in totals:
+            tensor.zero_()

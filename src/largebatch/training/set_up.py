@@ -1,8 +1,9 @@
-"""A run at step 0: data, model, optimizer and schedule, and how its passes are computed."""
+"""A run at step 0: first what machine and batch resolve to, then the run, once."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -10,24 +11,25 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from largebatch.config.batch import plan_batch, plan_small_batch
+from largebatch.config.batch import BatchPlan, plan_batch
 from largebatch.config.schema import Config
-from largebatch.data import load_data, steps_per_epoch
+from largebatch.data import Data, load_data, steps_per_epoch
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic, choose_arithmetic
-from largebatch.machine.trial import Image
 from largebatch.modes import bt, clf
 from largebatch.optim import CLARS, SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
 from largebatch.training.compilation import compiled
-from largebatch.training.micro_batch import largest_micro_batch
-from largebatch.training.optimization import build_optimizer, schedule_factor, warmup_steps
-from largebatch.training.probe import build_probe
-from largebatch.training.state import ProbePlan, Run, Training
+from largebatch.training.micro_batch import MicroBatchSearch
+from largebatch.training.optimization import build_optimizer
+from largebatch.training.phase import MainPhase
+from largebatch.training.pretraining import Pretraining
+from largebatch.training.state import Run, Training
 
-MODES: dict[str, ModuleType] = {"clf": clf, "bt": bt}
+MODES: dict[str, tuple[ModuleType, type[MainPhase]]] = {"clf": (clf, MainPhase), "bt": (bt, Pretraining)}
+Saved = dict[str, Any]  # a checkpoint
 
 
 def set_up(
@@ -37,88 +39,84 @@ def set_up(
     processes: int,
     device: torch.device,
     console: Console,
-    saved: dict[str, Any] | None,
-) -> tuple[Run, Training]:
-    """Data, model, optimizer and schedule at step 0, the same in every process.
+    saved: Saved | None,
+) -> MainPhase:
+    """Return the main phase at step 0: data, model, optimizer and schedule, the same in every process.
 
-    What is measured here (the arithmetic, a micro-batch that fits) is agreed on by all; a run that continues from
+    All processes agree on what is measured here (the arithmetic, a micro-batch that fits). A run that resumes from
     ``saved`` computes as it did.
     """
     data = load_data(config.dataset, config.seed, device, console.say, distributed.processes_here())
-    batch = plan_batch(config.batch_size, processes, config.micro_batch, config.optimizer.sample_size)
-    epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
-    steps = config.steps if config.steps is not None else (config.epochs or 0) * epoch_steps
-    mode = MODES[config.mode.name]
-
+    mode, phase = MODES[config.mode.name]
     torch.manual_seed(derive_seed(config.seed, "model"))
     model: nn.Module = mode.build_model(config, data).to(device)
-    at_once = mode.VIEWS * batch.micro_batch
-    arithmetic = _arithmetic(config, model, data.image, at_once, device, rank, console, saved)
+    epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
+    steps = config.steps if config.steps is not None else (config.epochs or 0) * epoch_steps
+
+    batch = plan_batch(config.batch_size, processes, config.micro_batch, config.optimizer.samples_together)
+    decisions = _Decisions(config, mode, model, data, batch, rank, device, saved)
+    arithmetic = decisions.arithmetic(console.say)
     model = model.to(memory_format=arithmetic.memory_format)
-    run = Run(config, folder, rank, processes, device, mode, data, batch, epoch_steps, steps, arithmetic, None)
     if config.micro_batch == "auto":
-        run = run.with_micro_batch(_micro_batch(run, model, saved))
+        batch = plan_batch(config.batch_size, processes, decisions.micro_batch(arithmetic))
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, device)
     optimizer = build_optimizer(config, model, epoch_steps)
-    replica = model
-    if isinstance(model, bt.BarlowTwins) and run.exact:
-        replica = model.backbone  # the rest is computed over the global batch
-    elif not run.averages_afterwards:
-        replica = distributed.replicate(model, torch.zeros(2 * mode.VIEWS, *data.image, device=device))
     norms = None
     if isinstance(optimizer, CLARS):
-        norms = SampleNorms(model, run.sample_size, parameters=optimizer.layers)
+        norms = SampleNorms(model, config.optimizer.samples_together, parameters=optimizer.layers)
         groups = f"{norms.sample_size} sample{'s' * (norms.sample_size > 1)} at a time"
         console.say(f"gradient norms of {groups} by {norms.method}: {norms.why}")
         if norms.method == "passes":  # each backward pass is a group
-            run = run.with_micro_batch(norms.sample_size)
+            batch = plan_batch(config.batch_size, processes, norms.sample_size)
+
+    run = Run(config, folder, rank, processes, device, data, batch, epoch_steps, steps, arithmetic)
+    replica = mode.network(model, config)
+    if not run.averages_afterwards:
+        example = torch.zeros(2 * config.mode.views, *data.image, device=device)
+        replica = distributed.replicate(replica, example)
     network, how = compiled(run, replica, model, norms is not None)
     if how:
         console.say(how)
-    warmup = warmup_steps(config.schedule, epoch_steps)
-    schedule = LambdaLR(optimizer, schedule_factor(config.schedule, steps, warmup))
+    schedule = LambdaLR(optimizer, config.schedule.factor(steps, epoch_steps))
     totals = torch.zeros(mode.TOTALS, dtype=torch.float64, device=device)
-    probe = None
-    if isinstance(model, bt.BarlowTwins):
-        run = replace(run, probe=_probe_plan(run))
-        probe = build_probe(run, model)
-    return run, Training(model, replica, network, optimizer, schedule, norms, totals, probe)
+    return phase(run, Training(model, replica, network, optimizer, schedule, norms, totals), mode)
 
 
-def _arithmetic(
-    config: Config,
-    model: nn.Module,
-    image: Image,
-    at_once: int,
-    device: torch.device,
-    rank: int,
-    console: Console,
-    saved: dict[str, Any] | None,
-) -> Arithmetic:
-    if saved is not None and "arithmetic" in saved:  # the first version's checkpoints have none
-        return Arithmetic(**saved["arithmetic"])
-    chosen = None
-    if rank == 0:
-        chosen, how = choose_arithmetic(config, model, image, at_once, device)
-        if how:
-            console.say(f"{chosen}: the fastest for {config.model.name} here ({how})")
-    chosen = distributed.from_rank_0(chosen)
-    assert chosen is not None
-    return chosen
+@dataclass(frozen=True)
+class _Decisions:
+    """Decisions about machine and batch, before there is a run."""
 
+    config: Config
+    mode: ModuleType
+    model: nn.Module
+    data: Data
+    batch: BatchPlan
+    rank: int
+    device: torch.device
+    saved: Saved | None
 
-def _probe_plan(run: Run) -> ProbePlan:
-    mode, images = run.config.mode, len(run.data.train)
-    assert mode.eval_batch_size is not None
-    assert mode.eval_epochs is not None
-    batch = plan_small_batch(mode.eval_batch_size, images, run.processes, run.batch.micro_batch)
-    return ProbePlan(batch, images // batch.global_batch, mode.eval_epochs)
+    def arithmetic(self, say: Callable[[str], None]) -> Arithmetic:
+        """Return the arithmetic that a resumed run had, or the one that rank 0 chooses."""
+        if self.saved is not None:
+            return Arithmetic(**self.saved["arithmetic"])
+        chosen = None
+        if self.rank == 0:
+            at_once = self.config.mode.views * self.batch.micro_batch
+            chosen, how = choose_arithmetic(self.config, self.model, self.data.image, at_once, self.device)
+            if how:
+                say(f"{chosen}: the fastest for {self.config.model.name} here ({how})")
+        chosen = distributed.from_rank_0(chosen)
+        assert chosen is not None
+        return chosen
 
-
-def _micro_batch(run: Run, model: nn.Module, saved: dict[str, Any] | None) -> int:
-    """The one that a resumed run had, or the largest that fits in every process."""
-    if saved is not None:
-        return int(saved["micro_batch"])
-    largest = largest_micro_batch(run, model)
-    return int(distributed.smallest_over_processes(torch.tensor(float(largest))))
+    def micro_batch(self, arithmetic: Arithmetic) -> int:
+        """Return the micro-batch that a resumed run had, or the largest that fits in every process."""
+        if self.saved is not None:
+            return int(self.saved["micro_batch"])
+        config = self.config
+        search = MicroBatchSearch(
+            self.model, self.batch, config.optimizer.samples_together, self.data.image, config.mode.views, arithmetic,
+            self.device, self.mode.kept_bytes(config, self.batch),
+        )  # fmt: skip
+        return int(distributed.smallest_over_processes(torch.tensor(float(search.largest()))))

@@ -1,36 +1,22 @@
-"""A run in one of its processes: what stays the same while it trains, and what changes."""
+"""State of a run in one of its processes: what stays the same while it trains, and what changes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from largebatch.config.batch import BatchPlan, plan_batch, plan_small_batch
+from largebatch.config.batch import BatchPlan, plan_batch
 from largebatch.config.schema import Config
 from largebatch.data import Data
 from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
-
-
-@dataclass(frozen=True)
-class ProbePlan:
-    """Length and batches of what follows on pre-training."""
-
-    batch: BatchPlan
-    epoch_steps: int
-    epochs: int
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * self.epoch_steps
 
 
 @dataclass(frozen=True)
@@ -42,71 +28,46 @@ class Run:
     rank: int
     processes: int
     device: torch.device
-    mode: ModuleType
     data: Data
     batch: BatchPlan
     epoch_steps: int  # optimizer steps an epoch
     steps: int  # of the main training, which in bt is the pre-training
     arithmetic: Arithmetic
-    probe: ProbePlan | None
-
-    @property
-    def total_steps(self) -> int:
-        """With those of the probe."""
-        return self.steps + (self.probe.steps if self.probe else 0)
 
     @property
     def autocast(self) -> torch.autocast:
         return self.arithmetic.autocast(self.device)
 
     @property
-    def sample_size(self) -> int:
-        """Samples that must not be spread over micro-batches."""
-        return self.config.optimizer.sample_size or 1
+    def exact(self) -> bool:
+        """True if the loss is computed over the global batch, not as a mean over images (``mode.exact``)."""
+        return self.config.mode.loss_over_global_batch
 
     @property
     def within_memory(self) -> bool:
-        """Whether a step that runs out of memory is taken again in smaller micro-batches.
+        """True if a step that runs out of memory is repeated with smaller micro-batches.
 
-        Not with batch-norm statistics or a loss over several processes, which sums in the forward pass tie together.
+        False with batch-norm statistics or a loss over several processes: sums in the forward pass tie them together.
         """
         tied = self.processes > 1 and (self.config.sync_bn or self.exact)
         return self.config.micro_batch == "auto" and not tied
 
     @property
-    def exact(self) -> bool:
-        """Whether the loss is over the global batch, where it isn't a mean over images (``mode.exact``)."""
-        return bool(self.config.mode.exact)
-
-    @property
     def averages_afterwards(self) -> bool:
-        """Whether processes average their gradients after the backward pass, and not along it as DDP does."""
+        """True if processes average their gradients after the backward pass, and not during it as DDP does."""
         return self.within_memory or self.exact
 
-    def evaluates_after(self, step: int) -> bool:
-        """Whether the model is evaluated after ``step``; features that are being trained also before the first."""
-        mode, every = self.config.mode, self.config.eval_every
-        if mode.knn_every is not None:
-            every = mode.knn_every
-            if step == 0 or every == 0:
-                return every > 0
-        return step == self.steps or (step > 0 and step % (every * self.epoch_steps) == 0)
-
     def with_micro_batch(self, size: int) -> Run:
-        batch, probe = plan_batch(self.batch.global_batch, self.processes, size), self.probe
-        if probe:
-            whole = probe.batch.global_batch
-            probe = replace(probe, batch=plan_small_batch(whole, whole, self.processes, size))
-        return replace(self, batch=batch, probe=probe)
+        return replace(self, batch=plan_batch(self.batch.global_batch, self.processes, size))
 
 
 @dataclass
-class Probe:
-    """The part of ``Training`` that follows on pre-training."""
+class ProbeState:
+    """The part of ``Training`` that follows pre-training."""
 
     head: nn.Linear
     optimizer: torch.optim.SGD
-    rates: list[float]  # of its groups, before their schedule
+    lrs: list[float]  # of the optimizer's groups, before their schedule
     totals: Tensor  # of this process, since the last logged row
 
     def state(self) -> dict[str, Any]:
@@ -121,16 +82,16 @@ class Probe:
 
 @dataclass
 class Training:
-    """What changes; ``state`` is what a checkpoint holds of it."""
+    """What changes; ``state`` is the part that a checkpoint holds."""
 
     model: nn.Module
-    replica: nn.Module  # the same, with gradients averaged over the processes; with mode.exact the backbone alone
+    replica: nn.Module  # takes a micro-batch, with gradients averaged over the processes; with mode.exact the backbone
     network: Callable[[Tensor], Tensor]  # the replica as training calls it, compiled or not
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
-    norms: SampleNorms | None  # what CLARS divides by
+    norms: SampleNorms | None  # the norms that CLARS divides by
     totals: Tensor  # of this process, since the last logged row
-    probe: Probe | None  # what follows on pre-training
+    probe: ProbeState | None = None  # what follows pre-training
     step: int = 0
     seconds: float = 0.0  # wall time of the parts before this one
     best: float = -math.inf  # validation accuracy of the best checkpoint
@@ -149,9 +110,8 @@ class Training:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
-        if rank == 0:  # they are of all processes, and will be summed over all again
+        if rank == 0:  # the saved totals are those of all processes, and will be summed over all again
             self.totals.copy_(saved["totals"])
         if self.probe:
             self.probe.load(saved["probe"], rank)
-        self.step, self.seconds = saved["step"], saved["seconds"]
-        self.best = saved.get("best", -math.inf)  # earlier versions' checkpoints have none
+        self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]

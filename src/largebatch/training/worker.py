@@ -26,8 +26,8 @@ from largebatch.tracking.recorder import Recorder
 from largebatch.training.checkpoint import CheckpointWriter, load_newest
 from largebatch.training.clock import StepClock
 from largebatch.training.facts import facts_in_words, gather_facts
-from largebatch.training.loop import batches_from, loop
-from largebatch.training.probe import train_probe
+from largebatch.training.loop import Session, loop
+from largebatch.training.phase import MainPhase
 from largebatch.training.set_up import set_up
 from largebatch.training.stop import StepBoundary
 
@@ -35,34 +35,37 @@ from largebatch.training.stop import StepBoundary
 def train(config: Config, folder: RunFolder, rank: int, processes: int, device: torch.device, console: Console) -> None:
     """Carry a run from where it stands to its end, a divergence or a request to stop."""
     saved = load_newest(folder.checkpoints, device, console.say)
-    run, training = set_up(config, folder, rank, processes, device, console, saved)
+    phase: MainPhase | None = set_up(config, folder, rank, processes, device, console, saved)
+    assert phase is not None
+    run, training, total_steps = phase.run, phase.training, phase.total_steps
     if saved is not None:
         training.load(saved, rank)
         saved = None  # or the device would hold it all the while
-        console.say(f"resumed after step {training.step} of {run.total_steps}")
-    facts = gather_facts(run, training.model)
-    for line in facts_in_words(config, facts):
+        console.say(f"resumed after step {training.step} of {total_steps}")
+    facts = gather_facts(run, training.model, total_steps) | phase.facts()
+    for line in (*facts_in_words(config, facts), *phase.facts_in_words(facts)):
         console.say(line)
     if rank == 0 and config.tracker.images and training.step == 0:
-        batches = batches_from(run, 0)
-        save_images(next(batches)[0], run.mode.VIEWS, run.data.mean, run.data.std, folder.images)
-        batches.close()  # and with it what decodes ahead
+        batches = phase.batches()
+        save_images(next(batches)[0], config.mode.views, run.data.mean, run.data.std, folder.images)
+        batches.close()  # also the processes that decode ahead
     with contextlib.ExitStack() as stack:
         recorder, writer = None, None
         if rank == 0:
             recorder = stack.enter_context(Recorder(config, folder, training.step, facts, console))
             writer = stack.enter_context(CheckpointWriter(folder.checkpoints, device))
-        clock = StepClock(training.seconds, device)
-        console.start_progress(training.step, run.total_steps)
+        console.start_progress(training.step, total_steps)
         boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, rank)
-        run, state, message = loop(run, training, recorder, writer, clock, console, boundary)
-        if state == "finished" and run.probe:
-            state, message = train_probe(run, training, recorder, writer, clock, boundary)
+        session = Session(recorder, writer, StepClock(training.seconds, device), console, boundary)
+        state, message = "finished", ""
+        while phase is not None and state == "finished":
+            state, message = loop(phase, session)
+            phase = phase.following()
         if writer:
             writer.wait()  # before the status says that the run is over
         if recorder:
-            recorder.finish(state, training.step, message, clock.elapsed())
-    console.say(f"{state} after step {training.step} of {run.total_steps}{f': {message}' if message else ''}")
+            recorder.finish(state, training.step, message, session.clock.elapsed())
+    console.say(f"{state} after step {training.step} of {total_steps}{f': {message}' if message else ''}")
 
 
 def main(arguments: list[str]) -> int:

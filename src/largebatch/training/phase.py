@@ -1,0 +1,192 @@
+"""The main training of a run: gradient, update and metrics of each optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from largebatch.data import train_batches
+from largebatch.machine import distributed
+from largebatch.machine.memory import is_out_of_memory
+from largebatch.optim import CLARS, TVLARS
+from largebatch.optim.layerwise import LayerwiseOptimizer
+from largebatch.seeding import derive_seed
+from largebatch.tracking.layers import plain_statistics
+from largebatch.tracking.recorder import Recorder
+from largebatch.training.evaluation import classification_metrics
+from largebatch.training.facts import Facts
+from largebatch.training.micro_batch import release_memory, smaller_micro_batch
+from largebatch.training.profile import Profile
+from largebatch.training.state import Run, Training
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+class MainPhase:
+    """Training with the mode's loss, from step 0 to ``run.steps``.
+
+    ``loop`` takes the steps. ``run`` is replaced by one with smaller micro-batches when memory runs out.
+
+    Args:
+        mode: module of ``largebatch.modes``.
+    """
+
+    start = 0
+
+    def __init__(self, run: Run, training: Training, mode: ModuleType) -> None:
+        self.run, self.training, self.mode = run, training, mode
+        folder = run.folder.profile if run.config.profile and run.rank == 0 else None
+        self.profile = Profile(folder, run.device, run.steps)
+
+    @property
+    def end(self) -> int:
+        """Number of the last optimizer step."""
+        return self.run.steps
+
+    @property
+    def total_steps(self) -> int:
+        """Number of the run's last optimizer step, with the phases that follow."""
+        return self.end
+
+    def following(self) -> MainPhase | None:
+        """Return the next phase, if there is one."""
+        return None
+
+    def batches(self) -> Generator[tuple[Tensor, Tensor]]:
+        """Yield this process's micro-batches after optimizer step ``training.step``."""
+        run = self.run
+        return train_batches(
+            run.data.train, run.config.dataset, run.data.mean, run.data.std, batch_size=run.config.batch_size,
+            rank=run.rank, processes=run.processes, micro_batch=run.batch.micro_batch, seed=run.config.seed,
+            start_step=self.training.step, device=run.device, channels_last=run.arithmetic.channels_last,
+            two_views=run.config.mode.views == 2, passes=2 if run.exact and run.batch.accumulation > 1 else 1,
+        )  # fmt: skip
+
+    def gradient(self, batches: Batches) -> Tensor | None:
+        """Compute the gradient of the mean loss over a global batch; add the mode's counts to the totals.
+
+        Returns:
+            Whether every loss was finite, on the device: reading it here would wait for the device. None if memory ran
+            out in any process: nothing has changed then but ``run``, which has smaller micro-batches.
+        """
+        run, training = self.run, self.training
+        torch.manual_seed(derive_seed(run.config.seed, "step", training.step, run.rank))  # dropout; needs no saving
+        if not run.within_memory:
+            losses_finite = self._forward_backward(batches)
+            if run.averages_afterwards:
+                distributed.average_gradients(training.model)
+            return losses_finite
+        buffers = list(training.model.buffers())
+        before = [tensor.clone() for tensor in (training.totals, *buffers)]
+        finite = None
+        try:
+            finite = self._forward_backward(batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if not distributed.any_process(finite is None):
+            # Not during the backward pass, as DDP does: the others would wait there for one that ran out of memory.
+            distributed.average_gradients(training.model)
+            return finite
+        training.optimizer.zero_grad(set_to_none=True)
+        if training.norms is not None:
+            training.norms.forget()
+        for tensor, saved in zip((training.totals, *buffers), before, strict=True):
+            tensor.copy_(saved)
+        release_memory(run.device)
+        together = run.config.optimizer.samples_together
+        self.run = run.with_micro_batch(smaller_micro_batch(run.batch, together))
+        return None
+
+    def _forward_backward(self, batches: Batches) -> Tensor:
+        """Add the gradient over this process's share of the batch. Returns whether every loss is finite."""
+        run, training, profile = self.run, self.training, self.profile
+        training.replica.train()
+        finite = torch.ones((), dtype=torch.bool, device=run.device)
+        accumulation = run.batch.accumulation
+        for part in range(accumulation):
+            with profile.phase("data"):
+                images, labels = next(batches)
+            with self._without_sync(more_to_come=part + 1 < accumulation):
+                with profile.phase("forward"), run.autocast:
+                    loss, counted = self.mode.loss(run.config, training.network, images, labels)
+                with profile.phase("backward"):
+                    (loss / accumulation).backward()
+            training.totals += counted
+            finite &= loss.detach().isfinite()
+        return finite
+
+    def _without_sync(self, more_to_come: bool) -> contextlib.AbstractContextManager[None]:
+        """Let DDP average gradients over processes in the last micro-batch of a step only."""
+        replica = self.training.replica
+        if more_to_come and isinstance(replica, DistributedDataParallel):
+            return replica.no_sync()
+        return contextlib.nullcontext()
+
+    def update(self, recorder: Recorder | None) -> None:
+        """Take one optimizer and schedule step; every ``tracker.layers_every`` steps record the layers' statistics."""
+        training, optimizer = self.training, self.training.optimizer
+        every = self.run.config.tracker.layers_every
+        due = recorder is not None and every > 0 and training.step % every == 0
+        layerwise = isinstance(optimizer, LayerwiseOptimizer)
+        plain = plain_statistics(training.model) if due and not layerwise else None
+        with self.profile.phase("optimizer"):
+            if training.norms is not None and isinstance(optimizer, CLARS):
+                optimizer.set_sample_norms(training.norms.means())
+            optimizer.step()
+        with self.profile.phase("logging"):
+            if recorder and plain:
+                recorder.layers(training.step, *plain)
+            elif recorder and due and isinstance(optimizer, LayerwiseOptimizer):
+                recorder.layers(training.step, optimizer.layer_names, optimizer.layer_stats())
+        optimizer.zero_grad(set_to_none=True)
+        training.schedule.step()
+
+    def position(self, step: int) -> dict[str, float]:
+        run = self.run
+        return {"step": step, "epoch": step / run.epoch_steps, "examples": step * run.config.batch_size}
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rates of the next update, and TVLARS's factor phi."""
+        optimizer, config = self.training.optimizer, self.run.config.optimizer
+        rates = {"optim/lr": optimizer.param_groups[0]["lr"]}
+        if config.lr_1d is not None and len(optimizer.param_groups) > 1:
+            rates["optim/lr_1d"] = optimizer.param_groups[1]["lr"]
+        if isinstance(optimizer, TVLARS):
+            rates["optim/phi"] = optimizer.phi(self.training.step)
+        return rates
+
+    def logs_after(self, step: int) -> bool:
+        return step % self.run.config.tracker.log_every == 0 or step == self.end
+
+    def train_metrics(self) -> dict[str, float]:
+        """Return the metrics of the training batches since the last call, over all processes."""
+        metrics: dict[str, float] = self.mode.train_metrics(
+            distributed.sum_over_processes(self.training.totals).tolist()
+        )
+        self.training.totals.zero_()
+        return metrics
+
+    def evaluates_after(self, step: int) -> bool:
+        every = self.run.config.eval_every * self.run.epoch_steps
+        return step == self.end or (step > 0 and step % every == 0)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of the validation and test sets, over all processes."""
+        return classification_metrics(self.run, self.training.model)
+
+    def facts(self) -> Facts:
+        """Return what only this mode's runs resolve to."""
+        return {}
+
+    def facts_in_words(self, facts: Facts) -> list[str]:
+        """Return lines for the log on ``facts``."""
+        return []
+
+    def close(self) -> None:
+        """Check what must hold at the end of the phase."""

@@ -1,0 +1,123 @@
+"""Barlow Twins' pre-training: the main phase of ``mode=bt``, whose features are evaluated and probed."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from largebatch.data import evaluation_share
+from largebatch.data.location import in_words
+from largebatch.machine import distributed
+from largebatch.modes import bt
+from largebatch.modes.collapse import effective_rank, mean_deviation
+from largebatch.modes.exact import ExactGradient
+from largebatch.modes.knn import knn_predictions
+from largebatch.seeding import derive_seed
+from largebatch.training.evaluation import held_out
+from largebatch.training.facts import Facts
+from largebatch.training.features import split_features
+from largebatch.training.phase import Batches, MainPhase
+from largebatch.training.probe import ProbePhase, build_probe, probe_batch
+from largebatch.training.state import Run, Training
+
+_BANK = 100_000  # most training images among which nearest neighbours are searched
+_EMBEDDINGS = 1024  # most test images whose embeddings are checked for a collapse
+
+
+class Pretraining(MainPhase):
+    """Pre-training; ``ProbePhase`` follows."""
+
+    def __init__(self, run: Run, training: Training, mode: ModuleType) -> None:
+        super().__init__(run, training, mode)
+        self.options = bt.options(run.config)
+        self.model = cast(bt.BarlowTwins, training.model)
+        batch = probe_batch(run)
+        self.probe_steps = len(run.data.train) // batch.global_batch * self.options.eval_epochs
+        training.probe = build_probe(run, self.model)
+
+    @property
+    def total_steps(self) -> int:
+        return self.end + self.probe_steps
+
+    def following(self) -> MainPhase:
+        return ProbePhase(self.run, self.training, self.total_steps)
+
+    def _forward_backward(self, batches: Batches) -> Tensor:
+        run, training = self.run, self.training
+        if not run.exact:
+            return super()._forward_backward(batches)
+
+        def seed(number: int, view: int) -> None:
+            torch.manual_seed(derive_seed(run.config.seed, "view", training.step, run.rank, number, view))
+
+        exact = ExactGradient(
+            self.model, training.network, self.options, batches, run.batch, run.autocast, seed, self.profile.phase
+        )
+        counted, finite = exact.compute()
+        training.totals += counted
+        return finite
+
+    def evaluates_after(self, step: int) -> bool:
+        every = self.options.knn_every
+        if every == 0:
+            return False
+        return step in (self.start, self.end) or step % (every * self.run.epoch_steps) == 0
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return the nearest-neighbour accuracy of frozen features, and metrics of a collapse of embeddings.
+
+        The neighbours are training images, all or 100,000 evenly spaced ones, without augmentation. Embeddings are
+        those of up to 1,024 evenly spaced test images.
+        """
+        run, model, options = self.run, self.model, self.options
+        distributed.share_buffers(model)
+        model.eval()
+        bank, bank_labels = split_features(run, model, run.data.train, _BANK)
+        metrics: dict[str, float] = {}
+        features = bank
+        for name, split in held_out(run):
+            features, labels = split_features(run, model, split)
+            share = evaluation_share(len(labels), run.rank, run.processes).to(run.device)
+            predictions = knn_predictions(
+                features[share], bank, bank_labels, run.data.num_classes,
+                neighbours=options.knn_neighbours, temperature=options.knn_temperature,
+            )  # fmt: skip
+            correct = distributed.sum_over_processes((predictions == labels[share]).sum())
+            metrics[f"{name}/knn_accuracy"] = float(correct) / len(labels)
+        few = torch.arange(min(len(features), _EMBEDDINGS)) * len(features) // min(len(features), _EMBEDDINGS)
+        with run.autocast:
+            embeddings: Tensor = model.projector(features[few.to(run.device)]).float()
+        return metrics | {
+            "embedding/std": float(mean_deviation(embeddings)),
+            "embedding/effective_rank": float(effective_rank(embeddings)),
+        }
+
+    def facts(self) -> Facts:
+        run = self.run
+        return {
+            "pretraining_steps": run.steps,
+            "probe_steps": self.probe_steps,
+            "probe_batch": probe_batch(run).global_batch,
+            "loss_batch": run.batch.global_batch if run.exact else run.batch.micro_batch,
+            "embedding_bytes": bt.kept_bytes(run.config, run.batch),
+        }
+
+    def facts_in_words(self, facts: Facts) -> list[str]:
+        if self.run.exact:
+            how = (
+                f"over the global batch, mode.exact=true; {in_words(facts['embedding_bytes'])} of embeddings a process"
+            )
+        else:
+            how = (
+                f"of each micro-batch of {facts['loss_batch']:,} images by itself, mode.exact=false: not the loss of "
+                "the global batch if there is more than one"
+            )
+        after = "fine-tuning" if self.options.lr_backbone else "a linear probe"
+        return [
+            f"Barlow Twins for {facts['pretraining_steps']:,} steps, its loss {how}; then {after} for "
+            f"{facts['probe_steps']:,} steps of batch {facts['probe_batch']:,}"
+        ]
