@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from largebatch.config.schema import Config, from_composed
+from largebatch.config.schema import Config, defaults, from_composed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,13 +63,13 @@ def configuration(*overrides: str) -> Config:
     tree = OmegaConf.create(_composed(presets))
     values = [override for override in overrides if override not in presets]
     for override in OverridesParser.create().parse_overrides(values):
-        OmegaConf.update(tree, override.get_key_element(), override.value())
+        OmegaConf.update(tree, override.get_key_element(), override.value(), force_add=True)
     return from_composed(tree)
 
 
 @functools.cache
 def _composed(presets: tuple[str, ...]) -> str:
     """As YAML; a tenth of a second, which most of the suite's thousand configurations needn't take again."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
         return OmegaConf.to_yaml(compose(config_name="config", overrides=list(presets)))

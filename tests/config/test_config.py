@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT, configuration
-from largebatch.config.choices import OPTIMIZER_OPTIONS, SCHEDULE_OPTIONS, SURGE_OPTIMIZERS
 from omegaconf import OmegaConf
 
-from largebatch.config.checks import DATASETS, validate
-from largebatch.config.identity import identity, run_name
-from largebatch.config.schema import Config, from_composed, load_config, to_yaml, unknown_key
+from largebatch.config.checks import validate
+from largebatch.config.identity import NOT_DECISIVE, decisive, identity, run_name
+from largebatch.config.optimizers import OPTIMIZERS, TimmOptimizer
+from largebatch.config.schema import CHOICES, Config, from_composed, load_config, to_yaml
 from largebatch.errors import UserError
 
 PRESETS = [
@@ -48,20 +51,20 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("dataset.val_fraction=1", "dataset.val_fraction=1"),
         ("precision=fp8", "allowed: auto, fp32, bf16"),
         ("optimizer.lmbda=0.1", "lars has no such option"),
-        ("schedule.power=2", "constant has no options"),
-        ("model.stem=cifar", "smallcnn has no such choice"),
+        ("schedule.power=2", "constant has no such option"),
+        ("model.stem=cifar", "smallcnn has no such option"),
         ("model.init=xavier", "did you mean xavier_normal?"),
-        ("optimizer.momentum=null", "lars needs a value"),
-        ("optimizer.momentum=1", "must be below 1"),
+        ("optimizer.momentum=null", "needs a value"),
+        ("optimizer.momentum=1", "of at least 0 and below 1"),
         ("optimizer.momentum=nan", "must be a finite number"),
-        ("+model.options.depth=3", "only timm's models"),
+        ("+model.options.depth=3", "smallcnn has no such option"),
         ("micro_batch=100", "micro_batch=128"),
         ("micro_batch=most", "or auto"),
         ("compile=ture", "did you mean true?"),
         ("dataset.location=gpu", "allowed: auto, device, host"),
         ("dataset.on_error=ignore", "allowed: stop, skip"),
         ("lr_scaling.rule=surg", "did you mean surge?"),
-        ("lr_scaling.rule=surge", "docs/lr_scaling.md says how to measure it"),
+        ("lr_scaling.rule=surge", "docs/lr_scaling.md explains how to measure it"),
         ("lr_scaling.noise_scale=900", "only lr_scaling.rule=surge has it"),
         ("lr_scaling.noise_scale=0", "must be a finite number above 0"),
         ("lr_scaling.force=true", "only lr_scaling.rule=surge has it"),
@@ -114,9 +117,7 @@ def test_surge_scaling_is_for_updates_like_a_sign(optimizer: list[str]) -> None:
     ],
 )
 def test_surge_scaling_of_another_update_needs_force(optimizer: list[str], used: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"updates like a sign, as Adam's, and {used} has another.*force=true"
-    ) as caught:
+    with pytest.raises(UserError, match=rf"sign-like updates such as Adam's; {used} is not one.*force=true") as caught:
         validate(configuration(*SURGE, *optimizer))
     assert len(str(caught.value).splitlines()) == 1
     validate(configuration(*SURGE, *optimizer, "lr_scaling.force=true"))
@@ -125,10 +126,12 @@ def test_surge_scaling_of_another_update_needs_force(optimizer: list[str], used:
 def test_every_optimizer_that_surge_scaling_covers_exists() -> None:
     import timm.optim
 
-    torch_names = {name for name in OPTIMIZER_OPTIONS["torch"] if name in SURGE_OPTIMIZERS}
+    torch_names = {name for name, kind in OPTIMIZERS.items() if kind.sign_like}
     assert torch_names == {"adam", "adamw", "rmsprop"}
-    apex_and_bitsandbytes = {name for name in SURGE_OPTIMIZERS if name.startswith(("fused", "bnb"))}  # if installed
-    assert set(SURGE_OPTIMIZERS) - apex_and_bitsandbytes <= set(timm.optim.list_optimizers())
+    apex_and_bitsandbytes = {
+        name for name in TimmOptimizer.SIGN_LIKE if name.startswith(("fused", "bnb"))
+    }  # if installed
+    assert set(TimmOptimizer.SIGN_LIKE) - apex_and_bitsandbytes <= set(timm.optim.list_optimizers())
 
 
 def test_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
@@ -152,10 +155,14 @@ def test_warmup_is_given_once_and_fits() -> None:
 
 
 def test_unknown_keys_are_named_with_what_is_allowed() -> None:
-    assert unknown_key("optimizer.lrr").startswith("unknown key optimizer.lrr; keys in optimizer allowed: name, ")
-    assert unknown_key("optimizer.lrr").endswith("did you mean lr?")
-    assert unknown_key("batchsize").endswith("did you mean batch_size?")
-    assert "holds no further keys" in unknown_key("batch_size.x")
+    for override, message in {
+        "optimizer.lrr=1": "optimizer.lrr=1: lars has no such option; allowed: name, lr, .*did you mean lr",
+        "batchsize=1": "unknown key batchsize; keys allowed: dataset, .*did you mean batch_size",
+        "batch_size.x=1": "unknown key batch_size.x: batch_size is a value and holds no further keys",
+        "dataset.views.grey=1": "unknown key dataset.views.grey; keys in dataset.views allowed: .*did you mean gray",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            configuration(override)
 
 
 def test_a_key_added_by_force_is_still_unknown() -> None:
@@ -192,31 +199,6 @@ def test_identity_knows_what_can_change_the_result(override: str) -> None:
     assert identity(configuration(override)) != identity(configuration())
 
 
-@pytest.mark.parametrize(
-    ("preset", "named"),
-    [("lars", "05a68267"), ("tvlars", "4dd394a1"), ("tvlars_published", "68070fe2"), ("lamb", "63732707")],
-)
-def test_options_that_came_later_do_not_rename_the_first_versions_runs(preset: str, named: str) -> None:
-    assert identity(configuration(f"optimizer={preset}")) == named
-    assert identity(configuration(f"optimizer={preset}", "optimizer.max_ratio=1")) != named
-    if preset != "lamb":
-        assert identity(configuration(f"optimizer={preset}", "optimizer.denominator=sum_of_norms")) != named
-
-
-def test_the_identity_of_earlier_runs_is_kept() -> None:
-    """A new option that isn't used must not rename the runs that there are."""
-    minimal = {
-        "dataset": {"name": "digits"},
-        "model": {"name": "smallcnn", "library": "largebatch"},
-        "optimizer": {"name": "sgd", "library": "torch", "lr": 0.1, "momentum": 0.9},
-        "schedule": {"name": "constant"},
-        "mode": {"name": "clf"},
-        "cluster": {"name": "local"},
-        "tracker": {"name": "none"},
-    }
-    assert identity(from_composed(OmegaConf.create(minimal))) == "693eba7a"
-
-
 def test_image_folders_are_told_apart_by_their_place() -> None:
     one, two = (configuration("dataset=imagefolder", f"dataset.root={root}") for root in ("/a/cats", "/b/cats"))
     assert identity(one) != identity(two)
@@ -236,33 +218,71 @@ def test_missing_value_is_named() -> None:
         from_composed(OmegaConf.create({"batch_size": 4}))
 
 
-def test_optimizer_options_are_the_classes_keyword_arguments() -> None:
-    """The table of options in ``validate`` and the optimizers' signatures can't drift apart."""
-    from largebatch.training.optimization import _CLASSES
-
-    for library, optimizers in OPTIMIZER_OPTIONS.items():
-        for name, options in optimizers.items():
-            signature = set(inspect.signature(_CLASSES[name]).parameters)
-            renamed = {"delay" if option == "delay_epochs" else option for option in options} - {"sample_size"}
-            assert renamed <= signature, name
-            if library == "largebatch":  # how a step is carried out, and what only groups are for, isn't configured
-                for_programs = {"params", "adapt", "maximize", "foreach", "fused", "capturable"}
-                assert signature == renamed | {"lr"} | for_programs, name
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_s_options_and_defaults_are_its_class_s(name: str) -> None:
+    module, _, function = OPTIMIZERS[name].target.partition(":")
+    parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    config = OPTIMIZERS[name](name=name, lr=1.0)
+    options = config.arguments(batch_size=256, steps_per_epoch=1)
+    assert options == {option: parameters[option].default for option in options}
+    if module.startswith("largebatch"):  # how a step is computed, and options of groups only, aren't configured
+        for_programs = {"params", "lr", "adapt", "maximize", "foreach", "fused", "capturable"}
+        assert set(parameters) == set(options) | for_programs
 
 
-def test_presets_cover_the_names_that_validation_allows() -> None:
-    def presets(group: str) -> set[str]:
-        return {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, kinds in CHOICES.items() for name in kinds])
+def test_a_choice_has_a_preset_and_can_be_named_alone(group: str, name: str) -> None:
+    """``name: lars`` and ``lr: 1`` are a preset; every other option keeps its default."""
+    names = {yaml.safe_load(path.read_text())["name"] for path in (ROOT / "conf" / group).glob("*.yaml")}
+    assert name in names
+    tree = {key: {"name": next(iter(kinds))} for key, kinds in CHOICES.items()} | {group: {"name": name}}
+    tree["optimizer"]["lr"] = 1
+    tree |= {"cluster": {"name": "local"}, "tracker": {"name": "none"}}
+    if name.startswith("warmup"):
+        tree["schedule"]["warmup_steps"] = 3
+    config = from_composed(tree)
+    validate(config)
+    assert type(getattr(config, group)) is CHOICES[group][name]
 
-    assert presets("dataset") == set(DATASETS)
-    assert presets("schedule") == set(SCHEDULE_OPTIONS)
-    assert presets("optimizer") >= {name for names in OPTIMIZER_OPTIONS.values() for name in names} | {"timm"}
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their dotted keys; a mapping without keys of its own is a value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        (),
+        ("mode=bt", "optimizer=tvlars", "schedule=warmup_poly", "model=resnet18"),
+        ("optimizer=clars", "dataset=imagefolder"),
+        ("optimizer=timm", "model=timm"),
+    ],
+)
+def test_every_key_is_decisive_or_on_the_list_with_its_reason(choices: tuple[str, ...]) -> None:
+    tree = dataclasses.asdict(configuration(*choices))
+    decided = set(leaves(decisive(tree)))
+    listed = {key for key in leaves(tree) if any(f"{key}.".startswith(f"{free}.") for free in NOT_DECISIVE)}
+    conditional = {"dataset.root"} if "dataset=imagefolder" in choices else set()
+    conditional |= {key for key in leaves(tree) if key.startswith("dataset.views.") and "mode=bt" in choices}
+    assert decided == set(leaves(tree)) - (listed - conditional)
+    assert all(NOT_DECISIVE.values())
+
+
+def test_frozen_configuration_has_exactly_the_keys_of_its_choices() -> None:
+    shown = yaml.safe_load(to_yaml(configuration("optimizer=tvlars")))["optimizer"]
+    assert list(shown) == [field.name for field in dataclasses.fields(OPTIMIZERS["tvlars"])]
+    assert shown["lmbda"] == 1e-3
 
 
 def test_every_key_has_its_type() -> None:
-    """Schema fields are typed, so that a wrong type is refused while composing."""
-    for group in dataclasses.fields(Config):
-        assert group.type not in ("Any", ""), group.name
+    """A wrong type is refused before anything starts."""
+    for kind in (Config, *(kind for kinds in CHOICES.values() for kind in kinds.values())):
+        for field in dataclasses.fields(kind):
+            assert field.type not in ("Any", ""), field.name
 
 
 # -- mode=bt
@@ -275,7 +295,7 @@ def test_options_of_pre_training_are_none_of_a_classifier_s(override: str) -> No
     with pytest.raises(UserError) as caught:
         validate(configuration(override))
     assert str(caught.value).startswith(override.partition("=")[0])
-    assert str(caught.value).endswith("clf has no options")
+    assert "clf has no such option" in str(caught.value)
     validate(configuration("mode=bt", override))
 
 
@@ -287,10 +307,10 @@ def test_an_unknown_mode_names_those_there_are() -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["mode.projector=[]"], "mode.projector=[]: must be one or more widths"),
-        (["mode.projector=[8,0]"], "mode.projector=[8, 0]: must be one or more widths of at least 1"),
-        (["mode.projector=null"], "mode.projector=null: bt needs a value"),
-        (["mode.lmbda=null"], "mode.lmbda=null: bt needs a value"),
+        (["mode.projector=[]"], "mode.projector=[]: must be one or more numbers of at least 1"),
+        (["mode.projector=[8,0]"], "mode.projector=[8, 0]: must be one or more numbers of at least 1"),
+        (["mode.projector=null"], "mode.projector=null: needs a value"),
+        (["mode.lmbda=null"], "mode.lmbda=null: needs a value"),
         (["mode.eval_epochs=0"], "mode.eval_epochs=0: must be an integer of at least 1"),
         (["mode.lr_classifier=0"], "mode.lr_classifier=0.0: must be a finite number above 0"),
         (["mode.lr_backbone=-1"], "mode.lr_backbone=-1.0: must be a finite number of at least 0"),
@@ -305,14 +325,26 @@ def test_an_unknown_mode_names_those_there_are() -> None:
             "mode.exact=false: correlates the images of each micro-batch",
         ),
         (["mode.exact=false", "optimizer=clars"], "mode.exact=false: clars measures the gradient norms of samples"),
-        (["dataset.views.min_area=0"], "dataset.views.min_area=0.0: must be a finite number above 0"),
-        (["dataset.views.min_area=1.1"], "dataset.views.min_area=1.1: must be at most 1"),
-        (["dataset.views.jitter=1.1"], "dataset.views.jitter=1.1: must be a probability from 0 to 1"),
-        (["dataset.views.gray=-0.1"], "dataset.views.gray=-0.1: must be a probability from 0 to 1"),
-        (["dataset.views.gray=nan"], "dataset.views.gray=nan: must be a probability from 0 to 1"),
-        (["dataset.views.blur=[1,2]"], "dataset.views.blur=[1.0, 2.0]: must be two probabilities from 0 to 1"),
-        (["dataset.views.blur=[0.5]"], "dataset.views.blur=[0.5]: must be two probabilities from 0 to 1"),
-        (["dataset.views.solarize=[0,0,0]"], "dataset.views.solarize=[0.0, 0.0, 0.0]: must be two probabilities"),
+        (["dataset.views.min_area=0"], "dataset.views.min_area=0.0: must be a finite number above 0 and at most 1"),
+        (
+            ["dataset.views.min_area=1.1"],
+            "dataset.views.min_area=1.1: must be a finite number above 0 and at most 1",
+        ),
+        (
+            ["dataset.views.jitter=1.1"],
+            "dataset.views.jitter=1.1: must be a finite number from 0 to 1",
+        ),
+        (
+            ["dataset.views.gray=-0.1"],
+            "dataset.views.gray=-0.1: must be a finite number from 0 to 1",
+        ),
+        (["dataset.views.gray=nan"], "dataset.views.gray=nan: must be a finite number from 0 to 1"),
+        (
+            ["dataset.views.blur=[1,2]"],
+            "dataset.views.blur=[1.0, 2.0]: must be 2 numbers from 0 to 1",
+        ),
+        (["dataset.views.blur=[0.5]"], "dataset.views.blur=[0.5]: must be 2 numbers from 0 to 1"),
+        (["dataset.views.solarize=[0,0,0]"], "dataset.views.solarize=[0.0, 0.0, 0.0]: must be 2 numbers"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -343,7 +375,7 @@ def test_pre_training_can_be(overrides: list[str]) -> None:
 @pytest.mark.parametrize("length", ["epochs=0", "steps=0"])
 def test_only_pre_training_can_be_left_out(length: str) -> None:
     validate(configuration("mode=bt", length))
-    with pytest.raises(UserError, match=f"{length}: only mode=bt can do without training"):
+    with pytest.raises(UserError, match=f"{length}: zero training steps are only allowed with mode=bt"):
         validate(configuration(length))
     with pytest.raises(UserError, match="must be an integer of at least 0"):
         validate(configuration("mode=bt", length.replace("0", "-1")))

@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import configuration
 from datafiles import make_imagefolder
-from omegaconf import OmegaConf
 
-from largebatch.config.checks import DATASETS
-from largebatch.config.datasets import DatasetConfig
+from largebatch.config.datasets import DATASETS, DatasetConfig
 from largebatch.data import MemoryImages, load_data
 from largebatch.data.load import measure_statistics
 from largebatch.errors import UserError
@@ -83,10 +82,10 @@ def test_constant_images_can_be_normalised():
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_fit_the_schema_and_their_name(path):
-    preset = OmegaConf.merge(OmegaConf.structured(DatasetConfig), OmegaConf.load(path))
+    preset = configuration(f"dataset={path.stem}").dataset
     assert preset.name == path.stem
     for key in ("mean", "std"):
-        assert preset[key] is None or len(preset[key]) == preset.channels
+        assert getattr(preset, key) is None or len(getattr(preset, key)) == preset.channels
 
 
 def test_every_data_set_has_a_preset():
@@ -95,8 +94,7 @@ def test_every_data_set_has_a_preset():
 
 def test_digits_and_synthetic_presets_say_the_true_sizes():
     for name in ("digits", "synthetic"):
-        path = next(path for path in PRESETS if path.stem == name)
-        preset = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DatasetConfig), OmegaConf.load(path)))
+        preset = configuration(f"dataset={name}").dataset
         data = load_data(preset, 0)
         assert (len(data.train), len(data.test)) == (preset.train_size, preset.test_size)
         assert (data.num_classes, data.channels) == (preset.num_classes, preset.channels)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, TINY, Launch, environment
+
+from largebatch.config.optimizers import Tvlars
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
         (["optimizer=larss"], "optimizer=larss: allowed: adagrad, adam, .*did you mean lars"),
-        (["optimizer.lrr=1"], "unknown key optimizer.lrr; keys in optimizer allowed: .*did you mean lr"),
+        (["optimizer.lrr=1"], "optimizer.lrr=1: lars has no such option; allowed: .*did you mean lr"),
         (["+typo=1"], "unknown key typo; keys allowed: "),
         (["batch_size=abc"], "batch_size=abc: .*Integer"),
         (["batch_size=-1"], "batch_size=-1: must be an integer of at least 1"),
         (["batch_size=4096"], "batch_size=4096: larger than the training set; digits has 1437 images"),
         (["optimizer.lr=nan"], "optimizer.lr=nan: must be a finite number above 0"),
-        (["epochs=0"], "epochs=0: only mode=bt can do without training"),
+        (["epochs=0"], "epochs=0: zero training steps are only allowed with mode=bt"),
         (["cluster.processes=0"], "cluster.processes=0: must be"),
         (["cluster.processes=3"], "batch_size=512 can't be divided over 3 processes; nearest: 510 or 513"),
         (["runs_dir=/proc/none"], "runs_dir=/proc/none: "),
@@ -57,13 +61,40 @@ def test_help_names_groups_and_an_example(launch: Launch) -> None:
 
 
 def test_composed_configuration_can_be_shown(launch: Launch) -> None:
-    result = launch("--cfg", "job", "optimizer=tvlars")
+    result = launch("--cfg", "job", "optimizer=tvlars", "optimizer.eps=0.1")
     assert result.returncode == 0
-    assert "lmbda:" in result.stdout
+    shown = yaml.safe_load(result.stdout)
+    assert shown["optimizer"]["eps"] == 0.1
+    assert set(shown["optimizer"]) == {field.name for field in dataclasses.fields(Tvlars)}
+    part = launch("--cfg", "job", "--package", "schedule", "schedule=cosine")
+    assert yaml.safe_load(part.stdout) == {"name": "cosine", "final_factor": 0.0}
+    assert launch("--cfg", "job", "optimizer.lmbda=1").returncode == 2
+
+
+def test_a_preset_of_one_s_own_needs_only_a_name(launch: Launch, tmp_path: Path) -> None:
+    folder = tmp_path / "presets" / "optimizer"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("name: lars\nlr: 1\n")
+    for command in (
+        ["--config-dir", str(tmp_path / "presets"), "optimizer=mine", "optimizer.momentum=0.5"],
+        ["-m", f"hydra.searchpath=[{tmp_path / 'presets'}]", "optimizer=mine", "optimizer.momentum=0.5,0.6"],
+    ):
+        result = launch(*command, "dry_run=true")
+        assert result.returncode == 0, result.stderr
+        assert "b512-lr1-s0" in result.stdout
+
+
+@pytest.mark.parametrize("sign", ["", "+"])
+def test_options_of_a_library_s_model_need_no_plus(launch: Launch, sign: str) -> None:
+    result = launch("model=timm", "--cfg", "job", "-p", "model", f"{sign}model.options.drop_rate=0.1")
+    assert yaml.safe_load(result.stdout)["options"] == {"drop_rate": 0.1}, result.stderr
 
 
 def test_the_launching_side_never_imports_torch() -> None:
-    ours = ("config", "validate", "cli", "launch.grid", "tracking.sync", "report.build", "report.page", "report.export")
+    ours = (
+        *("config.checks", "config.identity", "runs.watch", "runs.cancel", "cli", "launch.grid"),
+        *("tracking.sync", "report.build", "report.page", "report.export"),
+    )
     modules = ", ".join([*(f"largebatch.{name}" for name in ours), "launch"])
     code = f"import sys; import {modules}; print(sorted(m for m in sys.modules if m in {{'torch','wandb','timm'}}))"
     result = subprocess.run(

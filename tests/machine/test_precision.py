@@ -117,9 +117,9 @@ def test_arithmetic_is_measured_without_a_cache_folder(tmp_path: Path, monkeypat
 def test_a_resumed_run_keeps_its_arithmetic(tmp_path: Path, way: Arithmetic) -> None:
     saved = {"arithmetic": {"precision": way.precision, "channels_last": way.channels_last}, "micro_batch": 8}
     with Console(tmp_path / "log.txt", speaking=False) as console:
-        run, training = set_up(configuration(*RESNET), RunFolder(tmp_path), 0, 1, CPU, console, saved)
-    assert run.arithmetic == way
-    layer = next(p for p in training.model.parameters() if p.ndim == 4 and p.shape[1] > 1)
+        phase = set_up(configuration(*RESNET), RunFolder(tmp_path), 0, 1, CPU, console, saved)
+    assert phase.run.arithmetic == way
+    layer = next(p for p in phase.training.model.parameters() if p.ndim == 4 and p.shape[1] > 1)
     assert layer.is_contiguous(memory_format=way.memory_format)
 
 

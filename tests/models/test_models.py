@@ -91,9 +91,9 @@ def test_a_resnet_is_built_without_torchvision_and_the_compiler() -> None:
     """Importing them takes longer than building the network."""
     program = """
 import sys
-from largebatch.config.models import ModelConfig
+from largebatch.config.models import ResNet
 from largebatch.models.build import build_model
-model = build_model(ModelConfig(name="resnet18", library="torchvision", stem="imagenet"), 10, 3)
+model = build_model(ResNet(name="resnet18"), 10, 3)
 assert sum(p.numel() for p in model.parameters()) == 11_181_642
 print([name for name in ("torchvision", "torch._dynamo") if name in sys.modules])
 """

@@ -130,7 +130,7 @@ def test_train_metrics_are_means_over_images() -> None:
     parts = (torch.tensor(5.0), torch.tensor(3.0), torch.tensor(20.0))
     others = (torch.tensor(8.0), torch.tensor(6.0), torch.tensor(20.0))
     totals = bt.counted(0.1, parts, 30) + bt.counted(0.1, others, 10)
-    assert bt.train_figures(totals.tolist()) == pytest.approx(
+    assert bt.train_metrics(totals.tolist()) == pytest.approx(
         {"train/loss": 0.575, "train/on_diagonal": 3.75, "train/off_diagonal": 20.0}
     )
 

@@ -11,19 +11,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY, configuration
-from largebatch.training.step import gradient
 from torch import Tensor, nn
 
 from largebatch.machine import distributed
-from largebatch.modes.bt import BarlowTwins, Projector, Stage
+from largebatch.modes.bt import BarlowTwins, Projector, Stage, options
 from largebatch.modes.global_loss import GlobalLoss, global_loss
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
-from largebatch.training.profile import Profile
+from largebatch.training.phase import MainPhase
+from largebatch.training.pretraining import Pretraining
 from largebatch.training.set_up import set_up
 from largebatch.training.state import Run, Training
-from largebatch.training.worker import batches_from
 
 CPU = torch.device("cpu")
 FP32 = torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -241,32 +240,30 @@ def test_several_processes_agree_with_one_process(tmp_path: Path, processes: int
 SMALL = (*TINY, "mode=bt", "mode.projector=[24,20,16]", "steps=3", "batch_size=32")
 
 
-def at_start(folder: Path, *overrides: str) -> tuple[Run, Training]:
+def at_start(folder: Path, *overrides: str) -> MainPhase:
     with Console(folder / "log.txt", speaking=False) as console:
-        run, training = set_up(configuration(*SMALL, *overrides), RunFolder(folder), 0, 1, CPU, console, None)
-    training.step = 1
-    return run, training
+        return set_up(configuration(*SMALL, *overrides), RunFolder(folder), 0, 1, CPU, console, None)
 
 
 def after_one_gradient(folder: Path, *overrides: str) -> tuple[Run, Training]:
-    run, training = at_start(folder, *overrides)
-    finite, _ = gradient(run, training, batches_from(run, 0), Profile(None, CPU, 1))
+    phase = at_start(folder, *overrides)
+    batches = phase.batches()
+    phase.training.step = 1
+    finite = phase.gradient(batches)
     assert finite is not None
     assert bool(finite)
-    return run, training
+    return phase.run, phase.training
 
 
 def in_float64(folder: Path, *overrides: str) -> tuple[BarlowTwins, Parts]:
     """Return the initial model after autograd's backward pass through the undivided batch, and the loss parts."""
-    run, training = at_start(folder, *overrides)
-    assert isinstance(training.model, BarlowTwins)
-    assert run.config.mode.lmbda is not None
-    assert run.config.mode.loss_scale is not None
-    model = training.model.double().train()
-    images, _ = next(batches_from(run, 0))
+    phase = at_start(folder, *overrides)
+    assert isinstance(phase, Pretraining)
+    model = phase.model.double().train()
+    images, _ = next(phase.batches())
     one, two = model(images.double()).chunk(2)
-    parts = formula(one, two, run.config.mode.lmbda)
-    torch.autograd.backward(run.config.mode.loss_scale * parts[0])
+    parts = formula(one, two, phase.options.lmbda)
+    torch.autograd.backward(phase.options.loss_scale * parts[0])
     return model, parts
 
 
@@ -279,7 +276,7 @@ def test_a_divided_batch_has_the_gradient_of_the_whole_batch(tmp_path: Path, div
     assert farthest(divided.model, whole.model) < 1e-5
     assert farthest(divided.model, double) < 1e-5
     same_buffers(divided.model, whole.model)
-    scale = run.config.mode.loss_scale or 0.0
+    scale = options(run.config).loss_scale
     totals = [float(32 * part.detach()) for part in (scale * parts[0], *parts[1:])]
     assert divided.totals.tolist() == pytest.approx([*totals, 32], rel=1e-5)
 
@@ -290,11 +287,11 @@ def test_without_exact_the_gradient_is_the_mean_over_micro_batches(tmp_path: Pat
     assert run.batch.accumulation == 4
     assert farthest(each.model, whole.model) > 1e-2
     # No other error explains the difference: the gradient equals the mean over the micro-batches' own gradients.
-    _, twin = at_start(tmp_path)
-    model = twin.model.double().train()
-    for images, _ in itertools.islice(batches_from(run, 0), 4):
+    twin = at_start(tmp_path, "mode.exact=false", "micro_batch=8")
+    model = twin.training.model.double().train()
+    for images, _ in itertools.islice(twin.batches(), 4):
         one, two = model(images.double()).chunk(2)
-        torch.autograd.backward(formula(one, two, 0.005)[0] * run.config.mode.loss_scale / 4)
+        torch.autograd.backward(formula(one, two, 0.005)[0] * options(run.config).loss_scale / 4)
     assert farthest(each.model, model) < 1e-5
 
 
@@ -307,12 +304,13 @@ def test_with_batch_norm_an_undivided_batch_agrees_with_autograd(tmp_path: Path)
 
 
 def test_running_statistics_update_once_although_micro_batches_pass_twice(tmp_path: Path) -> None:
-    run, training = after_one_gradient(tmp_path, "model.norm=batch", "micro_batch=8")
-    twin = at_start(tmp_path, "model.norm=batch", "micro_batch=8")[1].model.train()
+    training = after_one_gradient(tmp_path, "model.norm=batch", "micro_batch=8")[1]
+    untrained = at_start(tmp_path, "model.norm=batch", "micro_batch=8")
+    twin = untrained.training.model.train()
     assert isinstance(training.model, BarlowTwins)
     assert isinstance(twin, BarlowTwins)
     with torch.no_grad():
-        for images, _ in itertools.islice(batches_from(run, 0), 4):
+        for images, _ in itertools.islice(untrained.batches(), 4):
             for view in images.chunk(2):
                 twin.backbone(view)
     same_buffers(training.model.backbone, twin.backbone)
@@ -322,12 +320,14 @@ def test_running_statistics_update_once_although_micro_batches_pass_twice(tmp_pa
 def test_random_layers_draw_the_same_in_both_passes(tmp_path: Path) -> None:
     model = ("model=timm", "model.name=test_resnet", "+model.options.drop_path_rate=0.5")
     images = ("+model.options.zero_init_last=false", "dataset.image_size=32", "dataset.channels=3")
-    run, training = at_start(tmp_path, *model, *images, "batch_size=8", "micro_batch=4")
+    phase = at_start(tmp_path, *model, *images, "batch_size=8", "micro_batch=4")
+    training = phase.training
     assert isinstance(training.model, BarlowTwins)
     outputs: list[Tensor] = []
     training.model.projector.first.register_forward_hook(lambda *call: outputs.append(call[2].detach()))
-    batches = list(itertools.islice(batches_from(run, 0), 4))
-    gradient(run, training, iter(batches), Profile(None, CPU, 1))
+    batches = list(itertools.islice(phase.batches(), 4))
+    training.step = 1
+    phase.gradient(iter(batches))
     assert len(outputs) == 8  # two micro-batches of two views, twice
     for collected, replayed in zip(outputs[:4], outputs[4:], strict=True):
         assert torch.equal(collected, replayed)
@@ -347,11 +347,9 @@ def norms_of_contributions(folder: Path) -> dict[str, float]:
 
     In float64: each sample's row of a layer's output goes back alone, with its gradient.
     """
-    run, training = at_start(folder)
-    assert isinstance(training.model, BarlowTwins)
-    assert run.config.mode.lmbda is not None
-    assert run.config.mode.loss_scale is not None
-    model = training.model.double().train()
+    phase = at_start(folder)
+    assert isinstance(phase, Pretraining)
+    model = phase.model.double().train()
     convolutions = {f"backbone.{name}.weight": getattr(model.backbone, name).weight for name in CONVOLUTIONS}
     rows: list[tuple[str, nn.Linear, Tensor, Tensor]] = []
     for name, module in model.projector.named_modules(prefix="projector"):
@@ -362,9 +360,9 @@ def norms_of_contributions(folder: Path) -> dict[str, float]:
                 rows.append((f"{name}.weight", module, args[0], output))
 
             module.register_forward_hook(note)  # type: ignore[arg-type]
-    images, _ = next(batches_from(run, 0))
+    images, _ = next(phase.batches())
     one, two = model(images.double()).chunk(2)
-    loss = run.config.mode.loss_scale * formula(one, two, run.config.mode.lmbda)[0]
+    loss = phase.options.loss_scale * formula(one, two, phase.options.lmbda)[0]
     torch.autograd.backward(loss, retain_graph=True)
     found = dict.fromkeys([*convolutions, *(name for name, *_ in rows)], 0.0)
     for name, module, inputs, outputs in rows:

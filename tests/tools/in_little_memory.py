@@ -16,21 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, configuration, environment
-from largebatch.training.step import gradient
 
 from largebatch.errors import UserError
 from largebatch.machine.memory import free_memory, host_memory, is_out_of_memory
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
 from largebatch.training.clock import StepClock
-from largebatch.training.evaluation import evaluate
+from largebatch.training.loop import Session, loop
 from largebatch.training.micro_batch import smaller_micro_batch
-from largebatch.training.probe import train_probe
-from largebatch.training.profile import Profile
+from largebatch.training.phase import MainPhase
+from largebatch.training.probe import ProbePhase
 from largebatch.training.set_up import set_up
-from largebatch.training.state import Run, Training
+from largebatch.training.state import Training
 from largebatch.training.stop import StepBoundary
-from largebatch.training.worker import batches_from, loop
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
@@ -53,7 +51,7 @@ def memory_left(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def a_run(folder: Path, *overrides: str) -> tuple[Run, Training]:
+def a_run(folder: Path, *overrides: str) -> MainPhase:
     folder.mkdir(exist_ok=True)
     with Console(folder / "log.txt", speaking=False) as console:
         return set_up(configuration(*WIDE, *overrides), RunFolder(folder), 0, 1, CPU, console, None)
@@ -68,8 +66,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def one_gradient(run: Run, training: Training) -> tuple[torch.Tensor | None, Run]:
-    return gradient(run, training, batches_from(run, 0), Profile(None, CPU, 1))
+def one_gradient(phase: MainPhase) -> torch.Tensor | None:
+    return phase.gradient(phase.batches())
 
 
 def test_a_failed_allocation_is_told_from_other_errors() -> None:
@@ -88,37 +86,38 @@ def test_free_memory_knows_the_process_s_own_limit() -> None:
 
 
 def test_the_whole_share_is_taken_where_it_fits(tmp_path: Path) -> None:
-    run, _ = a_run(tmp_path, "micro_batch=auto")
+    run = a_run(tmp_path, "micro_batch=auto").run
     assert (run.batch.micro_batch, run.batch.accumulation) == (512, 1)
 
 
 def test_what_is_found_in_little_memory_fits_there(tmp_path: Path) -> None:
     with memory_left(300 * MIB):
-        run, training = a_run(tmp_path, "micro_batch=auto")
+        phase = a_run(tmp_path, "micro_batch=auto")
+        run = phase.run
         assert 8 <= run.batch.micro_batch < 512
-        finite, after = one_gradient(run, training)
+        finite = one_gradient(phase)
     assert finite is not None
-    assert after == run
+    assert phase.run == run
 
 
 def test_a_step_that_runs_out_of_memory_is_taken_again_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Gradients, running statistics and totals equal those of a run that had the smaller micro-batches at once."""
-    run, training = a_run(tmp_path / "short", "micro_batch=auto")
-    assert run.batch.micro_batch == 512
+    phase = a_run(tmp_path / "short", "micro_batch=auto")
+    assert phase.run.batch.micro_batch == 512
     tried = []
     with memory_left(150 * MIB):
         finite = None
         while finite is None:
-            tried.append(run.batch.micro_batch)
-            finite, run = one_gradient(run, training)
+            tried.append(phase.run.batch.micro_batch)
+            finite = one_gradient(phase)
     assert len(tried) > 1
     assert tried == [512 >> n for n in range(len(tried))]
 
-    plain_run, plain = a_run(tmp_path / "plain", f"micro_batch={tried[-1]}")
-    one_gradient(plain_run, plain)
+    plain = a_run(tmp_path / "plain", f"micro_batch={tried[-1]}")
+    one_gradient(plain)
     assert bool(finite)
-    assert torch.equal(training.totals, plain.totals)
-    assert_same_gradients_and_statistics(training, plain)
+    assert torch.equal(phase.training.totals, plain.training.totals)
+    assert_same_gradients_and_statistics(phase.training, plain.training)
 
 
 def assert_same_gradients_and_statistics(one: Training, other: Training) -> None:
@@ -135,51 +134,51 @@ FEWER = ("mode=bt", "dataset.train_size=256", "batch_size=256")
 
 
 def test_so_is_a_step_of_barlow_twins(tmp_path: Path) -> None:
-    run, training = a_run(tmp_path / "short", *FEWER, "micro_batch=auto")
-    assert run.batch.micro_batch == 256
+    phase = a_run(tmp_path / "short", *FEWER, "micro_batch=auto")
+    assert phase.run.batch.micro_batch == 256
     tried, finite = [], None
     with memory_left(150 * MIB):
         while finite is None:
-            tried.append(run.batch.micro_batch)
-            finite, run = one_gradient(run, training)
+            tried.append(phase.run.batch.micro_batch)
+            finite = one_gradient(phase)
     assert len(tried) > 1
     assert tried == [256 >> n for n in range(len(tried))]
 
-    plain_run, plain = a_run(tmp_path / "plain", *FEWER, f"micro_batch={tried[-1]}")
-    one_gradient(plain_run, plain)
+    plain = a_run(tmp_path / "plain", *FEWER, f"micro_batch={tried[-1]}")
+    one_gradient(plain)
     assert bool(finite)
-    assert torch.equal(training.totals, plain.totals)
-    assert_same_gradients_and_statistics(training, plain)
+    assert torch.equal(phase.training.totals, plain.training.totals)
+    assert_same_gradients_and_statistics(phase.training, plain.training)
 
 
 def test_the_probe_takes_the_micro_batches_that_pretraining_came_to(tmp_path: Path) -> None:
     probe = ("mode.eval_batch_size=256", "mode.eval_epochs=1", "mode.lr_backbone=0.01", "mode.knn_every=0")
-    run, training = a_run(tmp_path, *FEWER, *probe, "micro_batch=auto")
-    clock, boundary = StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0)
+    phase = a_run(tmp_path, *FEWER, *probe, "micro_batch=auto")
     with Console(tmp_path / "log.txt", speaking=False) as console, memory_left(150 * MIB):
-        run, state, _ = loop(run, training, None, None, clock, console, boundary)
-        assert state == "finished"
-        assert run.batch.micro_batch < 256
-        assert run.probe is not None
-        assert run.probe.batch.micro_batch == run.batch.micro_batch
-        assert train_probe(run, training, None, None, clock, boundary) == ("finished", "")
+        session = Session(None, None, StepClock(0.0, CPU), console, StepBoundary(3600.0, None, rank=0))
+        assert loop(phase, session)[0] == "finished"
+        assert phase.run.batch.micro_batch < 256
+        following = phase.following()
+        assert isinstance(following, ProbePhase)
+        assert following.batch.micro_batch == phase.run.batch.micro_batch
+        assert loop(following, session) == ("finished", "")
 
 
 def test_without_auto_the_error_is_raised(tmp_path: Path) -> None:
-    run, training = a_run(tmp_path)
+    phase = a_run(tmp_path)
     with memory_left(100 * MIB), pytest.raises(RuntimeError, match="can't allocate memory"):
-        one_gradient(run, training)
+        one_gradient(phase)
 
 
 def test_evaluation_takes_smaller_batches_where_memory_is_short(tmp_path: Path) -> None:
-    run, training = a_run(tmp_path, "micro_batch=auto")
-    expected = evaluate(run, training.model)
+    phase = a_run(tmp_path, "micro_batch=auto")
+    expected = phase.evaluate()
     with memory_left(100 * MIB):  # not so little that oneDNN finds no page for its code: that it doesn't get over
-        assert evaluate(run, training.model) == pytest.approx(expected, rel=1e-5)
+        assert phase.evaluate() == pytest.approx(expected, rel=1e-5)
 
 
 def test_smaller_micro_batches_divide_the_share_and_hold_whole_groups(tmp_path: Path) -> None:
-    run, _ = a_run(tmp_path, "batch_size=360", "micro_batch=90")
+    run = a_run(tmp_path, "batch_size=360", "micro_batch=90").run
     assert smaller_micro_batch(run.batch, 1) == 45
     assert smaller_micro_batch(run.batch, 4) == 40
     with pytest.raises(UserError, match="no smaller ones"):
@@ -189,10 +188,11 @@ def test_smaller_micro_batches_divide_the_share_and_hold_whole_groups(tmp_path: 
 def test_host_memory_does_not_grow_over_2000_steps(tmp_path: Path, one_thread: None) -> None:
     config = configuration(*TINY, "steps=2400", "tracker.log_every=50", "tracker.layers_every=0", "eval_every=1000")
     with Console(tmp_path / "log.txt", speaking=False) as console:
-        run, training = set_up(config, RunFolder(tmp_path), 0, 1, CPU, console, None)
+        phase = set_up(config, RunFolder(tmp_path), 0, 1, CPU, console, None)
         boundary, resident = StepBoundary(3600.0, None, rank=0), []
         for steps in (400, 2400):
-            loop(replace(run, steps=steps), training, None, None, StepClock(0.0, CPU), console, boundary)
+            phase.run = replace(phase.run, steps=steps)
+            loop(phase, Session(None, None, StepClock(0.0, CPU), console, boundary))
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     assert resident[1] - resident[0] < 4 * MIB
 

@@ -15,19 +15,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from largebatch.config import schema
+from largebatch.config.schema import Config, from_composed
 from largebatch.tracking import wandb_run
 
 
-def configuration(**tracker: Any) -> schema.Config:
-    return schema.Config(
-        dataset=schema.DatasetConfig(name="digits"),
-        model=schema.ModelConfig(name="smallcnn", library="largebatch"),
-        optimizer=schema.OptimizerConfig(name="tvlars", library="largebatch", lr=2.0, lmbda=0.001),
-        schedule=schema.ScheduleConfig(name="constant"),
-        mode=schema.ModeConfig(name="clf"),
-        cluster=schema.ClusterConfig(name="local"),
-        tracker=schema.TrackerConfig(**{"name": "wandb", **tracker}),
+def configuration(**tracker: Any) -> Config:
+    return from_composed(
+        {
+            "dataset": {"name": "digits"},
+            "model": {"name": "smallcnn"},
+            "optimizer": {"name": "tvlars", "lr": 2.0},
+            "schedule": {"name": "constant"},
+            "mode": {"name": "clf"},
+            "cluster": {"name": "local"},
+            "tracker": {"name": "wandb", **tracker},
+        }
     )
 
 

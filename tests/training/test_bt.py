@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from largebatch.config.schema import load_config
 from largebatch.data import MemoryImages, load_data
-from largebatch.modes.bt import build_model
+from largebatch.modes.bt import build_model, options
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
 from largebatch.training.clock import StepClock
-from largebatch.training.probe import train_probe
+from largebatch.training.loop import Session, loop
+from largebatch.training.phase import MainPhase
 from largebatch.training.set_up import set_up
-from largebatch.training.state import Run, Training
+from largebatch.training.state import Training
 from largebatch.training.stop import StepBoundary
-from largebatch.training.worker import loop
 
 CPU = torch.device("cpu")
 # The probe batch divides neither the 64 training images nor the 48 left by a validation part.
@@ -85,9 +85,7 @@ def test_a_run_logs_neighbours_pretraining_and_probe(whole: Path) -> None:
 
     trained = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in trained] == [2, 4, 6, 8, 9]
-    mode = load_config(whole / "config.yaml").mode
-    assert mode.lmbda is not None
-    assert mode.loss_scale is not None
+    mode = options(load_config(whole / "config.yaml"))
     for row in trained:
         unscaled = row["train/on_diagonal"] + mode.lmbda * row["train/off_diagonal"]
         assert row["train/loss"] == pytest.approx(mode.loss_scale * unscaled, rel=1e-6)
@@ -221,11 +219,19 @@ def test_without_exact_another_network_is_trained_and_the_log_names_it(tmp_path:
 
 def probed(folder: Path, *overrides: str) -> Training:
     """Return the training state after a probe of an untrained backbone."""
-    run, training = in_this_process(folder, "epochs=0", *overrides)
-    ended = train_probe(run, training, None, None, StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0))
-    assert ended == ("finished", "")
-    assert training.step == 9
-    return training
+    phase = in_this_process(folder, "epochs=0", *overrides).following()
+    assert phase is not None
+    assert in_session(phase, folder) == ("finished", "")
+    assert phase.training.step == 9
+    return phase.training
+
+
+def in_session(phase: MainPhase, folder: Path, stop: bool = False) -> tuple[str, str]:
+    """Return state and message of a phase that only trains."""
+    boundary = StepBoundary(3600.0, None, rank=0)
+    boundary.asked_to_stop = stop
+    with Console(folder / "log.txt", speaking=False) as console:
+        return loop(phase, Session(None, None, StepClock(0.0, CPU), console, boundary))
 
 
 @pytest.mark.parametrize("augmentation", ["true", "false"])
@@ -236,7 +242,7 @@ def test_accumulation_trains_the_same_probe(tmp_path: Path, backbone: str, augme
     assert whole.probe is not None
     assert divided.probe is not None
     torch.testing.assert_close(whole.probe.head.weight, divided.probe.head.weight, rtol=1e-5, atol=1e-6)
-    untrained = in_this_process(tmp_path)[1].model.state_dict()
+    untrained = in_this_process(tmp_path).training.model.state_dict()
     assert same(whole.model.state_dict(), untrained) is (backbone == "0.0")
     for ours, theirs in zip(whole.model.parameters(), divided.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -261,24 +267,23 @@ def test_without_pretraining_the_untrained_backbone_is_evaluated(launch: Launch,
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup_cosine", "warmup_poly"])
 def test_every_schedule_allows_zero_steps(tmp_path: Path, schedule: str) -> None:
-    training = in_this_process(tmp_path, "epochs=0", f"schedule={schedule}")[1]
+    training = in_this_process(tmp_path, "epochs=0", f"schedule={schedule}").training
     (lr,) = training.schedule.get_last_lr()
     assert math.isfinite(lr)
 
 
-def in_this_process(folder: Path, *overrides: str) -> tuple[Run, Training]:
+def in_this_process(folder: Path, *overrides: str) -> MainPhase:
     with Console(folder / "log.txt", speaking=False) as console:
         return set_up(configuration(*BT, *overrides), RunFolder(folder), 0, 1, CPU, console, None)
 
 
 def test_a_stop_request_in_the_last_pretraining_step_stops_the_probe(tmp_path: Path) -> None:
-    run, training = in_this_process(tmp_path, "steps=1")
-    clock, boundary = StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0)
-    boundary.asked_to_stop = True
-    with Console(tmp_path / "log.txt", speaking=False) as console:
-        assert loop(run, training, None, None, clock, console, boundary) == (run, "finished", "")
-    assert train_probe(run, training, None, None, clock, boundary) == ("preempted", "")
-    assert training.step == 2
+    phase = in_this_process(tmp_path, "steps=1")
+    assert in_session(phase, tmp_path, stop=True) == ("finished", "")
+    following = phase.following()
+    assert following is not None
+    assert in_session(following, tmp_path, stop=True) == ("preempted", "")
+    assert phase.training.step == 2
 
 
 def test_a_diverged_pretraining_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
@@ -294,12 +299,13 @@ def test_a_diverged_pretraining_is_an_outcome(launch: Launch, tmp_path: Path) ->
     assert "Traceback" not in (run / "log.txt").read_text()
 
 
-def test_a_diverged_probe_names_its_epoch(tmp_path: Path) -> None:
-    run, training = in_this_process(tmp_path, "epochs=0", "mode.lr_classifier=1e30")
-    state, message = train_probe(run, training, None, None, StepClock(0.0, CPU), StepBoundary(3600.0, None, rank=0))
+def test_a_diverged_probe_names_its_first_bad_step(tmp_path: Path) -> None:
+    phase = in_this_process(tmp_path, "epochs=0", "mode.lr_classifier=1e30").following()
+    assert phase is not None
+    state, message = in_session(phase, tmp_path)
     assert state == "diverged"
-    assert message == f"the loss was not finite in epoch {training.step // 3} of the evaluation's training"
-    assert training.step < 9
+    assert message.startswith("the loss was not finite at step ")
+    assert int(message.rsplit(" ", 1)[1]) <= phase.training.step < 9
 
 
 @pytest.mark.parametrize(("model", "division"), [("resnet50", ()), ("effb0", ("micro_batch=5",))])

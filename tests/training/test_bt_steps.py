@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from largebatch.training.step import gradient, update
-from test_bt import CPU, in_this_process, same
+from test_bt import in_this_process, same
 from torch import Tensor
 
 from largebatch.modes.bt import BarlowTwins
-from largebatch.training.profile import Profile
-from largebatch.training.worker import batches_from
 
 OPTIMIZERS = [
     "lars", "lamb", "tvlars", "clars", "sgd", "adam", "adamw", "adagrad", "rmsprop", "timm optimizer.name=lars",
@@ -23,14 +20,14 @@ OPTIMIZERS = [
 
 def two_steps(folder: Path, *overrides: str) -> dict[str, Tensor]:
     """Return the parameters after two steps; every parameter must have changed."""
-    run, training = in_this_process(folder, "steps=2", *overrides)
+    phase = in_this_process(folder, "steps=2", *overrides)
+    training, batches = phase.training, phase.batches()
     before = {name: parameter.detach().clone() for name, parameter in training.model.named_parameters()}
-    batches, nothing = batches_from(run, 0), Profile(None, CPU, 2)
     for training.step in (1, 2):
-        finite, _ = gradient(run, training, batches, nothing)
+        finite = phase.gradient(batches)
         assert finite is not None
         assert bool(finite)
-        update(training, None, 0, nothing)
+        phase.update(None)
     after = {name: parameter.detach() for name, parameter in training.model.named_parameters()}
     assert [name for name in after if torch.equal(after[name], before[name])] == []
     assert all(bool(tensor.isfinite().all()) for tensor in after.values())
@@ -48,12 +45,13 @@ def test_every_optimizer_takes_the_same_steps_for_a_divided_batch(tmp_path: Path
 
 def test_running_statistics_update_once_per_view_and_micro_batch(tmp_path: Path) -> None:
     """With accumulation, each view passes twice."""
-    run, training = in_this_process(tmp_path, "steps=1", "model.norm=batch", "micro_batch=4")
+    phase = in_this_process(tmp_path, "steps=1", "model.norm=batch", "micro_batch=4")
+    training, again, batches = phase.training, phase.batches(), phase.batches()
     assert isinstance(training.model, BarlowTwins)
     reference = copy.deepcopy(training.model.backbone).train()
     training.step = 1
-    gradient(run, training, batches_from(run, 0), Profile(None, CPU, 1))
-    for images, _ in itertools.islice(batches_from(run, 0), 4):
+    phase.gradient(batches)
+    for images, _ in itertools.islice(again, 4):
         for view in images.chunk(2):
             reference(view)
     assert int(reference.get_buffer("norm1.num_batches_tracked")) == 8

@@ -15,7 +15,7 @@ from torch import nn
 from largebatch import optim
 from largebatch.errors import UserError
 from largebatch.runs.metrics import read_rows
-from largebatch.training.optimization import build_optimizer, resolved_lr, schedule_factor, warmup_steps
+from largebatch.training.optimization import build_optimizer, resolved_lr
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)])
@@ -88,8 +88,7 @@ def test_a_run_prints_and_stores_its_surge_learning_rate(launch: Launch, tmp_pat
 
 
 def factors(*overrides: str, steps: int, epoch_steps: int = 5) -> list[float]:
-    config = configuration(*overrides).schedule
-    factor = schedule_factor(config, steps, warmup_steps(config, epoch_steps))
+    factor = configuration(*overrides).schedule.factor(steps, epoch_steps)
     return [factor(step) for step in range(steps)]
 
 
@@ -285,7 +284,7 @@ def test_tvlars_s_phi_counts_the_same_steps_in_both_groups() -> None:
 def test_the_schedule_multiplies_both_learning_rates() -> None:
     config = configuration(*LR_1D, "schedule=warmup_cosine", "schedule.warmup_epochs=null", "schedule.warmup_steps=4")
     optimizer = build_optimizer(config, small_network(), steps_per_epoch=1)
-    factor = schedule_factor(config.schedule, 12, warmup_steps(config.schedule, 1))
+    factor = config.schedule.factor(12, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     seen = []
     for _ in range(12):

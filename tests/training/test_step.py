@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, configuration
-from largebatch.training.step import gradient, update
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
-from largebatch.training.profile import Profile
 from largebatch.training.set_up import set_up
-from largebatch.training.worker import batches_from
 
 CPU = torch.device("cpu")
 
@@ -35,15 +32,15 @@ class Counting(TorchDispatchMode):
 
 def assert_nothing_is_read_back(folder: Path, *overrides: str) -> None:
     with Console(folder / "log.txt", speaking=False) as console:
-        run, training = set_up(configuration(*TINY, "steps=9", *overrides), RunFolder(folder), 0, 1, CPU, console, None)
-    batches, nothing = batches_from(run, 0), Profile(None, CPU, 9)
+        phase = set_up(configuration(*TINY, "steps=9", *overrides), RunFolder(folder), 0, 1, CPU, console, None)
+    batches, run = phase.batches(), phase.run
     passes = 2 if run.exact and run.batch.accumulation > 1 else 1
     ready = [next(batches) for _ in range(passes * run.batch.accumulation)]
     for step in (1, 2, 3):
-        training.step = step
+        phase.training.step = step
         with Counting() as counting:
-            finite, _ = gradient(run, training, iter(ready), nothing)
-            update(training, None, 0, nothing)
+            finite = phase.gradient(iter(ready))
+            phase.update(None)
         assert finite is not None
         assert counting.operations["aten.convolution_backward"] > 0
         assert counting.operations["aten._local_scalar_dense"] == 0

@@ -57,7 +57,9 @@ class Limits:
         return f"{'a finite number' if isinstance(value, float) else 'an integer'} {self._range()}"
 
     def _range(self) -> str:
-        bounds = {"of at least": self.least, "above": self.above, "of at most": self.most, "below": self.below}
+        if self.least is not None and self.most is not None:
+            return f"from {self.least:g} to {self.most:g}"
+        bounds = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
 
     def _or_words(self) -> str:

@@ -197,7 +197,7 @@ def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, s
     first_line = str(error).splitlines()[0]
     if "missing mandatory value" in first_line.lower():
         return f"{key} has no value. Fix: choose a preset for its group or set it"
-    if "'None'" in first_line:
+    if "'None'" in first_line or "is not Optional" in first_line:
         return f"{key}=null: needs a value"
     value = OmegaConf.select(OmegaConf.create(tree or {}), key)
     if OmegaConf.is_dict(value):

@@ -199,7 +199,8 @@ def by_force(arguments: list[str], conf: Path) -> list[str]:
 def _changes_a_value(override: Override, conf: Path) -> bool:
     """Return False for an override that chooses a preset, has a sign of its own, or is about Hydra itself."""
     key = override.get_key_element()
-    chooses = "/" in key or "@" in key or (conf / key).is_dir() or key.startswith("hydra.")
+    names_preset = (conf / key).is_dir() and not isinstance(override.value(), dict)
+    chooses = "/" in key or "@" in key or names_preset or key.startswith("hydra.")
     return override.type == OverrideType.CHANGE and not chooses
 
 
