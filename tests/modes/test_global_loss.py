@@ -97,8 +97,7 @@ def farthest(got: nn.Module, expected: nn.Module) -> float:
 
 
 def gradients(projector: Projector) -> list[Tensor]:
-    found = [parameter.grad for parameter in projector.stages.parameters()]
-    return [one for one in found if one is not None]
+    return [parameter.grad for parameter in projector.stages.parameters() if parameter.grad is not None]
 
 
 def same_buffers(got: nn.Module, expected: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The script that makes the README's comparison, on a folder of runs."""
+"""The script that writes the comparison of docs/digits_comparison.md, on a folder of runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def draw(runs_dir: Path, folder: Path) -> tuple[str, str]:
     return (folder / "digits_report.md").read_text(), (folder / "digits_report.svg").read_text()
 
 
-def test_it_writes_the_table_and_the_same_picture_each_time(tmp_path: Path) -> None:
+def test_the_script_writes_the_table_and_the_same_picture_each_time(tmp_path: Path) -> None:
     for optimizer, accuracies in (("lars", (0.90, 0.92)), ("lamb", (0.80, 0.82))):
         for seed, accuracy in enumerate(accuracies):
             for batch in (128, 1024):

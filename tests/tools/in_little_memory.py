@@ -5,6 +5,7 @@ Started by test_memory.py.
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -201,10 +202,11 @@ def test_a_process_that_runs_out_of_memory_takes_the_others_along(tmp_path: Path
     """Rank 1 of two runs short at the second step; both go on with half, and the run ends well."""
     script = ROOT / "tests" / "tools" / "short_of_memory.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests"))
+    variables = environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(
-        [*torchrun, str(tmp_path)], env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=200, check=False,
-    )  # fmt: skip
+        [*torchrun, str(tmp_path)], env=variables, capture_output=True, text=True, timeout=200, check=False
+    )
     assert result.returncode == 0, result.stderr
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "out of memory at step 2: micro-batches of 128 from here on" in log
