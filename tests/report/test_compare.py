@@ -9,7 +9,7 @@ from made_runs import made, seeds
 from largebatch.report.compare import RowKey, compare, differing
 from largebatch.report.curves import default_target, reach
 from largebatch.report.load import Run
-from largebatch.report.wording import answer, cell_counts, cell_figure, row_label
+from largebatch.report.wording import answer, cell_accuracy, cell_counts, row_label
 
 LARS, TVLARS, LAMB = (RowKey(name, "constant") for name in ("lars", "tvlars", "lamb"))
 
@@ -20,14 +20,14 @@ def test_a_cell_has_the_mean_and_the_sample_deviation_over_seeds() -> None:
     assert cell.mean == pytest.approx(0.92)
     assert cell.spread == pytest.approx(0.02)  # sqrt((0.02² + 0 + 0.02²) / 2)
     assert (cell.seeds, cell.trials, cell.diverged) == (3, 1, 0)
-    assert cell_figure(cell, 1) == "92.0 ± 2.0"
+    assert cell_accuracy(cell, 1) == "92.0 ± 2.0"
     assert cell_counts(cell) == "1 setting, 3 seeds"
 
 
 def test_one_seed_has_no_spread() -> None:
     (comparison,) = compare(seeds("lars", 0.9))
     assert comparison.cells[LARS, 128].spread is None
-    assert cell_figure(comparison.cells[LARS, 128], 2) == "90.00"
+    assert cell_accuracy(comparison.cells[LARS, 128], 2) == "90.00"
 
 
 def test_validation_chooses_the_setting_and_the_test_set_only_reports() -> None:
@@ -82,7 +82,7 @@ def test_where_all_diverged_there_is_a_cell_that_says_so() -> None:
     (comparison,) = compare([made(seed=seed, state="diverged") for seed in (0, 1)])
     cell = comparison.cells[LARS, 128]
     assert (cell.chosen, cell.mean, cell.diverged) == (None, None, 2)
-    assert cell_figure(cell, 1) == "diverged"
+    assert cell_accuracy(cell, 1) == "diverged"
     assert answer(comparison) == "At batch 128 no run has finished, or all diverged."
 
 
@@ -221,7 +221,7 @@ def test_steps_to_a_target_are_those_of_the_first_evaluation_that_reaches_it() -
     }
     found = reach(comparison.cells[LARS, 128], "test/accuracy", 0.5, histories)
     assert (found.reached, found.runs) == (2, 3)
-    assert (found.steps, found.epochs, found.seconds) == (20, 2.0, 4.0)  # both at their second evaluation
+    assert found.at == (20, 2.0, 4.0)  # both at their second evaluation
     never = reach(comparison.cells[LARS, 128], "test/accuracy", 0.95, histories)
-    assert (never.reached, never.steps) == (0, None)
+    assert (never.reached, never.at) == (0, None)
     assert default_target(comparison, "test/accuracy", histories) == 0.3  # what the worst seed of the only cell reached

@@ -31,7 +31,7 @@ def changed(**changes: object) -> list[Run]:
     return [
         run if (run.config["optimizer"]["name"], run.config["batch_size"]) != ("tvlars", 1024)
         else made("tvlars", batch=1024, lr=run.config["optimizer"]["lr"], seed=run.config["seed"],
-                  val=run.figure("best/val/accuracy"), **changes)  # type: ignore[arg-type]
+                  val=run.metric("best/val/accuracy"), **changes)  # type: ignore[arg-type]
         for run in FAIR
     ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from largebatch.report.compare import compare
 from largebatch.report.figures import accuracy_by_batch, training_curves
 from largebatch.report.layer_figures import Diagnosed, in_budget, layer_lines, layer_map, middle_layer
 from largebatch.report.load import Layers
-from largebatch.report.maps import lambda_maps, rate_maps
+from largebatch.report.maps import lambda_maps, lr_maps
 
 
 def at(trace: Any, x: str, y: str, what: str = "z") -> Any:
@@ -27,7 +27,7 @@ def test_a_rate_map_has_the_mean_validation_accuracy_and_divergence_in_grey() ->
         made(lr=10.0, batch=1024, seed=0, val=0.7), made(lr=10.0, batch=1024, seed=1, val=0.7, state="diverged"),
     ]  # fmt: skip
     runs.append(made(lr=50.0, state="running"))  # no outcome, no place
-    (chart,) = rate_maps(compare(runs)[0])
+    (chart,) = lr_maps(compare(runs)[0])
     accuracy, diverged = chart.figure.data
     assert at(accuracy, "128", "2") == 85.0
     assert at(accuracy, "1,024", "10") == 70.0
@@ -39,7 +39,7 @@ def test_a_rate_map_has_the_mean_validation_accuracy_and_divergence_in_grey() ->
 
 
 def test_there_is_no_rate_map_of_a_single_rate() -> None:
-    assert rate_maps(compare(seeds("lars", 0.5, 0.6))[0]) == []
+    assert lr_maps(compare(seeds("lars", 0.5, 0.6))[0]) == []
 
 
 def test_a_lambda_map_where_lambda_varies() -> None:

@@ -28,7 +28,7 @@ def test_a_whole_run_is_read(tmp_path: Path) -> None:
     assert (run.name, run.state, run.config["batch_size"], run.options["optimizer.lr"]) == (
         folder.name, "finished", 256, 3.0,
     )  # fmt: skip
-    assert run.figure("test/accuracy") == 0.5
+    assert run.metric("test/accuracy") == 0.5
     assert [row["test/accuracy"] for row in read_history(run, problems) if "test/accuracy" in row] == [0.4, 0.5]
 
 
@@ -69,7 +69,7 @@ def without_key(folder: RunFolder) -> None:
     [
         (overwrite("status.json", ""), "status.json can't be read"),
         (overwrite("status.json", '{"state": "fini'), "status.json can't be read"),
-        (overwrite("status.json", "[]"), "status.json is not an object"),
+        (overwrite("status.json", "[]"), "status.json is not a mapping"),
         (overwrite("status.json", "{}"), "status.json has no state that is known (None)"),
         (overwrite("status.json", '{"state": "exploded"}'), "('exploded')"),
         (remove("status.json"), "status.json is missing"),
@@ -186,7 +186,7 @@ def test_layers_of_every_step_and_of_few(tmp_path: Path) -> None:
     layers = read_layers(run, 3, problems)
     assert layers is not None
     assert (layers.steps, layers.names) == ([1, 51, 101], ["b", "a"])
-    assert layers.figures["gradient_norm"] == [[1.0, 51.0, 101.0], [2.0, 52.0, 102.0]]
+    assert layers.columns["gradient_norm"] == [[1.0, 51.0, 101.0], [2.0, 52.0, 102.0]]
     assert problems == []
 
     content = folder.layers.read_bytes()
