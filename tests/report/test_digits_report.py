@@ -1,4 +1,4 @@
-"""The script that makes the README's comparison, on a folder of runs."""
+"""The script that writes the README's comparison, run on a folder of runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def draw(runs_dir: Path, folder: Path) -> tuple[str, str]:
     return (folder / "digits_report.md").read_text(), (folder / "digits_report.svg").read_text()
 
 
-def test_it_writes_the_table_and_the_same_picture_each_time(tmp_path: Path) -> None:
+def test_the_script_writes_the_table_and_the_same_picture_each_time(tmp_path: Path) -> None:
     for optimizer, accuracies in (("lars", (0.90, 0.92)), ("lamb", (0.80, 0.82))):
         for seed, accuracy in enumerate(accuracies):
             for batch in (128, 1024):
@@ -27,5 +27,5 @@ def test_it_writes_the_table_and_the_same_picture_each_time(tmp_path: Path) -> N
     table, picture = draw(tmp_path / "runs", tmp_path / "first")
     assert "| LARS | **91.0 ± 1.4** (1 setting, 2 seeds) | **91.0 ± 1.4** (1 setting, 2 seeds) |" in table.splitlines()
     assert "| LAMB | 81.0 ± 1.4 (1 setting, 2 seeds) | 81.0 ± 1.4 (1 setting, 2 seeds) |" in table.splitlines()
-    assert len(re.findall("<!-- LARS -->|<!-- LAMB -->", picture)) == 2  # their names in the legend
+    assert len(re.findall("<!-- LARS -->|<!-- LAMB -->", picture)) == 2  # the legend
     assert draw(tmp_path / "runs", tmp_path / "second") == (table, picture)

@@ -36,16 +36,16 @@ def report(
         UserError: for an invalid target, format, path or key, and for a folder without a readable run.
     """
     if target is not None and not 0 < target < 1:
-        raise UserError(f"--target {target:g}: allowed are accuracies between 0 and 1, such as 0.9 for 90 %")
+        raise UserError(f"--target={target:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
     if not runs_dir.is_dir():
-        raise UserError(f"{runs_dir} is not a folder; give the folder that holds the runs")
+        raise UserError(f"{runs_dir}: not a folder. Fix: give the folder that holds the runs")
     kind = format_ or _format_of(out)
     path = _path(out, kind)
     runs, problems = load_runs(runs_dir)
     known = sorted({key for run in runs for key in run.given}) if by else []
     for key in by:
         if runs and key not in known:
-            raise UserError(f"--by {key}: no run sets such a key; {choices(key, known)}")
+            raise UserError(f"--by={key}: no run has this key; {choices(key, known)}")
     comparisons = compare(runs, by)
     text = ""
     if kind == "html" and runs:
@@ -55,7 +55,7 @@ def report(
     for problem in sorted(set(problems)):
         print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
     if not runs:
-        raise UserError(f"{runs_dir} holds no run that can be read; give the folder that holds the runs")
+        raise UserError(f"{runs_dir}: holds no readable run. Fix: give the folder that holds the runs")
     if kind == "md":
         text = export.markdown(comparisons, problems)
     elif kind == "csv":
@@ -68,7 +68,7 @@ def report(
         else:
             write_atomic(path, text)
     except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}; name a file that can be written") from None
+        raise UserError(f"--out={path}: {error.strerror}. Fix: name a file that can be written") from None
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
 
 
@@ -76,13 +76,13 @@ def _path(out: str | None, kind: str) -> Path | None:
     """Return the file to write. None: print."""
     if out == "-" or (out is None and kind in ("md", "csv")):
         if kind == "parquet":
-            raise UserError("--format parquet --out -: Parquet isn't for a terminal; name a file")
+            raise UserError("--format=parquet --out=-: Parquet can't be printed. Fix: name a file")
         return None
     path = Path(out or f"report.{kind}")
     if not path.parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}")
+        raise UserError(f"--out={path}: there is no folder {path.parent}. Fix: create it or name another file")
     if path.is_dir():
-        raise UserError(f"--out {path}: is a folder; name a file in it")
+        raise UserError(f"--out={path}: is a folder. Fix: name a file in it")
     return path
 
 
@@ -93,6 +93,6 @@ def _format_of(out: str | None) -> str:
     kind = {"htm": "html", "markdown": "md"}.get(ending, ending)
     if kind not in FORMATS:
         raise UserError(
-            f"--out {out}: its ending says no format; end it in .html, .md, .csv or .parquet, or add --format"
+            f"--out={out}: unknown ending. Allowed: .html, .md, .csv, .parquet. Fix: rename the file or add --format"
         )
     return kind

@@ -236,9 +236,9 @@ def _has_validation(run: Run) -> bool:
 def lead(batch_size: int, cells: Sequence[Cell]) -> Lead:
     """Return the leader of a column.
 
-    The best mean leads clearly if its range mean ± spread lies above the range of every other cell. So every cell
-    needs at least two seeds, and another cell must have finished. A cell whose chosen setting has a diverged seed
-    never leads clearly, because its mean leaves that seed out.
+    The best mean leads clearly if its range mean ± spread lies above the range of every other cell. So each of these
+    cells needs at least two seeds, and at least two cells must have finished. A cell whose chosen setting has a
+    diverged seed never leads clearly, because its mean leaves that seed out.
     """
     finished = sorted((cell for cell in cells if cell.mean is not None), key=lambda cell: -_mean(cell))
     if not finished:

@@ -43,7 +43,7 @@ def workspace(entity: str, project: str, name: str) -> ws.Workspace:
             runset_settings=ws.RunsetSettings(pinned_columns=table_columns()),
         )
     except ValueError as error:
-        raise UserError(f"--name {name}: W&B takes no symbols in a view's name") from error
+        raise UserError(f"--name={name}: W&B refuses the name. Allowed: names without symbols") from error
 
 
 def sections() -> dict[str, Panels]:
@@ -72,12 +72,12 @@ def sections() -> dict[str, Panels]:
             *(_lines(f"{title}, all layers", f"layers/{name}") for name, title in LAYERS.items()),
         ],
         "Schedules": [  # by run: a mean of two schedules is no schedule
-            _lines("Learning rate, and that of biases and norm parameters", "optim/lr", "optim/lr_1d"),
+            _lines("Learning rate: of weights, and of biases and norm parameters", "optim/lr", "optim/lr_1d"),
             _lines("TVLARS's phi", "optim/phi"),
         ],
         "Throughput": [
             _curves("Images per second", "perf/images_per_second", x="step"),
-            _curves("Milliseconds a step", "perf/step_ms", x="step"),
+            _curves("Milliseconds per step", "perf/step_ms", x="step"),
             _bars("Images per second of each batch size", "images_per_second", by="batch_size"),
         ],
         "Hyperparameters": [

@@ -11,14 +11,14 @@ from largebatch.report import dashboard
 from largebatch.report.build import report as build_report
 
 _HOW_TO_READ = """\
-- **Choose by validation, report the test set.** With `dataset.val_fraction` above 0, `best/val/accuracy` says which
-  setting and epoch to take, and `best/test/accuracy` what they come to. The test set chooses nothing.
-- **Count the trials.** The best of 49 settings is better than the best of 3 for being the best of more. Compare
-  optimizers that got the same number.
+- **Choose by validation, report the test set.** With `dataset.val_fraction` above 0, `best/val/accuracy` chooses the
+  setting and the epoch, and `best/test/accuracy` is their result. The test set chooses nothing.
+- **Count the trials.** The best of 49 settings is better than the best of 3 by chance alone. Compare optimizers with
+  the same number of settings.
 - **Seeds.** A difference within the spread over seeds of one setting is no difference.
-- **Divergence is an outcome**, not a gap: the run's `state` is `diverged`, and it belongs into the count of trials.
-- Curves are means over the runs of an optimizer that the table shows, in a band from the least to the greatest. Use the
-  table's filter to compare like with like: one data set, one mode, one batch size.
+- **Divergence is a result.** A diverged run has the `state` `diverged` and counts as a trial.
+- Curves are means over the runs of an optimizer in the table. The band goes from the smallest to the largest value.
+  Filter the table to compare like with like: one data set, one mode, one batch size.
 """
 _PINNED = [*dashboard.table_columns(), "summary:best/test/accuracy", "summary:state"]
 
@@ -37,7 +37,7 @@ def report(entity: str, project: str, title: str, runs_dir: Path | None) -> wr.R
         wr.MarkdownBlock(_HOW_TO_READ),
         wr.H1("The comparison"),
         *tables,
-        wr.P("Runs by optimizer and batch size; unfold a group to see its settings and seeds."),
+        wr.P("Runs by optimizer and batch size. Unfold a group to see its settings and seeds."),
         _grid("comparison", dashboard.outcome_bars(), groups),
         wr.H1("Accuracy against batch size"),
         _grid("batch-size", sections["Batch size"]),
@@ -46,14 +46,14 @@ def report(entity: str, project: str, title: str, runs_dir: Path | None) -> wr.R
         wr.H1("Layers"),
         wr.P("Trust ratio, weight norm and gradient norm of every layer, over optimizer steps."),
         _grid("layers", sections["Layers"]),
-        wr.H1("What differs between runs"),
+        wr.H1("Differences between runs"),
         _grid("runs", sections["Runs"]),
     ]
     return wr.Report(
         entity=entity,
         project=project,
         title=title,
-        description="Written by `largebatch dashboard`; running it again replaces the text.",
+        description="Written by `largebatch dashboard`. Running it again replaces this report.",
         blocks=blocks,
         width="fluid",
     )

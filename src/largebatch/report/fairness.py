@@ -70,8 +70,8 @@ def _unequal_conditions(comparison: Comparison) -> Iterator[Warn]:
         name = "Training of different length" if key in _LENGTHS else "Different conditions"
         yield Warn(
             f"{name} ({key})",
-            f"At batch {batches(sizes)} {key} isn't the same for all optimizers ({'; '.join(said)}), "
-            "so a difference in accuracy may come from it and not from the optimizer.",
+            f"At batch {batches(sizes)}, {key} differs between optimizers ({'; '.join(said)}). "
+            f"A difference in accuracy may come from {key} and not from the optimizer.",
         )
 
 
@@ -85,8 +85,8 @@ def _unequal_lengths(comparison: Comparison) -> Iterator[Warn]:
         if cells:
             yield Warn(
                 f"Settings of different length ({key})",
-                f"Among the settings of {_names(comparison, cells)} some trained longer than others; longer training "
-                "mostly wins.",
+                f"For {_names(comparison, cells)}, some settings trained longer than others. "
+                "Longer training mostly wins.",
             )
 
 
@@ -99,8 +99,8 @@ def _unequal_trials(comparison: Comparison) -> Iterator[Warn]:
     if said:
         yield Warn(
             "Unequal number of trials",
-            f"Not every optimizer was tried with as many settings: {'; '.join(said)}. "
-            "The best of many is better for being the best of more.",
+            f"The optimizers have different numbers of settings: {'; '.join(said)}. "
+            "More settings give a higher best accuracy by chance alone.",
         )
 
 
@@ -113,7 +113,7 @@ def _unequal_seeds(comparison: Comparison) -> Iterator[Warn]:
     if unequal:
         yield Warn(
             "Different seeds",
-            f"At batch {batches(unequal)} the compared settings weren't run with the same seeds.",
+            f"At batch {batches(unequal)}, the compared settings ran with different seeds.",
         )
 
 
@@ -124,11 +124,11 @@ def _few_steps(comparison: Comparison) -> Iterator[Warn]:
         if 0 < min(steps, default=0) < FEW_STEPS:
             found[cell.batch_size] = min(steps)
     if found:
-        said = listed([f"{steps} at batch {batch:,}" for batch, steps in sorted(found.items())])
+        said = listed([f"{steps} steps at batch {batch:,}" for batch, steps in sorted(found.items())])
         yield Warn(
             "Very few optimizer steps",
-            f"Training was short: {said}. In so few no optimizer gets far, and who is ahead is who starts faster. "
-            "With equal epochs a larger batch has fewer steps; more epochs show whether the others catch up.",
+            f"Training was short: {said}. In so few steps, the optimizer that starts faster is ahead. "
+            "With equal epochs, a larger batch has fewer steps. Train for more epochs to see if the others catch up.",
         )
 
 
@@ -139,7 +139,7 @@ def _missing(comparison: Comparison) -> Iterator[Warn]:
         if (absent := [batch for batch in comparison.columns if (row, batch) not in comparison.cells])
     ]
     if missing:
-        yield Warn("Not everything was run", f"There are no runs of {listed(missing)}.")
+        yield Warn("Missing runs", f"There are no runs of {listed(missing)}.")
 
 
 def _arithmetic(comparison: Comparison) -> Iterator[Warn]:
@@ -148,8 +148,8 @@ def _arithmetic(comparison: Comparison) -> Iterator[Warn]:
         if len(values) > 1:
             yield Warn(
                 f"Different {name}",
-                f"The runs didn't all have the same {name} ({listed(values)}). Speeds can't be compared then, and "
-                "small differences in accuracy may come from it.",
+                f"The runs differ in their {name}: {listed(values)}. So their speeds can't be compared, and small "
+                "differences in accuracy may come from it.",
             )
 
 
@@ -158,14 +158,13 @@ def _code(comparison: Comparison) -> Iterator[Warn]:
     if len(commits) > 1:
         yield Warn(
             "Different versions of the program",
-            f"The runs are of several commits ({listed(commits)}); what changed between them may be what differs here.",
+            f"The runs come from several commits: {listed(commits)}. Differences between runs may come from the code.",
         )
     dirty = sum(bool(run.summary.get("git_dirty")) for run in comparison.runs if run.done)
     if dirty:
         yield Warn(
-            "Changed program",
-            f"In {plural(dirty, 'run')} the program had changes that aren't in any commit, so nobody can run exactly "
-            "the same again.",
+            "Uncommitted changes",
+            f"The program had uncommitted changes in {plural(dirty, 'run')}. Such a run can't be repeated exactly.",
         )
 
 
@@ -178,7 +177,7 @@ def _facts(comparison: Comparison, key: str) -> list[str]:
 def _unfinished(comparison: Comparison) -> Iterator[Warn]:
     said = listed(states(run for run in comparison.runs if not run.done))
     if said:
-        yield Warn("Runs without a result", f"Not finished and not counted: {said}. The table may change.")
+        yield Warn("Runs without a result", f"These runs don't count yet: {said}. The table may change.")
 
 
 def _names(comparison: Comparison, cells: Iterable[Cell]) -> str:
@@ -201,8 +200,8 @@ def _names(comparison: Comparison, cells: Iterable[Cell]) -> str:
 _CHECKS: tuple[Check, ...] = (
     _cells(
         "Settings chosen on the test set",
-        "For {} there were several settings but no validation part, so the test set "
-        "itself chose the best of them. Such a figure is too good, and the more settings were tried the more so. "
+        "For {}, the test set itself chose the best of several settings, because there are no validation images. "
+        "Such an accuracy is too high, and more so with more settings. "
         "Run with dataset.val_fraction=0.1 to choose on held-out images.",
         lambda cell: cell.chosen is not None and cell.chosen_by == BY_TEST and cell.trials > 1,
     ),
@@ -211,33 +210,33 @@ _CHECKS: tuple[Check, ...] = (
     _unequal_trials,
     _cells(
         "One seed only",
-        "The figure of {} rests on a single seed. Another seed gives another figure, "
-        "and nothing here says how different it would be: no spread is shown, and nothing is bold beside it.",
+        "The accuracy of {} comes from a single seed. Another seed gives another accuracy, and the difference is "
+        "unknown. So the table shows no spread, and nothing in the column is bold.",
         lambda cell: cell.seeds == 1,
     ),
     _cells(
         f"Fewer than {FEW_SEEDS} seeds",
-        "The figure of {} rests on two seeds, and their spread is itself very unsure.",
+        "The accuracy of {} comes from two seeds, so its spread is very uncertain.",
         lambda cell: 1 < cell.seeds < FEW_SEEDS,
     ),
     _unequal_seeds,
     _cells(
         "Settings with unequal numbers of seeds",
-        "Among the settings of {} some ran with fewer seeds. The mean of few seeds "
-        "is high by luck more often, so that such a setting may have been chosen for its luck.",
+        "For {}, some settings have fewer seeds than others. A mean of few seeds is more often high by luck, so luck "
+        "may have chosen the setting.",
         lambda cell: len({len(setting.runs) for setting in cell.settings if setting.tried}) > 1,
     ),
     _cells(
         "Some seeds diverged",
-        "For {} training broke down (the loss became infinite or undefined) on some "
-        "seeds of the chosen setting. Its mean is over the seeds that went well, and it isn't called a leader.",
+        "For {}, some seeds of the chosen setting diverged: the loss became infinite or undefined. "
+        "The mean is over the other seeds, and the setting can't lead its column.",
         lambda cell: cell.chosen is not None and bool(cell.chosen.diverged),
     ),
     _few_steps,
     _cells(
-        "Best rate at the edge of those tried",
-        "For {} the chosen learning rate is the smallest or the largest that was tried, "
-        "so a better one may lie beyond; compare again with a wider range.",
+        "Best learning rate at the edge of the range",
+        "For {}, the chosen learning rate is the smallest or the largest tried. A better learning rate may lie beyond. "
+        "Compare again with a wider range.",
         _at_edge,
     ),
     _missing,

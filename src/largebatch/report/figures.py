@@ -33,9 +33,9 @@ Point = tuple[float, float | None, str]  # y, half the length of its error bar, 
 METRICS = {
     "test/accuracy": "test accuracy", "val/accuracy": "validation accuracy", "train/accuracy": "training accuracy",
     "test/loss": "test loss", "val/loss": "validation loss", "train/loss": "training loss",
-    "test/knn_accuracy": "test accuracy of nearest neighbours",
-    "val/knn_accuracy": "validation accuracy of nearest neighbours", "probe/loss": "loss of the probe",
-    "embedding/std": "deviation of embeddings", "embedding/effective_rank": "effective rank of embeddings",
+    "test/knn_accuracy": "nearest-neighbour test accuracy",
+    "val/knn_accuracy": "nearest-neighbour validation accuracy", "probe/loss": "probe loss",
+    "embedding/std": "standard deviation of embeddings", "embedding/effective_rank": "effective rank of embeddings",
 }  # fmt: skip
 _X = Switch(
     "x",
@@ -58,10 +58,10 @@ def accuracy_by_batch(comparison: Comparison, style: Styles) -> Chart:
         spread = None if cell.spread is None else 100 * cell.spread
         return 100 * cell.mean, spread, f"{cell_accuracy(cell, digits)} %"
 
-    note = "Mean over seeds of the chosen setting; bars are the spread. Marks of one batch size stand a little apart."
+    note = "Mean over seeds of the chosen setting. Bars show the spread. Marks of one batch size stand slightly apart."
     gone = [f"{row_label(cell.row)} at {cell.batch_size:,}" for cell in comparison.shown if cell.mean is None]
     if gone:
-        note += f" Not drawn, because every run diverged: {', '.join(gone)}."
+        note += f" Not drawn because every run diverged: {', '.join(gone)}."
     return _by_batch("Accuracy against batch size", note, "test accuracy [%]", comparison, style, point)
 
 
@@ -73,7 +73,7 @@ def speed_by_batch(comparison: Comparison, style: Styles) -> Chart | None:
         middle = statistics.median(speeds)
         return rounded(middle), None, f"{middle:,.0f} images/s"
 
-    note = "Median over seeds, evaluation and start-up left out. Runs that shared their machine slowed each other down."
+    note = "Median over seeds, without evaluation and start-up. Runs that shared a machine slowed each other down."
     chart = _by_batch("Images per second", note, "training speed [images/s]", comparison, style, point)
     chart.figure.update_layout(yaxis_rangemode="tozero")
     return chart if chart.figure.data else None
@@ -90,8 +90,8 @@ def steps_to_target(comparison: Comparison, reached: Sequence[Reached], target: 
         return one.at.steps, None, f"{one.at.steps:,.0f} steps, {one.at.epochs:.4g} epochs"
 
     note = (
-        "The first evaluation that reaches the target, median over seeds; lower is better. Drawn where every seed "
-        "reached it: the table below has the others."
+        "Steps until the first evaluation that reaches the target, median over seeds. Lower is better. Drawn only if "
+        "every seed reached the target; the table below has the others."
     )
     chart = _by_batch(f"Steps to {target}", note, "optimizer steps, logarithmic", comparison, style, point)
     chart.figure.update_layout(yaxis=log_axis(trace.y for trace in chart.figure.data))
@@ -129,8 +129,8 @@ def _by_batch(
 
 def training_curves(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
     note = (
-        "Mean over seeds of the chosen settings; the band is the spread. A setting whose every seed diverged is drawn "
-        "as far as it got."
+        "Mean over seeds of the chosen settings. The band is the spread. If every seed of a setting diverged, "
+        "its curve ends at the divergence."
     )
     return _over_training("Training curves", note, METRICS, comparison, histories, style, most_points)
 
@@ -138,8 +138,8 @@ def training_curves(comparison: Comparison, histories: Histories, style: Styles,
 def schedules(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
     """Draw the learning rate and TVLARS's phi over training."""
     note = (
-        "As logged, every tracker.log_every steps. The rate of one optimizer says nothing beside the rate of another: "
-        "LARS, TVLARS and CLARS multiply it by each layer's trust ratio, TVLARS by phi too."
+        "As logged every tracker.log_every steps. Learning rates of different optimizers can't be compared: LARS, "
+        "TVLARS and CLARS multiply theirs by each layer's trust ratio, TVLARS by phi too."
     )
     names = {"optim/lr": "learning rate", "optim/phi": "phi of TVLARS"}
     return _over_training("Warm-up and phi", note, names, comparison, histories, style, most_points)

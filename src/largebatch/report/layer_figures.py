@@ -43,7 +43,7 @@ QUANTITIES: dict[str, tuple[str, Callable[[Layers], Grid]]] = {
     "lnr": ("LNR: weight norm / gradient norm", _ratio),
     "lwn": ("LWN: weight norm", lambda layers: layers.columns["weight_norm"]),
     "lgn": ("LGN: gradient norm", lambda layers: layers.columns["gradient_norm"]),
-    "trust": ("trust ratio that the optimizer used", lambda layers: layers.columns["trust_ratio"]),
+    "trust": ("trust ratio used by the optimizer", lambda layers: layers.columns["trust_ratio"]),
 }
 
 
@@ -95,8 +95,8 @@ def middle_layer(diagnosed: Sequence[Diagnosed], style: Styles) -> Chart:
             meta={"pick": {key: pick[key] for key in ("quantity", "batch")}}, **line(style[cell.row]),
         )  # fmt: skip
     note = (
-        "The median over layers; one run, the one with the smallest seed. LARS and its kin turn this ratio into each "
-        "layer's rate: where it is high at the start, warm-up or phi holds it back."
+        "Median over the layers of one run, the run with the smallest seed. LARS, TVLARS and CLARS multiply each "
+        "layer's learning rate by a ratio like LNR. If it is high at the start, warm-up or phi makes the step smaller."
     )
     figure.update_layout(layout("optimizer step", "", yaxis=log_axis([])))
     quantity, _, batch = _switches(diagnosed, figure.data)
@@ -114,7 +114,7 @@ def layer_lines(diagnosed: Sequence[Diagnosed]) -> Chart:
                 line={"color": colour, "width": 1.5}, showlegend=len(layers.names) <= _LEGEND,
                 hovertemplate=f"{safe(name)}, step %{{x}}: %{{y:.3g}}<extra></extra>", meta={"pick": pick},
             )  # fmt: skip
-    note = "A line a layer, from dark (the first) to light (the last); a layer's name is at the pointer."
+    note = "A line for each layer, from dark (first layer) to light (last layer). Point at a line for its layer's name."
     figure.update_layout(layout("optimizer step", "", yaxis=log_axis([])))
     return Chart("Every layer, as lines", note, figure, _switches(diagnosed, figure.data))
 
@@ -130,7 +130,7 @@ def layer_map(diagnosed: Sequence[Diagnosed]) -> Chart:
         )  # fmt: skip
     most = max(len(one.layers.names) for one in diagnosed)
     yaxis = {"autorange": "reversed", "type": "category", "showgrid": False, "tickfont": {"size": 10}}
-    note = "The first layer is on top. Colours are powers of ten: 2 is 100, -1 is 0.1."
+    note = "The first layer is at the top. Colours are powers of ten: 2 means 100, -1 means 0.1."
     figure.update_layout(layout("optimizer step", "layer", yaxis=yaxis, height=min(max(200 + 14 * most, 300), 900)))
     return Chart("Every layer, as a map", note, figure, _switches(diagnosed))
 

@@ -116,13 +116,13 @@ def _load(folder: RunFolder) -> Run:
     for key, kind in _NEEDED.items():
         value = given.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise _Broken(f"config.yaml says no usable {key} ({value!r}); is it of another version?")
+            raise _Broken(f"config.yaml has no valid {key} ({value!r})")
     if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:
-        raise _Broken("config.yaml says a batch size or a learning rate that can't be")
+        raise _Broken("config.yaml has an invalid batch size or learning rate")
     status = _attempt(folder.status, _read_tree)
     state = status.get("state")
     if state not in STATES:
-        raise _Broken(f"status.json has no state that is known ({state!r})")
+        raise _Broken(f"status.json has an unknown state ({state!r})")
     summary = _attempt(folder.summary, _read_tree) if state in DONE else {}
     if state == "running" and not _is_held(folder):
         state = "interrupted"
@@ -145,7 +145,7 @@ def _without_copies(runs: list[Run], problems: list[Problem]) -> list[Run]:
     for run in runs:
         first = known.setdefault(json.dumps(run.options, sort_keys=True, default=str), run)
         if first is not run:
-            what = f"the same configuration and seed as {first.name}; only that one counts"
+            what = f"the same configuration and seed as {first.name}; only {first.name} counts"
             problems.append(Problem(run.name, what))
     return list(known.values())
 

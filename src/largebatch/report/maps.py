@@ -75,8 +75,8 @@ def _chosen_by(cells: Sequence[Cell]) -> str:
 def _map_note(cells: Sequence[Cell]) -> str:
     which = "Best validation accuracy" if _chosen_by(cells) == BY_VALIDATION else "Test accuracy"
     several = any(len(settings) > 1 for settings in _places(cells, "batch_size").values())
-    rest = " Where more than these two were varied, the best is shown." if several else ""
-    return f"{which} [%], mean over seeds; bold: chosen. Grey: training broke down (✕: seeds that diverged).{rest}"
+    rest = " If several settings share a place, the map shows the best." if several else ""
+    return f"{which} [%], mean over seeds. Bold: the chosen setting. ✕: diverged seeds. Grey: all seeds diverged.{rest}"
 
 
 def _add_map(
@@ -105,14 +105,14 @@ def _add_map(
             z=[[rounded(100 * means[x, y]) if (x, y) in means else None for x in xs] for y in ys],
             text=[[text.get((x, y), "") for x in xs] for y in ys],
             colorscale="Viridis", colorbar={"title": {"text": "%"}, "thickness": 12, "len": 0.9}, zmin=low, zmax=high,
-            hovertemplate="%{x}, rate %{y}: %{text} %<extra></extra>", **shared,
+            hovertemplate="%{x}, learning rate %{y}: %{text} %<extra></extra>", **shared,
         )  # fmt: skip
     if gone:
         figure.add_heatmap(
             z=[[1 if (x, y) in gone else None for x in xs] for y in ys],
             text=[[gone.get((x, y), "") for x in xs] for y in ys],
             colorscale=[[0, _DIVERGED], [1, _DIVERGED]], showscale=False,
-            hovertemplate="%{x}, rate %{y}: diverged<extra></extra>", **shared,
+            hovertemplate="%{x}, learning rate %{y}: diverged<extra></extra>", **shared,
         )  # fmt: skip
 
 

@@ -92,17 +92,17 @@ def _section(
             figures.accuracy_by_batch(comparison, style),
             figures.training_curves(comparison, histories, style, points),
         ],
-        "Which settings were tried": [*maps.lr_maps(comparison), *maps.lambda_maps(comparison)],
-        "How fast": [
+        "Settings tried": [*maps.lr_maps(comparison), *maps.lambda_maps(comparison)],
+        "Speed": [
             figures.steps_to_target(comparison, reached, goal, style),
             figures.speed_by_batch(comparison, style),
         ],
-        "Why: schedules and layers": [
+        "Schedules and layers": [
             figures.schedules(comparison, histories, style, points),
         ],
     }
     if layers:
-        groups["Why: schedules and layers"] += [
+        groups["Schedules and layers"] += [
             layer_figures.middle_layer(layers, style),
             layer_figures.layer_lines(few_layers),
             layer_figures.layer_map(few_layers),

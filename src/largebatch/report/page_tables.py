@@ -41,23 +41,21 @@ def comparison_table(comparison: Comparison, style: Styles) -> list[dict[str, An
 
 def caption(comparison: Comparison) -> list[str]:
     by = {cell.chosen_by for cell in comparison.shown if cell.chosen}
-    said = [
-        "Test accuracy in per cent: mean ± spread (the sample standard deviation over seeds), and what it rests on."
-    ]
+    said = ["Test accuracy in per cent: mean ± spread. The spread is the sample standard deviation over seeds."]
     if BY_VALIDATION in by:
         said.append(
-            "Validation chose: of several settings the one with the best mean validation accuracy, and in each run the "
-            "epoch whose test accuracy is shown. The test set chose nothing."
+            "Validation chose the setting with the best mean validation accuracy, and in each run the epoch whose test "
+            "accuracy is shown. The test set chose nothing."
         )
     if by - {BY_VALIDATION}:
-        said.append("Without a validation part the figure is the test accuracy at the end of training.")
+        said.append("Without validation images, the table shows the test accuracy at the end of training.")
     said.append(
-        "Bold: leads its column by more than the spread, that is, its range mean ± spread lies above the range of "
-        "every other optimizer that finished. Without bold, no optimizer is ahead beyond the spread."
+        "Bold: the optimizer leads its column by more than the spread. Its range mean ± spread lies above the range of "
+        "every other optimizer that finished. Without bold, no optimizer leads by more than the spread."
     )
     images = max((run.metric("test_images") or 0 for run in comparison.runs), default=0)
     if images:
-        said.append(f"One of the {images:,.0f} test images is {100 / images:.2g} %.")
+        said.append(f"Each of the {images:,.0f} test images counts {100 / images:.2g} %.")
     return said
 
 
@@ -124,14 +122,14 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         processes = run.metric("processes") or 1
         hours[str(run.summary.get("device", "unknown"))] += (run.metric("wall_seconds") or 0.0) * processes / 3600
         changes = " (with changes)" if run.summary.get("git_dirty") else ""
-        commits[f"{run.summary.get('git_commit') or 'not known'}{changes}"] = None
+        commits[f"{run.summary.get('git_commit') or 'unknown'}{changes}"] = None
         found = run.summary.get("versions")
         for package, version in found.items() if isinstance(found, dict) else ():
             versions[str(package)].add(str(version))
     set_aside = sum(1 for run in runs for _ in run.folder.path.glob("previous-*"))
     return [
         ("runs", f"{plural(len(runs), 'run')}: {', '.join(states(runs))}" if runs else "none"),
-        ("earlier repetitions", f"{set_aside} set aside (previous-N), not counted" if set_aside else ""),
+        ("earlier repetitions", f"{set_aside} in previous-N folders, not counted" if set_aside else ""),
         ("seeds", ", ".join(str(seed) for seed in sorted({run.config["seed"] for run in runs}))),
         ("commit", ", ".join(commits)),
         ("versions", ", ".join(f"{package} {'/'.join(sorted(of))}" for package, of in sorted(versions.items()))),

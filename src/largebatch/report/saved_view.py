@@ -86,7 +86,7 @@ def save(views: list[SavedView]) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch, session_environment(Path(scratch), "online"):
         mode, why = choose_mode("online")
         if mode != "online":
-            raise UserError(f"W&B can't be reached: {why}; `wandb login` stores a key, --print needs none")
+            raise UserError(f"W&B can't be reached: {why}. Fix: store a key with `wandb login`, or use --print")
         try:
             return _save(views)
         except UserError:
@@ -124,8 +124,8 @@ def _find(api: Any, view: SavedView) -> str | None:
     project = execute_graphql(api, _FIND, asked).get("project")
     if project is None:
         raise UserError(
-            f"W&B shows no project {view.entity}/{view.project} to this key; check --entity and --project. "
-            "A project begins with its first run"
+            f"--project={view.project}: the API key gives access to no project {view.entity}/{view.project}. "
+            "Fix: check --entity and --project. A project's first run creates it"
         )
     edges = project["allViews"]["edges"]
     return str(edges[0]["node"]["id"]) if edges else None

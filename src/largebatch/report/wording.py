@@ -107,13 +107,13 @@ def answer(comparison: Comparison) -> str:
         )
     if unknown := [lead for lead in compared if lead.batch_size in no_spread]:
         parts.append(
-            f"at {_batch_word(unknown)} nobody can be called ahead, because an optimizer has a single seed and so no "
-            f"spread (highest: {_highest(unknown, digits)})"
+            f"at {_batch_word(unknown)} no leader can be named, because an optimizer has only one seed and so no "
+            f"spread (highest mean{'s' if len(unknown) > 1 else ''}: {_highest(unknown, digits)})"
         )
     if alone := [lead for lead in open_leads if lead.best and not lead.runner_up]:
         parts.append(f"at {_batch_word(alone)} only one optimizer has a result ({_highest(alone, digits)})")
     if nothing := [lead for lead in open_leads if not lead.best]:
-        parts.append(f"at {_batch_word(nothing)} no run has finished, or all diverged")
+        parts.append(f"at {_batch_word(nothing)} every run diverged or has not finished")
     return " ".join(part[0].upper() + part[1:] + "." for part in parts if part)
 
 
