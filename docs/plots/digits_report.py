@@ -1,8 +1,8 @@
-"""The comparison of a folder of runs for the README: a table in Markdown, and one picture.
+"""Write the README's comparison of a folder of runs: a table in Markdown and a picture.
 
 `python docs/plots/digits_report.py RUNS_DIR [FOLDER]` writes digits_report.md and digits_report.svg into FOLDER, by
-default beside this script; the same files each time. The runs are those of `python launch.py -m
-sweeps=digits_comparison`; of several data sets, models or modes it takes the first.
+default beside this script. The same runs give the same files. `python launch.py -m sweeps=digits_comparison` makes the
+runs. From several data sets, models or modes, the script takes the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MARKS = {"circle": "o", "square": "s", "diamond-open": "D", "triangle-up-open":
 
 
 def look(style: Style) -> dict[str, object]:
-    """A row's style, which the page gives Plotly, for matplotlib."""
+    """Return a row's style for matplotlib, from its style for Plotly."""
     return {
         "color": style.colour, "linestyle": _LINES.get(style.dash, "-"), "marker": _MARKS.get(style.symbol, "x"),
         "markerfacecolor": "white" if style.symbol.endswith("-open") else style.colour, "markersize": 5,
@@ -37,10 +37,10 @@ def look(style: Style) -> dict[str, object]:
 
 
 def accuracy(axes: Axes, comparison: Comparison, style: dict[RowKey, Style]) -> None:
-    """Test accuracy of the chosen settings over batch sizes, with the spread over seeds."""
+    """Draw test accuracy of the chosen settings over batch sizes, with the spread over seeds."""
     for index, row in enumerate(comparison.rows):
         cells = [cell for cell in comparison.shown if cell.row == row and cell.mean is not None]
-        aside = 2 ** (0.05 * (index - (len(comparison.rows) - 1) / 2))  # or marks would hide each other
+        aside = 2 ** (0.05 * (index - (len(comparison.rows) - 1) / 2))  # so that marks don't hide each other
         axes.errorbar(
             [cell.batch_size * aside for cell in cells],
             [100 * (cell.mean or 0) for cell in cells],
@@ -58,7 +58,7 @@ def accuracy(axes: Axes, comparison: Comparison, style: dict[RowKey, Style]) -> 
 
 
 def ratios(axes: Axes, diagnosed: list[Diagnosed], style: dict[RowKey, Style]) -> None:
-    """LNR, the median over layers, at the largest batch size."""
+    """Draw the median of LNR over layers, at the largest batch size."""
     largest = max(cell.batch_size for cell, _ in diagnosed)
     _, grid_of = QUANTITIES["lnr"]
     for cell, layers in diagnosed:
@@ -75,7 +75,7 @@ def ratios(axes: Axes, diagnosed: list[Diagnosed], style: dict[RowKey, Style]) -
 
 def draw(comparison: Comparison, diagnosed: list[Diagnosed]) -> Figure:
     style = styles([comparison])
-    # Places are fixed, not laid out by the size of the text, so that every version of matplotlib draws the same.
+    # Fixed positions, independent of the size of the text, so that every version of matplotlib draws the same.
     figure = Figure(figsize=(9, 4))
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.07, right=0.985, top=0.92, bottom=0.25, wspace=0.2)
@@ -100,7 +100,7 @@ def main() -> None:
     for problem in problems:
         print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
     (target / "digits_report.md").write_text(f"{answer(comparison)}\n\n{table(comparison)}\n", encoding="utf-8")
-    matplotlib.rcdefaults()  # not what the user has set
+    matplotlib.rcdefaults()  # ignore the user's settings
     salt = {"svg.hashsalt": "digits_report"}  # without it, names inside the file are random
     with matplotlib.rc_context({**salt, "font.size": 9, "axes.titlesize": 9}):
         metadata = {"Date": None, "Title": "Test accuracy against batch size, and LNR"}
