@@ -1,4 +1,4 @@
-"""The saved view and the report: they show what runs log, and saving them again replaces them."""
+"""The saved view and the report show what runs log, and saving them again replaces them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from largebatch.runs.metrics import read_rows
 from largebatch.tracking.layers import COLUMNS, LayerRow
 from largebatch.tracking.wandb_arguments import wandb_config
 
-# wandb-workspaces has validators of pydantic's first version.
+# wandb-workspaces uses validators of pydantic 1.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
 
 Json = dict[str, Any]
@@ -36,14 +36,14 @@ def dashboard(*options: str, cwd: Path, **env: str) -> subprocess.CompletedProce
 
 @pytest.fixture
 def views(capsys: pytest.CaptureFixture[str]) -> list[Json]:
-    """What ``--print`` says of the workspace and the report."""
+    """Workspace and report as ``--print`` shows them."""
     assert cli.main(["dashboard", *OPTIONS, "--print"]) == 0
     printed: list[Json] = json.loads(capsys.readouterr().out)
     return printed
 
 
 def panels(tree: Any) -> Iterator[Json]:
-    """Every panel of a specification, wherever it is."""
+    """Yield every panel of a specification, at any depth."""
     if isinstance(tree, dict):
         if "viewType" in tree:
             yield tree
@@ -54,12 +54,12 @@ def panels(tree: Any) -> Iterator[Json]:
             yield from panels(branch)
 
 
-# What panels show is there.
+# Contents of the panels.
 
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
-    """Every name in the rows, and in the summaries, of a classification and a Barlow Twins run with all that is on."""
+    """Names in the rows and in the summaries of a classification and a Barlow Twins run that log everything."""
     rows, summaries = set[str](), set[str]()
     both = [*TINY, "dataset.val_fraction=0.2", "epochs=1", "optimizer=tvlars", "optimizer.lr_1d=0.1", "steps=null"]
     for more in (["mode=clf"], ["mode=bt", "mode.eval_epochs=1", "mode.knn_every=1"]):
@@ -72,7 +72,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]
     return rows, summaries
 
 
-def test_every_metric_of_every_panel_is_one_that_runs_log(views: list[Json], logged: tuple[set[str], set[str]]) -> None:
+def test_runs_log_every_metric_of_every_panel(views: list[Json], logged: tuple[set[str], set[str]]) -> None:
     rows, summaries = logged
     histograms = set(LayerRow(1, ["conv1.weight"], [[0.5]] * len(COLUMNS)).columns())
     seen = set()
@@ -100,7 +100,7 @@ def test_every_metric_of_every_panel_is_one_that_runs_log(views: list[Json], log
     assert of_summary <= summaries
 
 
-def test_every_configuration_key_is_one_that_runs_have(views: list[Json]) -> None:
+def test_runs_have_every_configuration_key_of_the_panels(views: list[Json]) -> None:
     """W&B keeps a configuration as ``{first: {"value": {rest}}}`` and names its keys by that path."""
     keys = {key for panel in panels(views) if (key := panel["config"].get("groupBy"))}
     keys |= set(re.findall(r'"config:([^"]+)"', json.dumps(views)))
@@ -115,18 +115,18 @@ def test_every_configuration_key_is_one_that_runs_have(views: list[Json]) -> Non
             node = node[part]
 
 
-def test_a_panel_has_a_title_and_none_is_twice_in_a_view(views: list[Json]) -> None:
+def test_panels_have_titles_and_unique_ids(views: list[Json]) -> None:
     for view in views:
         ids = [panel["__id__"] for panel in panels(view)]
         assert len(set(ids)) == len(ids)
     titles = [panel["config"].get("chartTitle") for panel in panels(views[0])]
-    assert len([title for title in titles if title]) >= len(titles) - 3  # importance and comparer have their own
+    assert len([title for title in titles if title]) >= len(titles) - 3  # importance and comparer bring their own
 
 
 # Saving.
 
 
-def test_saving_again_replaces_what_was_saved_and_sends_what_print_shows(tmp_path: Path, views: list[Json]) -> None:
+def test_saving_again_replaces_the_views_and_sends_the_printed_ones(tmp_path: Path, views: list[Json]) -> None:
     with recorder() as server:
         results = [dashboard(*OPTIONS, cwd=tmp_path, **server.environment(KEY)) for _ in range(2)]
         other = dashboard(*OPTIONS, "--name", "mine", cwd=tmp_path, **server.environment(KEY))
@@ -146,8 +146,8 @@ def test_saving_again_replaces_what_was_saved_and_sends_what_print_shows(tmp_pat
     assert f"{server.url}/team/bigbatch/reports/large-batch--{first[1]['id']}" in results[0].stdout
 
 
-def test_the_library_reads_the_workspace_as_its_own(views: list[Json]) -> None:
-    """What it makes of the specification, and sends again, is the same: W&B's own application does no less."""
+def test_the_library_reads_and_writes_the_same_workspace(views: list[Json]) -> None:
+    """The library parses the specification and writes the same one. W&B's own application does as much."""
     from wandb_workspaces.workspaces import Workspace, internal
 
     printed = views[0]
@@ -157,7 +157,7 @@ def test_the_library_reads_the_workspace_as_its_own(views: list[Json]) -> None:
     assert json.loads(again) == printed["spec"]
 
 
-def test_the_comparison_of_a_folder_of_runs_is_in_the_report(
+def test_the_report_contains_the_comparison_of_a_folder_of_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seed, accuracy in enumerate((0.8, 0.9)):
@@ -173,24 +173,24 @@ def test_the_comparison_of_a_folder_of_runs_is_in_the_report(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--name", "a+b"], "--name a+b: W&B takes no symbols"),
-        (["--runs", "nowhere"], "nowhere is not a folder"),
+        (["--name", "a+b"], "--name=a+b: W&B refuses the name"),
+        (["--runs", "nowhere"], "nowhere: not a folder"),
     ],
 )
-def test_what_can_t_be_is_one_message(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_option_is_one_message(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["dashboard", *OPTIONS, "--print", *options]) == 2
     assert says in capsys.readouterr().err
 
 
 def refused(result: subprocess.CompletedProcess[str]) -> str:
-    """The one message."""
+    """Return the single line on stderr."""
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     (line,) = result.stderr.splitlines()
     return line
 
 
-def test_without_key_or_server_or_permission_it_says_so(tmp_path: Path) -> None:
-    assert "no API key; `wandb login`" in refused(dashboard(*OPTIONS, cwd=tmp_path))
+def test_a_missing_key_server_or_permission_is_one_message(tmp_path: Path) -> None:
+    assert "no API key. Fix: store a key with `wandb login`" in refused(dashboard(*OPTIONS, cwd=tmp_path))
     nobody = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     assert "127.0.0.1:9 can't be reached" in refused(dashboard(*OPTIONS, cwd=tmp_path, **nobody))
     with recorder() as server:
@@ -202,7 +202,7 @@ def test_without_key_or_server_or_permission_it_says_so(tmp_path: Path) -> None:
     assert server.views == []
 
 
-def test_without_the_library_it_says_what_to_install(
+def test_a_missing_library_is_a_message_with_the_command_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)

@@ -27,5 +27,5 @@ def test_the_script_writes_the_table_and_the_same_picture_each_time(tmp_path: Pa
     table, picture = draw(tmp_path / "runs", tmp_path / "first")
     assert "| LARS | **91.0 ± 1.4** (1 setting, 2 seeds) | **91.0 ± 1.4** (1 setting, 2 seeds) |" in table.splitlines()
     assert "| LAMB | 81.0 ± 1.4 (1 setting, 2 seeds) | 81.0 ± 1.4 (1 setting, 2 seeds) |" in table.splitlines()
-    assert len(re.findall("<!-- LARS -->|<!-- LAMB -->", picture)) == 2  # their names in the legend
+    assert len(re.findall("<!-- LARS -->|<!-- LAMB -->", picture)) == 2  # the legend
     assert draw(tmp_path / "runs", tmp_path / "second") == (table, picture)

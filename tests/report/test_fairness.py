@@ -1,4 +1,4 @@
-"""Warnings come where a comparison isn't fair, and not where it is."""
+"""Unfair comparisons have warnings, and fair comparisons have none."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_a_fair_comparison_has_no_warning() -> None:
 
 
 def changed(**changes: object) -> list[Run]:
-    """The fair runs, those of TVLARS at batch 1,024 changed."""
+    """Return the fair runs, with changes to TVLARS at batch 1,024."""
     return [
         run if (run.config["optimizer"]["name"], run.config["batch_size"]) != ("tvlars", 1024)
         else made("tvlars", batch=1024, lr=run.config["optimizer"]["lr"], seed=run.config["seed"],
-                  val=run.figure("best/val/accuracy"), **changes)  # type: ignore[arg-type]
+                  val=run.metric("best/val/accuracy"), **changes)  # type: ignore[arg-type]
         for run in FAIR
     ]  # fmt: skip
 
@@ -51,7 +51,7 @@ def changed(**changes: object) -> list[Run]:
         (changed(facts={"device": "NVIDIA H100"}), "Different device", "NVIDIA H100 and cpu"),
         (changed(facts={"versions": {"torch": "2.16.0"}}), "Different version of torch", "2.15.0 and 2.16.0"),
         (changed(facts={"git_commit": "b" * 40}), "Different versions of the program", "aaaaaaaaaa and bbbbbbbbbb"),
-        (changed(facts={"git_dirty": True}), "Changed program", "In 9 runs"),
+        (changed(facts={"git_dirty": True}), "Uncommitted changes", "in 9 runs"),
         (changed(state="preempted"), "Runs without a result", "9 preempted"),
         ([run for run in FAIR if run.config["seed"] == 0], "One seed only", "single seed"),
         ([run for run in FAIR if run.config["seed"] < 2], "Fewer than 3 seeds", "two seeds"),
@@ -60,26 +60,26 @@ def changed(**changes: object) -> list[Run]:
         ([run for run in FAIR if run.config["seed"] < 1 or run.config["optimizer"]["lr"] == 2.0],
          "Settings with unequal numbers of seeds", "high by luck"),
         ([run for run in FAIR if run.config["optimizer"] != {"name": "lars", "lr": 1.0}],
-         "Best rate at the edge of those tried", "^For LARS the chosen"),
+         "Best learning rate at the edge of the range", "^For LARS, the chosen"),
         ([run for run in FAIR
           if run.config["optimizer"] != {"name": "tvlars", "lr": 3.0} or run.config["batch_size"] < 999],
-         "Best rate at the edge of those tried", "^For TVLARS at 1,024 the chosen"),
+         "Best learning rate at the edge of the range", "^For TVLARS at 1,024, the chosen"),
         ([run for run in FAIR if run.config["optimizer"]["name"] == "lars" or run.config["batch_size"] == 128],
-         "Not everything was run", "TVLARS at 1,024"),
+         "Missing runs", "TVLARS at 1,024"),
         ([*FAIR, made("lars", lr=2.0, seed=3, val=0.9, state="diverged"), made("tvlars", lr=2.0, seed=3, val=0.9)],
-         "Some seeds diverged", "^For LARS at 128 training broke down"),
-        (changed(facts={"steps": 20}), "Very few optimizer steps", "^Training was short: 20 at batch 1,024. "),
+         "Some seeds diverged", "^For LARS at 128, some seeds of the chosen setting diverged"),
+        (changed(facts={"steps": 20}), "Very few optimizer steps", "^Training was short: 20 steps at batch 1,024. "),
         ([*seeds("lars", 0.5, 0.5, 0.5, epochs=10), *seeds("lars", 0.6, 0.6, 0.6, epochs=20)],
          "Settings of different length (epochs)", "LARS"),
     ],
 )  # fmt: skip
-def test_what_is_unfair_is_said(runs: list[Run], title: str, says: str) -> None:
+def test_an_unfair_comparison_has_its_warning(runs: list[Run], title: str, says: str) -> None:
     found = warned(runs)
     assert title in found, found
     assert re.search(says, found[title]), found[title]
 
 
-def test_what_is_varied_alike_for_every_optimizer_is_fair() -> None:
+def test_a_key_that_varies_for_every_optimizer_is_fair() -> None:
     runs = [
         made(name, lr=lr, seed=seed, val=0.5 + (lr == 2.0) * 0.4, model__init=init)
         for name in ("lars", "tvlars") for lr in (1.0, 2.0, 3.0) for seed in (0, 1, 2)
@@ -88,9 +88,9 @@ def test_what_is_varied_alike_for_every_optimizer_is_fair() -> None:
     assert warned(runs) == {}
 
 
-def test_a_rate_below_one_that_diverged_is_at_no_edge() -> None:
+def test_a_learning_rate_below_a_diverged_one_is_not_at_the_edge() -> None:
     runs = [
         made(name, lr=lr, seed=seed, val=val, state="diverged" if lr == 3.0 else "finished")
         for name in ("lars", "tvlars") for lr, val in ((1.0, 0.5), (2.0, 0.9), (3.0, 0.1)) for seed in (0, 1, 2)
     ]  # fmt: skip
-    assert "Best rate at the edge of those tried" not in warned(runs)
+    assert "Best learning rate at the edge of the range" not in warned(runs)

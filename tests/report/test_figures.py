@@ -1,4 +1,4 @@
-"""What the charts are given: places in maps, colours, switches, and how much they may hold."""
+"""Data of the charts: places in maps, colours, switches, and limits on their size."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from largebatch.report.compare import compare
 from largebatch.report.figures import accuracy_by_batch, training_curves
 from largebatch.report.layer_figures import Diagnosed, in_budget, layer_lines, layer_map, middle_layer
 from largebatch.report.load import Layers
-from largebatch.report.maps import lambda_maps, rate_maps
+from largebatch.report.maps import lambda_maps, lr_maps
 
 
 def at(trace: Any, x: str, y: str, what: str = "z") -> Any:
     return trace[what][list(trace.y).index(y)][list(trace.x).index(x)]
 
 
-def test_a_rate_map_has_the_mean_validation_accuracy_and_divergence_in_grey() -> None:
+def test_a_learning_rate_map_shows_mean_validation_accuracy_and_grey_divergence() -> None:
     runs = [
         *[made(lr=2.0, seed=seed, val=val) for seed, val in enumerate((0.80, 0.90))],
         *[made(lr=10.0, seed=seed, val=0.1, state="diverged") for seed in (0, 1)],
         *[made(lr=2.0, batch=1024, seed=seed, val=0.6) for seed in (0, 1)],
         made(lr=10.0, batch=1024, seed=0, val=0.7), made(lr=10.0, batch=1024, seed=1, val=0.7, state="diverged"),
     ]  # fmt: skip
-    runs.append(made(lr=50.0, state="running"))  # no outcome, no place
-    (chart,) = rate_maps(compare(runs)[0])
+    runs.append(made(lr=50.0, state="running"))  # no outcome, so not in the map
+    (chart,) = lr_maps(compare(runs)[0])
     accuracy, diverged = chart.figure.data
     assert at(accuracy, "128", "2") == 85.0
     assert at(accuracy, "1,024", "10") == 70.0
-    assert at(accuracy, "1,024", "10", "text") == "70.0 ✕1"  # 0.7 / 2 is below 0.6: the other one is chosen
+    assert at(accuracy, "1,024", "10", "text") == "70.0 ✕1"  # its score 0.7 / 2 is below 0.6
     assert at(accuracy, "1,024", "2", "text") == "<b>60.0</b>"
     assert at(accuracy, "128", "10") is None
     assert at(diverged, "128", "10", "text") == "✕2"
     assert list(chart.figure.layout.yaxis.categoryarray) == ["2", "10"]  # by size, not as text
 
 
-def test_there_is_no_rate_map_of_a_single_rate() -> None:
-    assert rate_maps(compare(seeds("lars", 0.5, 0.6))[0]) == []
+def test_a_single_learning_rate_has_no_map() -> None:
+    assert lr_maps(compare(seeds("lars", 0.5, 0.6))[0]) == []
 
 
-def test_a_lambda_map_where_lambda_varies() -> None:
+def test_several_lambdas_have_a_map() -> None:
     runs = [
         made("tvlars", lr=lr, batch=batch, optimizer__lmbda=lmbda, val=lr / 10 + 100 * lmbda)
         for lr in (1.0, 2.0) for lmbda in (1e-4, 1e-3) for batch in (128, 1024)
@@ -54,7 +54,7 @@ def test_a_lambda_map_where_lambda_varies() -> None:
     assert at(chart.figure.data[0], "0.001", "2") == 30.0  # 2 / 10 + 100 * 0.001
 
 
-def test_an_optimizer_has_its_colour_everywhere_and_warm_up_another_line() -> None:
+def test_an_optimizer_has_one_colour_and_each_schedule_another_dash() -> None:
     runs = [made(name, schedule, model__name=model) for name in ("lars", "tvlars", "mine", "other")
             for schedule in ("constant", "warmup_cosine") for model in ("a", "b")]  # fmt: skip
     comparisons = compare(runs)
@@ -71,7 +71,7 @@ def test_an_optimizer_has_its_colour_everywhere_and_warm_up_another_line() -> No
             assert (trace.line.color, trace.line.dash) == (style[row].colour, style[row].dash)
 
 
-def test_curves_have_the_mean_and_the_band_of_the_spread() -> None:
+def test_a_curve_is_the_mean_in_a_band_of_the_spread() -> None:
     runs = seeds("lars", 0.5, 0.5)
     (comparison,) = compare(runs)
     histories = {
@@ -81,8 +81,8 @@ def test_curves_have_the_mean_and_the_band_of_the_spread() -> None:
     chart = training_curves(comparison, histories, styles([comparison]), 100)
     assert chart is not None
     band, line = chart.figure.data
-    assert list(line.y) == [30.0, 50.0]  # only where both have logged
-    assert list(band.y) == [44.14, 50.0, 50.0, 15.86]  # 0.3 ± 0.1 * sqrt(2) at first, and back
+    assert list(line.y) == [30.0, 50.0]  # only at steps that both runs logged
+    assert list(band.y) == [44.14, 50.0, 50.0, 15.86]  # 0.3 ± 0.1 * sqrt(2) at the first step; the lower edge runs back
     assert line.meta["x"] == {"epochs": [1.0, 2.0], "steps": [10.0, 20.0], "seconds": [10.0, 20.0]}
     assert band.meta["x"]["steps"] == [10.0, 20.0, 20.0, 10.0]
 
@@ -107,7 +107,7 @@ def test_lnr_is_weight_norm_over_gradient_norm() -> None:
     assert lnr.z[0][0] == -0.301  # log10 of 1/2
 
 
-def test_many_layers_are_drawn_at_fewer_steps_and_then_at_fewer_batch_sizes() -> None:
+def test_many_layers_are_drawn_at_fewer_steps_then_at_fewer_batch_sizes() -> None:
     few = in_budget(layered(5, 100, 128, 256))
     assert [len(one.layers.steps) for one in few] == [100, 100]
     sizes = (64, 128, 256, 512, 1024)

@@ -1,4 +1,4 @@
-"""Whatever lies in a folder of runs: the whole ones are read, the rest is named, and nothing is a traceback."""
+"""The report reads complete runs and names everything else in the folder, without a traceback."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from largebatch.runs.folder import RunFolder
 LARS = ("optimizer=lars", "dataset=digits")
 
 
-def test_a_whole_run_is_read(tmp_path: Path) -> None:
+def test_a_complete_run_is_read(tmp_path: Path) -> None:
     folder = write_run(tmp_path, *LARS, "batch_size=256", "optimizer.lr=3")
     (run,), problems = load_runs(tmp_path)
     assert problems == []
     assert (run.name, run.state, run.config["batch_size"], run.options["optimizer.lr"]) == (
         folder.name, "finished", 256, 3.0,
     )  # fmt: skip
-    assert run.figure("test/accuracy") == 0.5
+    assert run.metric("test/accuracy") == 0.5
     assert [row["test/accuracy"] for row in read_history(run, problems) if "test/accuracy" in row] == [0.4, 0.5]
 
 
-def test_options_are_what_the_identity_is_made_of(tmp_path: Path) -> None:
+def test_options_are_the_keys_of_the_identity(tmp_path: Path) -> None:
     write_run(tmp_path, "optimizer=tvlars", "dataset=digits")
     (run,), _ = load_runs(tmp_path)
     config = configuration("optimizer=tvlars", "dataset=digits")
@@ -59,7 +59,7 @@ def config_with(key: str, value: str) -> Callable[[RunFolder], None]:
 
 
 def without_key(folder: RunFolder) -> None:
-    """As if a version had written it that knew no batch_size."""
+    """Remove batch_size from config.yaml."""
     kept = [line for line in folder.config.read_text().splitlines() if not line.startswith("batch_size:")]
     folder.config.write_text("\n".join(kept))
 
@@ -69,25 +69,25 @@ def without_key(folder: RunFolder) -> None:
     [
         (overwrite("status.json", ""), "status.json can't be read"),
         (overwrite("status.json", '{"state": "fini'), "status.json can't be read"),
-        (overwrite("status.json", "[]"), "status.json is not an object"),
-        (overwrite("status.json", "{}"), "status.json has no state that is known (None)"),
+        (overwrite("status.json", "[]"), "status.json is not a mapping"),
+        (overwrite("status.json", "{}"), "status.json has an unknown state (None)"),
         (overwrite("status.json", '{"state": "exploded"}'), "('exploded')"),
         (remove("status.json"), "status.json is missing"),
         (remove("config.yaml"), "config.yaml is missing"),
         (overwrite("config.yaml", ""), "config.yaml is not a mapping"),
         (overwrite("config.yaml", "dataset: {name: [unclosed"), "config.yaml can't be read"),
         (overwrite("config.yaml", "\0\1"), "config.yaml can't be read"),
-        (overwrite("config.yaml", "dataset: digits\n"), "config.yaml says no usable dataset.name"),
-        (config_with("batch_size", "-1"), "config.yaml says a batch size or a learning rate that can't be"),
-        (config_with("batch_size", "true"), "config.yaml says no usable batch_size (True)"),
-        (config_with("  lr", ".nan"), "config.yaml says a batch size or a learning rate that can't be"),
-        (without_key, "config.yaml says no usable batch_size (None); is it of another version?"),
+        (overwrite("config.yaml", "dataset: digits\n"), "config.yaml has no valid dataset.name"),
+        (config_with("batch_size", "-1"), "config.yaml has an invalid batch size or learning rate"),
+        (config_with("batch_size", "true"), "config.yaml has no valid batch_size (True)"),
+        (config_with("  lr", ".nan"), "config.yaml has an invalid batch size or learning rate"),
+        (without_key, "config.yaml has no valid batch_size (None)"),
         (remove("summary.json"), "summary.json is missing"),
         (overwrite("summary.json", '{"test/accuracy": 0.'), "summary.json can't be read"),
         (overwrite("summary.json", '{"test/accuracy": null}'), "summary.json has no test/accuracy"),
     ],
 )
-def test_a_damaged_run_is_named_and_left_out(damage: Callable[[RunFolder], None], says: str, tmp_path: Path) -> None:
+def test_a_damaged_run_is_left_out_and_named(damage: Callable[[RunFolder], None], says: str, tmp_path: Path) -> None:
     whole = write_run(tmp_path, *LARS)
     broken = write_run(tmp_path, *LARS, "seed=1")
     damage(broken)
@@ -98,7 +98,7 @@ def test_a_damaged_run_is_named_and_left_out(damage: Callable[[RunFolder], None]
     assert says in what
 
 
-def test_foreign_folders_are_named_and_files_and_hidden_ones_passed_over(tmp_path: Path) -> None:
+def test_other_folders_are_named_and_files_and_hidden_folders_skipped(tmp_path: Path) -> None:
     write_run(tmp_path, *LARS)
     (tmp_path / "photos" / "cats").mkdir(parents=True)
     (tmp_path / ".slurm").mkdir()
@@ -108,36 +108,23 @@ def test_foreign_folders_are_named_and_files_and_hidden_ones_passed_over(tmp_pat
     assert problems == [Problem("photos", "not a run folder: it has no config.yaml, status.json or metrics.jsonl")]
 
 
-def test_an_earlier_version_without_a_later_key_is_read(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, *LARS)
-    later = ("compile:", "  on_error:", "  larc:")
-    text = folder.config.read_text()
-    folder.config.write_text("\n".join(line for line in text.splitlines() if not line.startswith(later)))
-    (run,), problems = load_runs(tmp_path)
-    assert problems == []
-    write_run(tmp_path, *LARS, "seed=1")
-    (cell,) = compare(load_runs(tmp_path)[0])[0].cells.values()
-    assert cell.trials == 1  # it is the same setting as that of today's version
-    assert run.options == cell.settings[0].options | {"seed": 0}
-
-
-def test_a_copied_folder_is_no_second_seed(tmp_path: Path) -> None:
+def test_a_copied_folder_does_not_count_as_a_second_seed(tmp_path: Path) -> None:
     folder = write_run(tmp_path, *LARS)
     shutil.copytree(folder.path, tmp_path / "zz-copy")
     runs, problems = load_runs(tmp_path)
     assert [run.name for run in runs] == [folder.name]
     assert problems == [
-        Problem("zz-copy", f"the same configuration and seed as {folder.name}; only that one counts")
+        Problem("zz-copy", f"the same configuration and seed as {folder.name}; only {folder.name} counts")
     ]  # fmt: skip
 
 
-def test_a_run_whose_process_is_gone_is_interrupted(tmp_path: Path) -> None:
+def test_a_running_state_without_a_process_is_interrupted(tmp_path: Path) -> None:
     write_run(tmp_path, *LARS, state="running")
     (run,), problems = load_runs(tmp_path)
     assert (run.state, run.done, problems) == ("interrupted", False, [])
 
 
-def test_earlier_repetitions_inside_of_a_run_are_no_runs(tmp_path: Path) -> None:
+def test_earlier_repetitions_inside_a_run_are_no_runs(tmp_path: Path) -> None:
     folder = write_run(tmp_path, *LARS)
     shutil.copytree(folder.path, tmp_path / "previous")
     (tmp_path / "previous").rename(folder.path / "previous-1")
@@ -145,7 +132,7 @@ def test_earlier_repetitions_inside_of_a_run_are_no_runs(tmp_path: Path) -> None
     assert (len(runs), problems) == (1, [])
 
 
-def test_half_a_last_row_of_metrics_is_left_out_and_a_broken_one_named(tmp_path: Path) -> None:
+def test_an_incomplete_last_row_is_skipped_and_a_broken_row_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path, *LARS)
     runs, problems = load_runs(tmp_path)
     with folder.metrics.open("a") as file:
@@ -162,23 +149,23 @@ def test_half_a_last_row_of_metrics_is_left_out_and_a_broken_one_named(tmp_path:
     assert what.endswith("its curves are left out")
 
 
-def test_rows_of_other_programs_are_passed_over(tmp_path: Path) -> None:
+def test_rows_without_a_valid_step_are_skipped(tmp_path: Path) -> None:
     folder = write_run(tmp_path, *LARS)
     with folder.metrics.open("a") as file:
         file.write('[]\n{"step": NaN, "epoch": 9}\n{"epoch": 9}\n{"step": 30, "epoch": 3, "test/accuracy": 1e308}\n')
     (run,), problems = load_runs(tmp_path)
     assert [row["step"] for row in read_history(run, problems)] == [10, 20, 30]
-    assert number(1e308) is None  # and so it is in no curve
+    assert number(1e308) is None  # so no curve contains it
     assert problems == []
 
 
-def test_layers_of_every_step_and_of_few(tmp_path: Path) -> None:
+def test_layers_are_read_at_few_steps_and_damaged_files_named(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
     folder = write_run(tmp_path, *LARS)
     (run,), problems = load_runs(tmp_path)
-    assert read_layers(run, 10, problems) is None  # layer statistics may be off: no problem
+    assert read_layers(run, 10, problems) is None  # a run without layer statistics is no problem
     rows = [(step, layer, step + at) for step in range(1, 102) for at, layer in enumerate(("b", "a"))]
     columns = {"step": [r[0] for r in rows], "layer": [r[1] for r in rows]}
     norms = {name: [float(r[2]) for r in rows] for name in ("weight_norm", "gradient_norm", "trust_ratio")}
@@ -186,7 +173,7 @@ def test_layers_of_every_step_and_of_few(tmp_path: Path) -> None:
     layers = read_layers(run, 3, problems)
     assert layers is not None
     assert (layers.steps, layers.names) == ([1, 51, 101], ["b", "a"])
-    assert layers.figures["gradient_norm"] == [[1.0, 51.0, 101.0], [2.0, 52.0, 102.0]]
+    assert layers.columns["gradient_norm"] == [[1.0, 51.0, 101.0], [2.0, 52.0, 102.0]]
     assert problems == []
 
     content = folder.layers.read_bytes()
@@ -204,6 +191,6 @@ def test_thinned_keeps_both_ends(most: int) -> None:
     assert kept == sorted(set(kept))
 
 
-def test_flat() -> None:
+def test_flat_joins_keys_and_drops_none() -> None:
     tree = {"a": {"b": 1, "c": None, "d": {}}, "e": [1, 2], "f": json.loads("true")}
     assert flat(tree) == {"a.b": 1, "e": "[1, 2]", "f": True}

@@ -1,4 +1,4 @@
-"""The committed plots are what their scripts draw."""
+"""The scripts draw the committed plots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw(script: str, target: Path) -> str:
 
 
 def curves(svg: str) -> dict[str, np.ndarray]:
-    """The corners of each named curve in the order of x, of shape [corners, 2], in points."""
+    """Return the corners of each named curve, by x, in points. Shape [corners, 2]."""
     paths = re.findall(r'<g id="([a-z0-9-]+-(?:512|16384))">\s*<path d="([^"]+)"', svg)
     return {name: np.array(re.findall(r"[ML] (\S+) (\S+)", path), dtype=float) for name, path in paths}
 
@@ -37,7 +37,7 @@ def test_phi_script_reproduces_the_committed_curves(drawn: str) -> None:
     assert redrawn.keys() == committed.keys()
     for name, corners in committed.items():
         x, y = corners.T
-        # Versions of matplotlib may leave out other corners of nearly straight stretches.
+        # Each version of matplotlib may drop other corners of nearly straight lines.
         assert np.interp(x, *redrawn[name].T) == pytest.approx(y, abs=0.3), name
 
 

@@ -1,4 +1,4 @@
-"""``largebatch report`` on real runs, one of them diverged, in every format; the page in a real browser."""
+"""``largebatch report`` on real runs in every format, and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRID = (
 
 @pytest.fixture(scope="module")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two optimizers with two seeds, one of them with a rate that diverges too; a failed run, and what is no run."""
+    """Two optimizers with two seeds each, a diverged run, a failed run, and a folder that isn't a run."""
     folder = tmp_path_factory.mktemp("real")
     finish(start("-m", *GRID, "optimizer=lars,tvlars", "seed=0,1", cwd=folder))
     finish(start(*GRID, "optimizer=sgd", "optimizer.lr=1e30", cwd=folder))
@@ -58,7 +58,7 @@ def written(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Page(HTMLParser):
-    """What a browser would see of a page: its text by element, addresses, and elements that were left open."""
+    """Text, addresses and scripts of a page, and the elements that it doesn't close."""
 
     VOID = ("meta", "input", "br", "link", "img")
 
@@ -90,16 +90,16 @@ class Page(HTMLParser):
                 self.cells.append(data.strip())
 
 
-def test_the_page_is_whole_small_and_needs_nothing_else(written: Path) -> None:
+def test_the_page_is_complete_small_and_self_contained(written: Path) -> None:
     page = Page(written.read_text(encoding="utf-8"))
     assert page.open == []
     assert all(address.startswith("#") for address in page.addresses)
-    assert len(page.scripts) == 3  # the charts' data, Plotly once, ours
+    assert len(page.scripts) == 3  # data of the charts, Plotly, page.js
     assert written.stat().st_size < 6e6
     assert "width=device-width" in written.read_text(encoding="utf-8")
 
 
-def test_the_page_says_answer_table_warnings_and_troubles(written: Path) -> None:
+def test_the_page_shows_answer_table_warnings_and_failed_runs(written: Path) -> None:
     page = Page(written.read_text(encoding="utf-8"))
     text = " ".join(page.texts)
     assert re.search(r"At batch 16 (no optimizer is ahead beyond the spread|\S+ leads with)", text)
@@ -108,11 +108,11 @@ def test_the_page_says_answer_table_warnings_and_troubles(written: Path) -> None
     assert "Runs without a result" in " ".join(page.texts)
     assert text.index("Fewer than 3 seeds") < text.index("Accuracy and training")
     assert "the loss was not finite at step" in text
-    assert "RuntimeError: <b>no space left</b>" in text  # as text, not as an element
+    assert "RuntimeError: <b>no space left</b>" in text  # as text
     assert "half" in page.cells
 
 
-def test_the_same_runs_make_the_same_bytes(runs_dir: Path, written: Path, tmp_path: Path) -> None:
+def test_the_same_runs_give_the_same_file(runs_dir: Path, written: Path, tmp_path: Path) -> None:
     assert report(runs_dir, "--out", "again.html", cwd=tmp_path).returncode == 0
     assert (tmp_path / "again.html").read_bytes() == written.read_bytes()
 
@@ -128,7 +128,7 @@ def test_markdown_is_printed(runs_dir: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_csv_and_parquet_are_one_row_a_run(runs_dir: Path, tmp_path: Path) -> None:
+def test_csv_and_parquet_have_one_row_for_each_run(runs_dir: Path, tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(report(runs_dir, "--format", "csv", cwd=tmp_path).stdout)))
     assert len(rows) == 6
     assert report(runs_dir, "--out", "runs.parquet", cwd=tmp_path).returncode == 0
@@ -151,16 +151,16 @@ def test_a_dash_prints_the_page(runs_dir: Path, written: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--target", "90"], "--target 90: allowed are accuracies between 0 and 1"),
-        (["--out", "report.pdf"], "--out report.pdf: its ending says no format"),
+        (["--target", "90"], "--target=90: not an accuracy. Allowed: numbers between 0 and 1"),
+        (["--out", "report.pdf"], "--out=report.pdf: unknown ending. Allowed: .html"),
         (["--out", "nowhere/report.html"], "there is no folder nowhere"),
-        (["--out", "/", "--format", "html"], "--out /: is a folder"),
-        (["--out", "/proc/report.html"], "--out /proc/report.html: "),
+        (["--out", "/", "--format", "html"], "--out=/: is a folder"),
+        (["--out", "/proc/report.html"], "--out=/proc/report.html: "),
         (["--format", "parquet", "--out", "-"], "name a file"),
-        (["--by", "optimizer.denominatr"], "--by optimizer.denominatr: no run sets such a key"),
+        (["--by", "optimizer.denominatr"], "--by=optimizer.denominatr: no run has this key"),
     ],
 )
-def test_what_cannot_be_is_one_line(arguments: list[str], says: str, runs_dir: Path, tmp_path: Path) -> None:
+def test_an_invalid_option_is_one_line(arguments: list[str], says: str, runs_dir: Path, tmp_path: Path) -> None:
     result = report(runs_dir, *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert says in result.stderr
@@ -168,24 +168,24 @@ def test_what_cannot_be_is_one_line(arguments: list[str], says: str, runs_dir: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     result = report(tmp_path, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines()[0].startswith("left out: photos: not a run folder")
-    assert result.stderr.splitlines()[1].endswith("holds no run that can be read; give the folder that holds the runs")
+    assert result.stderr.splitlines()[1].endswith("holds no readable run. Fix: give the folder that holds the runs")
     assert not (tmp_path / "report.html").exists()
 
 
-def test_texts_from_run_folders_stay_texts(tmp_path: Path) -> None:
-    """In the page, in its charts' data and in Markdown."""
+def test_text_from_run_folders_is_escaped(tmp_path: Path) -> None:
+    """The page, the data of its charts and the Markdown contain it as text."""
     nasty = "</script><img src=x onerror=alert(1)>|`"
     folder = write_run(tmp_path, "dataset=digits", "optimizer=lars", message=nasty)
     config = folder.config.read_text().replace("name: lars", f"name: '{nasty}'")
     folder.config.write_text(config)
     assert report(tmp_path, "--out", "nasty.html", cwd=tmp_path).returncode == 0
     html = (tmp_path / "nasty.html").read_text(encoding="utf-8")
-    assert "<img" not in html.replace("'<img", "")  # Plotly's own script names the tag in a string
+    assert "<img" not in html.replace("'<img", "")  # Plotly's script has the tag in a string
     page = Page(html)
     assert page.open == []
     assert len(page.scripts) == 3
@@ -196,11 +196,11 @@ def test_texts_from_run_folders_stay_texts(tmp_path: Path) -> None:
 # In a browser.
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 
 
 def shown(page: Path, folder: Path, *more: str) -> tuple[str, list[str]]:
-    """The document after its scripts ran, and what the console said."""
+    """Return the document after its scripts ran, and the lines of the console."""
     assert BROWSER is not None
     flags = [
         "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -214,7 +214,7 @@ def shown(page: Path, folder: Path, *more: str) -> tuple[str, list[str]]:
 
 
 @needs_browser
-def test_every_chart_is_drawn_and_the_console_is_silent(written: Path, tmp_path: Path) -> None:
+def test_every_chart_is_drawn_and_the_console_is_empty(written: Path, tmp_path: Path) -> None:
     document, console = shown(written, tmp_path)
     assert console == []
     assert 'data-drawn="all"' in document
@@ -223,14 +223,14 @@ def test_every_chart_is_drawn_and_the_console_is_silent(written: Path, tmp_path:
     for one in document.split('<figure class="card"')[1:]:
         figure = one.partition("</figure>")[0]
         assert 'class="main-svg"' in figure
-        assert re.search(r'class="(js-line|point|hm)"', figure), figure[:300]  # a line, a mark or a map
+        assert re.search(r'class="(js-line|point|hm)"', figure), figure[:300]  # line, marker or heat map
         assert len(re.findall(r'class="[xy]title"', figure)) == 2
         assert "no run of this choice" not in figure
 
 
 @needs_browser
 def test_a_switch_changes_axis_and_curves_on_a_narrow_screen(written: Path, tmp_path: Path) -> None:
-    """A reader's choice, made by a line of script at the end of the page."""
+    """A script at the end of the page chooses as a reader would."""
     choose = """<script>
     const card = [...document.querySelectorAll("figure.card")].find((one) => one.innerText.includes("Training curves"));
     for (const [key, value] of [["metric", "train/loss"], ["x", "seconds"]])
@@ -244,7 +244,7 @@ def test_a_switch_changes_axis_and_curves_on_a_narrow_screen(written: Path, tmp_
     assert console == []
     widths = re.search(r'data-widths="(\d+) (\d+)"', document)
     assert widths
-    assert int(widths[1]) <= int(widths[2])  # on a narrow screen the page isn't wider than that
+    assert int(widths[1]) <= int(widths[2])  # the page isn't wider than a narrow screen
     (figure,) = [
         one.partition("</figure>")[0]
         for one in document.split('<figure class="card"')[1:]

@@ -1,4 +1,4 @@
-"""Runs that tests make up: as loaded ones, and as folders of the real files."""
+"""Made-up runs for tests: loaded runs, and run folders with real files."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def made(
     test: float | None = 0.5, val: float | None = None, last: float | None = None, state: str = "finished",
     facts: dict[str, Any] | None = None, **options: Any,
 ) -> Run:  # fmt: skip
-    """A loaded run.
+    """Return a loaded run.
 
     Args:
-        test: accuracy that is reported: with ``val`` at the epoch that validation chose, else at the end.
-        val: the best validation accuracy; None: there is no validation part.
-        last: accuracy at the end, where it is another than ``test``.
-        options: further keys of the configuration, with ``__`` for dots.
+        test: reported test accuracy: with ``val`` at the epoch that validation chose, else at the end.
+        val: best validation accuracy. None: no validation images.
+        last: test accuracy at the end, if it differs from ``test``.
+        options: further configuration keys, with ``__`` for dots.
     """
     config: dict[str, Any] = {
         "dataset": {"name": "digits", "val_fraction": 0.0 if val is None else 0.1},
@@ -55,12 +55,12 @@ def made(
 
 
 def seeds(optimizer: str, *tests: float, **more: Any) -> list[Run]:
-    """A setting's runs with seeds 0, 1, ... and these test accuracies."""
+    """Return the runs of a setting with seeds 0, 1, ... and these test accuracies."""
     return [made(optimizer, test=test, seed=seed, **more) for seed, test in enumerate(tests)]
 
 
 def write_run(runs_dir: Path, *overrides: str, accuracies: tuple[float, ...] = (0.4, 0.5), **status: Any) -> RunFolder:
-    """A finished run's folder as the program writes it, its test accuracy after each epoch as given."""
+    """Write the folder of a finished run, with one test accuracy for each epoch."""
     config: Config = configuration(*overrides)
     folder = RunFolder(runs_dir / run_name(config))
     folder.path.mkdir(parents=True)

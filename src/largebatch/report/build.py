@@ -1,4 +1,4 @@
-"""``largebatch report``: a folder of runs as a page, as Markdown, or as one table."""
+"""``largebatch report``: write a folder of runs as a page, as Markdown or as one table."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from largebatch.errors import UserError, choices
 from largebatch.report import export
-from largebatch.report.compare import Comparison, compare
-from largebatch.report.load import Problem, Run, load_runs
+from largebatch.report.compare import compare
+from largebatch.report.load import load_runs
 from largebatch.runs.folder import write_atomic
+from largebatch.runs.metrics import write_table
 
 FORMATS = ("html", "md", "csv", "parquet")
-_PRINTED = ("md", "csv")  # to the terminal, unless a file is named
 
 
 def report(
@@ -23,70 +23,66 @@ def report(
     """Write the report of ``runs_dir``.
 
     Args:
-        out: the file; ``-`` prints. None prints Markdown and CSV and writes ``report.html`` or ``report.parquet``.
-        format_: of ``FORMATS``; None: by the ending of ``out``, else HTML.
-        target: the accuracy in 0..1 that steps to are reported in the page.
-        by: dotted keys that make rows of their own.
+        out: file to write; ``-`` prints. None prints Markdown and CSV, and writes ``report.html`` or
+            ``report.parquet``.
+        format_: one of ``FORMATS``. None: by the ending of ``out``, else HTML.
+        target: accuracy in 0..1. The page counts the steps to it.
+        by: dotted configuration keys. Each of their values gets its own row.
 
     Returns:
-        What is to be printed: the report itself, or where it is.
+        Text to print: the report, or the path that it was written to.
 
     Raises:
-        UserError: for a target, format, place or key that can't be, and where there is no run at all.
+        UserError: for an invalid target, format, path or key, and for a folder without a readable run.
     """
     if target is not None and not 0 < target < 1:
-        raise UserError(f"--target {target:g}: allowed are accuracies between 0 and 1, such as 0.9 for 90 %")
+        raise UserError(f"--target={target:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
     if not runs_dir.is_dir():
-        raise UserError(f"{runs_dir} is not a folder; give the folder that holds the runs")
+        raise UserError(f"{runs_dir}: not a folder. Fix: give the folder that holds the runs")
     kind = format_ or _format_of(out)
-    path = _place(out, kind)
+    path = _path(out, kind)
     runs, problems = load_runs(runs_dir)
     known = sorted({key for run in runs for key in run.given}) if by else []
     for key in by:
         if runs and key not in known:
-            raise UserError(f"--by {key}: no run sets such a key; {choices(key, known)}")
+            raise UserError(f"--by={key}: no run has this key; {choices(key, known)}")
     comparisons = compare(runs, by)
-    text = _text(kind, runs_dir, runs, problems, comparisons, target) if runs else ""
-    for problem in sorted(set(problems), key=lambda one: (one.where, one.what)):
+    text = ""
+    if kind == "html" and runs:
+        from largebatch.report.page import page  # imports Plotly and Jinja2, which the other formats don't need
+
+        text = page(runs_dir.resolve().name, runs, problems, comparisons, target)
+    for problem in sorted(set(problems)):
         print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
     if not runs:
-        raise UserError(f"{runs_dir} holds no run that can be read; give the folder that holds the runs")
+        raise UserError(f"{runs_dir}: holds no readable run. Fix: give the folder that holds the runs")
+    if kind == "md":
+        text = export.markdown(comparisons, problems)
+    elif kind == "csv":
+        text = export.csv_text(export.records(comparisons))
     if path is None:
         return text.rstrip("\n")
     try:
         if kind == "parquet":
-            export.write_parquet(export.records(comparisons), path)
+            write_table(export.records(comparisons), path)
         else:
             write_atomic(path, text)
     except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}; name a file that can be written") from None
+        raise UserError(f"--out={path}: {error.strerror}. Fix: name a file that can be written") from None
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
 
 
-def _text(
-    kind: str, runs_dir: Path, runs: list[Run], problems: list[Problem], comparisons: list[Comparison],
-    target: float | None,
-) -> str:  # fmt: skip
-    if kind == "html":
-        from largebatch.report.page import page  # Plotly and Jinja2, which the other formats don't need
-
-        return page(runs_dir.resolve().name, runs, problems, comparisons, target)
-    if kind == "md":
-        return export.markdown(comparisons, problems)
-    return export.csv_text(export.records(comparisons)) if kind == "csv" else ""
-
-
-def _place(out: str | None, kind: str) -> Path | None:
-    """The file to write; None is the terminal."""
-    if out == "-" or (out is None and kind in _PRINTED):
+def _path(out: str | None, kind: str) -> Path | None:
+    """Return the file to write. None: print."""
+    if out == "-" or (out is None and kind in ("md", "csv")):
         if kind == "parquet":
-            raise UserError("--format parquet --out -: Parquet isn't for a terminal; name a file")
+            raise UserError("--format=parquet --out=-: Parquet can't be printed. Fix: name a file")
         return None
     path = Path(out or f"report.{kind}")
     if not path.parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}")
+        raise UserError(f"--out={path}: there is no folder {path.parent}. Fix: create it or name another file")
     if path.is_dir():
-        raise UserError(f"--out {path}: is a folder; name a file in it")
+        raise UserError(f"--out={path}: is a folder. Fix: name a file in it")
     return path
 
 
@@ -97,6 +93,6 @@ def _format_of(out: str | None) -> str:
     kind = {"htm": "html", "markdown": "md"}.get(ending, ending)
     if kind not in FORMATS:
         raise UserError(
-            f"--out {out}: its ending says no format; end it in .html, .md, .csv or .parquet, or add --format"
+            f"--out={out}: unknown ending. Allowed: .html, .md, .csv, .parquet. Fix: rename the file or add --format"
         )
     return kind

@@ -1,10 +1,10 @@
-"""What all charts of the report share: a Plotly figure with switches beside it, and how each optimizer is drawn."""
+"""Parts shared by all charts of the report: a Plotly figure with switches, and the style of each optimizer."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from largebatch.report.compare import OPTIMIZERS, Comparison, RowKey
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; without their yellow, too pale for lines on white.
+# Okabe and Ito's colours, which colour-blind people can tell apart. Their yellow is too pale for lines on white.
 _COLOURS = {
     "lars": "#0072B2", "lamb": "#009E73", "tvlars": "#D55E00", "clars": "#CC79A7", "sgd": "#000000",
     "adamw": "#E69F00", "adam": "#56B4E9",
@@ -20,13 +20,10 @@ _COLOURS = {
 _OTHERS = ("#E69F00", "#56B4E9", "#CC79A7", "#666666", "#999999", "#009E73")
 _DASHES = {"constant": "solid", "cosine": "dot", "warmup_cosine": "dash", "warmup_poly": "dashdot"}
 _SYMBOLS = {
-    "constant": "circle",
-    "cosine": "square",
-    "warmup_cosine": "diamond-open",
-    "warmup_poly": "triangle-up-open",
-}
-_DECADES = 4  # of a logarithmic axis that still has room for ticks between the powers of ten
+    "constant": "circle", "cosine": "square", "warmup_cosine": "diamond-open", "warmup_poly": "triangle-up-open",
+}  # fmt: skip
 _MORE_SYMBOLS = ("x", "star", "cross", "pentagon", "hourglass", "bowtie")
+_DECADES = 4  # a logarithmic axis over fewer decades has room for ticks between the powers of ten
 
 
 @dataclass(frozen=True)
@@ -36,51 +33,65 @@ class Style:
     symbol: str
 
 
+Styles = Mapping[RowKey, Style]
+
+
 @dataclass(frozen=True)
 class Switch:
-    """A choice above a chart: traces whose ``meta["pick"]`` names another option for ``key`` are hidden.
+    """A menu above a chart. A trace is hidden if its ``meta["pick"][key]`` is another option than the chosen one.
 
     The key ``x`` is special: a trace's ``meta["x"]`` has its x values for each option.
-    ``axes`` are changes of the layout by option, in Plotly's dotted form.
+
+    Attributes:
+        options: value and text of each option. The page first shows the first option.
+        axes: for each option, changes of the layout in Plotly's dotted form.
     """
 
     key: str
     label: str
-    options: Sequence[tuple[str, str]]  # value and what is read; the first is shown first
+    options: Sequence[tuple[str, str]]
     axes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Chart:
+    """A figure with its title, the note below it and its switches. Shows the first option of each switch."""
+
     title: str
     note: str
     figure: go.Figure
     switches: Sequence[Switch] = ()
 
+    def __post_init__(self) -> None:
+        first = {switch.key: switch.options[0][0] for switch in self.switches}
+        for trace in self.figure.data if first else ():
+            trace.visible = all(first[key] == value for key, value in trace.meta["pick"].items())
+        for switch in self.switches:
+            for key, value in switch.axes.get(first[switch.key], {}).items():
+                self.figure.update_layout({key.replace(".", "_"): value})
+
 
 def styles(comparisons: Iterable[Comparison]) -> dict[RowKey, Style]:
-    """How each row is drawn, the same in all charts: colour by optimizer, line and marker by schedule."""
+    """Return the style of each row, the same in all charts: colour by optimizer, dash and marker by schedule."""
     rows = sorted({row for comparison in comparisons for row in comparison.rows})
-    unknown = sorted({row.optimizer for row in rows if row.optimizer not in _COLOURS})
-    unknown.sort(key=lambda name: name not in OPTIMIZERS)
-    known = {row.optimizer for row in rows}
-    free = [colour for colour in _OTHERS if all(_COLOURS[name] != colour for name in known if name in _COLOURS)]
+    names = sorted({row.optimizer for row in rows}, key=lambda name: (name not in OPTIMIZERS, name))
+    free = [colour for colour in _OTHERS if colour not in {_COLOURS.get(name) for name in names}]
+    unknown = [name for name in names if name not in _COLOURS]
     colours = _COLOURS | {name: free[i % len(free)] for i, name in enumerate(unknown)}
     found: dict[RowKey, Style] = {}
     for row in rows:
-        symbol, nth = _SYMBOLS.get(row.schedule, "square-open"), sum(_kin(row, other) for other in found)
-        if nth:
-            symbol = _MORE_SYMBOLS[(nth - 1) % len(_MORE_SYMBOLS)]
+        same = sum((row.optimizer, row.schedule) == (other.optimizer, other.schedule) for other in found)
+        symbol = _MORE_SYMBOLS[(same - 1) % len(_MORE_SYMBOLS)] if same else _SYMBOLS.get(row.schedule, "square-open")
         found[row] = Style(colours[row.optimizer], _DASHES.get(row.schedule, "longdash"), symbol)
     return found
 
 
-def _kin(row: RowKey, other: RowKey) -> bool:
-    return (row.optimizer, row.schedule) == (other.optimizer, other.schedule)
+def line(style: Style) -> dict[str, Any]:
+    return {"mode": "lines", "line": {"color": style.colour, "dash": style.dash, "width": 2}}
 
 
 def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
-    """A plain white layout with labelled axes; ``more`` is merged into it, dictionaries key by key."""
+    """Return a plain white layout with axes titled ``x`` and ``y``. ``more`` is merged into it, key by key."""
     axis = {
         "showline": True, "linecolor": "#888", "gridcolor": "#e3e3e3", "zeroline": False, "automargin": True,
         "ticks": "outside", "tickcolor": "#888",
@@ -102,7 +113,7 @@ def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
 
 
 def batch_axis(columns: Sequence[int]) -> dict[str, Any]:
-    """A logarithmic axis with the batch sizes that were run as its ticks."""
+    """Return a logarithmic axis with the batch sizes as ticks."""
     low, high = math.log10(columns[0]), math.log10(columns[-1])
     pad = max(0.05 * (high - low), 0.08)
     return {
@@ -114,41 +125,29 @@ def batch_axis(columns: Sequence[int]) -> dict[str, Any]:
 
 
 def log_axis(series: Iterable[Iterable[float | None]]) -> dict[str, Any]:
-    """A logarithmic axis for these values, with ticks at 1, 2, 5, 10, or at powers of ten where there are many."""
-    values = [value for one in series for value in one if value and value > 0]
+    """Return a logarithmic axis for these values. Ticks are 1, 2, 5, 10, or powers of ten over many decades."""
+    values = [value for values in series for value in values if value and value > 0]
     decades = math.log10(max(values) / min(values)) if values else 0
     return {"type": "log", "tickformat": ",~g", "dtick": "D2" if decades < _DECADES else 1}
 
 
-def batch_switch(sizes: Sequence[int]) -> Switch:
-    """The largest first: large batches are what the comparison is about."""
+def batch_switch(sizes: Iterable[int]) -> Switch:
+    """Return a menu of batch sizes, the largest first: large batches are the subject of the comparison."""
     return Switch("batch", "batch size", [(f"{size}", f"{size:,}") for size in sorted(set(sizes), reverse=True)])
 
 
 def aside(batch: int, index: int, count: int) -> float:
-    """``batch``, a little to the side, so that marks of several rows at one batch don't hide each other."""
+    """Shift ``batch`` to the side for row ``index`` of ``count``, so that the rows' marks don't hide each other."""
     return rounded(batch * 2 ** (0.05 * (index - (count - 1) / 2)))
 
 
-def shown_first(figure: go.Figure, switches: Sequence[Switch]) -> go.Figure:
-    """``figure`` with all but the switches' first options hidden."""
-    first = {switch.key: switch.options[0][0] for switch in switches}
-    for trace in figure.data:
-        pick = (trace.meta or {}).get("pick", {})
-        trace.visible = all(first[key] == value for key, value in pick.items())
-    for switch in switches:
-        for key, value in switch.axes.get(first[switch.key], {}).items():
-            figure.update_layout({key.replace(".", "_"): value})
-    return figure
-
-
 def rounded(value: float, digits: int = 4) -> float:
-    """To significant digits: more can't be seen, and would make the page large."""
+    """Round to significant digits. A chart shows no more, and more would make the page large."""
     return float(f"{value:.{digits}g}")
 
 
 def safe(text: str) -> str:
-    """Text from run folders, for Plotly, which reads tags in what it draws."""
+    """Escape text from run folders: Plotly draws tags in its texts."""
     return html.escape(text, quote=False)
 
 

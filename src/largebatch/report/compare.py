@@ -1,6 +1,6 @@
-"""From runs to the comparison: settings, the one of each cell that validation chose, and who leads a column.
+"""Compare runs: group them into settings, choose one setting for each cell, find the leader of each column.
 
-Pure functions of what was loaded; the rules in words are in docs/report.md and, for readers, on the page itself.
+All functions are pure. The page and docs/report.md explain the rules to readers.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from largebatch.report.load import Run
 
 BY_VALIDATION = "best/val/accuracy"
 BY_TEST = "test/accuracy"
-# What is reported of the setting that was chosen by the former: at the epoch that validation chose, or at the end.
+# Metric that the table shows for a setting chosen by the key: at the epoch that validation chose, or at the end.
 REPORTED = {BY_VALIDATION: "best/test/accuracy", BY_TEST: "test/accuracy"}
 
-# Optimizers and schedules in the order of rows.
+# Optimizers and schedules in the order of the table's rows.
 OPTIMIZERS = ("lars", "lamb", "tvlars", "clars", "sgd", "adamw", "adam", "adagrad", "rmsprop")
 SCHEDULES = ("constant", "cosine", "warmup_cosine", "warmup_poly")
 
 
 @dataclass(frozen=True, order=True)
 class RowKey:
-    """What tells rows apart: optimizer, schedule (with warm-up or without), and keys that the user asked for."""
+    """Key of a table row: optimizer, schedule (with or without warm-up) and the values of the ``--by`` keys."""
 
     optimizer: str
     schedule: str
@@ -36,9 +36,9 @@ class RowKey:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
-    options: dict[str, Any]
+    options: dict[str, Any]  # by dotted key, without the seed
     runs: tuple[Run, ...]  # by seed
 
     @cached_property
@@ -51,28 +51,27 @@ class Setting:
 
     @property
     def tried(self) -> bool:
-        """Whether it counts as a trial: one seed at least has an outcome."""
+        """True if the setting counts as a trial: at least one seed finished or diverged."""
         return bool(self.finished or self.diverged)
 
-    def values(self, figure: str) -> list[float]:
-        """``figure`` of the finished runs, by seed."""
-        found = (run.figure(figure) for run in self.finished)
-        return [value for value in found if value is not None]
+    def values(self, metric: str) -> list[float]:
+        """Return ``metric`` of the finished runs, by seed."""
+        return [value for run in self.finished if (value := run.metric(metric)) is not None]
 
-    def score(self, figure: str) -> float:
-        """What settings are compared by: the mean over seeds, where one that diverged counts as 0."""
-        return sum(self.values(figure)) / len(self.finished + self.diverged)
+    def score(self, metric: str) -> float:
+        """Return the mean of ``metric`` over seeds. A diverged seed counts as 0."""
+        return sum(self.values(metric)) / len(self.finished + self.diverged)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row at one batch size: the settings tried, and the chosen one's figures.
+    """One row at one batch size: the settings tried, and the results of the chosen setting.
 
     Attributes:
-        chosen: None where no run of any setting has finished.
-        chosen_by: ``BY_VALIDATION``, or ``BY_TEST`` where not all settings have a validation part.
-        mean: of the reported test accuracy over the chosen setting's finished seeds, in 0..1.
-        spread: its sample standard deviation (divided by n - 1); None with fewer than two seeds.
+        chosen: None if no run finished.
+        chosen_by: ``BY_VALIDATION``, or ``BY_TEST`` if a setting has no validation accuracy.
+        mean: test accuracy of the chosen setting, in 0..1, averaged over its finished seeds.
+        spread: its sample standard deviation (divided by n - 1). None with fewer than two seeds.
     """
 
     row: RowKey
@@ -84,33 +83,37 @@ class Cell:
     spread: float | None
 
     @property
+    def runs(self) -> list[Run]:
+        return [run for setting in self.settings for run in setting.runs]
+
+    @property
     def trials(self) -> int:
         return sum(setting.tried for setting in self.settings)
 
     @property
     def seeds(self) -> int:
-        """Of the chosen setting, those that finished."""
+        """Number of finished seeds of the chosen setting."""
         return len(self.chosen.finished) if self.chosen else 0
 
     @property
     def diverged(self) -> int:
-        """Runs of any setting."""
+        """Number of diverged runs of all settings."""
         return sum(len(setting.diverged) for setting in self.settings)
 
     @property
-    def shown(self) -> Setting | None:
-        """The setting that curves are drawn of: the chosen one, or one that diverged where all did."""
-        return self.chosen or next((setting for setting in self.settings if setting.tried), None)
+    def drawn(self) -> list[Run]:
+        """Runs to draw: the finished runs of the chosen setting. If no run finished, one setting's diverged runs."""
+        return self.chosen.finished if self.chosen else next((s.diverged for s in self.settings if s.diverged), [])
 
 
 @dataclass(frozen=True)
 class Lead:
-    """How a column ends.
+    """Result of a column.
 
     Attributes:
-        best: the cell with the highest mean; None where nothing has finished.
-        runner_up: the next one.
-        clear: whether ``best`` leads by more than the spread, and is bold.
+        best: the cell with the highest mean. None if no run finished.
+        runner_up: the cell with the second highest mean.
+        clear: True if ``best`` leads by more than the spread. The table shows it in bold.
     """
 
     batch_size: int
@@ -128,25 +131,36 @@ class Comparison:
     mode: str
     rows: tuple[RowKey, ...]
     columns: tuple[int, ...]  # batch sizes, ascending
-    cells: dict[tuple[RowKey, int], Cell]
-    leads: tuple[Lead, ...]  # one a column
+    cells: dict[tuple[RowKey, int], Cell]  # in the order of rows, then columns
+    leads: tuple[Lead, ...]  # one for each column
     runs: tuple[Run, ...]
 
+    def row(self, row: RowKey) -> list[Cell]:
+        return [cell for cell in self.cells.values() if cell.row == row]
+
     def column(self, batch_size: int) -> list[Cell]:
-        return [self.cells[row, batch_size] for row in self.rows if (row, batch_size) in self.cells]
+        return [cell for cell in self.cells.values() if cell.batch_size == batch_size]
 
     @property
     def shown(self) -> list[Cell]:
-        """The cells of which there is something to draw, by row and column."""
-        cells = (self.cells.get((row, batch)) for row in self.rows for batch in self.columns)
-        return [cell for cell in cells if cell is not None and cell.shown]
+        """Cells that have something to draw."""
+        return [cell for cell in self.cells.values() if cell.drawn]
+
+    @property
+    def finished(self) -> list[Cell]:
+        return [cell for cell in self.cells.values() if cell.mean is not None]
+
+    @property
+    def bold(self) -> list[Cell]:
+        """Cells that lead their column clearly."""
+        return [lead.best for lead in self.leads if lead.clear and lead.best]
 
 
 def compare(runs: Iterable[Run], by: Sequence[str] = ()) -> list[Comparison]:
-    """A comparison for each data set, model and mode.
+    """Return one comparison for each data set, model and mode.
 
     Args:
-        by: dotted keys of the configuration, beside optimizer and schedule, that make rows of their own.
+        by: dotted configuration keys. Each of their values gets its own row, as optimizers and schedules do.
     """
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
@@ -163,12 +177,12 @@ def _comparison(key: tuple[str, str, str], runs: list[Run], by: Sequence[str]) -
     tried: dict[tuple[RowKey, int], list[Run]] = {}
     for run in runs:
         tried.setdefault((row_of(run, by), run.config["batch_size"]), []).append(run)
-    cells = {place: cell(*place, settings_of(of_cell)) for place, of_cell in tried.items()}
-    rows = tuple(sorted({row for row, _ in cells}, key=row_order))
-    columns = tuple(sorted({batch for _, batch in cells}))
-    leads = tuple(lead(batch, [cells[row, batch] for row in rows if (row, batch) in cells]) for batch in columns)
-    dataset, model, mode = key
-    return Comparison(dataset, model, mode, rows, columns, cells, leads, tuple(runs))
+    rows = tuple(sorted({row for row, _ in tried}, key=row_order))
+    columns = tuple(sorted({batch for _, batch in tried}))
+    places = [(row, batch) for row in rows for batch in columns if (row, batch) in tried]
+    cells = {place: choose(*place, settings_of(tried[place])) for place in places}
+    leads = tuple(lead(batch, [cell for cell in cells.values() if cell.batch_size == batch]) for batch in columns)
+    return Comparison(*key, rows, columns, cells, leads, tuple(runs))
 
 
 def row_of(run: Run, by: Sequence[str] = ()) -> RowKey:
@@ -177,38 +191,32 @@ def row_of(run: Run, by: Sequence[str] = ()) -> RowKey:
 
 
 def row_order(row: RowKey) -> tuple[int, int, RowKey]:
-    """Known optimizers first, in the papers' order; without warm-up before with."""
-
-    def place(name: str, known: tuple[str, ...]) -> int:
-        return known.index(name) if name in known else len(known)
-
-    return place(row.optimizer, OPTIMIZERS), place(row.schedule, SCHEDULES), row
+    """Sort key: known optimizers first, in the order of ``OPTIMIZERS``; no warm-up before warm-up."""
+    optimizer = (*OPTIMIZERS, row.optimizer).index(row.optimizer)
+    return optimizer, (*SCHEDULES, row.schedule).index(row.schedule), row
 
 
 def settings_of(runs: Iterable[Run]) -> tuple[Setting, ...]:
-    """Runs by all that can change their result but the seed, ordered by learning rate, then by the other options."""
+    """Group runs by all options but the seed. Settings are ordered by learning rate, then by their other options."""
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        options = {key: value for key, value in run.options.items() if key != "seed"}
-        groups.setdefault(json.dumps(options, sort_keys=True, default=str), []).append(run)
-    found = []
-    for of_setting in groups.values():
-        of_setting.sort(key=lambda run: run.config["seed"])
-        options = {key: value for key, value in of_setting[0].options.items() if key != "seed"}
-        found.append(Setting(options, tuple(of_setting)))
+    for run in sorted(runs, key=lambda run: run.config["seed"]):
+        groups.setdefault(json.dumps(_without_seed(run), sort_keys=True, default=str), []).append(run)
+    found = [Setting(_without_seed(of_setting[0]), tuple(of_setting)) for of_setting in groups.values()]
     return tuple(sorted(found, key=lambda s: (s.options["optimizer.lr"], json.dumps(s.options, default=str))))
 
 
-def cell(row: RowKey, batch_size: int, settings: tuple[Setting, ...]) -> Cell:
+def _without_seed(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in run.options.items() if key != "seed"}
+
+
+def choose(row: RowKey, batch_size: int, settings: tuple[Setting, ...]) -> Cell:
     """Choose among ``settings``.
 
-    The one with the highest mean over seeds of the best validation accuracy is chosen; a seed that diverged counts as
-    0, and of equal settings the one with more seeds is taken, then the one that comes first. The test set chooses only
-    where a setting has no validation figures.
+    The highest mean over seeds of the best validation accuracy wins; a diverged seed counts as 0. Ties: the setting
+    with more finished seeds wins, then the first. The test set chooses only if a setting has no validation accuracy.
     """
     candidates = [setting for setting in settings if setting.finished]
-    validated = all(len(setting.values(BY_VALIDATION)) == len(setting.finished) for setting in candidates)
-    validated = validated and all(_chose_by_validation(run) for setting in candidates for run in setting.finished)
+    validated = all(_has_validation(run) for setting in candidates for run in setting.finished)
     chosen_by = BY_VALIDATION if validated and candidates else BY_TEST
     chosen = max(candidates, key=lambda s: (s.score(chosen_by), len(s.finished)), default=None)
     values = chosen.values(REPORTED[chosen_by]) if chosen else []
@@ -219,16 +227,18 @@ def cell(row: RowKey, batch_size: int, settings: tuple[Setting, ...]) -> Cell:
     )  # fmt: skip
 
 
-def _chose_by_validation(run: Run) -> bool:
-    return run.summary.get("best/chosen_by") == "val/accuracy" and run.figure("best/test/accuracy") is not None
+def _has_validation(run: Run) -> bool:
+    """Return True if validation chose the epoch of the run's best test accuracy."""
+    metrics = run.metric(BY_VALIDATION), run.metric(REPORTED[BY_VALIDATION])
+    return run.summary.get("best/chosen_by") == "val/accuracy" and None not in metrics
 
 
 def lead(batch_size: int, cells: Sequence[Cell]) -> Lead:
-    """Who leads a column, and whether by more than the spread.
+    """Return the leader of a column.
 
-    The best mean leads clearly where its range mean ± spread lies above the range of every other cell: so each of them
-    needs two seeds or more, and there must be another that finished. A cell whose chosen setting diverged on a seed
-    never leads clearly, for its mean is over the seeds that went well.
+    The best mean leads clearly if its range mean ± spread lies above the range of every other cell. So each of these
+    cells needs at least two seeds, and at least two cells must have finished. A cell whose chosen setting has a
+    diverged seed never leads clearly, because its mean leaves that seed out.
     """
     finished = sorted((cell for cell in cells if cell.mean is not None), key=lambda cell: -_mean(cell))
     if not finished:
@@ -247,7 +257,7 @@ def _above(cell: Cell, other: Cell) -> bool:
     if cell.spread is None or other.spread is None:
         return False
     gap = (_mean(cell) - cell.spread) - (_mean(other) + other.spread)
-    return gap > 1e-9  # ranges that touch don't leave a gap, whatever rounding makes of it
+    return gap > 1e-9  # ranges that touch have no gap; 1e-9 absorbs rounding
 
 
 def _mean(cell: Cell) -> float:
@@ -255,17 +265,13 @@ def _mean(cell: Cell) -> float:
 
 
 def differing(runs: Iterable[Run]) -> dict[str, list[Any]]:
-    """Keys of the configuration that aren't the same for all runs, each with its values; None where it isn't set."""
+    """Return the configuration keys that differ between runs, with their values. None: a run doesn't set the key."""
     options = [run.options for run in runs]
     keys = sorted({key for of_run in options for key in of_run})
     values = {key: sorted({of_run.get(key) for of_run in options}, key=value_order) for key in keys}
     return {key: of_key for key, of_key in values.items() if len(of_key) > 1}
 
 
-def value_order(value: Any) -> tuple[int, float, str]:
-    """Nothing first, then numbers by size, then text."""
-    if value is None:
-        return 0, 0.0, ""
-    if isinstance(value, int | float):
-        return 1, float(value), ""
-    return 2, 0.0, str(value)
+def value_order(value: Any) -> tuple[bool, bool, Any]:
+    """Sort key: None first, then numbers by size, then text."""
+    return value is not None, isinstance(value, str), value

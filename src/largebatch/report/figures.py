@@ -1,40 +1,41 @@
-"""The charts of a comparison: accuracy, curves, steps to the target, speed and schedules."""
+"""Draw the charts of a comparison: accuracy, curves, steps to the target, speed and schedules."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import plotly.graph_objects as go
 
 from largebatch.report.chart import (
     Chart,
     Style,
+    Styles,
     Switch,
     aside,
     batch_axis,
     batch_switch,
     layout,
+    line,
     log_axis,
     rounded,
     safe,
     see_through,
-    shown_first,
 )
 from largebatch.report.compare import Cell, Comparison, RowKey
 from largebatch.report.curves import Curve, Histories, Reached, curve
-from largebatch.report.wording import cell_counts, cell_figure, decimals, row_label
+from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label
 
-Styles = Mapping[RowKey, Style]
+Point = tuple[float, float | None, str]  # y, half the length of its error bar, text at the pointer
 
-# Metrics by what they are called in the page, in the order in which they are offered.
+# Metrics with the page's words for them, in the order of the menu.
 METRICS = {
     "test/accuracy": "test accuracy", "val/accuracy": "validation accuracy", "train/accuracy": "training accuracy",
     "test/loss": "test loss", "val/loss": "validation loss", "train/loss": "training loss",
-    "test/knn_accuracy": "test accuracy of nearest neighbours",
-    "val/knn_accuracy": "validation accuracy of nearest neighbours", "probe/loss": "loss of the probe",
-    "embedding/std": "deviation of embeddings", "embedding/effective_rank": "effective rank of embeddings",
+    "test/knn_accuracy": "nearest-neighbour test accuracy",
+    "val/knn_accuracy": "nearest-neighbour validation accuracy", "probe/loss": "probe loss",
+    "embedding/std": "standard deviation of embeddings", "embedding/effective_rank": "effective rank of embeddings",
 }  # fmt: skip
 _X = Switch(
     "x",
@@ -51,75 +52,59 @@ _X = Switch(
 def accuracy_by_batch(comparison: Comparison, style: Styles) -> Chart:
     digits = decimals(comparison)
 
-    def point(cell: Cell) -> tuple[float, float | None, str] | None:
+    def point(cell: Cell) -> Point | None:
         if cell.mean is None:
             return None
-        return 100 * cell.mean, None if cell.spread is None else 100 * cell.spread, f"{cell_figure(cell, digits)} %"
+        spread = None if cell.spread is None else 100 * cell.spread
+        return 100 * cell.mean, spread, f"{cell_accuracy(cell, digits)} %"
 
-    figure = _by_batch(comparison, style, point)
-    figure.update_layout(layout("batch size", "test accuracy [%]", xaxis=batch_axis(comparison.columns)))
-    gone = [cell for cell in comparison.shown if cell.mean is None and cell.diverged]
-    note = "Mean over seeds of the chosen setting; bars are the spread. Marks of one batch size stand a little apart."
+    note = "Mean over seeds of the chosen setting. Bars show the spread. Marks of one batch size stand slightly apart."
+    gone = [f"{row_label(cell.row)} at {cell.batch_size:,}" for cell in comparison.shown if cell.mean is None]
     if gone:
-        said = ", ".join(f"{row_label(cell.row)} at {cell.batch_size:,}" for cell in gone)
-        note += f" Not drawn, because every run diverged: {said}."
-    return Chart("Accuracy against batch size", note, figure)
+        note += f" Not drawn because every run diverged: {', '.join(gone)}."
+    return _by_batch("Accuracy against batch size", note, "test accuracy [%]", comparison, style, point)
 
 
 def speed_by_batch(comparison: Comparison, style: Styles) -> Chart | None:
-    def point(cell: Cell) -> tuple[float, float | None, str] | None:
+    def point(cell: Cell) -> Point | None:
         speeds = cell.chosen.values("images_per_second") if cell.chosen else []
         if not speeds:
             return None
         middle = statistics.median(speeds)
         return rounded(middle), None, f"{middle:,.0f} images/s"
 
-    figure = _by_batch(comparison, style, point)
-    if not figure.data:
-        return None
-    figure.update_layout(
-        layout("batch size", "training speed [images/s]", xaxis=batch_axis(comparison.columns)),
-        yaxis_rangemode="tozero",
-    )
-    note = "Median over seeds, evaluation and start-up left out. Runs that shared their machine slowed each other down."
-    return Chart("Images per second", note, figure)
+    note = "Median over seeds, without evaluation and start-up. Runs that shared a machine slowed each other down."
+    chart = _by_batch("Images per second", note, "training speed [images/s]", comparison, style, point)
+    chart.figure.update_layout(yaxis_rangemode="tozero")
+    return chart if chart.figure.data else None
 
 
 def steps_to_target(comparison: Comparison, reached: Sequence[Reached], target: str, style: Styles) -> Chart | None:
     found = {(one.cell.row, one.cell.batch_size): one for one in reached}
 
-    def point(cell: Cell) -> tuple[float, float | None, str] | None:
+    def point(cell: Cell) -> Point | None:
         one = found.get((cell.row, cell.batch_size))
-        if one is None or not one.steps or one.epochs is None or one.reached < one.runs:
-            return None  # a logarithmic axis has no 0 either, where features are good before any step
-        return one.steps, None, f"{one.steps:,.0f} steps, {one.epochs:.4g} epochs"
+        # A logarithmic axis has no 0, the steps of features that are good before training.
+        if one is None or one.at is None or not one.at.steps or one.reached < one.runs:
+            return None
+        return one.at.steps, None, f"{one.at.steps:,.0f} steps, {one.at.epochs:.4g} epochs"
 
-    figure = _by_batch(comparison, style, point)
-    if not figure.data:
-        return None
-    figure.update_layout(
-        layout(
-            "batch size",
-            "optimizer steps, logarithmic",
-            xaxis=batch_axis(comparison.columns),
-            yaxis=log_axis(trace.y for trace in figure.data),
-        )
-    )
     note = (
-        "The first evaluation that reaches the target, median over seeds; lower is better. Drawn where every seed "
-        "reached it: the table below has the others."
+        "Steps until the first evaluation that reaches the target, median over seeds. Lower is better. Drawn only if "
+        "every seed reached the target; the table below has the others."
     )
-    return Chart(f"Steps to {target}", note, figure)
+    chart = _by_batch(f"Steps to {target}", note, "optimizer steps, logarithmic", comparison, style, point)
+    chart.figure.update_layout(yaxis=log_axis(trace.y for trace in chart.figure.data))
+    return chart if chart.figure.data else None
 
 
 def _by_batch(
-    comparison: Comparison, style: Styles, point: Callable[[Cell], tuple[float, float | None, str] | None]
-) -> go.Figure:
-    """A line a row over batch sizes; ``point`` gives a cell's y, its error bar and what is said of it, or None."""
+    title: str, note: str, y: str, comparison: Comparison, style: Styles, point: Callable[[Cell], Point | None]
+) -> Chart:
+    """Draw a line over batch sizes for each row, through the cells' points that aren't None."""
     figure = go.Figure()
     for index, row in enumerate(comparison.rows):
-        cells = [comparison.cells[row, batch] for batch in comparison.columns if (row, batch) in comparison.cells]
-        points = [(cell, found) for cell in cells if (found := point(cell)) is not None]
+        points = [(cell, found) for cell in comparison.row(row) if (found := point(cell)) is not None]
         if not points:
             continue
         bars = [found[1] for _, found in points]
@@ -135,51 +120,43 @@ def _by_batch(
                 for cell, found in points
             ],
             hoverinfo="text",
-            **_line(style[row], marks=True),
+            marker={"color": style[row].colour, "symbol": style[row].symbol, "size": 9},
+            **line(style[row]) | {"mode": "lines+markers"},
         )  # fmt: skip
-    return figure
-
-
-def _line(style: Style, *, marks: bool = False) -> dict[str, Any]:
-    line = {"mode": "lines", "line": {"color": style.colour, "dash": style.dash, "width": 2}}
-    if marks:
-        line |= {"mode": "lines+markers", "marker": {"color": style.colour, "symbol": style.symbol, "size": 9}}
-    return line
+    figure.update_layout(layout("batch size", y, xaxis=batch_axis(comparison.columns)))
+    return Chart(title, note, figure)
 
 
 def training_curves(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
     note = (
-        "Mean over seeds of the chosen settings; the band is the spread. A setting whose every seed diverged is drawn "
-        "as far as it got."
+        "Mean over seeds of the chosen settings. The band is the spread. If every seed of a setting diverged, "
+        "its curve ends at the divergence."
     )
-    return _over_training(Words("Training curves", note, METRICS), comparison, histories, style, most_points)
+    return _over_training("Training curves", note, METRICS, comparison, histories, style, most_points)
 
 
 def schedules(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
-    """The learning rate, and TVLARS's phi, over training."""
+    """Draw the learning rate and TVLARS's phi over training."""
     note = (
-        "As logged, every tracker.log_every steps. The rate of one optimizer says nothing beside the rate of another: "
-        "LARS, TVLARS and CLARS multiply it by each layer's trust ratio, TVLARS by phi too."
+        "As logged every tracker.log_every steps. Learning rates of different optimizers can't be compared: LARS, "
+        "TVLARS and CLARS multiply theirs by each layer's trust ratio, TVLARS by phi too."
     )
     names = {"optim/lr": "learning rate", "optim/phi": "phi of TVLARS"}
-    return _over_training(Words("Warm-up and phi", note, names), comparison, histories, style, most_points)
-
-
-class Words(NamedTuple):
-    """A chart's title, what stands below it, and the metrics that it offers with what they are called."""
-
-    title: str
-    note: str
-    metrics: Mapping[str, str]
+    return _over_training("Warm-up and phi", note, names, comparison, histories, style, most_points)
 
 
 def _over_training(
-    words: Words, comparison: Comparison, histories: Histories, style: Styles, most_points: int
-) -> Chart | None:
-    """Curves of every cell, one metric and batch size at a time; None where none of the metrics was logged."""
+    title: str, note: str, names: Mapping[str, str], comparison: Comparison, histories: Histories, style: Styles,
+    most_points: int,
+) -> Chart | None:  # fmt: skip
+    """Draw the curves of every cell, for one metric and batch size at a time. None if no run logged such a metric.
+
+    Args:
+        names: metrics with the page's words for them.
+    """
     found = {
         (metric, cell.batch_size, cell.row): drawn
-        for metric in words.metrics
+        for metric in names
         for cell in comparison.shown
         if (drawn := curve(cell, metric, histories, most_points))
     }
@@ -188,38 +165,34 @@ def _over_training(
     figure = go.Figure()
     for (metric, batch, row), drawn in found.items():
         _add_curve(figure, drawn, {"metric": metric, "batch": f"{batch}"}, row, style[row], "accuracy" in metric)
-    offered = [metric for metric in words.metrics if any(key[0] == metric for key in found)]
+    offered = list(dict.fromkeys(metric for metric, _, _ in found))
     axes = {
         metric: {
-            "yaxis.title.text": words.metrics[metric] + (" [%]" if "accuracy" in metric else ""),
+            "yaxis.title.text": names[metric] + (" [%]" if "accuracy" in metric else ""),
             "yaxis.rangemode": "tozero" if metric.startswith("optim/") else "normal",
         }
         for metric in offered
     }
-    switches = [
-        Switch("metric", "show", [(metric, words.metrics[metric]) for metric in offered], axes),
-        _X,
-        batch_switch([batch for _, batch, _ in found]),
-    ]
+    show = Switch("metric", "show", [(metric, names[metric]) for metric in offered], axes)
     figure.update_layout(layout("epoch", ""))
-    return Chart(words.title, words.note, shown_first(figure, switches), switches)
+    return Chart(title, note, figure, [show, _X, batch_switch(batch for _, batch, _ in found)])
 
 
 def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKey, style: Style, percent: bool) -> None:
     scale = 100 if percent else 1
-    x = {name: [rounded(at) for at in getattr(drawn, name)] for name in ("epochs", "steps", "seconds")}
-    shared = {"legendgroup": row_label(row), "x": x["epochs"]}
+    x = {name: [rounded(getattr(at, name)) for at in drawn.at] for name, _ in _X.options}
     if drawn.spread is not None and any(drawn.spread):
         pairs = list(zip(drawn.mean, drawn.spread, strict=True))
         edge = [mean + spread for mean, spread in pairs] + [mean - spread for mean, spread in reversed(pairs)]
         around = {name: values + values[::-1] for name, values in x.items()}
         figure.add_scatter(
-            y=[rounded(scale * at) for at in edge], mode="lines", line={"width": 0}, fill="toself",
+            x=around["epochs"], y=[rounded(scale * at) for at in edge], mode="lines", line={"width": 0}, fill="toself",
             fillcolor=see_through(style.colour, 0.15), hoverinfo="skip", showlegend=False,
-            meta={"pick": pick, "x": around}, **shared | {"x": around["epochs"]},
+            meta={"pick": pick, "x": around}, legendgroup=row_label(row),
         )  # fmt: skip
     label = safe(row_label(row))
+    hover: dict[str, Any] = {"name": label, "hovertemplate": f"{label}: %{{y:.4g}}<extra></extra>"}
     figure.add_scatter(
-        y=[rounded(scale * at) for at in drawn.mean], name=label, hovertemplate=f"{label}: %{{y:.4g}}<extra></extra>",
-        meta={"pick": pick, "x": x}, **shared, **_line(style),
+        x=x["epochs"], y=[rounded(scale * at) for at in drawn.mean], meta={"pick": pick, "x": x},
+        legendgroup=row_label(row), **hover, **line(style),
     )  # fmt: skip

@@ -1,57 +1,56 @@
-"""The papers' diagnostic figures: weight norm, gradient norm and their ratio in every layer over training."""
+"""Draw the papers' diagnostics: weight norm, gradient norm and their ratio in every layer over training."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from largebatch.report.chart import Chart, Style, Switch, batch_switch, layout, log_axis, rounded, safe, shown_first
-from largebatch.report.compare import Cell, Comparison, RowKey
-from largebatch.report.curves import drawn
+from largebatch.report.chart import Chart, Styles, Switch, batch_switch, layout, line, log_axis, rounded, safe
+from largebatch.report.compare import Cell, Comparison
 from largebatch.report.load import Layers, Problem, read_layers, thinned
 from largebatch.report.wording import row_label
 
-Grid = list[list[float | None]]  # over layers, over steps
+Grid = list[list[float | None]]  # [layers, steps]
 
 MOST_STEPS = 100  # of a curve
 _FEWEST_STEPS = 12
-# Numbers that the layers of the whole page may take: some 2.5 MB. Each is in a line, with its step, and in a map; what
-# else a line needs takes as much again as some numbers.
+# Numbers for the layer charts of the whole page, about 2.5 MB. A value stands in a line, with its step, and in a map:
+# _COPIES numbers. The rest of a line takes as much space as _OF_LINE numbers.
 _BUDGET, _COPIES, _OF_LINE = 400_000, 3, 60
-_LEGEND = 12  # layers whose names still fit above a chart
+_LEGEND = 12  # most layers whose names fit above a chart
 
 
 class Diagnosed(NamedTuple):
-    """The layers of one run of a cell's chosen setting: the one with the smallest seed."""
+    """Layers of one run of a cell's chosen setting: the run with the smallest seed."""
 
     cell: Cell
     layers: Layers
 
 
-QUANTITIES: dict[str, tuple[str, Callable[[Layers], Grid]]] = {
-    "lnr": ("LNR: weight norm / gradient norm", lambda layers: _ratio(layers)),
-    "lwn": ("LWN: weight norm", lambda layers: layers.figures["weight_norm"]),
-    "lgn": ("LGN: gradient norm", lambda layers: layers.figures["gradient_norm"]),
-    "trust": ("trust ratio that the optimizer used", lambda layers: layers.figures["trust_ratio"]),
-}
-
-
 def _ratio(layers: Layers) -> Grid:
     return [
         [w / g if w is not None and g else None for w, g in zip(*norms, strict=True)]
-        for norms in zip(layers.figures["weight_norm"], layers.figures["gradient_norm"], strict=True)
+        for norms in zip(layers.columns["weight_norm"], layers.columns["gradient_norm"], strict=True)
     ]
+
+
+QUANTITIES: dict[str, tuple[str, Callable[[Layers], Grid]]] = {
+    "lnr": ("LNR: weight norm / gradient norm", _ratio),
+    "lwn": ("LWN: weight norm", lambda layers: layers.columns["weight_norm"]),
+    "lgn": ("LGN: gradient norm", lambda layers: layers.columns["gradient_norm"]),
+    "trust": ("trust ratio used by the optimizer", lambda layers: layers.columns["trust_ratio"]),
+}
 
 
 def read_diagnosed(comparison: Comparison, problems: list[Problem]) -> list[Diagnosed]:
     found = []
     for cell in comparison.shown:
-        for run in drawn(cell)[:1]:
+        for run in cell.drawn[:1]:
             layers = read_layers(run, MOST_STEPS, problems)
             if layers and len(layers.steps) > 1:
                 found.append(Diagnosed(cell, layers))
@@ -59,10 +58,10 @@ def read_diagnosed(comparison: Comparison, problems: list[Problem]) -> list[Diag
 
 
 def in_budget(diagnosed: Sequence[Diagnosed], share: float = 1.0) -> list[Diagnosed]:
-    """What the charts of single layers draw: fewer steps, then batch sizes, then layers, so that the page stays small.
+    """Keep the page small: take fewer steps, then fewer batch sizes, then fewer layers.
 
     Args:
-        share: of the page's budget, for one comparison of several.
+        share: part of the page's budget, for one of several comparisons.
     """
     sizes = sorted({one.cell.batch_size for one in diagnosed})
     for few in (sizes, thinned(sizes, 3), sizes[-1:]):
@@ -79,94 +78,85 @@ def in_budget(diagnosed: Sequence[Diagnosed], share: float = 1.0) -> list[Diagno
 def _thinned(layers: Layers, most_steps: int, most_layers: int) -> Layers:
     places = thinned(list(range(len(layers.steps))), most_steps)
     rows = thinned(list(range(len(layers.names))), most_layers)
-    figures = {name: [[grid[row][i] for i in places] for row in rows] for name, grid in layers.figures.items()}
-    return Layers([layers.steps[i] for i in places], [layers.names[row] for row in rows], figures)
+    columns = {name: [[grid[row][i] for i in places] for row in rows] for name, grid in layers.columns.items()}
+    return Layers([layers.steps[i] for i in places], [layers.names[row] for row in rows], columns)
 
 
-def middle_layer(diagnosed: Sequence[Diagnosed], style: Mapping[RowKey, Style]) -> Chart:
-    """The median over layers, a line an optimizer."""
+def middle_layer(diagnosed: Sequence[Diagnosed], style: Styles) -> Chart:
+    """Draw the median over layers, a line for each optimizer."""
     figure = go.Figure()
-    for cell, layers in diagnosed:
+    for cell, layers, pick, grid in _grids(diagnosed):
         label = safe(row_label(cell.row))
-        for quantity, (_, grid_of) in QUANTITIES.items():
-            columns = [[v for v in column if v is not None and v > 0] for column in zip(*grid_of(layers), strict=True)]
-            points = [(step, of_step) for step, of_step in zip(layers.steps, columns, strict=True) if of_step]
-            figure.add_scatter(
-                x=[step for step, _ in points], y=[rounded(statistics.median(of_step)) for _, of_step in points],
-                mode="lines", name=label,
-                line={"color": style[cell.row].colour, "dash": style[cell.row].dash, "width": 2},
-                hovertemplate=f"{label}, step %{{x}}: %{{y:.3g}}<extra></extra>",
-                meta={"pick": {"quantity": quantity, "batch": f"{cell.batch_size}"}},
-            )  # fmt: skip
-    switches = [_quantity_switch(figure.data), batch_switch([one.cell.batch_size for one in diagnosed])]
-    figure.update_layout(layout("optimizer step", "", yaxis=log_axis([])))
+        columns = [[v for v in column if v is not None and v > 0] for column in zip(*grid, strict=True)]
+        points = [(step, of_step) for step, of_step in zip(layers.steps, columns, strict=True) if of_step]
+        figure.add_scatter(
+            x=[step for step, _ in points], y=[rounded(statistics.median(of_step)) for _, of_step in points],
+            name=label, hovertemplate=f"{label}, step %{{x}}: %{{y:.3g}}<extra></extra>",
+            meta={"pick": {key: pick[key] for key in ("quantity", "batch")}}, **line(style[cell.row]),
+        )  # fmt: skip
     note = (
-        "The median over layers; one run, the one with the smallest seed. LARS and its kin turn this ratio into each "
-        "layer's rate: where it is high at the start, warm-up or phi holds it back."
+        "Median over the layers of one run, the run with the smallest seed. LARS, TVLARS and CLARS multiply each "
+        "layer's learning rate by a ratio like LNR. If it is high at the start, warm-up or phi makes the step smaller."
     )
-    return Chart("Layers, by optimizer", note, shown_first(figure, switches), switches)
+    figure.update_layout(layout("optimizer step", "", yaxis=log_axis([])))
+    quantity, _, batch = _switches(diagnosed, figure.data)
+    return Chart("Layers, by optimizer", note, figure, [quantity, batch])
 
 
 def layer_lines(diagnosed: Sequence[Diagnosed]) -> Chart:
     figure = go.Figure()
-    for cell, layers in diagnosed:
-        colours = sample_colorscale(
-            "Viridis", [0.9 * i / max(len(layers.names) - 1, 1) for i in range(len(layers.names))]
-        )
-        for quantity, (_, grid_of) in QUANTITIES.items():
-            for name, colour, values in zip(layers.names, colours, grid_of(layers), strict=True):
-                figure.add_scatter(
-                    x=layers.steps, y=[rounded(v, 3) if v else None for v in values], mode="lines", name=safe(name),
-                    line={"color": colour, "width": 1.5}, showlegend=len(layers.names) <= _LEGEND,
-                    hovertemplate=f"{safe(name)}, step %{{x}}: %{{y:.3g}}<extra></extra>",
-                    meta={"pick": _pick(cell, quantity)},
-                )  # fmt: skip
-    switches = [
-        _quantity_switch(figure.data),
-        _row_switch(diagnosed),
-        batch_switch([one.cell.batch_size for one in diagnosed]),
-    ]
+    for _, layers, pick, grid in _grids(diagnosed):
+        last = max(len(layers.names) - 1, 1)
+        colours = sample_colorscale("Viridis", [0.9 * i / last for i in range(len(layers.names))])
+        for name, colour, values in zip(layers.names, colours, grid, strict=True):
+            figure.add_scatter(
+                x=layers.steps, y=[rounded(v, 3) if v else None for v in values], mode="lines", name=safe(name),
+                line={"color": colour, "width": 1.5}, showlegend=len(layers.names) <= _LEGEND,
+                hovertemplate=f"{safe(name)}, step %{{x}}: %{{y:.3g}}<extra></extra>", meta={"pick": pick},
+            )  # fmt: skip
+    note = "A line for each layer, from dark (first layer) to light (last layer). Point at a line for its layer's name."
     figure.update_layout(layout("optimizer step", "", yaxis=log_axis([])))
-    note = "A line a layer, from dark (the first) to light (the last); a layer's name is at the pointer."
-    return Chart("Every layer, as lines", note, shown_first(figure, switches), switches)
+    return Chart("Every layer, as lines", note, figure, _switches(diagnosed, figure.data))
 
 
 def layer_map(diagnosed: Sequence[Diagnosed]) -> Chart:
     figure = go.Figure()
-    for cell, layers in diagnosed:
-        for quantity, (_, grid_of) in QUANTITIES.items():
-            logs = [[rounded(math.log10(v), 3) if v and v > 0 else None for v in row] for row in grid_of(layers)]
-            figure.add_heatmap(
-                x=layers.steps, y=[safe(name) for name in layers.names], z=logs, colorscale="Viridis",
-                colorbar={"title": {"text": "log₁₀"}, "thickness": 12, "len": 0.9},
-                hovertemplate="%{y}, step %{x}: 10^%{z:.2f}<extra></extra>", meta={"pick": _pick(cell, quantity)},
-            )  # fmt: skip
-    switches = [
-        _quantity_switch(),
-        _row_switch(diagnosed),
-        batch_switch([one.cell.batch_size for one in diagnosed]),
-    ]
+    for _, layers, pick, grid in _grids(diagnosed):
+        figure.add_heatmap(
+            x=layers.steps, y=[safe(name) for name in layers.names],
+            z=[[rounded(math.log10(v), 3) if v and v > 0 else None for v in row] for row in grid], colorscale="Viridis",
+            colorbar={"title": {"text": "log₁₀"}, "thickness": 12, "len": 0.9},
+            hovertemplate="%{y}, step %{x}: 10^%{z:.2f}<extra></extra>", meta={"pick": pick},
+        )  # fmt: skip
     most = max(len(one.layers.names) for one in diagnosed)
     yaxis = {"autorange": "reversed", "type": "category", "showgrid": False, "tickfont": {"size": 10}}
+    note = "The first layer is at the top. Colours are powers of ten: 2 means 100, -1 means 0.1."
     figure.update_layout(layout("optimizer step", "layer", yaxis=yaxis, height=min(max(200 + 14 * most, 300), 900)))
-    note = "The first layer is on top. Colours are powers of ten: 2 is 100, -1 is 0.1."
-    return Chart("Every layer, as a map", note, shown_first(figure, switches), switches)
+    return Chart("Every layer, as a map", note, figure, _switches(diagnosed))
 
 
-def _pick(cell: Cell, quantity: str) -> dict[str, str]:
-    return {"quantity": quantity, "row": row_label(cell.row), "batch": f"{cell.batch_size}"}
+def _grids(diagnosed: Sequence[Diagnosed]) -> Iterator[tuple[Cell, Layers, dict[str, str], Grid]]:
+    """Yield each quantity of each run, with the options that show it."""
+    for cell, layers in diagnosed:
+        for quantity, (_, grid_of) in QUANTITIES.items():
+            pick = {"quantity": quantity, "row": row_label(cell.row), "batch": f"{cell.batch_size}"}
+            yield cell, layers, pick, grid_of(layers)
 
 
-def _quantity_switch(lines: Sequence[Any] = ()) -> Switch:
-    """``lines``: traces over a logarithmic axis, which is titled and ticked by the quantity."""
+def _switches(diagnosed: Sequence[Diagnosed], lines: Sequence[Any] = ()) -> list[Switch]:
+    """Return the menus of quantity, optimizer and batch size.
+
+    Args:
+        lines: traces over a logarithmic axis, whose title and ticks follow the quantity.
+    """
     axes = {}
     for key, (words, _) in QUANTITIES.items() if lines else ():
-        of_key = [line.y for line in lines if line.meta["pick"]["quantity"] == key]
+        of_key = [trace.y for trace in lines if trace.meta["pick"]["quantity"] == key]
         title = words.partition(":")[2].strip() or words
         axes[key] = {"yaxis.title.text": title, "yaxis.dtick": log_axis(of_key)["dtick"]}
-    return Switch("quantity", "show", [(key, words) for key, (words, _) in QUANTITIES.items()], axes)
-
-
-def _row_switch(diagnosed: Sequence[Diagnosed]) -> Switch:
     labels = dict.fromkeys(row_label(one.cell.row) for one in diagnosed)
-    return Switch("row", "optimizer", [(label, label) for label in labels])
+    return [
+        Switch("quantity", "show", [(key, words) for key, (words, _) in QUANTITIES.items()], axes),
+        Switch("row", "optimizer", [(label, label) for label in labels]),
+        batch_switch(one.cell.batch_size for one in diagnosed),
+    ]

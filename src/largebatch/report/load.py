@@ -1,4 +1,4 @@
-"""Run folders as the report reads them: what is whole becomes a ``Run``, what isn't is named and left out."""
+"""Read run folders for the report. A complete folder becomes a ``Run``, any other a ``Problem``."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from largebatch.runs.metrics import Row, read_rows
 Tree = dict[str, Any]
 Read = TypeVar("Read")
 
-# What a configuration must say for its run to have a place in a comparison.
+# Keys that a configuration needs to have a place in a comparison.
 _NEEDED: dict[str, type | tuple[type, ...]] = {
     "dataset.name": str, "model.name": str, "mode.name": str, "optimizer.name": str, "schedule.name": str,
-    "optimizer.lr": (int, float), "batch_size": int, "seed": int,
+    "lr_scaling.rule": str, "optimizer.lr": (int, float), "batch_size": int, "seed": int,
 }  # fmt: skip
 
 
 class _Broken(Exception):
-    """A file of a run folder that can't be used; the message says which and why."""
+    """A file of a run folder can't be used. The message names the file and the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Problem:
-    """Something below the folder of runs that the report leaves out."""
+    """A folder, or a file of a run, that the report leaves out."""
 
-    where: str  # the folder's name, or folder and file
+    where: str  # name of the folder
     what: str
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that a comparison can place.
+    """A run that has a place in a comparison.
 
     Attributes:
-        state: of ``run_folder.STATES``, or ``interrupted``: its process is gone without having said how it ended.
-        summary: figures and facts of ``summary.json``; of a run without an outcome it may be empty.
+        state: one of ``runs.folder.STATES``, or ``interrupted``: the process ended without writing a state.
+        summary: content of ``summary.json``. Empty for a run that neither finished nor diverged.
     """
 
     folder: RunFolder
@@ -60,28 +60,28 @@ class Run:
 
     @cached_property
     def options(self) -> Tree:
-        """All that can change the result, by dotted key; keys that are None are left out."""
+        """Configuration that can change the result, by dotted key, without None."""
         return flat(decisive(self.config))
 
     @cached_property
     def given(self) -> Tree:
-        """The whole configuration by dotted key; keys that are None are left out."""
+        """Whole configuration by dotted key, without None."""
         return flat(self.config)
 
-    def figure(self, name: str) -> float | None:
-        """A number of the summary, None where it isn't one."""
+    def metric(self, name: str) -> float | None:
+        """Return a number from the summary, or None if the summary has no such number."""
         return number(self.summary.get(name))
 
 
-def number(value: object) -> float | None:
-    """``value`` if it is a finite number: nothing that was measured in single precision is beyond 1e100."""
+def number(value: Any) -> float | None:
+    """Return ``value`` as a float, or None if it isn't a finite number. No single-precision metric exceeds 1e100."""
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
         return float(value)
     return None
 
 
 def flat(tree: Tree, prefix: str = "") -> Tree:
-    """``{"optimizer": {"lr": 2.0}}`` as ``{"optimizer.lr": 2.0}``; lists become text, None and empty are left out."""
+    """Flatten ``{"optimizer": {"lr": 2.0}}`` to ``{"optimizer.lr": 2.0}``. Lists become JSON text; None is dropped."""
     found: Tree = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -94,10 +94,10 @@ def flat(tree: Tree, prefix: str = "") -> Tree:
 
 
 def load_runs(runs_dir: Path) -> tuple[list[Run], list[Problem]]:
-    """The runs below ``runs_dir`` by name, and what is there beside them that can't be read as one.
+    """Return the runs in ``runs_dir`` by name, and a problem for each folder that isn't a readable run.
 
-    Hidden entries and plain files are passed over, and so are the ``previous-N`` folders inside of a run: what a
-    repetition set aside.
+    Hidden folders and plain files are skipped without a problem. ``previous-N`` folders inside a run are no runs: a
+    repetition moved them there.
     """
     runs, problems = [], []
     for path in sorted(path for path in runs_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
@@ -111,55 +111,47 @@ def load_runs(runs_dir: Path) -> tuple[list[Run], list[Problem]]:
 def _load(folder: RunFolder) -> Run:
     if not any(path.exists() for path in (folder.config, folder.status, folder.metrics)):
         raise _Broken("not a run folder: it has no config.yaml, status.json or metrics.jsonl")
-    config = _attempt(folder.config, _read_config)
+    config = _attempt(folder.config, _read_tree)
+    given = flat(config)
     for key, kind in _NEEDED.items():
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = given.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise _Broken(f"config.yaml says no usable {key} ({value!r}); is it of another version?")
+            raise _Broken(f"config.yaml has no valid {key} ({value!r})")
     if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:
-        raise _Broken("config.yaml says a batch size or a learning rate that can't be")
-    if not isinstance(config.get("lr_scaling", {}), dict):
-        raise _Broken("config.yaml's lr_scaling is not a mapping")
-    status = _attempt(folder.status, _read_object)
+        raise _Broken("config.yaml has an invalid batch size or learning rate")
+    status = _attempt(folder.status, _read_tree)
     state = status.get("state")
     if state not in STATES:
-        raise _Broken(f"status.json has no state that is known ({state!r})")
-    summary: Tree = {}
-    if state in DONE:
-        summary = _attempt(folder.summary, _read_object)
-    if state == "running" and not _is_at_work(folder):
+        raise _Broken(f"status.json has an unknown state ({state!r})")
+    summary = _attempt(folder.summary, _read_tree) if state in DONE else {}
+    if state == "running" and not _is_held(folder):
         state = "interrupted"
     run = Run(folder, config, str(state), str(status.get("message") or ""), summary)
-    if state == "finished" and run.figure("test/accuracy") is None:
+    if state == "finished" and run.metric("test/accuracy") is None:
         raise _Broken("summary.json has no test/accuracy, although the run finished")
     return run
 
 
-def _is_at_work(folder: RunFolder) -> bool:
+def _is_held(folder: RunFolder) -> bool:
     try:
         return folder.is_held()
-    except OSError:  # a copy that may only be read can't be asked: it is as its status says
+    except OSError:  # a read-only copy has no usable lock: trust its status
         return True
 
 
 def _without_copies(runs: list[Run], problems: list[Problem]) -> list[Run]:
-    """Each configuration once: a folder copied under another name would pass for another seed's run."""
-    known: dict[str, str] = {}
-    kept = []
+    """Keep one run for each configuration. A copied folder would otherwise count as another seed."""
+    known: dict[str, Run] = {}
     for run in runs:
-        key = json.dumps(run.options, sort_keys=True, default=str)
-        if key in known:
-            problems.append(Problem(run.name, f"the same configuration and seed as {known[key]}; only that one counts"))
-        else:
-            known[key] = run.name
-            kept.append(run)
-    return kept
+        first = known.setdefault(json.dumps(run.options, sort_keys=True, default=str), run)
+        if first is not run:
+            what = f"the same configuration and seed as {first.name}; only {first.name} counts"
+            problems.append(Problem(run.name, what))
+    return list(known.values())
 
 
 def read_history(run: Run, problems: list[Problem]) -> list[Row]:
-    """The rows of ``metrics.jsonl`` that have a step; none, and a problem noted, where the file can't be read."""
+    """Return the rows of ``metrics.jsonl`` that have a step. Add a problem if the file can't be read."""
     try:
         rows = _attempt(run.folder.metrics, read_rows)
     except _Broken as error:
@@ -175,16 +167,19 @@ class Layers:
     Attributes:
         steps: optimizer steps, ascending.
         names: layers in the model's order.
-        figures: for each column of ``layers.parquet`` a list over layers of lists over steps.
+        columns: for each column of ``layers.parquet``, values of shape [layers, steps].
     """
 
     steps: list[int]
     names: list[str]
-    figures: dict[str, list[list[float | None]]]
+    columns: dict[str, list[list[float | None]]]
 
 
 def read_layers(run: Run, most_steps: int, problems: list[Problem]) -> Layers | None:
-    """``layers.parquet`` at up to ``most_steps`` steps, evenly spaced; None where there is none that can be read."""
+    """Return ``layers.parquet`` at up to ``most_steps`` evenly spaced steps.
+
+    None if there is no such file or no row in it. If the file can't be read, add a problem and return None.
+    """
     if not run.folder.layers.exists():
         return None
     try:
@@ -205,34 +200,30 @@ def _layers(path: Path, most_steps: int) -> Layers | None:
     table = table.filter(pyarrow.compute.is_in(table["step"], pyarrow.array(steps)))
     if not steps or not table.num_rows:
         return None
-    names = list(dict.fromkeys(table["layer"].to_pylist()))
-    column_of = {step: i for i, step in enumerate(steps)}
-    row_of = {name: i for i, name in enumerate(names)}
-    figures: dict[str, list[list[float | None]]] = {c: [[None] * len(steps) for _ in names] for c in columns}
-    places = [
-        (row_of[n], column_of[s]) for n, s in zip(*(table[c].to_pylist() for c in ("layer", "step")), strict=True)
-    ]
+    rows = table.to_pydict()
+    names = list(dict.fromkeys(rows["layer"]))
+    values: dict[str, list[list[float | None]]] = {}
     for column in columns:
-        for (row, at), value in zip(places, table[column].to_pylist(), strict=True):
-            figures[column][row][at] = number(value)
-    return Layers(steps, names, figures)
+        at = {(n, s): number(v) for n, s, v in zip(rows["layer"], rows["step"], rows[column], strict=True)}
+        values[column] = [[at.get((name, step)) for step in steps] for name in names]
+    return Layers(steps, names, values)
 
 
 Item = TypeVar("Item")
 
 
 def thinned(items: list[Item], most: int) -> list[Item]:
-    """At most ``most`` items (two or more), evenly spaced, with the first and the last."""
+    """Return at most ``most`` (two or more) evenly spaced items, with the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _attempt(path: Path, read: Callable[[Path], Read]) -> Read:
-    """What ``read`` makes of a file.
+    """Return the result of ``read``.
 
     Raises:
-        _Broken: whatever was wrong with the file; its content is anybody's, and one bad file stops no report.
+        _Broken: for any error in the file's content, so that a bad file doesn't stop the report.
     """
     import pyarrow
     import yaml
@@ -248,20 +239,13 @@ def _attempt(path: Path, read: Callable[[Path], Read]) -> Read:
         raise _Broken(f"{path.name} can't be read ({reason})") from None
 
 
-def _read_config(path: Path) -> Tree:
-    # Frozen and resolved, so plain YAML is enough: OmegaConf and the schema would take thirty times as long.
+def _read_tree(path: Path) -> Tree:
     import yaml
 
+    text = path.read_text(encoding="utf-8")
+    # config.yaml has no interpolations, so plain YAML is enough; OmegaConf with the schema takes 30 times as long.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    with path.open(encoding="utf-8") as file:
-        tree = yaml.load(file, Loader=loader)
+    tree = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=loader)
     if not isinstance(tree, dict):
-        raise _Broken("config.yaml is not a mapping of keys to values")
+        raise _Broken(f"{path.name} is not a mapping of keys to values")
     return tree
-
-
-def _read_object(path: Path) -> Tree:
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise _Broken(f"{path.name} is not an object")
-    return value

@@ -1,143 +1,135 @@
-"""Heat maps of what was tried: learning rate by batch size, and lambda by learning rate; divergence in grey."""
+"""Draw heat maps of the settings tried: learning rate by batch size, and by lambda. Divergence is grey."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from largebatch.report.chart import Chart, batch_switch, layout, rounded, shown_first
+from largebatch.report.chart import Chart, batch_switch, layout, rounded
 from largebatch.report.compare import BY_TEST, BY_VALIDATION, Cell, Comparison, Setting, value_order
 from largebatch.report.wording import decimals, row_label, value
 
-_DIVERGED = "#bdbdbd"  # the grey of a place where training broke down
+_DIVERGED = "#bdbdbd"
+
+Places = dict[tuple[str, str], list[Setting]]  # settings by their x and y value
 
 
-def rate_maps(comparison: Comparison) -> list[Chart]:
-    """For each row that was tried with several learning rates, a map of rate by batch size."""
-    charts = []
-    for row in comparison.rows:
-        cells = [comparison.cells[row, batch] for batch in comparison.columns if (row, batch) in comparison.cells]
-        places = {
-            (f"{cell.batch_size:,}", value(rate)): settings
-            for cell in cells
-            for rate, settings in _by_option(cell, "optimizer.lr").items()
-        }
-        rates = _order(cells, "optimizer.lr")
-        if len(rates) < 2:
-            continue
-        figure = go.Figure()
-        _add_map(figure, places, _chosen_by(cells), comparison, {})
-        figure.update_layout(_map_layout("batch size", "learning rate", [f"{c.batch_size:,}" for c in cells], rates))
-        charts.append(Chart(f"{row_label(row)}: learning rate by batch size", _map_note(cells), figure))
-    return charts
+def lr_maps(comparison: Comparison) -> list[Chart]:
+    """Draw learning rate by batch size, for each row with several learning rates."""
+    return _maps(comparison, "optimizer.lr", "batch_size", "batch size")
 
 
 def lambda_maps(comparison: Comparison) -> list[Chart]:
-    """For each row that was tried with several lambdas, a map of lambda by learning rate, at each batch size."""
+    """Draw learning rate by lambda at each batch size, for each row with several lambdas."""
+    return _maps(comparison, "optimizer.lmbda", "optimizer.lmbda", "lambda")
+
+
+def _maps(comparison: Comparison, varied: str, x: str, name: str) -> list[Chart]:
+    """Draw learning rate by ``x``, for each row with several values of ``varied``."""
     charts = []
     for row in comparison.rows:
-        cells = [comparison.cells[row, batch] for batch in comparison.columns if (row, batch) in comparison.cells]
-        lambdas = _order(cells, "optimizer.lmbda")
-        if len(lambdas) < 2:
+        cells = comparison.row(row)
+        if len(_values(cells, varied)) < 2:
             continue
         figure = go.Figure()
-        for cell in cells:
-            places = {
-                (value(lmbda), value(rate)): of_both
-                for lmbda, of_lambda in _by_option(cell, "optimizer.lmbda").items()
-                for rate, of_both in _by_option(cell, "optimizer.lr", of_lambda).items()
-            }
-            _add_map(figure, places, _chosen_by(cells), comparison, {"batch": f"{cell.batch_size}"})
-        figure.update_layout(_map_layout("lambda", "learning rate", lambdas, _order(cells, "optimizer.lr")))
-        switches = [batch_switch([cell.batch_size for cell in cells])]
-        title = f"{row_label(row)}: learning rate by lambda"
-        charts.append(Chart(title, _map_note(cells), shown_first(figure, switches), switches))
+        switches = [] if x == "batch_size" else [batch_switch(cell.batch_size for cell in cells)]
+        for of_map in [[cell] for cell in cells] if switches else [cells]:
+            pick = {"batch": f"{of_map[0].batch_size}"} if switches else {}
+            _add_map(figure, _places(of_map, x), _chosen_by(cells), comparison, pick)
+        figure.update_layout(_map_layout(name, _values(cells, x), _values(cells, "optimizer.lr")))
+        charts.append(Chart(f"{row_label(row)}: learning rate by {name}", _map_note(cells), figure, switches))
     return charts
 
 
-def _by_option(cell: Cell, key: str, settings: Sequence[Setting] | None = None) -> dict[Any, list[Setting]]:
-    found: dict[Any, list[Setting]] = {}
-    for setting in cell.settings if settings is None else settings:
-        if setting.tried:
-            found.setdefault(setting.options.get(key), []).append(setting)
+def _tried(cells: Iterable[Cell]) -> list[Setting]:
+    return [setting for cell in cells for setting in cell.settings if setting.tried]
+
+
+def _text(setting: Setting, key: str) -> str:
+    option = setting.options.get(key)
+    return f"{option:,}" if key == "batch_size" else value(option)
+
+
+def _values(cells: Iterable[Cell], key: str) -> list[str]:
+    """Return the values of ``key`` in order, as axis labels."""
+    settings = sorted(_tried(cells), key=lambda setting: value_order(setting.options.get(key)))
+    return list(dict.fromkeys(_text(setting, key) for setting in settings))
+
+
+def _places(cells: Iterable[Cell], x: str) -> Places:
+    """Group settings by ``x`` and learning rate."""
+    found: Places = {}
+    for setting in _tried(cells):
+        found.setdefault((_text(setting, x), _text(setting, "optimizer.lr")), []).append(setting)
     return found
 
 
-def _order(cells: Sequence[Cell], key: str) -> list[str]:
-    return [value(one) for one in sorted({found for cell in cells for found in _by_option(cell, key)}, key=value_order)]
-
-
 def _chosen_by(cells: Sequence[Cell]) -> str:
-    """What a map shows: validation accuracy where all its cells have it."""
-    return next((cell.chosen_by for cell in cells if cell.chosen_by != BY_VALIDATION and cell.chosen), BY_VALIDATION)
+    """Return the accuracy that a map shows: of validation if validation chose in all its cells."""
+    return BY_VALIDATION if all(cell.chosen_by == BY_VALIDATION for cell in cells if cell.chosen) else BY_TEST
 
 
 def _map_note(cells: Sequence[Cell]) -> str:
     which = "Best validation accuracy" if _chosen_by(cells) == BY_VALIDATION else "Test accuracy"
-    several = any(len(group) > 1 for cell in cells for group in _by_option(cell, "optimizer.lr").values())
-    rest = " Where more than these two were varied, the best is shown." if several else ""
-    return f"{which} [%], mean over seeds; bold: chosen. Grey: training broke down (✕: seeds that diverged).{rest}"
+    several = any(len(settings) > 1 for settings in _places(cells, "batch_size").values())
+    rest = " If several settings share a place, the map shows the best." if several else ""
+    return f"{which} [%], mean over seeds. Bold: the chosen setting. ✕: diverged seeds. Grey: all seeds diverged.{rest}"
 
 
 def _add_map(
-    figure: go.Figure,
-    places: Mapping[tuple[str, str], Sequence[Setting]],
-    chosen_by: str,
-    comparison: Comparison,
-    pick: dict[str, str],
+    figure: go.Figure, places: Places, chosen_by: str, comparison: Comparison, pick: Mapping[str, str]
 ) -> None:
-    """A heat map of the places where something finished, and one in grey of those where nothing did."""
-    low, high = _extent(comparison)
-    xs, ys = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
+    """Add a heat map of the places with a finished run, and a grey one of those with diverged runs only."""
+    digits = decimals(comparison)
     best = {
         place: max(settings, key=lambda setting: (bool(setting.finished), setting.score(chosen_by)))
         for place, settings in places.items()
     }
-    digits = decimals(comparison)
-    means = {place: statistics.fmean(s.values(chosen_by)) for place, s in best.items() if s.values(chosen_by)}
-    lost = {place: len(setting.diverged) for place, setting in best.items()}
-    chosen = [cell.chosen for cell in comparison.shown if cell.chosen]
+    means = {place: statistics.fmean(values) for place, s in best.items() if (values := s.values(chosen_by))}
+    lost = {place: f"✕{len(setting.diverged)}" for place, setting in best.items() if setting.diverged}
+    chosen = [id(cell.chosen) for cell in comparison.shown]
     text = {}
     for place, mean in means.items():
-        said = f"{100 * mean:.{digits}f}"
-        bold = any(setting is one for one in chosen for setting in places[place])
-        text[place] = (f"<b>{said}</b>" if bold else said) + (f" ✕{lost[place]}" if lost[place] else "")
-    gone = {place: f"✕{count}" for place, count in lost.items() if place not in means}
+        number = f"{100 * mean:.{digits}f}"
+        bold = any(id(setting) in chosen for setting in places[place])
+        text[place] = " ".join(filter(None, [f"<b>{number}</b>" if bold else number, lost.get(place)]))
+    gone = {place: text for place, text in lost.items() if place not in means}
+    xs, ys = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
     shared = {"x": xs, "y": ys, "texttemplate": "%{text}", "xgap": 2, "ygap": 2, "meta": {"pick": pick}}
     if means:
+        low, high = _extent(comparison)
         figure.add_heatmap(
             z=[[rounded(100 * means[x, y]) if (x, y) in means else None for x in xs] for y in ys],
             text=[[text.get((x, y), "") for x in xs] for y in ys],
             colorscale="Viridis", colorbar={"title": {"text": "%"}, "thickness": 12, "len": 0.9}, zmin=low, zmax=high,
-            hovertemplate="%{x}, rate %{y}: %{text} %<extra></extra>", **shared,
+            hovertemplate="%{x}, learning rate %{y}: %{text} %<extra></extra>", **shared,
         )  # fmt: skip
     if gone:
         figure.add_heatmap(
             z=[[1 if (x, y) in gone else None for x in xs] for y in ys],
             text=[[gone.get((x, y), "") for x in xs] for y in ys],
             colorscale=[[0, _DIVERGED], [1, _DIVERGED]], showscale=False,
-            hovertemplate="%{x}, rate %{y}: diverged<extra></extra>", **shared,
+            hovertemplate="%{x}, learning rate %{y}: diverged<extra></extra>", **shared,
         )  # fmt: skip
 
 
 def _extent(comparison: Comparison) -> tuple[float, float]:
-    """The colours' range, the same in all maps of a comparison, in per cent."""
-    settings = [setting for cell in comparison.shown for setting in cell.settings]
-    values = [v for figure in (BY_VALIDATION, BY_TEST) for s in settings if (v := s.values(figure))]
+    """Return the range of the colours in per cent, the same in all maps of a comparison."""
+    settings = _tried(comparison.shown)
+    values = [v for metric in (BY_VALIDATION, BY_TEST) for s in settings if (v := s.values(metric))]
     means = [100 * statistics.fmean(of_setting) for of_setting in values]
     return rounded(min(means, default=0.0)), rounded(max(means, default=100.0))
 
 
-def _map_layout(x: str, y: str, xs: Sequence[str], ys: Sequence[str]) -> dict[str, Any]:
+def _map_layout(x: str, xs: Sequence[str], ys: Sequence[str]) -> dict[str, Any]:
     def axis(order: Sequence[str]) -> dict[str, Any]:
-        # The range too: Plotly would leave out what only a hidden trace has.
+        # With a range: Plotly leaves out categories of hidden traces.
         return {
             "type": "category", "categoryorder": "array", "categoryarray": list(order), "showgrid": False,
             "range": [-0.5, len(order) - 0.5],
         }  # fmt: skip
 
-    height = 150 + 44 * max(len(ys), 2)
-    return layout(x, y, xaxis=axis(xs), yaxis=axis(ys), height=height)
+    return layout(x, "learning rate", xaxis=axis(xs), yaxis=axis(ys), height=150 + 44 * max(len(ys), 2))

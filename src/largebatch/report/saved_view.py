@@ -1,8 +1,7 @@
-"""Workspaces and reports in W&B, each kept under a name of its own, so that saving again replaces it.
+"""Save workspaces and reports in W&B, so that saving again replaces them.
 
-W&B keeps both as views. One is known by its id, which W&B gives, and by its name, which who saves it chooses; the
-library that builds them chooses at random, and so saves another one each time. Here the name follows from the project
-and the title.
+W&B stores both as views. A view has an id, which W&B chooses, and a name, which the client chooses. The library that
+builds views chooses random names, so each save makes another view. Here a hash of project and title is the name.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from wandb_workspaces.reports.v2 import gql
 from largebatch.errors import UserError
 from largebatch.tracking.wandb_session import choose_mode, close_session, one_line, session_environment
 
-_SECONDS = 20  # for an answer of W&B's
+_SECONDS = 20  # timeout of a request
 _FIND = """
     query View($entityName: String, $name: String, $viewType: String, $viewName: String) {
         project(name: $name, entityName: $entityName) {
@@ -35,13 +34,13 @@ _FIND = """
 
 @dataclass(frozen=True)
 class SavedView:
-    """What W&B is given of a workspace or a report.
+    """A workspace or a report, as W&B stores it.
 
     Attributes:
-        kind: W&B's word: ``project-view`` for a workspace, ``runs`` for a report.
-        name: what it is known by within W&B.
-        title: what people see.
-        spec: its content.
+        kind: W&B's type: ``project-view`` for a workspace, ``runs`` for a report.
+        name: name inside W&B.
+        title: name that people see.
+        spec: content.
     """
 
     entity: str
@@ -60,32 +59,39 @@ class SavedView:
 
 
 def of_workspace(workspace: ws.Workspace) -> SavedView:
-    key = _hash(workspace.entity, workspace.project, "workspace", workspace.name)
-    spec = _plain(workspace._to_model().spec)
-    return SavedView(workspace.entity, workspace.project, "project-view", f"nw-{key}-v", workspace.name, "", spec)
+    name = f"nw-{_hash(workspace.entity, workspace.project, 'workspace', workspace.name)}-v"
+    return SavedView(workspace.entity, workspace.project, "project-view", name, workspace.name, "", _spec(workspace))
 
 
 def of_report(report: wr.Report) -> SavedView:
-    key = _hash(report.entity, report.project, "report", report.title)
-    spec = _plain(report._to_model().spec)
-    return SavedView(report.entity, report.project, "runs", key, report.title, report.description, spec)
+    name = _hash(report.entity, report.project, "report", report.title)
+    return SavedView(report.entity, report.project, "runs", name, report.title, report.description, _spec(report))
+
+
+def _hash(*parts: str) -> str:
+    """Return 11 characters, the length of W&B's own names."""
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:11]
+
+
+def _spec(view: ws.Workspace | wr.Report) -> dict[str, Any]:
+    return dict(json.loads(view._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)))
 
 
 def save(views: list[SavedView]) -> list[str]:
-    """Save each, in place of what has its name. Returns their addresses.
+    """Save each view and replace the view of the same name. Return their addresses.
 
     Raises:
-        UserError: when there is no key, W&B can't be reached or refuses.
+        UserError: when there is no API key, W&B can't be reached, or W&B refuses.
     """
     with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch, session_environment(Path(scratch), "online"):
         mode, why = choose_mode("online")
         if mode != "online":
-            raise UserError(f"W&B can't be reached: {why}; `wandb login` stores a key, --print needs none")
+            raise UserError(f"W&B can't be reached: {why}. Fix: store a key with `wandb login`, or use --print")
         try:
             return _save(views)
         except UserError:
             raise
-        except Exception as error:  # wandb's own, of many kinds, and its process's
+        except Exception as error:  # of many types, from wandb and from its process
             raise UserError(f"W&B refused: {one_line(error)}") from error
         finally:
             close_session()
@@ -113,22 +119,13 @@ def _save(views: list[SavedView]) -> list[str]:
 
 
 def _find(api: Any, view: SavedView) -> str | None:
-    """The id of what has the view's name; None where nothing has."""
+    """Return the id of the view with this name. None: there is no such view."""
     asked = {"entityName": view.entity, "name": view.project, "viewType": view.kind, "viewName": view.name}
     project = execute_graphql(api, _FIND, asked).get("project")
     if project is None:
         raise UserError(
-            f"W&B shows no project {view.entity}/{view.project} to this key; check --entity and --project. "
-            "A project begins with its first run"
+            f"--project={view.project}: the API key gives access to no project {view.entity}/{view.project}. "
+            "Fix: check --entity and --project. A project's first run creates it"
         )
     edges = project["allViews"]["edges"]
     return str(edges[0]["node"]["id"]) if edges else None
-
-
-def _hash(*parts: str) -> str:
-    """Eleven characters, as many as W&B's own names have."""
-    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:11]
-
-
-def _plain(spec: Any) -> dict[str, Any]:
-    return dict(json.loads(spec.model_dump_json(by_alias=True, exclude_none=True)))

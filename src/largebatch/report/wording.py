@@ -1,11 +1,13 @@
-"""How the report names things and says numbers: the same words in the page, its charts and the Markdown."""
+"""Words and numbers of the report: the same in the page, its charts and the Markdown."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from largebatch.report.compare import Cell, Comparison, Lead, RowKey
+from largebatch.report.load import Run
 
 _OPTIMIZERS = {
     "lars": "LARS", "lamb": "LAMB", "tvlars": "TVLARS", "clars": "CLARS", "sgd": "SGD", "adam": "Adam",
@@ -13,13 +15,18 @@ _OPTIMIZERS = {
 }  # fmt: skip
 _SCHEDULES = {"constant": "", "cosine": ", cosine", "warmup_cosine": " + warm-up", "warmup_poly": " + warm-up, poly"}
 _MODES = {"clf": "classification", "bt": "Barlow Twins"}
-_SMALL_TEST_SET = 2000  # images; below, one of them is more than the second decimal of a percentage
+_SMALL_TEST_SET = 2000  # images; with fewer, one image changes a percentage by more than its second decimal
 
 
 def row_label(row: RowKey) -> str:
     optimizer = _OPTIMIZERS.get(row.optimizer, row.optimizer)
-    extra = "".join(f", {key.rpartition('.')[2]}={value}" for key, value in row.extra)
+    extra = "".join(f", {short(key)}={value}" for key, value in row.extra)
     return optimizer + _SCHEDULES.get(row.schedule, f", {row.schedule}") + extra
+
+
+def short(key: str) -> str:
+    """Return the last part of a dotted key."""
+    return key.rpartition(".")[2]
 
 
 def title(comparison: Comparison) -> str:
@@ -27,29 +34,23 @@ def title(comparison: Comparison) -> str:
 
 
 def decimals(comparison: Comparison) -> int:
-    """Of a percentage: as many as the test set's size can tell."""
-    images = [run.figure("test_images") or 0 for run in comparison.runs if run.done]
+    """Return the number of decimals of a percentage that the test set is large enough for."""
+    images = [run.metric("test_images") or 0 for run in comparison.runs if run.done]
     return 1 if images and max(images) < _SMALL_TEST_SET else 2
 
 
-def percent(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{100 * value:.{digits}f}"
-
-
-def cell_figure(cell: Cell, digits: int) -> str:
-    """``"97.1 ± 0.3"``, without the spread where there is one seed, ``"diverged"`` where nothing finished."""
+def cell_accuracy(cell: Cell, digits: int) -> str:
+    """Return ``"97.1 ± 0.3"``, without the spread if there is one seed, or ``"diverged"`` if no run finished."""
     if cell.mean is None:
         return "diverged" if cell.diverged else "not finished"
-    spread = f" ± {percent(cell.spread, digits)}" if cell.spread is not None else ""
-    return percent(cell.mean, digits) + spread
+    spread = f" ± {100 * cell.spread:.{digits}f}" if cell.spread is not None else ""
+    return f"{100 * cell.mean:.{digits}f}{spread}"
 
 
 def cell_counts(cell: Cell) -> str:
-    """``"2 settings, 3 seeds, 1 diverged"``: the trials, the chosen one's seeds, and what didn't finish."""
-    unfinished = sum(not run.done for setting in cell.settings for run in setting.runs)
-    elsewhere = (
-        " at other settings" if cell.chosen and not cell.chosen.diverged else ""
-    )  # than the setting that is shown
+    """Return ``"2 settings, 3 seeds, 1 diverged"``: trials, seeds of the chosen setting, runs without a result."""
+    unfinished = sum(not run.done for run in cell.runs)
+    elsewhere = " at other settings" if cell.chosen and not cell.chosen.diverged else ""
     counts = [
         plural(cell.trials, "setting"),
         plural(cell.seeds, "seed"),
@@ -59,13 +60,18 @@ def cell_counts(cell: Cell) -> str:
     return ", ".join(filter(None, counts))
 
 
+def states(runs: Iterable[Run]) -> list[str]:
+    """Return ``["1 diverged", "2 finished"]``."""
+    return [f"{count} {state}" for state, count in sorted(Counter(run.state for run in runs).items())]
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def listed(parts: Sequence[str]) -> str:
-    """``"a, b and c"``."""
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]])) if parts else ""
+    """Return ``"a, b and c"``."""
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def batches(sizes: Iterable[int]) -> str:
@@ -73,7 +79,7 @@ def batches(sizes: Iterable[int]) -> str:
 
 
 def value(option: Any) -> str:
-    """A configuration's value as people write it."""
+    """Return a configuration's value as people write it."""
     if option is None:
         return "-"
     if isinstance(option, bool):
@@ -82,41 +88,33 @@ def value(option: Any) -> str:
 
 
 def answer(comparison: Comparison) -> str:
-    """What the comparison says, in one or two sentences."""
+    """Return the result of the comparison in one or two sentences."""
     digits = decimals(comparison)
     clear = [
-        f"at batch {lead.batch_size:,} {row_label(lead.best.row)} leads with {cell_figure(lead.best, digits)} %, "
-        f"n = {lead.best.seeds} (next: {row_label(lead.runner_up.row)}, {cell_figure(lead.runner_up, digits)} %)"
+        f"at batch {lead.batch_size:,} {row_label(lead.best.row)} leads with {cell_accuracy(lead.best, digits)} %, "
+        f"n = {lead.best.seeds} (next: {row_label(lead.runner_up.row)}, {cell_accuracy(lead.runner_up, digits)} %)"
         for lead in comparison.leads
         if lead.clear and lead.best and lead.runner_up
     ]
     parts = ["; ".join(clear)]
     open_leads = [lead for lead in comparison.leads if not lead.clear]
+    no_spread = {cell.batch_size for cell in comparison.finished if cell.spread is None}
     compared = [lead for lead in open_leads if lead.runner_up]
-    spread_known = [lead for lead in compared if all(c.spread is not None for c in _finished(comparison, lead))]
-    unknown = [lead for lead in compared if lead not in spread_known]
-    if spread_known:
+    if known := [lead for lead in compared if lead.batch_size not in no_spread]:
         parts.append(
-            f"at {_batch_word(spread_known)} no optimizer is ahead beyond the spread "
-            f"(highest mean{'s' if len(spread_known) > 1 else ''}: {_highest(spread_known, digits)})"
+            f"at {_batch_word(known)} no optimizer is ahead beyond the spread "
+            f"(highest mean{'s' if len(known) > 1 else ''}: {_highest(known, digits)})"
         )
-    if unknown:
+    if unknown := [lead for lead in compared if lead.batch_size in no_spread]:
         parts.append(
-            f"at {_batch_word(unknown)} nobody can be called ahead, because an optimizer has a single seed and so no "
-            f"spread (highest: {_highest(unknown, digits)})"
+            f"at {_batch_word(unknown)} no leader can be named, because an optimizer has only one seed and so no "
+            f"spread (highest mean{'s' if len(unknown) > 1 else ''}: {_highest(unknown, digits)})"
         )
-    alone = [lead for lead in open_leads if lead.best and not lead.runner_up]
-    if alone:
+    if alone := [lead for lead in open_leads if lead.best and not lead.runner_up]:
         parts.append(f"at {_batch_word(alone)} only one optimizer has a result ({_highest(alone, digits)})")
-    nothing = [lead for lead in open_leads if not lead.best]
-    if nothing:
-        parts.append(f"at {_batch_word(nothing)} no run has finished, or all diverged")
-    sentences = [part[0].upper() + part[1:] + "." for part in parts if part]
-    return " ".join(sentences)
-
-
-def _finished(comparison: Comparison, lead: Lead) -> list[Cell]:
-    return [cell for cell in comparison.column(lead.batch_size) if cell.mean is not None]
+    if nothing := [lead for lead in open_leads if not lead.best]:
+        parts.append(f"at {_batch_word(nothing)} every run diverged or has not finished")
+    return " ".join(part[0].upper() + part[1:] + "." for part in parts if part)
 
 
 def _batch_word(leads: Sequence[Lead]) -> str:
@@ -124,7 +122,5 @@ def _batch_word(leads: Sequence[Lead]) -> str:
 
 
 def _highest(leads: Sequence[Lead], digits: int) -> str:
-    said = [f"{row_label(lead.best.row)} {cell_figure(lead.best, digits)} %" for lead in leads if lead.best]
-    if len(leads) == 1:
-        return said[0]
-    return ", ".join(f"{words} at {lead.batch_size:,}" for words, lead in zip(said, leads, strict=True))
+    best = [(lead, f"{row_label(lead.best.row)} {cell_accuracy(lead.best, digits)} %") for lead in leads if lead.best]
+    return best[0][1] if len(leads) == 1 else ", ".join(f"{words} at {lead.batch_size:,}" for lead, words in best)
