@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModeConfig:
-    """Options of every mode. ``views``: random views of each image that training takes."""
+    """Options of every mode.
 
+    ``label`` is its name in reports, ``views`` the number of random views of each image that training takes, and
+    ``progress`` the metric, after ``val/`` or ``test/``, that the main training improves.
+    """
+
+    label: ClassVar[str] = ""
     views: ClassVar[int] = 1
+    progress: ClassVar[str] = "accuracy"
 
     name: str = MISSING
 
@@ -47,12 +53,16 @@ class ModeConfig:
 class Clf(ModeConfig):
     """Classification with cross-entropy."""
 
+    label = "classification"
+
 
 @dataclass
 class Bt(ModeConfig):
     """Barlow Twins (arXiv 2103.03230) and a probe on its features; ``docs/barlow_twins.md``."""
 
+    label = "Barlow Twins"
     views = 2
+    progress = "knn_accuracy"
 
     default_epochs: int = option(240, least=1)  # of pre-training, if neither `epochs` nor `steps` is given
     projector: list[int] = option([128, 128, 128], least=1)  # widths of its linear layers

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from omegaconf import MISSING
 
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class ScheduleConfig:
-    """Options of every schedule. Without warm-up and decay unless a subclass has them."""
+    """Options of every schedule. Without warm-up and decay unless a subclass has them.
+
+    ``label`` follows the optimizer's name in reports.
+    """
+
+    label: ClassVar[str] = ""
 
     name: str = MISSING
 
@@ -72,6 +77,8 @@ class Constant(ScheduleConfig):
 class Cosine(ScheduleConfig):
     """``decay(s) = f + (1 - f) * (1 + cos(pi * s)) / 2`` with the final factor f."""
 
+    label = ", cosine"
+
     final_factor: float = option(0.0, least=0)  # learning rate at the end, as a part of the full one
 
     def decay(self, progress: float) -> float:
@@ -112,10 +119,14 @@ class _Warmup(ScheduleConfig):
 class WarmupCosine(_Warmup, Cosine):
     """``Cosine`` after a linear warm-up."""
 
+    label = " + warm-up"
+
 
 @dataclass
 class WarmupPoly(_Warmup):
     """``decay(s) = f + (1 - f) * (1 - s) ** power`` after a linear warm-up, with the final factor f."""
+
+    label = " + warm-up, poly"
 
     final_factor: float = option(0.0, least=0)  # learning rate at the end, as a part of the full one
     power: float = option(2.0, above=0)

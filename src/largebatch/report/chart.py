@@ -10,7 +10,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from largebatch.report.compare import OPTIMIZERS, Comparison, RowKey
+from largebatch.config.optimizers import OPTIMIZERS
+from largebatch.report.compare import Comparison, RowKey
 
 # Okabe and Ito's colours, which colour-blind people can tell apart. Their yellow is too pale for lines on white.
 _COLOURS = {

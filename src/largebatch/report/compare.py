@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from largebatch.config.optimizers import OPTIMIZERS
+from largebatch.config.schedules import SCHEDULES
 from largebatch.report.load import Run
 
 BY_VALIDATION = "best/val/accuracy"
 BY_TEST = "test/accuracy"
 # Metric that the table shows for a setting chosen by the key: at the epoch that validation chose, or at the end.
 REPORTED = {BY_VALIDATION: "best/test/accuracy", BY_TEST: "test/accuracy"}
-
-# Optimizers and schedules in the order of the table's rows.
-OPTIMIZERS = ("lars", "lamb", "tvlars", "clars", "sgd", "adamw", "adam", "adagrad", "rmsprop")
-SCHEDULES = ("constant", "cosine", "warmup_cosine", "warmup_poly")
 
 
 @dataclass(frozen=True, order=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from largebatch.config.modes import MODES, ModeConfig
 from largebatch.report.compare import Cell, Comparison
 from largebatch.report.load import Problem, number, read_history, thinned
 from largebatch.runs.metrics import Row
@@ -90,7 +91,7 @@ def _points(rows: Iterable[Row], metric: str) -> dict[float, tuple[float, Progre
 
 def progress_metric(comparison: Comparison, histories: Histories) -> str:
     """Return the accuracy that the main training improves: on validation images if all runs have them."""
-    name = "knn_accuracy" if comparison.mode == "bt" else "accuracy"
+    name = MODES.get(comparison.mode, ModeConfig).progress
     evaluated = [rows for rows in histories.values() if any(f"test/{name}" in row for row in rows)]
     held_out = evaluated and all(any(f"val/{name}" in row for row in rows) for rows in evaluated)
     return f"{'val' if held_out else 'test'}/{name}"

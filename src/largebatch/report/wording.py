@@ -6,22 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from largebatch.config.modes import MODES
+from largebatch.config.optimizers import OPTIMIZERS
+from largebatch.config.schedules import SCHEDULES
 from largebatch.report.compare import Cell, Comparison, Lead, RowKey
 from largebatch.report.load import Run
 
-_OPTIMIZERS = {
-    "lars": "LARS", "lamb": "LAMB", "tvlars": "TVLARS", "clars": "CLARS", "sgd": "SGD", "adam": "Adam",
-    "adamw": "AdamW", "adagrad": "Adagrad", "rmsprop": "RMSprop",
-}  # fmt: skip
-_SCHEDULES = {"constant": "", "cosine": ", cosine", "warmup_cosine": " + warm-up", "warmup_poly": " + warm-up, poly"}
-_MODES = {"clf": "classification", "bt": "Barlow Twins"}
 _SMALL_TEST_SET = 2000  # images; with fewer, one image changes a percentage by more than its second decimal
 
 
 def row_label(row: RowKey) -> str:
-    optimizer = _OPTIMIZERS.get(row.optimizer, row.optimizer)
+    optimizer = OPTIMIZERS[row.optimizer].label if row.optimizer in OPTIMIZERS else row.optimizer
+    schedule = SCHEDULES[row.schedule].label if row.schedule in SCHEDULES else f", {row.schedule}"
     extra = "".join(f", {short(key)}={value}" for key, value in row.extra)
-    return optimizer + _SCHEDULES.get(row.schedule, f", {row.schedule}") + extra
+    return optimizer + schedule + extra
 
 
 def short(key: str) -> str:
@@ -30,7 +28,8 @@ def short(key: str) -> str:
 
 
 def title(comparison: Comparison) -> str:
-    return f"{comparison.dataset} · {comparison.model} · {_MODES.get(comparison.mode, comparison.mode)}"
+    mode = MODES[comparison.mode].label if comparison.mode in MODES else comparison.mode
+    return f"{comparison.dataset} · {comparison.model} · {mode}"
 
 
 def decimals(comparison: Comparison) -> int:
