@@ -225,7 +225,7 @@ def test_every_chart_is_drawn_and_the_console_is_empty(written: Path, tmp_path: 
         assert 'class="main-svg"' in figure
         assert re.search(r'class="(js-line|point|hm)"', figure), figure[:300]  # line, marker or heat map
         assert len(re.findall(r'class="[xy]title"', figure)) == 2
-        assert "no run of this choice" not in figure
+        assert "no run for this choice" not in figure
 
 
 @needs_browser

@@ -1,1 +1,1 @@
-"""Looking at run folders. Imports no torch."""
+"""Compare run folders: the report, its exports and the W&B dashboard. Imports no torch."""

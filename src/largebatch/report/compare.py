@@ -32,6 +32,9 @@ class RowKey:
     extra: tuple[tuple[str, str], ...] = ()
 
 
+Place = tuple[RowKey, int]  # of a cell: row and batch size
+
+
 @dataclass(frozen=True)
 class Setting:
     """Runs that differ only in their seed."""
@@ -129,7 +132,7 @@ class Comparison:
     mode: str
     rows: tuple[RowKey, ...]
     columns: tuple[int, ...]  # batch sizes, ascending
-    cells: dict[tuple[RowKey, int], Cell]  # in the order of rows, then columns
+    cells: dict[Place, Cell]  # in the order of rows, then columns
     leads: tuple[Lead, ...]  # one for each column
     runs: tuple[Run, ...]
 
@@ -172,7 +175,7 @@ def dataset_of(run: Run) -> str:
 
 
 def _comparison(key: tuple[str, str, str], runs: list[Run], by: Sequence[str]) -> Comparison:
-    tried: dict[tuple[RowKey, int], list[Run]] = {}
+    tried: dict[Place, list[Run]] = {}
     for run in runs:
         tried.setdefault((row_of(run, by), run.config["batch_size"]), []).append(run)
     rows = tuple(sorted({row for row, _ in tried}, key=row_order))

@@ -50,7 +50,6 @@ class Reached:
         at: medians over the runs that reached it. None if none did.
     """
 
-    cell: Cell
     runs: int
     reached: int
     at: Progress | None
@@ -114,4 +113,4 @@ def reach(cell: Cell, metric: str, target: float, histories: Histories) -> Reach
     firsts = (next((points[step] for step in sorted(points) if points[step][0] >= target), None) for points in series)
     hits = [first[1] for first in firsts if first]
     medians = Progress(*map(statistics.median, zip(*hits, strict=True))) if hits else None
-    return Reached(cell, len(series), len(hits), medians)
+    return Reached(len(series), len(hits), medians)

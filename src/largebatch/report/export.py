@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from largebatch.report.compare import REPORTED, Comparison, differing
@@ -75,11 +75,7 @@ def _record(run: Run) -> Record:
     config = run.config
     return {
         "run": run.name,
-        "dataset": config["dataset"]["name"],
-        "model": config["model"]["name"],
-        "mode": config["mode"]["name"],
-        "optimizer": config["optimizer"]["name"],
-        "schedule": config["schedule"]["name"],
+        **{group: config[group]["name"] for group in ("dataset", "model", "mode", "optimizer", "schedule")},
         "batch_size": config["batch_size"],
         "lr": float(config["optimizer"]["lr"]),
         "seed": config["seed"],
@@ -102,9 +98,8 @@ def _one_type_a_column(rows: list[Record]) -> list[Record]:
     return rows
 
 
-def csv_text(rows: Iterable[Record]) -> str:
+def csv_text(rows: Sequence[Record]) -> str:
     """Return CSV with a heading. Unknown values are empty."""
-    rows = list(rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()

@@ -47,7 +47,7 @@ def _cells(title: str, text: str, test: Callable[[Cell], bool]) -> Check:
 
 
 def _at_edge(cell: Cell) -> bool:
-    """Return True if the chosen learning rate is the smallest or largest tried. A diverged one counts as tried."""
+    """Return True if the chosen learning rate is the smallest or largest tried. Diverged settings count as tried."""
     rates = sorted({setting.options["optimizer.lr"] for setting in cell.settings if setting.tried})
     return len(rates) > 1 and cell.chosen is not None and cell.chosen.options["optimizer.lr"] in (rates[0], rates[-1])
 

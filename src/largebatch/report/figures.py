@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import plotly.graph_objects as go
@@ -23,7 +23,7 @@ from largebatch.report.chart import (
     safe,
     see_through,
 )
-from largebatch.report.compare import Cell, Comparison, RowKey
+from largebatch.report.compare import Cell, Comparison, Place, RowKey
 from largebatch.report.curves import Curve, Histories, Reached, curve
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label
 
@@ -79,15 +79,15 @@ def speed_by_batch(comparison: Comparison, style: Styles) -> Chart | None:
     return chart if chart.figure.data else None
 
 
-def steps_to_target(comparison: Comparison, reached: Sequence[Reached], target: str, style: Styles) -> Chart | None:
-    found = {(one.cell.row, one.cell.batch_size): one for one in reached}
-
+def steps_to_target(
+    comparison: Comparison, reached: Mapping[Place, Reached], target: str, style: Styles
+) -> Chart | None:
     def point(cell: Cell) -> Point | None:
-        one = found.get((cell.row, cell.batch_size))
+        result = reached.get((cell.row, cell.batch_size))
         # A logarithmic axis has no 0, the steps of features that are good before training.
-        if one is None or one.at is None or not one.at.steps or one.reached < one.runs:
+        if result is None or result.at is None or not result.at.steps or result.reached < result.runs:
             return None
-        return one.at.steps, None, f"{one.at.steps:,.0f} steps, {one.at.epochs:.4g} epochs"
+        return result.at.steps, None, f"{result.at.steps:,.0f} steps, {result.at.epochs:.4g} epochs"
 
     note = (
         "Steps until the first evaluation that reaches the target, median over seeds. Lower is better. Drawn only if "

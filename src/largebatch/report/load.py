@@ -112,9 +112,10 @@ def _load(folder: RunFolder) -> Run:
     if not any(path.exists() for path in (folder.config, folder.status, folder.metrics)):
         raise _Broken("not a run folder: it has no config.yaml, status.json or metrics.jsonl")
     config = _attempt(folder.config, _read_tree)
-    given = flat(config)
     for key, kind in _NEEDED.items():
-        value = given.get(key)
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise _Broken(f"config.yaml has no valid {key} ({value!r})")
     if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:

@@ -8,7 +8,7 @@ const config = {
   modeBarButtons: [["toImage", "resetScale2d"]],
 };
 
-// A chart as its switches stand: the traces that were picked, at the x values that were picked.
+// Return the traces and the layout of a chart for the options that its switches show.
 function asSwitched(card) {
   const chart = charts[card.id];
   const chosen = {};
@@ -17,7 +17,7 @@ function asSwitched(card) {
     .filter((trace) => Object.entries(trace.meta?.pick ?? {}).every(([key, value]) => chosen[key] === value))
     .map((trace) => ({ ...trace, visible: true, x: trace.meta?.x ? trace.meta.x[chosen.x] : trace.x }));
   const layout = structuredClone(chart.layout);
-  layout.dragmode = narrow ? false : "zoom"; // or a finger that scrolls the page would zoom the chart
+  layout.dragmode = narrow ? false : "zoom"; // otherwise a finger that scrolls the page zooms the chart
   for (const [key, axes] of Object.entries(chart.axes))
     for (const [path, value] of Object.entries(axes[chosen[key]] ?? {})) {
       const names = path.split(".");
@@ -25,7 +25,7 @@ function asSwitched(card) {
       names.reduce((node, name) => (node[name] ??= {}), layout)[last] = value;
     }
   if (!traces.length)
-    layout.annotations = [{ text: "no run of this choice", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }];
+    layout.annotations = [{ text: "no run for this choice", showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 }];
   return [traces, layout];
 }
 
@@ -37,7 +37,7 @@ function draw(card) {
   card.addEventListener("change", () => Plotly.react(place, ...asSwitched(card), config));
 }
 
-// One after the other, so that the page answers while it draws.
+// Draw one chart after the other, so that the page responds while it draws.
 const cards = [...document.querySelectorAll("figure.card")];
 function drawNext() {
   const card = cards.find((one) => !one.dataset.drawn);
@@ -50,7 +50,7 @@ drawNext();
 addEventListener("beforeprint", () => {
   for (const card of cards) {
     draw(card);
-    Plotly.relayout(card.querySelector(".chart"), { width: 680 }); // what fits on A4 and on letter
+    Plotly.relayout(card.querySelector(".chart"), { width: 680 }); // fits on A4 and letter
   }
 });
 addEventListener("afterprint", () => {

@@ -84,9 +84,10 @@ def _section(
     """
     metric = progress_metric(comparison, histories)
     target = target or default_target(comparison, metric, histories)
-    reached = [reach(cell, metric, target, histories) for cell in comparison.shown] if target else []
+    reached = {place: reach(cell, metric, target, histories) for place, cell in comparison.cells.items() if target}
     goal = f"{100 * target:.4g} % {figures.METRICS[metric]}" if target else ""
     few_layers = layer_figures.in_budget(layers, share)
+    # A new chart needs its function in a file of figures and an entry here.
     groups: dict[str, list[Chart | None]] = {
         "Accuracy and training": [
             figures.accuracy_by_batch(comparison, style),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from largebatch.report.chart import Styles
-from largebatch.report.compare import BY_VALIDATION, Comparison, differing, value_order
+from largebatch.report.compare import BY_VALIDATION, Comparison, Place, differing, value_order
 from largebatch.report.curves import Reached
 from largebatch.report.load import Run
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, plural, row_label, short, states, value
@@ -59,20 +59,19 @@ def caption(comparison: Comparison) -> list[str]:
     return said
 
 
-def reached_table(comparison: Comparison, reached: Sequence[Reached]) -> list[tuple[str, list[tuple[str, str]]]]:
+def reached_table(comparison: Comparison, reached: Mapping[Place, Reached]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return two lines of text for each batch size of each row."""
-    found = {(one.cell.row, one.cell.batch_size): one for one in reached}
 
-    def lines(one: Reached | None) -> tuple[str, str]:
-        if one is None or not one.runs:
+    def lines(result: Reached | None) -> tuple[str, str]:
+        if result is None or not result.runs:
             return "-", ""
-        seeds = f"{one.reached} of {plural(one.runs, 'seed')}"
-        if one.at is None:
+        seeds = f"{result.reached} of {plural(result.runs, 'seed')}"
+        if result.at is None:
             return "never", seeds
-        return f"{one.at.steps:,.0f} steps", f"{one.at.epochs:.3g} epochs, {one.at.seconds:.3g} s; {seeds}"
+        return f"{result.at.steps:,.0f} steps", f"{result.at.epochs:.3g} epochs, {result.at.seconds:.3g} s; {seeds}"
 
     return [
-        (row_label(row), [lines(found.get((row, batch))) for batch in comparison.columns]) for row in comparison.rows
+        (row_label(row), [lines(reached.get((row, batch))) for batch in comparison.columns]) for row in comparison.rows
     ]
 
 
