@@ -50,7 +50,7 @@ def test_an_offline_run_holds_config_history_and_summary_and_no_secret(tmp_path:
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
 def test_layer_statistics_of_every_checkpoint_reach_wandb(launch: Launch, tmp_path: Path, optimizer: str) -> None:
-    """With more rows than the device keeps and checkpoints in between, W&B has each row of the table once."""
+    """W&B has each row of the table once, with more rows than the device keeps and checkpoints in between."""
     command = [*WITH_WANDB, f"optimizer={optimizer}", "steps=50", "tracker.layers_every=1", "checkpoint.every_steps=41"]
     result = launch(*command)
     assert result.returncode == 0, result.stderr

@@ -90,7 +90,7 @@ def test_an_agent_runs_in_its_w_and_b_runs_and_does_not_repeat_a_finished_run(tm
     assert of(again, "val/accuracy") == of(first, "val/accuracy")
     assert again.summary["val/accuracy"] == first.summary["val/accuracy"]
     assert (again.exit_code, again.config["resolved"]) == (0, first.config["resolved"])
-    assert result.stdout.count("the sweep was given the figures of") == 1
+    assert result.stdout.count("the W&B sweep got the metrics of") == 1
 
     assert of_run[diverged.config["resolved"]["run"]].state() == "diverged"
     assert diverged.exit_code == 1  # so that the search doesn't take its best value before the divergence

@@ -80,7 +80,7 @@ def test_an_upload_has_rows_images_and_checkpoints_and_is_not_repeated(runs: Pat
 
 @pytest.mark.parametrize("posts", [1, 2])
 def test_a_killed_upload_is_completed_by_the_next(runs: Path, sync: Sync, tmp_path: Path, posts: int) -> None:
-    """Also if W&B took rows without an answer; at the latest the second post has rows."""
+    """W&B may have taken rows without an answer; at the latest the second post has rows."""
     (run,) = runs.iterdir()
     with recorder() as server:
         server.freeze_after = posts
@@ -145,6 +145,18 @@ def test_arguments_select_runs(runs: Path, sync: Sync) -> None:
     wrong = sync("synth", "cifar", "--dry-run")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "cifar: no run in runs whose name, or whose last eight digits, begin so" in wrong.stderr
+
+
+def test_earlier_repetitions_are_uploaded_too(runs: Path, sync: Sync) -> None:
+    (run,) = runs.iterdir()
+    repeated = shutil.copytree(run, runs / "repeated-0000abcd", symlinks=True)
+    shutil.move(run, repeated / "previous-1")
+    update_upload(repeated, run.name[-8:], uploaded=True)
+    with recorder() as server:
+        first, second = sync(server=server).stdout.splitlines()
+        assert first.startswith("repeated-0000abcd (previous-1)  uploaded ")
+        assert second == "1 run(s) were uploaded before"
+        assert [timeless(row) for row in server.run.rows()[1:]] == local_rows(repeated, 3)
 
 
 def test_a_running_run_is_skipped(runs: Path, sync: Sync) -> None:

@@ -239,7 +239,7 @@ def closed_port() -> int:
 def test_mode_follows_key_host_and_environment(
     go: Go, more: dict[str, str], tracker: dict[str, Any], mode: str | None, why: str
 ) -> None:
-    """Without a usable key and an answering host the run is offline at once, with one line for the reason."""
+    """The run is offline at once without a usable key and an answering host; one line has the reason."""
     closed = str(closed_port())
     report = go({key: value.replace("{closed}", closed) for key, value in more.items()}, tracker=tracker)
     assert report["mode"] == mode
@@ -249,7 +249,7 @@ def test_mode_follows_key_host_and_environment(
 
 
 def test_without_a_key_there_is_no_prompt_at_a_terminal(environment: dict[str, str], tmp_path: Path) -> None:
-    """By default wandb prompts and waits without limit."""
+    """wandb by default prompts and waits without limit."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, DRIVER, json.dumps({"directory": str(tmp_path)})],

@@ -63,7 +63,7 @@ def show_finished(run: PlannedRun) -> None:
     facts = {k: v for k, v in run.folder.read_summary().items() if "/" not in k and k not in _OUTCOME}
     if copy := _join(run, facts):
         send(copy, run.folder, wandb_config(run.config, facts), in_sweep=True)
-        print(f"the sweep was given the figures of {run.folder.path}", flush=True)
+        print(f"the W&B sweep got the metrics of {run.folder.path}", flush=True)
 
 
 def give_back(run: PlannedRun) -> None:

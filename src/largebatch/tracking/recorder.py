@@ -112,7 +112,7 @@ class Recorder:
 def summarise(rows: list[Row]) -> dict[str, Any]:
     """Return the last and the best metrics of a run.
 
-    ``test/accuracy``, ``test/loss`` ... are those of the last evaluation. With a validation part, ``best/epoch`` is the
+    ``test/accuracy``, ``test/loss`` ... are from the last evaluation. With a validation part, ``best/epoch`` is the
     epoch of the best validation accuracy and ``best/test/accuracy`` the test accuracy there: the test set chooses
     nothing. Without a validation part, the best is the test set's own and only an upper bound.
     """

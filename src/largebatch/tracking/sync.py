@@ -85,7 +85,7 @@ def sync(folders: Iterable[RunFolder], dry_run: bool, say: Callable[[str], None]
 
 
 def _uploads(folders: Iterable[RunFolder]) -> Iterator[Upload]:
-    """Yield the W&B runs of the folders, also those of earlier repetitions in ``previous-1``, ..."""
+    """Yield the W&B runs of the folders and of earlier repetitions in ``previous-1``, ..."""
     for run in folders:
         for path in [run.path, *sorted(run.path.glob("previous-*"))]:
             for entry in wandb_run.read_uploads(path).values():

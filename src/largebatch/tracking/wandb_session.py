@@ -68,7 +68,7 @@ def unreachable(url: str, seconds: float) -> str | None:
 
 
 def next_hop(url: str) -> tuple[str, int]:
-    """Return host and port of a connection to ``url``: its own, or those of the environment's proxy."""
+    """Return host and port of a connection to ``url``: its own, or the proxy's from the environment."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     is_local = host in ("localhost", "::1") or host.startswith("127.")  # wandb's process uses no proxy for these
