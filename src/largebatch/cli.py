@@ -161,8 +161,8 @@ def _named(options: argparse.Namespace) -> list[RunFolder]:
 def _add_sync(commands: Commands) -> None:
     sync = commands.add_parser("sync", help="upload to W&B what it lacks of runs")
     _add_runs(sync)
-    sync.add_argument("--dry-run", action="store_true", help="say what would be uploaded; needs no key and no network")
-    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="for one part; default: 600")
+    sync.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no key or network")
+    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="limit for one run; default: 600")
     sync.set_defaults(run=_sync)
 
 

@@ -17,7 +17,7 @@ from recorder import recorder
 
 from largebatch import cli
 from largebatch.runs.metrics import read_rows
-from largebatch.tracking.layers import COLUMNS, LayerRow
+from largebatch.tracking.rows import COLUMNS, LayerRow
 from largebatch.tracking.wandb_arguments import wandb_config
 
 # wandb-workspaces uses validators of pydantic 1.

@@ -1,4 +1,4 @@
-"""What W&B should have of a run, from the files of its folder."""
+"""Rows that W&B should have of a run, from the files of its folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pyarrow.parquet
 from runs import TIMES
 
 from largebatch.runs.metrics import read_rows
-from largebatch.tracking.layers import COLUMNS
+from largebatch.tracking.rows import COLUMNS
 
 Row = dict[str, Any]
 
 
 def local_rows(run: Path, steps_per_epoch: int) -> list[Row]:
-    """The rows of ``metrics.jsonl`` and ``layers.parquet``, those of a step's layers first, without times.
+    """Return the rows of ``metrics.jsonl`` and ``layers.parquet``, a step's layer row first, without times.
 
-    A step that was taken twice, because the run was stopped after it, took two times.
+    Times of a step that ran twice differ.
     """
     layers: dict[int, Row] = {}
     table = run / "layers.parquet"
@@ -30,6 +30,6 @@ def local_rows(run: Path, steps_per_epoch: int) -> list[Row]:
 
 
 def timeless(row: Row) -> Row:
-    """A row without times, histograms and values that a row in W&B hasn't."""
+    """Return a row without times, histograms and values that W&B lacks."""
     kept = {k: v for k, v in row.items() if k not in TIMES and v is not None and not isinstance(v, dict)}
     return {k: v for k, v in kept.items() if not (isinstance(v, float) and math.isnan(v))}

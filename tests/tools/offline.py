@@ -1,4 +1,4 @@
-"""An offline run of one part, as W&B's own reader prints it."""
+"""Offline runs of one part, as W&B's own reader prints them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from largebatch.tracking.layers import COLUMNS
+from largebatch.tracking.rows import COLUMNS
 
 
 def records(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """What W&B's own reader finds, by kind of record."""
+    """Return the records that W&B's own reader finds, by kind."""
     (segment,) = (run / "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(segment)]
     printed = subprocess.run(command, cwd=segment, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -24,7 +24,7 @@ def records(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def history_of(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Every logged row, without W&B's own counters and histograms of layers, and the final summary."""
+    """Return every row without W&B's counters and layer histograms, and the final summary."""
     found = records(run)
     left_out = ("_", *(f"layers/{column}." for column in COLUMNS))
     rows = [{k: v for k, v in entry["item"].items() if not k.startswith(left_out)} for entry in found["history"]]

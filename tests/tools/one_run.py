@@ -1,9 +1,9 @@
-"""A W&B run as the training loop makes it, in a process of its own: ``python one_run.py JSON [ignored ...]``.
+"""One W&B run, logged as the training loop does, in its own process: ``python one_run.py JSON [ignored ...]``.
 
-Takes ``{"directory", "tracker": {...}, "rows", "first_step", "init_timeout", "finish_timeout", "times", "break": ...}``
-and prints one JSON object with what was said and how long it took. ``break`` is what happens after the first row:
-``core`` kills wandb's process, ``type`` logs something that isn't a row, ``self`` kills this process after 2 s,
-``wait`` prints ``ready`` and waits for a line.
+Takes ``{"directory", "tracker": {...}, "rows", "first_step", "first_number", "init_timeout", "finish_timeout",
+"times", "break": ...}`` and prints one JSON object with the messages and times. ``break`` names the fault after the
+first row: ``core`` kills wandb's process, ``type`` logs something that isn't a row, ``self`` kills this process after
+2 s, ``wait`` prints ``ready`` and waits for a line.
 """
 
 import contextlib
@@ -43,9 +43,9 @@ def evaluation_row(step: int) -> dict[str, Any]:
 
 
 def kill_core() -> None:
-    """Kill the process that wandb started for this one."""
+    """Kill the process that wandb started for this process."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # some other process, gone meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # another process that has ended
             name, rest = stat.read_text().rsplit(")", 1)
             if rest.split()[1] == str(os.getpid()) and "wandb-core" in name:
                 os.kill(int(stat.parent.name), signal.SIGKILL)
@@ -69,12 +69,13 @@ def carry_out(asked: dict[str, Any], said: list[str]) -> dict[str, Any]:
     report: dict[str, Any] = {"mode": run.mode if run else None, "start_seconds": time.monotonic() - began}
     if run is None:
         return report
-    first = asked.get("first_step", 1)
-    for step in range(first, first + asked.get("rows", 3)):
-        run.log(training_row(step))
+    first, number = asked.get("first_step", 1), asked.get("first_number", 0)
+    end = first + asked.get("rows", 3)
+    for step in range(first, end):
+        run.log(number + step - first, training_row(step))
         if step == first:
             interfere(run, asked.get("break"))
-    run.log(evaluation_row(first + asked.get("rows", 3) - 1))
+    run.log(number + end - first, evaluation_row(end - 1))
     run.summarize({"test/accuracy": 0.875, "best/test/accuracy": 0.9, "test/top5": None})
     began = time.monotonic()
     run.finish(asked.get("exit_code", 0))
@@ -85,7 +86,7 @@ def interfere(run: wandb_run.WandbRun, how: str | None) -> None:
     if how == "core":
         kill_core()
     elif how == "type":
-        run.log(["not", "a", "row"])  # type: ignore[arg-type]
+        run.log(1, ["not", "a", "row"])  # type: ignore[arg-type]
     elif how == "self":
         time.sleep(2.0)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -100,7 +101,7 @@ if __name__ == "__main__":
     environment = dict(os.environ)
     report = carry_out(wanted, heard)
     for _ in range(wanted.get("times", 1) - 1):
-        time.sleep(1.1)  # wandb names a part of a run by the second, and no run is resumed within the same one
+        time.sleep(1.1)  # wandb names its folders by the second
         report = carry_out(wanted, heard)
     changed = {key for key in {*environment, *os.environ} if environment.get(key) != os.environ.get(key)}
     print(json.dumps({**report, "said": heard, "changed": sorted(changed), "wandb": "wandb" in sys.modules}))

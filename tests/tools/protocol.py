@@ -1,7 +1,7 @@
-"""W&B's protocol as far as wandb speaks it here: what comes in, and what each operation is answered.
+"""The part of W&B's protocol that wandb uses here: received data, and the answer to each operation.
 
-What isn't known is listed in ``unknown``, which tests hold to be empty: a wandb that asks for more then fails a test,
-where it would otherwise wait for an answer.
+Unknown operations are listed in ``unknown``. Tests expect an empty list, so a newer wandb with more operations fails a
+test instead of waiting for an answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ USER = "someone"
 
 @dataclass
 class TakenRun:
-    """One run as the server has it."""
+    """One run on the server."""
 
     announced: list[Json] = field(default_factory=list)  # variables of each announcement
     history: list[Json] = field(default_factory=list)
@@ -37,7 +37,7 @@ class TakenRun:
 
     @property
     def config(self) -> Json:
-        """The newest one announced, without wandb's own part."""
+        """The newest announced config, without wandb's own part."""
         found = [json.loads(given["config"]) for given in self.announced if given.get("config")]
         return {k: v["value"] for k, v in found[-1].items() if k != "_wandb"} if found else {}
 
@@ -48,16 +48,17 @@ class TakenRun:
 
 @dataclass
 class Recorded:
-    """What came in, and how to answer.
+    """Received data, and how to answer.
 
     Attributes:
-        frozen: set, requests are taken and never answered.
-        status: of every answer where it isn't 200, e.g. 500 or 401; nothing is taken then.
+        frozen: if set, requests are accepted and never answered.
+        status: HTTP status of every answer; with any but 200, e.g. 500 or 401, the data is refused.
         delay: seconds that each answer takes.
-        freeze_after: number of posts to runs' streams after which the server is frozen: the first that isn't answered.
-        project: the only one that has views; None: any.
-        refused: ids of runs that are not taken.
-        arguments: what the sweep's agents are to run, one dict ``{"key": {"value": ...}}`` a run.
+        freeze_after: the post to runs' streams from which on nothing is answered.
+        counts: False for a server that doesn't tell a run's number of rows and ignores offsets.
+        project: the only project that has views; None: any.
+        refused: ids of runs that are refused.
+        arguments: the runs for agents of a W&B sweep, each a dict ``{"key": {"value": ...}}``.
     """
 
     url: str = ""
@@ -65,12 +66,13 @@ class Recorded:
     artifacts: dict[str, Json] = field(default_factory=dict)  # by id: their variables, "files" by name, "committed"
     sweeps: list[Json] = field(default_factory=list)  # variables of each
     views: list[Json] = field(default_factory=list)  # each saving of a workspace or report: its variables and its id
+    counts: bool = True
     project: str | None = None
     refused: list[str] = field(default_factory=list)
     arguments: list[Json] = field(default_factory=list)
     beats: int = 0
     posts: int = 0
-    operations: list[str] = field(default_factory=list)  # every one asked for, in order
+    operations: list[str] = field(default_factory=list)  # in order
     unknown: list[str] = field(default_factory=list)
     status: int = 200
     delay: float = 0.0
@@ -81,16 +83,16 @@ class Recorded:
 
     @property
     def run(self) -> TakenRun:
-        """The only one."""
+        """The only run."""
         (run,) = self.runs.values()
         return run
 
     def environment(self, key: str) -> dict[str, str]:
-        """What leads a process here, and has it keep wandb's own statistics of its use to itself."""
+        """Return variables that lead a process to this server and disable wandb's crash reports."""
         return {"WANDB_API_KEY": key, "WANDB_BASE_URL": self.url, "WANDB_ERROR_REPORTING": "false"}
 
     def take(self, path: str, body: bytes) -> Json | None:
-        """The answer, or None where there is no such path. Raises PermissionError for what is refused."""
+        """Return the answer, or None for an unknown path. Raises PermissionError for refused runs."""
         if path == "/graphql":
             asked = json.loads(body)
             named = re.search(r"\b(?:query|mutation)\s+(\w+)", asked["query"])
@@ -117,8 +119,12 @@ class Recorded:
     def take_stream(self, run: TakenRun, body: Json) -> None:
         files = body.get("files") or {}
         for name, rows in (("wandb-history.jsonl", run.history), ("wandb-events.jsonl", run.events)):
-            if chunk := files.get(name):  # what is sent again takes the place of what is there
-                rows[chunk["offset"] :] = [json.loads(line) for line in chunk["content"]]
+            if chunk := files.get(name):
+                sent = [json.loads(line) for line in chunk["content"]]
+                if self.counts:
+                    rows[chunk["offset"] :] = sent  # rows sent again replace the rows that are there
+                else:
+                    rows += sent
         for line in files.get("wandb-summary.json", {}).get("content", []):
             run.summary = json.loads(line)
         if chunk := files.get("output.log"):
@@ -131,7 +137,7 @@ class Recorded:
             self.frozen.set()
 
 
-# ---- operations: what each is answered, by name ----
+# ---- answers of operations ----
 
 
 def _project(given: Json) -> Json:
@@ -140,20 +146,17 @@ def _project(given: Json) -> Json:
 
 
 def _bucket(server: Recorded, name: str) -> Json:
-    """What the server says of a run that it has."""
+    """Return the server's description of a run."""
     run = server.runs[name]
-    tails = {f"{kind}Tail": json.dumps([json.dumps(row) for row in rows[-1:]]) for kind, rows in _streams(run)}
-    counts = {f"{kind}LineCount": len(rows) for kind, rows in _streams(run)}
+    known = {"history": run.history if server.counts else [], "events": run.events}
+    tails = {f"{kind}Tail": json.dumps([json.dumps(row) for row in rows[-1:]]) for kind, rows in known.items()}
+    counts = {f"{kind}LineCount": len(rows) for kind, rows in known.items()}
     configs = [given["config"] for given in run.announced if given.get("config")]
     return {
         "id": base64.b64encode(f"Run:v1:{name}".encode()).decode(), "name": name, "displayName": name,
         "config": configs[-1] if configs else "{}", "summaryMetrics": json.dumps(run.summary),
         "logLineCount": len(run.console), "tags": [], "wandbConfig": json.dumps({"t": 1}), **tails, **counts,
     }  # fmt: skip
-
-
-def _streams(run: TakenRun) -> tuple[tuple[str, list[Json]], ...]:
-    return (("history", run.history), ("events", run.events))
 
 
 def _viewer(_: Recorded, __: Json) -> Json:
@@ -240,11 +243,11 @@ def _sweep(server: Recorded, given: Json) -> Json:
 
 
 def _heartbeat(server: Recorded, given: Json) -> Json:
-    """The next run once the one before has ended; told to exit once there is none."""
+    """Answer with the next run after the previous has ended, and with an exit after the last."""
     server.beats += 1
     commands: list[Json] = []
     if json.loads(given.get("runState") or "{}"):
-        pass  # at work
+        pass  # the agent has a run
     elif server.arguments:
         program = yaml.safe_load(_sweep_config(server) or "{}").get("program")
         run = {"type": "run", "run_id": f"swept{server.beats:03}", "program": program, "args": server.arguments.pop(0)}
@@ -255,7 +258,7 @@ def _heartbeat(server: Recorded, given: Json) -> Json:
 
 
 def _save_view(server: Recorded, given: Json) -> Json:
-    """With an id what has it is replaced; without one there is a new view, even where the name is taken."""
+    """Replace the view with the given id. Without an id, add a view, even if its name exists."""
     inserted = "id" not in given
     found = {"id": base64.b64encode(f"View:{len(server.views)}".encode()).decode(), "name": "nw-x-v", **given}
     server.views.append(found)

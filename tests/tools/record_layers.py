@@ -1,7 +1,7 @@
-"""Layer statistics through a run's recorder, in a process of its own: ``python record_layers.py FOLDER``.
+"""Layer statistics through a run's recorder, in its own process: ``python record_layers.py FOLDER``.
 
-A run of 2,500 steps with a layer row at each has three times as many as W&B is to get. The first 70 come; the set of
-layers changes after 40; a gradient norm is infinite and a trust ratio NaN.
+A run of 2,500 steps with a layer row at each step has three times as many rows as W&B gets. The first 70 are recorded.
+The set of layers changes after step 40; a gradient norm is infinite and a trust ratio NaN.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A loopback server that takes W&B runs, sweeps and workspaces (``protocol.py``), and has ways to be unhelpful."""
+"""Loopback server for W&B runs, sweeps and workspaces (``protocol.py``), which can fail on request."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
             except PermissionError:
                 self.reply(403, {"error": "not yours"})
                 return
-            except Exception as error:  # ours: to be seen in the test
+            except Exception as error:  # our own error; the test shows it
                 recorded.unknown.append(f"{self.path}: {type(error).__name__}: {error}")
                 answer = None
         if recorded.frozen.is_set():
@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # a client that is done may hang up
+        with suppress(ConnectionError):  # a client may hang up
             super().handle()
 
 

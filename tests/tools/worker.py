@@ -1,4 +1,4 @@
-"""A run's worker that is ``impatient`` of W&B at its end, or ``fails``: ``python worker.py RUN_DIR [HOW]``."""
+"""Worker with a short W&B ``finish`` limit (``impatient``), or that ``fails``: ``python worker.py RUN_DIR [HOW]``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Layer statistics wait on the device, leave it together, and are all in the table and in W&B."""
+"""Layer statistics wait on the device, leave it together, and are complete in the table and in W&B."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from conftest import ROOT, environment
 from offline import history_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from largebatch.tracking.layers import CAPACITY, COLUMNS, LayerLog
-from largebatch.tracking.recorder import wandb_layers_every
+from largebatch.tracking.layers import CAPACITY, LayerLog
+from largebatch.tracking.rows import COLUMNS, wandb_layers_every
 
 NAMES = ["conv1.weight", "head.weight"]
 
 
 def statistics(step: int, layers: int = 2) -> dict[str, torch.Tensor]:
-    """Figures that tell step, column and layer, exact in fp32."""
+    """Return values that identify step, column and layer, exact in fp32."""
     return {column: step + i / 4 + torch.arange(layers) / 16 for i, column in enumerate(COLUMNS)}
 
 
 def expected(step: int, layers: int = 2) -> list[dict[str, Any]]:
-    """The table's rows of a step."""
-    figures = {column: [step + i / 4 + layer / 16 for layer in range(layers)] for i, column in enumerate(COLUMNS)}
+    """Return the table's rows of a step."""
+    values = {column: [step + i / 4 + layer / 16 for layer in range(layers)] for i, column in enumerate(COLUMNS)}
     names = ["conv1.weight", "head.weight"][:layers]
     return [
-        {"step": step, "layer": name, **{column: figures[column][layer] for column in COLUMNS}}
+        {"step": step, "layer": name, **{column: values[column][layer] for column in COLUMNS}}
         for layer, name in enumerate(names)
     ]
 
@@ -42,7 +42,7 @@ def table(path: Path) -> list[dict[str, Any]]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is asked of the device, views apart, and what it makes and copies."""
+    """List the operations on the device, without views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_adding_a_row_is_one_operation_and_a_full_buffer_one_reading(tmp_path: Path) -> None:
+def test_adding_a_row_is_one_operation_and_a_full_buffer_is_read_once(tmp_path: Path) -> None:
     log = LayerLog(tmp_path / "layers.parquet", 0)
     assert log.add(1, NAMES, statistics(1)) == []
     for step in range(2, CAPACITY):
@@ -99,7 +99,7 @@ def test_every_row_is_written_once_and_in_order(tmp_path: Path, rows: int, write
     }
 
 
-def test_figures_that_the_caller_reuses_are_kept(tmp_path: Path) -> None:
+def test_tensors_that_the_caller_reuses_are_copied(tmp_path: Path) -> None:
     log = LayerLog(tmp_path / "layers.parquet", 0)
     given, names = statistics(1), list(NAMES)
     log.add(1, names, given)
@@ -143,7 +143,7 @@ def test_no_rows_make_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_types_are_kept_in_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_other_types_are_stored_in_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
     log = LayerLog(tmp_path / "layers.parquet", 0)
     log.add(1, NAMES, {column: torch.tensor([0.5, 1 / 3], dtype=dtype) for column in COLUMNS})
     third = float(torch.tensor(1 / 3, dtype=dtype).float())
@@ -164,7 +164,7 @@ def test_wandb_gets_at_most_a_thousand_rows_and_all_of_a_short_run(every: int, s
 
 
 def test_wandb_gets_the_rows_of_the_table(tmp_path: Path) -> None:
-    """Late, for they wait on the device, yet none is dropped; every third here, to stay below a thousand."""
+    """They arrive late, but none is dropped. W&B gets every third, to stay below a thousand."""
     run = tmp_path / "digits-0123abcd"
     run.mkdir()
     command = [sys.executable, str(ROOT / "tests" / "tools" / "record_layers.py"), str(run)]
@@ -185,8 +185,8 @@ def test_wandb_gets_the_rows_of_the_table(tmp_path: Path) -> None:
             if row["step"] == got["step"]
             for column in COLUMNS
         }
-        figures = {name: float(value) for name, value in got.items()}  # W&B's reader prints NaN as a string
-        assert figures == pytest.approx({"step": got["step"], "epoch": got["step"] / 10, **want}, rel=0, nan_ok=True)
+        values = {name: float(value) for name, value in got.items()}  # W&B's reader prints NaN as a string
+        assert values == pytest.approx({"step": got["step"], "epoch": got["step"] / 10, **want}, rel=0, nan_ok=True)
     infinite, undefined = layers[1], layers[2]  # steps 6 and 9
     assert float(infinite["layers/gradient_norm/head.weight"]) == math.inf
     assert math.isnan(float(undefined["layers/trust_ratio/head.weight"]))

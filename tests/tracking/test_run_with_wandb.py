@@ -1,4 +1,4 @@
-"""The default tracker in a whole run of the real program: offline, complete, and without the environment's secrets."""
+"""The default tracker in a run of the real program: offline, complete, and without secrets of the environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, Launch, environment
 from offline import history_of, records
 
 from largebatch.runs.metrics import read_rows
-from largebatch.tracking.layers import COLUMNS
+from largebatch.tracking.rows import COLUMNS
 
 WITH_WANDB = [item for item in TINY if item != "tracker=none"]
 SECRETS = {"WANDB_API_KEY": "5ec4e7" * 6 + "beef", "AWS_SECRET_ACCESS_KEY": "canary-aws", "MY_TOKEN": "canary-token"}
@@ -50,7 +50,7 @@ def test_an_offline_run_holds_config_history_and_summary_and_no_secret(tmp_path:
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
 def test_layer_statistics_of_every_checkpoint_reach_wandb(launch: Launch, tmp_path: Path, optimizer: str) -> None:
-    """More rows than the device keeps, and checkpoints in between: each row once, equal to the table's."""
+    """W&B has each row of the table once, with more rows than the device keeps and checkpoints in between."""
     command = [*WITH_WANDB, f"optimizer={optimizer}", "steps=50", "tracker.layers_every=1", "checkpoint.every_steps=41"]
     result = launch(*command)
     assert result.returncode == 0, result.stderr
@@ -59,8 +59,8 @@ def test_layer_statistics_of_every_checkpoint_reach_wandb(launch: Launch, tmp_pa
     assert {row["step"] for row in table} == set(range(1, 51))
     expected: dict[int, dict[str, float]] = {}
     for row in table:
-        figures = {f"layers/{column}/{row['layer']}": row[column] for column in COLUMNS}
-        expected.setdefault(row["step"], {"step": row["step"], "epoch": row["step"] / 4}).update(figures)
+        values = {f"layers/{column}/{row['layer']}": row[column] for column in COLUMNS}
+        expected.setdefault(row["step"], {"step": row["step"], "epoch": row["step"] / 4}).update(values)
 
     history, summary = history_of(run)
     layers = [row for row in history if any(name.startswith("layers/") for name in row)]

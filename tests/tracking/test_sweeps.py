@@ -1,4 +1,4 @@
-"""W&B sweeps: a real agent runs the real program, against a loopback server."""
+"""W&B sweeps: a real agent runs the real program with a loopback server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SWEEPS = sorted((ROOT / "sweeps" / "wandb").glob("*.yaml"))
 RECORDED = [item for item in TINY if item != "tracker=none"]
 COMMAND = [*RECORDED, "dataset.val_fraction=0.25", "epochs=3", "eval_every=1"]
 
-# wandb's own command line, but it looks every half second instead of every 5 whether its run has ended.
+# wandb's own command line, but it checks every 0.5 s instead of every 5 s if its run has ended.
 WANDB = "from wandb.wandb_agent import Agent; Agent.POLL_INTERVAL = 0.5; from wandb.cli.cli import cli; cli()"
 
 
@@ -41,7 +41,7 @@ def under(server: Recorded, home: Path, **more: str) -> dict[str, str]:
 
 
 def as_agent(server: Recorded, home: Path, run_id: str) -> dict[str, str]:
-    """What an agent gives the program that it starts."""
+    """Return the environment that an agent gives its program."""
     return under(server, home, WANDB_SWEEP_ID="sweep1", WANDB_RUN_ID=run_id, WANDB_PROJECT="p", WANDB_ENTITY="team")
 
 
@@ -52,7 +52,7 @@ def given(**values: Any) -> Json:
 # Agents.
 
 
-def test_an_agent_s_runs_are_the_sweep_s_and_a_finished_one_is_not_repeated(tmp_path: Path) -> None:
+def test_an_agent_runs_in_its_w_and_b_runs_and_does_not_repeat_a_finished_run(tmp_path: Path) -> None:
     sweep = {
         "program": str(ROOT / "launch.py"), "project": "p", "entity": "team", "method": "random",
         "metric": {"name": "val/accuracy", "goal": "maximize"},
@@ -81,7 +81,7 @@ def test_an_agent_s_runs_are_the_sweep_s_and_a_finished_one_is_not_repeated(tmp_
     of_run = {folder.name: folder for folder in folders.values()}
     folder = of_run[first.config["resolved"]["run"]]
     assert folder.name.endswith(identity(configuration(*COMMAND, "optimizer.lr=0.5")))
-    assert first.config["optimizer.lr"] == first.config["optimizer"]["lr"] == 0.5  # the sweep's key, and ours
+    assert first.config["optimizer.lr"] == first.config["optimizer"]["lr"] == 0.5  # the W&B sweep's key, and ours
     rows = read_rows(folder.metrics)
     assert [row["epoch"] for row in of(first, "val/accuracy")] == [1, 2, 3]
     assert of(first, "val/accuracy") == [row for row in rows if "val/accuracy" in row]
@@ -90,10 +90,10 @@ def test_an_agent_s_runs_are_the_sweep_s_and_a_finished_one_is_not_repeated(tmp_
     assert of(again, "val/accuracy") == of(first, "val/accuracy")
     assert again.summary["val/accuracy"] == first.summary["val/accuracy"]
     assert (again.exit_code, again.config["resolved"]) == (0, first.config["resolved"])
-    assert result.stdout.count("the sweep was given the figures of") == 1
+    assert result.stdout.count("the W&B sweep got the metrics of") == 1
 
     assert of_run[diverged.config["resolved"]["run"]].state() == "diverged"
-    assert diverged.exit_code == 1  # for the search a failed run is a bad one; its best figure isn't its value
+    assert diverged.exit_code == 1  # so that the search doesn't take its best value before the divergence
 
 
 def of(run: TakenRun, metric: str) -> list[Json]:
@@ -101,7 +101,7 @@ def of(run: TakenRun, metric: str) -> list[Json]:
 
 
 def interrupted(arguments: list[str], number: int, cwd: Path, env: dict[str, str]) -> RunFolder:
-    """The only run's folder after it was at work for some rows and got a signal."""
+    """Run until some rows are logged, then send a signal. Return the run folder."""
     command = [sys.executable, str(ROOT / "launch.py"), *arguments]
     process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = [path / "metrics.jsonl" for path in cwd.glob("runs/*")]
@@ -116,8 +116,8 @@ def interrupted(arguments: list[str], number: int, cwd: Path, env: dict[str, str
     return RunFolder(path)
 
 
-def test_what_is_stopped_saves_and_goes_on_with_its_whole_history(tmp_path: Path) -> None:
-    """SIGTERM is an agent's, for a run that W&B stops early. SIGUSR2 is SLURM's: W&B is to give the run out again."""
+def test_a_stopped_run_is_saved_and_resumed_with_its_whole_history(tmp_path: Path) -> None:
+    """An agent sends SIGTERM to a run that W&B stops early. SLURM sends SIGUSR2: W&B must requeue the run."""
     long = [*COMMAND[:-2], "epochs=40", "checkpoint.every_steps=100000"]
     with recorder() as server:
         folder = interrupted(long, signal.SIGTERM, tmp_path, as_agent(server, tmp_path, "one"))
@@ -139,26 +139,26 @@ def test_what_is_stopped_saves_and_goes_on_with_its_whole_history(tmp_path: Path
     assert f"resumed after step {stopped['step']}" in done.stdout
     assert server.unknown == []
     assert (two.exit_code, folder.state()) == (0, "finished")
-    assert of(two, "examples") == read_rows(folder.metrics)  # which the rows of layers don't have
+    assert of(two, "examples") == read_rows(folder.metrics)  # layer rows have no examples
 
 
-# What an agent gives.
+# Arguments of an agent.
 
 
 def arguments(values: Json) -> list[str]:
-    """wandb's own rendering of a sweep's choice."""
+    """Return a W&B sweep's choice as wandb renders it."""
     command = {"args": {key: {"value": value} for key, value in values.items()}}
     found: list[str] = create_sweep_command_args(command)["args_no_hyphens"]
     return found
 
 
-def test_an_agent_s_none_is_null() -> None:
+def test_an_agents_none_is_null() -> None:
     found = overrides(arguments({"optimizer.norm_clip": None, "optimizer.betas": [0.9, 0.95], "sync_bn": True}))
     config = configuration("optimizer=lamb", *found)
     assert (config.optimizer.norm_clip, config.optimizer.betas, config.sync_bn) == (None, [0.9, 0.95], True)
 
 
-def test_the_whole_configuration_of_a_preempted_run_is_that_run() -> None:
+def test_the_whole_configuration_of_a_preempted_run_gives_the_same_run() -> None:
     fixed = ["optimizer=tvlars", "batch_size=64", "dataset.val_fraction=0.1"]
     chosen = {"optimizer.lr": 1.25e-05, "seed": 3}
     config = configuration(*fixed, *overrides(arguments(chosen)))
@@ -182,7 +182,7 @@ def test_the_whole_configuration_of_a_preempted_run_is_that_run() -> None:
         (["tracker=none"], "a W&B sweep needs its runs' figures"),
     ],
 )
-def test_what_an_agent_can_t_do_is_refused_before_it_begins(tmp_path: Path, command: list[str], says: str) -> None:
+def test_unsupported_agent_commands_fail_before_the_run(tmp_path: Path, command: list[str], says: str) -> None:
     result = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), *RECORDED, *command], cwd=tmp_path, timeout=60, capture_output=True,
         env=as_agent(Recorded(url="http://127.0.0.1:9"), tmp_path, "one"), text=True, check=False,
@@ -192,11 +192,11 @@ def test_what_an_agent_can_t_do_is_refused_before_it_begins(tmp_path: Path, comm
     assert not (tmp_path / "runs").exists()
 
 
-# The sweeps that come with the project.
+# W&B sweeps in sweeps/wandb.
 
 
 def ends(parameter: Json) -> list[Any]:
-    """The values of a parameter, or the least and the greatest."""
+    """Return the values of a parameter, or its least and greatest value."""
     if "values" in parameter:
         return list(parameter["values"])
     assert parameter["min"] < parameter["max"], parameter
@@ -208,14 +208,14 @@ def test_every_sweep_is_valid_at_the_ends_of_its_parameters(file: Path) -> None:
     text = file.read_text()
     sweep = yaml.safe_load(text)
     assert f"#   wandb sweep sweeps/wandb/{file.name}\n" in text
-    _validate_config_and_fill_distribution(sweep)  # what `wandb sweep` does before it sends it
+    _validate_config_and_fill_distribution(sweep)  # as `wandb sweep` does
     assert (ROOT / sweep["program"]).is_file()
     assert sweep["project"] == configuration().tracker.project
     before, program, after = sweep["command"][:2], sweep["command"][2], sweep["command"][3:]
     assert (before, program, after[-1]) == (["${env}", "python"], "${program}", "${args_no_hyphens}")
     fixed = after[:-1]
     groups = [key for key in sweep["parameters"] if (ROOT / "conf" / key).is_dir()]
-    assert groups == [], "W&B would have the choice's name where the configuration of the group belongs"
+    assert groups == [], "W&B would store the choice's name in place of the group's configuration"
     for end in (0, -1):
         chosen = {key: ends(parameter)[end] for key, parameter in sweep["parameters"].items()}
         config = configuration(*fixed, *overrides(arguments(chosen)))
@@ -229,10 +229,10 @@ def test_every_sweep_is_valid_at_the_ends_of_its_parameters(file: Path) -> None:
         assert config.epochs
         assert every
         assert stopping["type"] == "hyperband"
-        assert 0 < stopping["min_iter"] < config.epochs // every  # it counts evaluations
+        assert 0 < stopping["min_iter"] < config.epochs // every  # min_iter counts evaluations
 
 
-def test_optimizers_that_are_compared_get_the_same_number_of_trials() -> None:
+def test_compared_optimizers_get_the_same_number_of_trials() -> None:
     trials = {file.stem: yaml.safe_load(file.read_text())["run_cap"] for file in SWEEPS}
     compared = {count for name, count in trials.items() if name.startswith("cifar10_") and "bt" not in name}
     assert len(compared) == 1
@@ -241,7 +241,7 @@ def test_optimizers_that_are_compared_get_the_same_number_of_trials() -> None:
 @pytest.mark.parametrize(
     "command", [["sweeps=wandb/digits_tvlars"], ["-m", "sweeps=wandb/digits_tvlars"], ["sweeps/wandb=digits_tvlars"]]
 )
-def test_they_are_no_grids_of_ours(launch: Launch, command: list[str]) -> None:
+def test_w_and_b_sweeps_are_refused_as_grids(launch: Launch, command: list[str]) -> None:
     result = launch(*command)
     assert result.returncode == 2
     assert "`wandb sweep sweeps/wandb/" in result.stderr

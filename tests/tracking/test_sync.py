@@ -1,4 +1,4 @@
-"""``largebatch sync``: what it refuses, leaves out and says; and wandb's own tools on the folders of offline runs."""
+"""``largebatch sync``: uploads, skipped runs and errors; and wandb's own tools on the folders of offline runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from recorder import Recorded, recorder
 from runs import finish, the_run
 
 from largebatch.runs.folder import RunFolder
-from largebatch.tracking.wandb_parts import parts_of, read_records, write_without_rows
+from largebatch.tracking.wandb_run import read_uploads, update_upload
 
 KEY = "c0ffee" * 6 + "beef"
 Sync = Callable[..., subprocess.CompletedProcess[str]]
@@ -30,7 +30,7 @@ Sync = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an offline run with images and checkpoints."""
+    """Return the folder of an offline run with images and checkpoints."""
     folder = tmp_path_factory.mktemp("offline")
     extras = ["tracker=wandb", "tracker.mode=offline", "tracker.images=true", "tracker.checkpoints=true"]
     finish(start(*TINY, *extras, "tracker.layers_every=2", "dataset.val_fraction=0.25", "steps=60", cwd=folder))
@@ -39,7 +39,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(offline: Path, tmp_path: Path) -> Path:
-    """``runs`` with a copy of that run."""
+    """Return ``runs`` with a copy of the offline run."""
     shutil.copytree(offline, tmp_path / "runs" / offline.name, symlinks=True)
     return tmp_path / "runs"
 
@@ -57,28 +57,30 @@ def sync(tmp_path: Path) -> Sync:
     return run
 
 
-def test_an_upload_has_rows_images_and_checkpoints_and_ends_there(runs: Path, sync: Sync, tmp_path: Path) -> None:
+def test_an_upload_has_rows_images_and_checkpoints_and_is_not_repeated(runs: Path, sync: Sync, tmp_path: Path) -> None:
     (run,) = runs.iterdir()
     with recorder() as server:
         done = sync(server=server)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.startswith(f"{run.name}  uploaded 1 part(s), ")
         taken = server.run
         first, *rows = taken.rows()
+        assert done.stdout == f"{run.name}  uploaded {1 + len(rows)} of {1 + len(rows)} rows\n"
         assert taken.files[first["images"]["path"]] == (run / "images.png").read_bytes()
         assert [timeless(row) for row in rows] == local_rows(run, 3)
         sent = [artifact["files"]["checkpoint.pt"] for artifact in server.artifacts.values()]
         assert (run / "checkpoints" / "best.pt").read_bytes() in sent
+        assert not taken.events, "the syncing machine's metrics are not the run's"
+        assert "wandb-metadata.json" not in taken.files
         assert sync(server=server).stdout == "1 run(s) were uploaded before\n"
         assert len(taken.history) == 1 + len(rows)
         assert server.unknown == []
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing is left elsewhere, in the home least of all"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing is left in the home or the current folder"
     assert not (run / "wandb" / ".sync").exists()
 
 
 @pytest.mark.parametrize("posts", [1, 2])
-def test_an_upload_that_was_killed_goes_on(runs: Path, sync: Sync, tmp_path: Path, posts: int) -> None:
-    """Also where W&B had taken rows (the second post at the latest has some) and could not say so any more."""
+def test_a_killed_upload_is_completed_by_the_next(runs: Path, sync: Sync, tmp_path: Path, posts: int) -> None:
+    """W&B may have taken rows without an answer; at the latest the second post has rows."""
     (run,) = runs.iterdir()
     with recorder() as server:
         server.freeze_after = posts
@@ -99,18 +101,18 @@ def test_an_upload_that_was_killed_goes_on(runs: Path, sync: Sync, tmp_path: Pat
         assert server.run.summary["best/test/accuracy"] == summary["best/test/accuracy"]
         assert server.run.exit_code == 0
         assert server.unknown == []
-    assert not (run / "wandb" / ".sync").exists(), "nor is anything left of the one that was killed"
+    assert not (run / "wandb" / ".sync").exists(), "nothing is left of the killed upload"
 
 
-def test_two_runs_are_uploaded_in_the_order_of_their_making(runs: Path, sync: Sync) -> None:
-    """One that fails doesn't keep the others, and the next time only that is uploaded."""
+def test_runs_are_uploaded_in_the_order_of_their_first_start(runs: Path, sync: Sync) -> None:
+    """A run that fails doesn't stop the others, and the next sync uploads only that run."""
     (run,) = runs.iterdir()
     earlier = run.with_name("z-0000abcd")
     shutil.copytree(run, earlier, symlinks=True)
-    (part,) = parts_of(earlier)
-    part.log.parent.rename(earlier / "wandb" / "offline-run-20200101_000000-0000abcd")
-    (part,) = parts_of(earlier)
-    part.log.rename(part.log.with_name("run-0000abcd.wandb"))
+    (entry,) = read_uploads(earlier).values()
+    (earlier / "wandb" / "uploads.json").unlink()
+    arguments = {**entry["arguments"], "id": "0000abcd"}
+    update_upload(earlier, "0000abcd", **{**entry, "started": 0.0, "arguments": arguments})
     with recorder() as server:
         server.refused.append("0000abcd")
         done = sync("runs", "--timeout", "30", server=server)
@@ -118,14 +120,15 @@ def test_two_runs_are_uploaded_in_the_order_of_their_making(runs: Path, sync: Sy
         first, second, *_, last = done.stdout.splitlines()
         assert first.startswith("z-0000abcd  FAILED: ")
         assert second.startswith(f"{run.name}  uploaded")
-        assert last == "1 run(s) could not be uploaded; the same command goes on from here"
+        assert last == "1 run(s) could not be uploaded; repeat the command to try again"
         server.refused.clear()
         again = sync(server=server)
         assert again.returncode == 0
         assert again.stdout.splitlines()[0].startswith("z-0000abcd  uploaded")
+        assert len(server.runs["0000abcd"].history) == len(server.runs[entry["arguments"]["id"]].history)
 
 
-def test_without_a_key_or_a_host_nothing_is_tried(runs: Path, sync: Sync) -> None:
+def test_without_a_key_or_a_host_nothing_is_uploaded(runs: Path, sync: Sync) -> None:
     refused = sync()
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "error: nothing was uploaded: no API key; `wandb login`" in refused.stderr
@@ -135,67 +138,42 @@ def test_without_a_key_or_a_host_nothing_is_tried(runs: Path, sync: Sync) -> Non
     assert refused.stderr.count("\n") == 1
 
 
-def test_names_say_which_runs(runs: Path, sync: Sync) -> None:
+def test_arguments_select_runs(runs: Path, sync: Sync) -> None:
     (run,) = runs.iterdir()
     for wanted in ("synth", run.name[-8:], "runs", f"runs/{run.name}"):
-        assert sync(wanted, "--dry-run").stdout.startswith(f"{run.name}  would upload 1 part(s)")
+        assert sync(wanted, "--dry-run").stdout.startswith(f"{run.name}  would upload ")
     wrong = sync("synth", "cifar", "--dry-run")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "cifar: no run in runs whose name, or whose last eight digits, begin so" in wrong.stderr
 
 
-def test_a_run_at_work_is_left_out(runs: Path, sync: Sync) -> None:
+def test_earlier_repetitions_are_uploaded_too(runs: Path, sync: Sync) -> None:
+    (run,) = runs.iterdir()
+    repeated = shutil.copytree(run, runs / "repeated-0000abcd", symlinks=True)
+    shutil.move(run, repeated / "previous-1")
+    update_upload(repeated, run.name[-8:], uploaded=True)
+    with recorder() as server:
+        first, second = sync(server=server).stdout.splitlines()
+        assert first.startswith("repeated-0000abcd (previous-1)  uploaded ")
+        assert second == "1 run(s) were uploaded before"
+        assert [timeless(row) for row in server.run.rows()[1:]] == local_rows(repeated, 3)
+
+
+def test_a_running_run_is_skipped(runs: Path, sync: Sync) -> None:
     (run,) = runs.iterdir()
     with RunFolder(run).hold(), recorder() as server:
         done = sync(server=server)
-        assert (done.returncode, done.stdout) == (0, f"{run.name}  left out: it is still at work\n")
+        assert (done.returncode, done.stdout) == (0, f"{run.name}  skipped: the run is running\n")
         assert server.runs == {}
 
 
-def test_a_run_that_was_deleted_there_is_said(runs: Path, sync: Sync) -> None:
+def test_a_run_that_was_deleted_in_wandb_fails_with_advice(runs: Path, sync: Sync) -> None:
     (run,) = runs.iterdir()
-    (part,) = parts_of(run)
-    part.log.with_name(f"{part.log.name}.syncstate").write_text('{"starting_step": 7}')
     with recorder() as server:
+        server.refused.append(run.name[-8:])
         done = sync(server=server)
     assert done.returncode == 1
-    assert "W&B has 0 of the 7 rows that it was sent before" in done.stdout
-
-
-@pytest.mark.parametrize("count", [0, 1, 20])
-def test_a_copy_without_rows_is_a_log_that_wandb_reads(offline: Path, tmp_path: Path, count: int) -> None:
-    """Records longer than a block among them: the one of the configuration and those of histograms fill several."""
-    (part,) = parts_of(offline)
-    copy = tmp_path / part.log.name
-    write_without_rows(part.log, count, copy)
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
-    before, after = (
-        [json.loads(line) for line in subprocess.run(
-            [*command, str(log)], capture_output=True, text=True, check=True, timeout=60, env=environment()
-        ).stdout.splitlines()]
-        for log in (part.log, copy)
-    )  # fmt: skip
-    for record in (*before, *after):
-        del record["num"]  # its place in the file
-    rows, left = ([r["history"]["item"] for r in some if r["type"] == "history"] for some in (before, after))
-    assert [row.pop("_step") for row in left] == list(range(len(rows) - count))
-    assert [{k: v for k, v in row.items() if k != "_step"} for row in rows[count:]] == left
-    assert [r for r in before if r["type"] != "history"] == [r for r in after if r["type"] != "history"]
-
-
-def test_a_log_that_was_cut_off_is_read_up_to_there(offline: Path, tmp_path: Path) -> None:
-    (part,) = parts_of(offline)
-    whole = part.log.read_bytes()
-    records = [record.SerializeToString() for record in read_records(part.log)]
-    assert len(whole) > 2 * 32768, "several blocks"
-    cut = tmp_path / "cut.wandb"
-    for length in (0, 3, 7, 20, len(whole) // 2, 32768, 32768 + 3, len(whole) - 1):
-        cut.write_bytes(whole[:length])
-        found = [record.SerializeToString() for record in read_records(cut)]
-        assert found == records[: len(found)]
-        assert len(found) < len(records)
-    cut.write_bytes(whole[: len(whole) // 2] + bytes(100_000))  # as a file system may leave it
-    assert len(list(read_records(cut))) < len(records)
+    assert "W&B takes no run again that was deleted there; rerun=true makes a new one" in done.stdout
 
 
 # ---- wandb's own tools ----
@@ -207,10 +185,9 @@ def test_wandb_lists_and_summarises_an_offline_run(offline: Path) -> None:
     listed = subprocess.run(
         [*command, "sync", "--dry-run", "wandb"], cwd=offline, env=around, capture_output=True, text=True, timeout=60
     )
-    (part,) = parts_of(offline)
     assert listed.returncode == 0
     assert "Would sync 1 run(s)" in listed.stderr
-    assert part.log.name in listed.stderr
+    assert f"run-{offline.name[-8:]}.wandb" in listed.stderr
     told = subprocess.run(
         [*command, "leet", "inspect", "--summary", "wandb"],
         cwd=offline, env=around, capture_output=True, text=True, timeout=60, check=True,

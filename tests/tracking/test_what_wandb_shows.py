@@ -1,4 +1,4 @@
-"""What a user finds on the run's page, sent by the real program to a loopback server; and a server that fails."""
+"""Contents of a run's page in W&B, sent by the real program to a loopback server; and failing servers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def test_a_run_with_all_that_there_is(tmp_path: Path) -> None:
+def test_a_run_with_every_tracker_option(tmp_path: Path) -> None:
     extras = ["tracker.images=true", "tracker.alerts=true", "tracker.checkpoints=true", "tracker.layers_every=5"]
     more = ["dataset.val_fraction=0.25", "steps=12", "tracker.notes=a note", "tracker.tags=[mine]", "tracker.group=g"]
     with recorder() as server:
@@ -54,7 +54,7 @@ def test_a_run_with_all_that_there_is(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert server.unknown == []
         taken, run = server.run, the_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing is outside of the run folder"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing is outside the run folder"
 
     announced = taken.announced[0]
     assert (announced["groupName"], announced["jobType"], announced["notes"]) == ("g", "clf", "a note")
@@ -92,8 +92,8 @@ def test_a_run_with_all_that_there_is(tmp_path: Path) -> None:
     assert len(set(tiles)) > 8
 
 
-def test_two_views_are_one_above_the_other(tmp_path: Path) -> None:
-    pixels = torch.arange(2 * 3).view(2 * 3, 1, 1, 1).expand(-1, 3, 64, 64) / 5  # three images' first and second views
+def test_two_views_are_shown_one_above_the_other(tmp_path: Path) -> None:
+    pixels = torch.arange(2 * 3).view(2 * 3, 1, 1, 1).expand(-1, 3, 64, 64) / 5  # two views of three images
     mean, std = (0.5, 0.25, 0.0), (0.5, 1.0, 2.0)
     scaled = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     save_images(scaled, 2, mean, std, tmp_path / "images.png")
@@ -126,7 +126,7 @@ def test_a_failing_run_raises_an_alert(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["mode=bt", "optimizer=tvlars", "model=resnet18", "optimizer=timm"])
-def test_the_configuration_can_be_filtered_by(preset: str) -> None:
+def test_wandb_can_filter_by_every_configuration_value(preset: str) -> None:
     more = ["optimizer.name=lion"] if preset == "optimizer=timm" else []
     config = configuration(preset, *more)
     for path, value in leaves(wandb_config(config, {"lr": 1.0, "git_commit": None})):
@@ -142,13 +142,13 @@ def test_seeds_of_one_setting_share_its_name() -> None:
     assert setting_name(one).startswith("synthetic-smallcnn-clf-lars-constant-b16-lr2-")
 
 
-# ---- a server that fails: the run goes on, in time, and its own record is whole ----
+# ---- failing servers: the run finishes in time and its folder is complete ----
 
 FAULTED = ["steps=250", "eval_every=20", "tracker.layers_every=7"]
 
 
 def run_folder(folder: Path, *overrides: str) -> Path:
-    """As the launcher leaves it for the worker."""
+    """Return a run folder as the launcher makes it for the worker."""
     config = configuration(*RUN, *FAULTED, *overrides)
     run = folder / run_name(config)
     run.mkdir(parents=True)
@@ -173,7 +173,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fault", ["500", "403", "gone", "slow"])
-def test_a_server_that_fails_costs_a_run_nothing_of_its_own(tmp_path: Path, fault: str, undisturbed: Path) -> None:
+def test_a_failing_server_takes_nothing_from_the_run_folder(tmp_path: Path, fault: str, undisturbed: Path) -> None:
     run = run_folder(tmp_path)
     with recorder() as server:
         if fault == "slow":
@@ -199,12 +199,12 @@ def test_a_server_that_fails_costs_a_run_nothing_of_its_own(tmp_path: Path, faul
 
     said = [line for line in (run / "log.txt").read_text().splitlines() if "W&B" in line]
     expected = {
-        "500": "could not finish: TimeoutError", "403": "could not see what W&B got", "gone": "could not finish",
+        "500": "could not finish: TimeoutError", "403": "RefusedError: W&B refused data", "gone": "could not finish",
         "slow": "W&B online",
     }  # fmt: skip
     assert expected[fault] in said[-1], said
 
-    # And what W&B lacks is uploaded later.
+    # A sync uploads the rest.
     with recorder() as server:
         command = [sys.executable, "-m", "largebatch.cli", "sync", str(tmp_path)]
         around = {**environment(), "HOME": str(tmp_path), **server.environment(KEY)}

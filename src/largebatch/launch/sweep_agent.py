@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from largebatch.config.schema import Config
 from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
-from largebatch.runs.metrics import read_rows
 
 if TYPE_CHECKING:
     from largebatch.tracking.wandb_run import WandbRun
@@ -58,30 +57,27 @@ def check(plan: Sequence[PlannedRun]) -> None:
 
 def show_finished(run: PlannedRun) -> None:
     """Give the agent's W&B run all that a finished run has recorded, so that the sweep sees its value."""
-    from largebatch.tracking import wandb_run
+    from largebatch.tracking.sync import send
+    from largebatch.tracking.wandb_arguments import wandb_config
 
-    summary = run.folder.read_summary()
-    if copy := _join(run):
-        for row in read_rows(run.folder.metrics):
-            copy.log(row)
-        copy.summarize({key: value for key, value in summary.items() if "/" in key or key in _OUTCOME})
-        copy.finish(wandb_run.exit_code(summary["state"]))
-        print(f"the sweep was given the figures of {run.folder.path}", flush=True)
+    facts = {k: v for k, v in run.folder.read_summary().items() if "/" not in k and k not in _OUTCOME}
+    if copy := _join(run, facts):
+        send(copy, run.folder, wandb_config(run.config, facts), in_sweep=True)
+        print(f"the W&B sweep got the metrics of {run.folder.path}", flush=True)
 
 
 def give_back(run: PlannedRun) -> None:
     """Tell W&B that a run which had to make way is to go on: an agent, this or another one, is given it again."""
     from largebatch.tracking import wandb_run
 
-    if run.folder.state() == "preempted" and (interrupted := _join(run)):
+    if run.folder.state() == "preempted" and (interrupted := _join(run, {})):
         interrupted.mark_preempting()
-        interrupted.finish(wandb_run.exit_code("preempted"))
+        interrupted.finish(wandb_run.exit_code("preempted", in_sweep=True))
         print("the sweep was told that the run is to go on", flush=True)
 
 
-def _join(run: PlannedRun) -> WandbRun | None:
+def _join(run: PlannedRun, facts: dict[str, Any]) -> WandbRun | None:
     """Open the agent's W&B run from here, where the run isn't at work."""
     from largebatch.tracking import wandb_run
 
-    facts = {k: v for k, v in run.folder.read_summary().items() if "/" not in k and k not in _OUTCOME}
     return wandb_run.start(run.config, run.folder.path, run.folder.name, run.folder.name, facts, print)

@@ -1,1 +1,1 @@
-"""What a run writes down: metric files, per-layer statistics, the console, Weights & Biases."""
+"""Records of a run: metrics files, layer statistics, the console and Weights & Biases."""

@@ -1,4 +1,4 @@
-"""Whether a sweep's agent of W&B started this program. Imports nothing: the launcher asks at each start."""
+"""Detection of a W&B sweep's agent. Imports nothing heavy, because the launcher calls it at each start."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def agent_run_id() -> str | None:
-    """The id of the W&B run that a sweep's agent has opened for this run; None where no agent started it."""
+    """Return the id of the W&B run that a W&B sweep's agent opened for this process, or None without an agent."""
     return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None

@@ -1,11 +1,10 @@
-"""What rank 0 says: to ``log.txt`` always, to the terminal as a progress bar, to a file or SLURM log as plain lines."""
+"""Output of rank 0: always to ``log.txt``; to a terminal as a progress bar, to a file or SLURM log as plain lines."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -14,11 +13,11 @@ _PLAIN_EVERY_SECONDS = 10.0
 
 
 class Console:
-    """Lines and progress of one run; on ranks other than 0 silent.
+    """Lines and progress of one run; silent on ranks other than 0.
 
     Args:
-        log: the file that every line is appended to, with the time.
-        speaking: whether this process is the one that speaks.
+        log: the file to append each line to, with its time.
+        speaking: True on rank 0.
     """
 
     def __init__(self, log: Path, speaking: bool) -> None:
@@ -28,6 +27,7 @@ class Console:
         self._steps = 0
 
     def say(self, line: str) -> None:
+        """Print a line and append it to the log."""
         if self._log is None:
             return
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
@@ -36,25 +36,24 @@ class Console:
         sys.stdout.flush()
 
     def start_progress(self, step: int, steps: int) -> None:
+        """Start the progress bar at ``step`` of ``steps``."""
         self._steps = steps
         if self._log is not None and sys.stdout.isatty():
             self._bar = tqdm(initial=step, total=steps, unit="step", file=sys.stdout, dynamic_ncols=True, leave=False)
 
-    def progress(self, step: int, figures: str) -> None:
-        """Called at logged steps. In a terminal the bar moves; elsewhere a line appears every ten seconds."""
+    def progress(self, step: int, metrics: str) -> None:
+        """Show a logged step: on the bar in a terminal, elsewhere as a line every ten seconds."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.set_postfix_str(metrics, refresh=False)
         elif time.monotonic() - self._last_plain >= _PLAIN_EVERY_SECONDS:
             self._last_plain = time.monotonic()
-            self.say(f"step {step}/{self._steps}  {figures}")
+            self.say(f"step {step}/{self._steps}  {metrics}")
 
     def __enter__(self) -> Console:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         if self._log is not None:

@@ -1,4 +1,4 @@
-"""``images.png``: what the network sees of some images of a batch."""
+"""``images.png``: images of one batch as the network sees them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 _IMAGES = 16
 _COLUMNS = 8
-_SMALLEST = 64  # pixels a side that an image is shown with at least
+_SMALLEST = 64  # least side of a shown image, in pixels
 
 
 def save_images(batch: Tensor, views: int, mean: tuple[float, ...], std: tuple[float, ...], path: Path) -> None:
     """Write a grid of the first images of a batch, with the normalisation undone.
 
     Args:
-        batch: images as the network gets them, float32 [views * n, C, S, S]: the first views, then the second.
-        views: of an image; two are shown one above the other.
+        batch: the network's input, float32 [views * n, C, S, S]: all first views, then all second views.
+        views: number of views of an image; two views are shown one above the other.
         mean: per channel, of pixels in 0..1.
         std: likewise.
         path: the PNG file.
@@ -40,6 +40,6 @@ def save_images(batch: Tensor, views: int, mean: tuple[float, ...], std: tuple[f
 
 
 def _row(images: Tensor) -> Tensor:
-    """[n, C, S, S] as [C, S, _COLUMNS * S], black where there is none."""
+    """Join [n, C, S, S] to [C, S, _COLUMNS * S], padded with black."""
     missing = images.new_zeros(_COLUMNS - len(images), *images.shape[1:])
     return torch.cat([*images, *missing], dim=2)

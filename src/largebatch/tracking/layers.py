@@ -1,49 +1,29 @@
-"""``layers.parquet``: weight norm, gradient norm and trust ratio of every layer, every so many steps.
+"""``layers.parquet``: weight norm, gradient norm and trust ratio of every layer, every ``tracker.layers_every`` steps.
 
-Reading a figure waits for the device, so rows gather there and are read together.
+Reading a value waits for the device, so rows gather on the device and are read together.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from largebatch.tracking.rows import COLUMNS, LayerRow, read_layer_table
+
 if TYPE_CHECKING:
     import pyarrow
 
-COLUMNS = ("weight_norm", "gradient_norm", "trust_ratio")
-CAPACITY = 32  # rows on the device: 20 kB for ResNet-50, and one wait in 640 steps at the default rate
-
-
-class LayerRow(NamedTuple):
-    """Statistics after optimizer step ``step``: for each of ``COLUMNS`` one figure a layer, in the order of names."""
-
-    step: int
-    names: list[str]
-    figures: list[list[float]]
-
-    def metrics(self) -> dict[str, float]:
-        """As ``{"layers/weight_norm/conv1.weight": 0.7, ...}``."""
-        return {
-            f"layers/{column}/{name}": figure
-            for column, figures in zip(COLUMNS, self.figures, strict=True)
-            for name, figure in zip(self.names, figures, strict=True)
-        }
-
-    def columns(self) -> dict[str, list[float]]:
-        """As ``{"layers/weight_norm": [0.7, ...], ...}``."""
-        return {f"layers/{column}": figures for column, figures in zip(COLUMNS, self.figures, strict=True)}
+CAPACITY = 32  # rows on the device: 20 kB for ResNet-50, and one wait in 640 steps at the default layers_every
 
 
 class LayerLog:
-    """Collects statistics on the device and writes them when asked, with the rows of an earlier part of the run.
+    """Collect statistics on the device and write them on request, after the rows of an earlier part of the run.
 
     Args:
         path: the Parquet file; its rows up to ``step`` are kept.
@@ -52,9 +32,11 @@ class LayerLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
-        self._tables = _read(path, step)  # what left the device; not as Python objects, for it can be a million rows
+        kept = read_layer_table(path, step)
+        # Rows that left the device. Not as Python objects, because there may be a million.
+        self._tables: list[pyarrow.Table] = [] if kept is None else [kept]
         self._names: list[str] = []
-        # Of shape [CAPACITY, columns, layers] once there is a row; the first of them are those of _steps.
+        # Shape [CAPACITY, columns, layers] once there is a row; row i is of step _steps[i].
         self._buffer = torch.empty(0)
         self._steps: list[int] = []
 
@@ -62,9 +44,9 @@ class LayerLog:
         """Keep a tensor of shape [layers] for each of ``COLUMNS``, with one operation on its device and no wait.
 
         Returns:
-            The rows that left the device on this occasion: usually none.
+            The rows that left the device in this call: usually none.
         """
-        if not names:  # an optimizer may have been told to adapt none
+        if not names:  # the optimizer may be configured to adapt no layer
             return []
         columns = [statistics[column].detach() for column in COLUMNS]
         left = []
@@ -77,34 +59,21 @@ class LayerLog:
         self._steps.append(step)
         return left + self._read_back() if len(self._steps) == CAPACITY else left
 
-    def rows_from_before(self, every: int) -> list[LayerRow]:
-        """The rows of an earlier part of the run, of the steps that ``every`` divides."""
-        if not self._tables:
-            return []
-        table = self._tables[0]
-        table = table.filter(table["step"].to_numpy() % every == 0)
-        steps, names, *columns = (table[column].to_pylist() for column in ("step", "layer", *COLUMNS))
-        rows = []
-        for step, entries in itertools.groupby(range(len(steps)), key=steps.__getitem__):
-            which = list(entries)
-            rows.append(LayerRow(step, [names[i] for i in which], [[values[i] for i in which] for values in columns]))
-        return rows
-
     def to_write(self) -> tuple[list[LayerRow], Callable[[], None]]:
-        """The rows that now left the device, and what brings the file up to date with all so far, in any thread."""
+        """Return the rows that left the device now, and a function that writes all rows so far, in any thread."""
         left = self._read_back()
         return left, partial(_write, list(self._tables), self._path)
 
     def write(self) -> list[LayerRow]:
-        """Bring the file up to date. Returns the rows that left the device for it."""
+        """Write all rows so far. Return those that left the device now."""
         left, write = self.to_write()
         write()
         return left
 
     def _read_back(self) -> list[LayerRow]:
         """Empty the buffer, with one copy."""
-        figures = self._buffer[: len(self._steps)].tolist()
-        rows = [LayerRow(step, self._names, row) for step, row in zip(self._steps, figures, strict=True)]
+        values = self._buffer[: len(self._steps)].tolist()
+        rows = [LayerRow(step, self._names, row) for step, row in zip(self._steps, values, strict=True)]
         self._steps = []
         if rows:
             self._tables.append(_table(rows))
@@ -122,31 +91,19 @@ def _write(tables: list[pyarrow.Table], path: Path) -> None:
 
 
 def _table(rows: list[LayerRow]) -> pyarrow.Table:
-    """One row a step and layer."""
+    """Return a table with one row for each step and layer."""
     import pyarrow
 
     columns = {
         "step": [row.step for row in rows for _ in row.names],
         "layer": [name for row in rows for name in row.names],
-        **{column: [f for row in rows for f in row.figures[i]] for i, column in enumerate(COLUMNS)},
+        **{column: [value for row in rows for value in row.values[i]] for i, column in enumerate(COLUMNS)},
     }
     return pyarrow.table(columns)
 
 
-def _read(path: Path, step: int) -> list[pyarrow.Table]:
-    """The table of a file, without the rows after ``step``: none where there is no file, or no row is left."""
-    if not path.exists():
-        return []
-    import pyarrow.compute
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(path)
-    table = table.filter(pyarrow.compute.less_equal(table["step"], step))
-    return [table] if table.num_rows else []
-
-
 def plain_statistics(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
-    """Names and statistics of the layers of a model whose optimizer keeps none, taken before its step.
+    """Return names and statistics of a model's layers, for an optimizer that keeps none. Call it before the step.
 
     An optimizer without layer-wise scaling has trust ratio 1. The ratio that the TVLARS paper calls LNR is
     ``weight_norm / gradient_norm`` for every optimizer.

@@ -1,184 +1,168 @@
-"""``largebatch sync``: uploads to W&B what isn't there yet, with ``wandb sync``.
+"""``largebatch sync``: uploads to W&B what it lacks, from the files of run folders.
 
-wandb joins the parts of a run in order, but after an upload that was cut off it sends everything again, and a part that
-was killed while it was written it never takes for done. So W&B is asked how many rows it has, and what is uploaded is
-a copy of the part's whole records without those rows.
+Each run is replayed in the order and numbering of the live run. wandb drops the rows that W&B has, so a sync that was
+killed doubles nothing when it is repeated.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from largebatch.errors import UserError
-from largebatch.machine.process import die_with_parent
-from largebatch.runs.folder import RunBusyError, RunFolder
-from largebatch.tracking.wandb_parts import Part, parts_of, rows_after, write_without_rows
-from largebatch.tracking.wandb_server import Server, UploadError, this_server
-from largebatch.tracking.wandb_session import (
-    choose_mode,
-    close_session,
-    one_line,
-    session_environment,
-    without_password,
-)
+from largebatch.runs.folder import DONE, RunBusyError, RunFolder
+from largebatch.runs.metrics import read_rows
+from largebatch.tracking import wandb_run
+from largebatch.tracking.rows import RowOrder, replay
+from largebatch.tracking.wandb_arguments import run_settings
+from largebatch.tracking.wandb_session import choose_mode, close_session, one_line, session_environment
 
-UPLOAD_SECONDS = 600.0  # for one part
+# W&B must not show the syncing machine as the run's.
+_NO_MACHINE = {
+    "x_disable_stats": True,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+}
 
 
-@dataclass(frozen=True)
-class RunParts:
-    """One W&B run of a run folder: all of its parts, oldest first."""
+class UploadError(Exception):
+    """A run could not be uploaded; the message is the reason."""
 
-    name: str
-    folder: Path
-    parts: list[Part]
+
+class Upload(NamedTuple):
+    """A W&B run of a run folder: the folder with its files (the same, or a ``previous-N`` in it) and its entry."""
+
+    run: RunFolder
+    files: RunFolder
+    entry: wandb_run.Entry
 
     @property
-    def pending(self) -> list[Part]:
-        return [part for part in self.parts if not part.is_done]
+    def name(self) -> str:
+        return self.run.name + (f" ({self.files.name})" if self.files.name.startswith("previous-") else "")
 
 
-def sync(
-    folders: Iterable[RunFolder], dry_run: bool, say: Callable[[str], None], seconds: float = UPLOAD_SECONDS
-) -> int:
-    """Upload what W&B lacks of some runs, in the order in which they were made; a line for each.
+def sync(folders: Iterable[RunFolder], dry_run: bool, say: Callable[[str], None], seconds: float) -> int:
+    """Upload what W&B lacks of some runs, in the order of their first start; log a line for each.
 
     Args:
-        folders: the runs'.
-        dry_run: only say what would be uploaded; needs no key and no network.
+        folders: run folders.
+        dry_run: only log what would be uploaded; needs no key and no network.
         say: takes one line at a time.
-        seconds: that one part may take.
+        seconds: time limit for one run.
 
     Returns:
         The number of runs that could not be uploaded.
 
     Raises:
-        UserError: when W&B can't be reached or there is no key, before anything is done.
+        UserError: W&B can't be reached or there is no key; nothing was uploaded.
     """
     try:
         import wandb  # noqa: F401
-    except Exception as error:  # not there, or broken by another package
+    except Exception as error:  # missing, or broken by another package
         raise UserError(f"wandb can't be imported ({one_line(error)})") from error
-    runs = sorted(_runs_of(folders), key=lambda run: run.parts[0].started)
-    pending = [run for run in runs if run.pending]
-    server = None if dry_run or not pending else _reach()
+    uploads = sorted(_uploads(folders), key=lambda upload: float(upload.entry["started"]))
+    pending = [upload for upload in uploads if not upload.entry["uploaded"]]
+    if pending and not dry_run:
+        _check_access()
     failed = 0
-    for run in pending:
+    for upload in pending:
         try:
-            say(f"{run.name}  {_upload_run(run, server, seconds)}")
+            say(f"{upload.name}  {_sync_run(upload, dry_run, seconds)}")
         except UploadError as error:
             failed += 1
-            say(f"{run.name}  FAILED: {error}")
-    if there := len(runs) - len(pending):
-        say(f"{there} run(s) were uploaded before")
-    if not runs:
-        say("none of these runs has files of W&B")
+            say(f"{upload.name}  FAILED: {error}")
+    if uploaded := len(uploads) - len(pending):
+        say(f"{uploaded} run(s) were uploaded before")
+    if not uploads:
+        say("none of these runs was started with W&B")
     if failed:
-        say(f"{failed} run(s) could not be uploaded; the same command goes on from here")
+        say(f"{failed} run(s) could not be uploaded; repeat the command to try again")
     return failed
 
 
-def _runs_of(folders: Iterable[RunFolder]) -> Iterator[RunParts]:
-    """The W&B runs of the folders; a run that was repeated has some in ``previous-1``, ..."""
-    for folder in folders:
-        for of_one_time in [folder.path, *sorted(folder.path.glob("previous-*"))]:
-            parts = parts_of(of_one_time)
-            name = folder.name if of_one_time == folder.path else f"{folder.name} ({of_one_time.name})"
-            for run_id in dict.fromkeys(part.run_id for part in parts):
-                yield RunParts(name, folder.path, [part for part in parts if part.run_id == run_id])
+def _uploads(folders: Iterable[RunFolder]) -> Iterator[Upload]:
+    """Yield the W&B runs of the folders and of earlier repetitions in ``previous-1``, ..."""
+    for run in folders:
+        for path in [run.path, *sorted(run.path.glob("previous-*"))]:
+            for entry in wandb_run.read_uploads(path).values():
+                yield Upload(run, RunFolder(path.absolute()), entry)
 
 
-def _reach() -> Server:
-    """W&B, if there is a key and it answers.
-
-    Raises:
-        UserError: if not.
-    """
-    with (
-        tempfile.TemporaryDirectory(prefix="largebatch-sync-") as scratch,
-        session_environment(Path(scratch), "online"),
-    ):
+def _check_access() -> None:
+    """Raise UserError without an API key or a host that answers."""
+    with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch, session_environment(Path(scratch), "online"):
         mode, why = choose_mode("online")
-        server = this_server()
         close_session()
     if mode != "online":
         raise UserError(f"nothing was uploaded: {why}; `wandb login` stores a key, WANDB_BASE_URL names another host")
-    return server
 
 
-def _upload_run(run: RunParts, server: Server | None, seconds: float) -> str:
-    """Upload the parts that are left, or with no server none; what was done, in words.
+def _sync_run(upload: Upload, dry_run: bool, seconds: float) -> str:
+    """Upload one run. Return what was done.
 
     Raises:
-        UploadError: when it couldn't be done.
+        UploadError: W&B did not take the run in ``seconds``.
     """
-    parts = f"{len(run.pending)} part(s), {sum(part.rows() for part in run.pending)} rows"
-    if RunFolder(run.folder).is_held():
-        return "left out: it is still at work"
-    if server is None:
-        return f"would upload {parts}"
+    if upload.run.is_held():
+        return "skipped: the run is running"
+    config = upload.entry["arguments"]["config"]
+    if dry_run:
+        return f"would upload what W&B lacks of {_replay(upload.files, config, lambda *_, **__: None)} rows"
+    wandb_folder = upload.files.path / "wandb"
+    scratch = wandb_folder / ".sync"
+    said: list[str] = []
     try:
-        with RunFolder(run.folder / "wandb").hold():  # two at a time would double rows
-            for number, part in enumerate(run.parts):
-                if not part.is_done:
-                    _upload_part(part, rows_after(run.parts[:number]), server, seconds)
-                    part.mark_done()
+        with RunFolder(wandb_folder).hold():  # two uploads of a run would double rows
+            shutil.rmtree(scratch, ignore_errors=True)  # of a killed sync
+            scratch.mkdir()
+            try:
+                copy = _open(upload, scratch, said.append, seconds)
+                count = send(copy, upload.files, config, bool(upload.entry["sweep"]))
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     except RunBusyError:
-        return "left out: another sync is at it"
-    return f"uploaded {parts}"
+        return "skipped: another sync is running"
+    if said:
+        raise UploadError(said[0])
+    return f"uploaded {max(count - copy.first, 0)} of {count} rows"
 
 
-def _upload_part(part: Part, rows_before: int, server: Server, seconds: float) -> None:
-    announced = part.announcement()
-    if announced is None:
-        return
-    first = part.first_row()
-    rows_before = rows_before if first is None else first
-    rows = server.rows(announced.project, announced.entity, part.run_id)
-    if rows < rows_before:
-        raise UploadError(
-            f"W&B has {rows} of the {rows_before} rows that it was sent before; was the run deleted there? "
-            "W&B takes no run of the same id again"
-        )
-    scratch = part.log.parent.with_name(".sync").absolute()
-    shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
-    try:
-        copy = scratch / part.name / part.log.name
-        copy.parent.mkdir(parents=True)
-        copy.parent.joinpath("files").symlink_to((part.log.parent / "files").absolute())  # images
-        write_without_rows(part.log, rows - rows_before, copy)
-        _wandb_sync(copy, scratch, seconds)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def _open(upload: Upload, scratch: Path, say: Callable[[str], None], seconds: float) -> wandb_run.WandbRun:
+    settings = run_settings(min(seconds, wandb_run.INIT_TIMEOUT), seconds) | _NO_MACHINE
+    settings["sweep_id"] = upload.entry["sweep"]
+    with session_environment(scratch, "online"):
+        try:
+            run = wandb_run.open_run("online", scratch, upload.entry["arguments"], settings)
+            return wandb_run.WandbRun(run, upload.files.path, say, is_recorded=True)
+        except Exception as error:  # wandb raises many kinds
+            close_session()
+            advice = "W&B takes no run again that was deleted there; rerun=true makes a new one"
+            raise UploadError(f"{one_line(error)} ({advice})") from error
 
 
-def _wandb_sync(log: Path, scratch: Path, seconds: float) -> None:
-    """Upload one log with ``wandb sync``, which says that it was done by a mark and not by its exit code."""
-    command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", str(log)]
-    ours = {"WANDB_ERROR_REPORTING": "false", "WANDB_CACHE_DIR": str(scratch), "WANDB_DIR": str(scratch)}
-    unwanted = ("WANDB_MODE", "WANDB_SERVICE", "WANDB_SILENT", "WANDB_RUN_ID", "WANDB_RESUME", "WANDB_DEBUG")
-    environment = {key: value for key, value in os.environ.items() if key not in unwanted} | ours
-    process = subprocess.Popen(
-        command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=die_with_parent,
-    )  # fmt: skip
-    try:
-        said, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        raise UploadError(f"W&B did not take it in {seconds:g} s") from error
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if not Part(log).is_done:
-        lines = [line.removeprefix("wandb: ") for line in said.splitlines()]
-        why = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
-        raise UploadError(without_password("; ".join(why)) or "wandb sync did not say why")
+def send(copy: wandb_run.WandbRun, folder: RunFolder, config: dict[str, Any], in_sweep: bool) -> int:
+    """Send everything that a run has recorded in ``folder`` to its W&B run, and finish the W&B run.
+
+    ``config`` is the W&B config, with ``resolved``. ``in_sweep``: True for a run of a W&B sweep. Return the number of
+    rows in the files.
+    """
+    count = _replay(folder, config, copy.log)
+    state = str(folder.state())
+    if state in DONE:
+        copy.summarize({k: v for k, v in folder.read_summary().items() if k not in config["resolved"]})
+        if config["tracker"]["checkpoints"]:
+            copy.upload_checkpoints(folder, read_rows(folder.metrics))
+    copy.finish(wandb_run.exit_code(state, in_sweep))
+    return count
+
+
+def _replay(folder: RunFolder, config: dict[str, Any], log: Callable[..., None]) -> int:
+    """Replay a run's files to ``log``. Return the number of rows."""
+    facts = config["resolved"]
+    order = RowOrder(log, config["tracker"]["layers_every"], facts["steps"], facts["steps_per_epoch"])
+    replay(folder, order, is_over=folder.state() in DONE)
+    return order.count

@@ -1,31 +1,20 @@
-"""What W&B is told of a run when it starts: its name and place, its configuration, and how wandb is to behave."""
+"""Arguments of ``wandb.init``: a run's name, place and configuration, and settings of wandb."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 from largebatch.config.identity import setting_hash, setting_name, without_none
 from largebatch.config.schema import Config
 
 
-def run_arguments(
-    config: Config,
-    directory: Path,
-    run_id: str,
-    name: str,
-    facts: dict[str, Any],
-    init_timeout: float,
-    finish_timeout: float,
-) -> dict[str, Any]:
-    """Arguments of ``wandb.init``: what W&B is told, cut to what it accepts, and how it is to behave."""
+def run_arguments(config: Config, run_id: str, name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``wandb.init`` that describe a run, cut to what W&B accepts. JSON types only."""
     tracker = config.tracker
     return {
-        "dir": str(directory),
         "id": run_id,
-        "resume": "allow",
         "name": name[:128],
         "project": re.sub(r"[/\\#?%:]", "_", tracker.project)[:128] or "largebatch",
         "entity": tracker.entity,
@@ -34,24 +23,28 @@ def run_arguments(
         "tags": run_tags(config),
         "notes": tracker.notes,
         "config": wandb_config(config, {"run": name, **facts} if facts else {}),
-        "settings": {
-            "init_timeout": init_timeout,
-            "finish_timeout": finish_timeout,
-            "finish_timeout_raises": True,  # so that it is said
-            "x_transaction_log_flush_interval": 1.0,  # seconds that a killed process loses; wandb's default is 15
-            "console": "off",
-            "silent": True,
-            "disable_git": True,  # remote addresses hold passwords; the commit is among our facts
-            "disable_code": True,
-            "save_code": False,
-            "disable_job_creation": True,
-            "use_dot_wandb": False,
-        },
+    }
+
+
+def run_settings(init_timeout: float, finish_timeout: float) -> dict[str, Any]:
+    """Return wandb's settings; timeouts in seconds."""
+    return {
+        "init_timeout": init_timeout,
+        "finish_timeout": finish_timeout,
+        "finish_timeout_raises": True,
+        "x_transaction_log_flush_interval": 1.0,  # seconds that a killed process loses; wandb's default is 15
+        "console": "off",
+        "silent": True,
+        "disable_git": True,  # remote addresses may hold passwords; the commit is among our facts
+        "disable_code": True,
+        "save_code": False,
+        "disable_job_creation": True,
+        "use_dot_wandb": False,
     }
 
 
 def wandb_config(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
-    """The configuration under its own names, without the options that the choices don't have, and what to group by."""
+    """Return the configuration under its own names, without unused options, and the keys to group runs by."""
     shown: dict[str, Any] = without_none(
         {
             **dataclasses.asdict(config),
@@ -65,6 +58,6 @@ def wandb_config(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_tags(config: Config) -> list[str]:
-    """Data set, model, optimizer, schedule and ``tracker.tags``: each once, stripped, 1 to 64 characters long."""
+    """Return data set, model, optimizer, schedule and ``tracker.tags``: each once, stripped, 1 to 64 characters."""
     parts = [config.dataset.name, config.model.name, config.optimizer.name, config.schedule.name, *config.tracker.tags]
     return list(dict.fromkeys(tag for part in parts if (tag := part.strip()[:64].strip())))

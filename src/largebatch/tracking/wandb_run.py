@@ -1,26 +1,27 @@
-"""A run's copy in Weights & Biases. The truth is ``metrics.jsonl``; nothing that happens here may stop training.
+"""A run's copy in Weights & Biases. The truth is in the run folder, and no W&B failure may stop training.
 
-So: it never asks for anything, every wait has a limit, and every failure is said once and ends the copy, not the run.
-Online needs a key and a host that answers; everything else is written to the run folder, to be looked at or uploaded
-later (``docs/tracking.md``). Only rank 0 calls ``start``, and wandb is imported there and nowhere else.
+wandb never prompts, every wait has a limit, and the first failure is logged and ends the copy, not the run. Without a
+key or an answering host the copy is offline, in the run folder (``docs/tracking.md``). Only rank 0 calls ``start``.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from largebatch.config.identity import without_none
 from largebatch.config.schema import Config
-from largebatch.runs.folder import DONE
+from largebatch.runs.folder import DONE, RunFolder, read_json, write_atomic
+from largebatch.runs.metrics import Row
 from largebatch.tracking.agent import agent_run_id
-from largebatch.tracking.wandb_arguments import run_arguments
-from largebatch.tracking.wandb_parts import Part, parts_of, rows_after
-from largebatch.tracking.wandb_server import UploadError, this_server
+from largebatch.tracking.wandb_arguments import run_arguments, run_settings
 from largebatch.tracking.wandb_session import (
     choose_mode,
     close_session,
@@ -32,98 +33,152 @@ from largebatch.tracking.wandb_session import (
 if TYPE_CHECKING:
     import wandb
 
-INIT_TIMEOUT = 20.0  # seconds that an online start may take before the run goes on offline
-FINISH_TIMEOUT = 60.0  # seconds for the last uploads; what is left stays in the run folder (wandb's default: for ever)
-CHECKPOINT_TIMEOUT = 600.0  # the same, where checkpoints are uploaded
+INIT_TIMEOUT = 20.0  # seconds for an online start; then the run is offline
+FINISH_TIMEOUT = 60.0  # seconds for the last uploads; `largebatch sync` sends the rest (wandb's default: no limit)
+CHECKPOINT_TIMEOUT = 600.0  # the same with tracker.checkpoints
 
 _BINS = 32  # of a histogram: enough for a hundred layers
 
-# Every logged row holds both axes; a metric's chart is drawn over the one that its family is listed under.
+# Every logged row holds both axes. W&B draws a metric over the axis that lists its family.
 AXES = {"step": ("train", "optim", "perf", "layers"), "epoch": ("test", "val", "embedding", "probe")}
+
+Entry = dict[str, Any]
+
+
+def read_uploads(run: Path) -> dict[str, Entry]:
+    """Return ``wandb/uploads.json`` of a run folder: an entry for each of its W&B runs, by id.
+
+    ``started``: unix time of the first start. ``arguments``: of ``wandb.init``, JSON types only. ``sweep``: id of the
+    W&B sweep or None. ``rows``: number of rows that W&B has for certain. ``uploaded``: True if W&B has everything.
+
+    Raises:
+        UserError: the file isn't JSON.
+    """
+    return read_json(run / "wandb" / "uploads.json")
+
+
+def update_upload(run: Path, run_id: str, **changes: Any) -> None:
+    """Change the entry of one W&B run, or add it."""
+    entries = read_uploads(run)
+    entry = entries.get(run_id, {"started": time.time(), "rows": 0})
+    write_atomic(run / "wandb" / "uploads.json", json.dumps(entries | {run_id: entry | changes}, indent=1) + "\n")
+
+
+class RefusedError(Exception):
+    """W&B refused data of a run."""
 
 
 class WandbRun:
-    """A started W&B run. Its methods never raise: the first failure is said, and nothing is sent after it.
+    """A started W&B run. Its methods never raise: the first failure is logged, and nothing is sent after it.
+
+    Args:
+        run: wandb's run.
+        folder: the run folder, with ``wandb/uploads.json``.
+        say: takes one line at a time.
+        is_recorded: True if the caller logs all rows, so that ``finish`` marks the run as uploaded.
 
     Attributes:
-        id: what W&B knows the run by.
+        id: W&B's id of the run.
         mode: ``"online"`` or ``"offline"``.
-        how: why that mode, in one line.
-        rows_before: the number of rows that W&B has, or that are on the disk for it, from earlier parts of the run.
+        first: number of rows that W&B has already.
     """
 
-    def __init__(self, run: wandb.Run, mode: str, how: str, rows_before: int, say: Callable[[str], None]) -> None:
-        self.id = str(run.id)
-        self.mode = mode
-        self.how = how
-        self.rows_before = rows_before
-        self._rows = rows_before  # with those that were logged
-        self._run = run
-        self._say = say
-        self._failed = False
-
-    def log(
-        self, row: dict[str, Any], histograms: dict[str, list[float]] | None = None, images: Path | None = None
-    ) -> None:
-        """One row of metrics, with its ``step`` and ``epoch``, and maybe histograms of lists of values, or a picture.
-
-        Values that are None are left out.
-
-        wandb's own step counter is never given: it counts rows, and goes on counting in a resumed run.
-        """
-        if not self._failed:
-            self._rows += 1
-            self._attempt("log", lambda: self._run.log(without_none(row) | _media(histograms or {}, images)))
-
-    def summarize(self, summary: dict[str, Any]) -> None:
-        """The run's final and best values, in place of each metric's last one."""
-        if not self._failed:
-            self._attempt("write the summary", lambda: self._run.summary.update(without_none(summary)))
-
-    def alert(self, title: str, text: str) -> None:
-        """Have W&B tell the user, by the ways that are set there (e-mail, Slack)."""
-        if not self._failed:
-            self._attempt("send an alert", lambda: self._run.alert(title=title, text=text, level="ERROR"))
-
-    def checkpoint(self, path: Path, aliases: list[str], facts: dict[str, Any]) -> None:
-        """Upload a file as a version of the artifact ``checkpoint-ID``; offline it is only noted, and must stay."""
-        if not self._failed:
-            self._attempt("upload a checkpoint", lambda: self._log_artifact(path, aliases, facts))
-
-    def _log_artifact(self, path: Path, aliases: list[str], facts: dict[str, Any]) -> None:
+    def __init__(self, run: wandb.Run, folder: Path, say: Callable[[str], None], is_recorded: bool) -> None:
         import wandb
 
-        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", "model", metadata=without_none(facts))
-        with session_environment(path.parent.parent, "auto"):  # else there would be folders in the home
-            artifact.add_file(str(path), name="checkpoint.pt", policy="immutable", skip_cache=True)  # without a copy
+        self._run, self._folder, self._say, self._is_recorded = run, folder, say, is_recorded
+        self.id = str(run.id)
+        self.mode = "offline" if run.offline else "online"
+        sent_before = read_uploads(folder).get(self.id, {}).get("rows", 0)  # a server may not know its number of rows
+        self.first = 0 if run.offline else max(run.starting_step, sent_before)
+        self._count = self.first
+        self._is_sending, self._is_refused = True, False
+        listener = SimpleNamespace(info=self._hear, warning=self._hear, error=self._hear)
+        wandb.termsetup(wandb.setup().settings, listener)  # receives wandb's messages
+
+    def _hear(self, message: str) -> None:
+        """Note wandb's only sign of refused data."""
+        self._is_refused |= "Fatal error while uploading data" in message
+
+    def log(
+        self, number: int, row: Row, histograms: dict[str, list[float]] | None = None, images: Path | None = None
+    ) -> None:
+        """Log a row with ``step`` and ``epoch``, without values that are None, if W&B lacks it.
+
+        ``number`` is W&B's ``_step``, which counts the run's rows from 0 (see ``RowOrder``). ``histograms`` are lists
+        of values to show as histograms; ``images`` is an image file.
+        """
+        if number >= self.first:
+            self._count = number + 1
+            self._attempt("log", lambda: self._log(number, row, histograms or {}, images))
+
+    def _log(self, number: int, row: Row, histograms: dict[str, list[float]], images: Path | None) -> None:
+        import wandb
+
+        finite = {name: list(filter(math.isfinite, values)) for name, values in histograms.items()}
+        media: dict[str, Any] = {k: wandb.Histogram(values, num_bins=_BINS) for k, values in finite.items() if values}
+        if images:
+            media["images"] = wandb.Image(str(images))
+        self._run.log(without_none(row) | media, step=number, commit=True)
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Set the run's final and best values, in place of each metric's last value."""
+        self._attempt("write the summary", lambda: self._run.summary.update(without_none(summary)))
+
+    def alert(self, title: str, text: str) -> None:
+        """Let W&B notify the user by the means set in W&B (e-mail, Slack)."""
+        self._attempt("send an alert", lambda: self._run.alert(title=title, text=text, level="ERROR"))
+
+    def upload_checkpoints(self, folder: RunFolder, rows: list[Row]) -> None:
+        """Upload the last checkpoint, and the best checkpoint of a run with validation images.
+
+        Both are versions of the artifact ``checkpoint-ID``. wandb uploads them from the run folder, without a copy.
+        ``rows`` are all metrics rows of the run.
+        """
+        self._attempt("upload a checkpoint", lambda: self._upload_checkpoints(folder, rows))
+
+    def _upload_checkpoints(self, folder: RunFolder, rows: list[Row]) -> None:
+        best = folder.best_checkpoint
+        for last in sorted(folder.checkpoints.glob("step-*.pt"))[-1:]:
+            step = int(last.stem.removeprefix("step-"))
+            is_both = best.exists() and last.samefile(best)
+            if best.exists() and not is_both:
+                chosen = max(rows, key=lambda row: (row.get("val/accuracy") or 0.0, -row["step"]))
+                self._upload(best, ["best"], _metrics_at(rows, chosen["step"]))
+            self._upload(last, ["last", "best"] if is_both else ["last"], _metrics_at(rows, step))
+
+    def _upload(self, checkpoint: Path, aliases: list[str], metadata: dict[str, Any]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self.id}", "model", metadata=without_none(metadata))
+        with session_environment(self._folder, "auto"):  # else wandb makes folders in the home
+            artifact.add_file(str(checkpoint), name="checkpoint.pt", policy="immutable", skip_cache=True)
             self._run.log_artifact(artifact, aliases=aliases)
 
     def mark_preempting(self) -> None:
-        """Have W&B put the run, once it ends as failed, in the queue of its sweep."""
+        """Let W&B requeue the run in its W&B sweep once it ends as failed."""
         self._attempt("mark the run as preempting", self._run.mark_preempting)
 
     def finish(self, exit_code: int) -> None:
-        """End the run, and wandb's session with it. 0 is shown as finished, anything else as failed."""
-        self._attempt("finish", lambda: self._run.finish(exit_code=exit_code))
-        if self.mode == "online" and not self._failed:
-            self._attempt("see what W&B got", self._check_rows)
+        """End the run and wandb's session. W&B shows exit code 0 as finished, any other as failed."""
+        self._attempt("finish", lambda: self._finish(exit_code), always=True)
         close_session()
 
-    def _check_rows(self) -> None:
-        """Mark the part as uploaded if W&B has all of its rows: of one that it refused to take wandb says nothing."""
-        run = self._run
-        there = this_server().rows(run.project, run.entity, run.id, seconds=5.0)
-        if there < self._rows:
-            raise UploadError(f"it has {there} of {self._rows} rows; `largebatch sync` uploads the rest")
-        part_of(run).mark_done()
+    def _finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+        if self._is_refused:
+            raise RefusedError("W&B refused data; `largebatch sync` uploads the rest")
+        if self._is_sending and self.mode == "online" and self._is_recorded:
+            update_upload(self._folder, self.id, rows=self._count, uploaded=True)
 
-    def _attempt(self, what: str, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception as error:  # wandb's or our own: said, so that neither goes unnoticed
-            if not self._failed:
-                self._say(f"W&B is off from here, it could not {what}: {one_line(error)}")
-            self._failed = True
+    def _attempt(self, what: str, action: Callable[[], object], always: bool = False) -> None:
+        if self._is_sending or always:
+            try:
+                action()
+            except Exception as error:  # wandb's or our own; the first is logged
+                if self._is_sending:
+                    self._say(f"W&B is off from here, it could not {what}: {one_line(error)}")
+                self._is_sending = False
 
 
 def start(
@@ -137,18 +192,18 @@ def start(
     init_timeout: float = INIT_TIMEOUT,
     finish_timeout: float | None = None,
 ) -> WandbRun | None:
-    """Start, or resume, the W&B run of one run folder. Call it on rank 0 only.
+    """Start or resume the W&B run of one run folder, and add it to ``uploads.json``. Call it on rank 0 only.
 
     Args:
         config: the run's configuration, stored whole as the W&B config.
         directory: the run folder; wandb writes to its ``wandb/``.
-        run_id: the W&B run's id. The same id again continues the same W&B run. A sweep's agent brings its own.
-        name: what W&B calls the run.
-        facts: what the configuration came to (rate, batch per process, commit, versions), stored under ``resolved``
-            with ``name``; none leaves what is there.
-        say: takes one line at a time: the mode and its reason, and every failure once.
-        init_timeout: seconds an online start may take.
-        finish_timeout: seconds for the last uploads; None for what is usual.
+        run_id: the W&B run's id. The same id continues the same W&B run. A W&B sweep's agent brings its own.
+        name: the run's name in W&B.
+        facts: resolved values (learning rate, batch per process, commit, versions), stored under ``resolved`` with
+            ``name``. Empty: W&B's config and ``uploads.json`` stay as they are, because the caller logs no rows.
+        say: takes one line at a time: the mode and its reason, and the first failure.
+        init_timeout: seconds for an online start.
+        finish_timeout: seconds for the last uploads. None: ``FINISH_TIMEOUT`` or ``CHECKPOINT_TIMEOUT``.
 
     Returns:
         None when W&B isn't wanted (``tracker=none``, ``tracker.mode=disabled``, ``WANDB_MODE=disabled``), can't be
@@ -161,91 +216,77 @@ def start(
         return None
     try:
         import wandb  # noqa: F401
-    except Exception as error:  # not there, or broken by another package
+    except Exception as error:  # missing, or broken by another package
         say(f"W&B is off: wandb can't be imported ({one_line(error)})")
         return None
     directory = directory.absolute()
     if finish_timeout is None:
         finish_timeout = CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT
+    settings = run_settings(init_timeout, finish_timeout)
+    started, files = None, directory
     with session_environment(directory, config.tracker.mode):
         try:
             (directory / "wandb").mkdir(parents=True, exist_ok=True)
-            earlier = parts_of(directory)
-            arguments = run_arguments(
-                config, directory, agent_run_id() or run_id, name, facts, init_timeout, finish_timeout
-            )
-            run, mode, how = begin(config.tracker.mode, arguments)
-            rows_before = continue_from(earlier, run, mode) if run else 0
-        except Exception as error:  # whatever it is, training matters more
-            run, mode, how, rows_before = None, "is off", one_line(error), 0
-    say(f"W&B {mode}: {how}")
-    if run is None:
+            arguments = run_arguments(config, agent_run_id() or run_id, name, facts)
+            run, mode, why = _begin(config.tracker.mode, directory, arguments, settings)
+            if run and facts:
+                effective = {"project": run.project, "entity": run.entity or None, "group": run.group or None}
+                sweep = os.environ.get("WANDB_SWEEP_ID") if agent_run_id() else None
+                update_upload(directory, run.id, arguments=arguments | effective, sweep=sweep, uploaded=False)
+            if run:
+                started, files = WandbRun(run, directory, say, bool(facts)), Path(run.dir)
+        except Exception as error:  # training matters more than any failure here
+            mode, why = "is off", one_line(error)
+    say(f"W&B {mode}: {why}")
+    if started is None:
         close_session()
-        return None
-    if not Path(run.dir).resolve().is_relative_to(directory.resolve()):
-        say(f"W&B could not write to {directory}, its files are in {run.dir}")
-    return WandbRun(run, mode, how, rows_before, say)
+    elif not files.resolve().is_relative_to(directory.resolve()):
+        say(f"W&B could not write to {directory}, its files are in {files}")
+    return started
 
 
-def continue_from(earlier: list[Part], run: wandb.Run, mode: str) -> int:
-    """The number of rows that need not be sent again.
+def _begin(
+    asked: str, directory: Path, arguments: dict[str, Any], settings: dict[str, Any]
+) -> tuple[wandb.Run | None, str, str]:
+    """Return the run, its mode and the reason. If the server fails to start it, the run is offline."""
+    mode, why = choose_mode(asked)
+    if mode == "disabled":
+        return None, "is off", why
+    if mode == "online":
+        before = set(directory.glob("wandb/run-*"))
+        try:
+            run = open_run("online", directory, arguments, settings)
+            return run, mode, without_password(str(run.url))
+        except Exception as error:
+            why = f"the server did not start the run ({one_line(error)})"
+            close_session()  # otherwise the half-open run keeps its id, and going offline fails
+            for left in set(directory.glob("wandb/run-*")) - before:
+                shutil.rmtree(left)  # holds no row, and wandb would show it as a run of its own
+    return open_run("offline", directory, arguments, settings), "offline", why
 
-    Online W&B says what it has. What else earlier parts hold will come again in this one, so they are done with.
-    """
-    of_this_run = [part for part in earlier if part.run_id == run.id]  # a sweep's agent gives runs its own ids
-    if mode == "offline":
-        return rows_after(of_this_run)
-    for part in of_this_run:
-        part.mark_done()
-    first = part_of(run).first_row()  # run.step may not know it yet
-    return int(run.step) if first is None else first
 
-
-def part_of(run: wandb.Run) -> Part:
-    return Part(Path(run.dir).parent / f"run-{run.id}.wandb")
-
-
-def begin(asked: str, arguments: dict[str, Any]) -> tuple[wandb.Run | None, str, str]:
-    """The run, its mode and why; where the server fails to start it, offline with the attempt's traces removed."""
+def open_run(mode: str, directory: Path, arguments: dict[str, Any], settings: dict[str, Any]) -> wandb.Run:
+    """Start or resume a W&B run, ``online`` or ``offline``, and define its axes. Raises wandb's errors."""
     import wandb
 
-    mode, how = choose_mode(asked)
-    if mode == "disabled":
-        return None, "is off", how
-    run = None
-    if mode == "online":
-        folder = Path(arguments["dir"], "wandb")
-        before = set(folder.glob("run-*"))
-        try:
-            run = wandb.init(mode="online", **arguments)
-            how = without_password(str(run.url))
-        except Exception as error:
-            mode, how = "offline", f"the server did not start the run ({one_line(error)})"
-            close_session()  # otherwise the half-open run keeps its id, and going offline fails
-            for left in set(folder.glob("run-*")) - before:
-                shutil.rmtree(left)  # holds no row, and would be shown and synced as a run of its own
-    if run is None:
-        run = wandb.init(mode="offline", **arguments)
+    run = wandb.init(mode=mode, dir=str(directory), resume="allow", settings=settings, **arguments)  # type: ignore[arg-type]
     for axis, families in AXES.items():
         run.define_metric(axis)
         for family in families:
             run.define_metric(f"{family}/*", step_metric=axis)
-    return run, mode, how
+    return run
 
 
-def exit_code(state: str) -> int:
-    """What W&B is told of a run in ``state``: 0 is shown as finished, 1 as failed.
+def exit_code(state: str, in_sweep: bool) -> int:
+    """Return W&B's exit code of a run in ``state``: 0 is shown as finished, 1 as failed.
 
-    A divergence is an outcome. But the search of a sweep would take the best figure before it for the run's value,
-    where a failed run counts as the worst one.
+    A divergence is an outcome. But a W&B sweep's search would take the best value before the divergence for the run's
+    value, and it counts a failed run as the worst.
     """
-    return 0 if state == "finished" or (state in DONE and agent_run_id() is None) else 1
+    return 0 if state == "finished" or (state in DONE and not in_sweep) else 1
 
 
-def _media(histograms: dict[str, list[float]], images: Path | None) -> dict[str, Any]:
-    """Histograms of the finite values, none where there is no such; and the picture as ``images``."""
-    import wandb
-
-    finite = {name: list(filter(math.isfinite, values)) for name, values in histograms.items()}
-    media: dict[str, Any] = {name: wandb.Histogram(values, num_bins=_BINS) for name, values in finite.items() if values}
-    return media | ({"images": wandb.Image(str(images))} if images else {})
+def _metrics_at(rows: list[Row], step: int) -> dict[str, Any]:
+    """Return step, epoch and the newest validation and test metrics at a step."""
+    found = {k: v for row in rows if row["step"] <= step for k, v in row.items()}
+    return {"step": step} | {k: v for k, v in found.items() if k == "epoch" or k.startswith(("val/", "test/"))}

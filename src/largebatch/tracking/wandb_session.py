@@ -1,7 +1,7 @@
-"""How W&B is reached, decided before it is asked: online or offline, and what its process sees of the environment.
+"""W&B's mode, and the environment of its process.
 
-Left to itself wandb asks at a terminal, raises without one, waits a minute and a half for a dead host, and records
-more of the environment than should be on a disk.
+By default wandb prompts at a terminal, raises without one, waits 90 s for a dead host, and records more of the
+environment than should be on a disk.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-CONNECT_TIMEOUT = 3.0  # seconds to reach the host at all
+CONNECT_TIMEOUT = 3.0  # seconds for a TCP connection to the host
 
-# wandb records every SLURM_* variable that it sees, and so SLURM_JWT, a password. These say all that is of use.
+# wandb records every SLURM_* variable in its environment, also the password SLURM_JWT.
 SLURM_RECORDED = (
     *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES"),
     *("SLURM_NTASKS", "SLURM_CPUS_PER_TASK", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"),
@@ -27,10 +27,10 @@ SLURM_RECORDED = (
 
 
 def choose_mode(asked: str) -> tuple[str, str]:
-    """``online``, ``offline`` or ``disabled``, and why, for ``tracker.mode`` (auto, online or offline).
+    """Return ``online``, ``offline`` or ``disabled``, and the reason, for ``tracker.mode`` (auto, online or offline).
 
-    ``auto`` follows WANDB_MODE and the commands ``wandb offline`` and ``wandb disabled``. Online, asked for or not,
-    needs an API key (from the environment, ``~/.netrc`` or ``wandb login``) and a host that takes a connection.
+    ``auto`` follows WANDB_MODE and the commands ``wandb offline`` and ``wandb disabled``. Online mode needs an API key
+    (from the environment, ``~/.netrc`` or ``wandb login``) and a host that accepts a connection.
     """
     import wandb
 
@@ -50,7 +50,7 @@ def choose_mode(asked: str) -> tuple[str, str]:
 
 
 def unreachable(url: str, seconds: float) -> str | None:
-    """Why ``url``'s host, or the proxy before it, took no TCP connection in ``seconds``; None if it did."""
+    """Return why the host of ``url``, or its proxy, accepted no TCP connection in ``seconds``; None if it did."""
     host, port = next_hop(url)
     problems: list[str | None] = []
 
@@ -68,60 +68,56 @@ def unreachable(url: str, seconds: float) -> str | None:
 
 
 def next_hop(url: str) -> tuple[str, int]:
-    """Host and port that a connection to ``url`` really goes to: its own, or its proxy's from the environment."""
+    """Return host and port of a connection to ``url``: its own, or the proxy's from the environment."""
     parts = urlsplit(url)
     host = parts.hostname or ""
+    is_local = host in ("localhost", "::1") or host.startswith("127.")  # wandb's process uses no proxy for these
     proxy = urllib.request.getproxies().get(parts.scheme)
-    if proxy and not is_local(host) and not urllib.request.proxy_bypass(host):
+    if proxy and not is_local and not urllib.request.proxy_bypass(host):
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def is_local(host: str) -> bool:
-    """Whether it is this machine, for which wandb's process takes no proxy."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 @contextlib.contextmanager
 def session_environment(directory: Path, mode: str) -> Iterator[None]:
-    """What wandb's session, and the process that it starts, see of the environment; put back on leaving.
+    """Set the environment that wandb's session and process see, and restore it on leaving.
 
-    The session reads these once, before it knows anything of the run, so settings given to ``wandb.init`` are too late.
+    The session reads these variables before it knows a run, so settings given to ``wandb.init`` come too late.
+
+    Args:
+        directory: wandb's logs and caches go below it.
+        mode: ``tracker.mode``; any but ``auto`` overrides ``wandb offline`` and WANDB_MODE.
     """
-    os.environ.pop("WANDB_SERVICE", None)  # a parent's session was started without these precautions: have our own
+    os.environ.pop("WANDB_SERVICE", None)  # a parent's session was started with another environment
     wanted = {
-        "WANDB_SILENT": "true",  # no line of wandb's on the terminal
-        "WANDB_X_DISABLE_VIEWER": "true",  # a dead host would be asked twice more who we are, for 5 s each
-        "WANDB_ERROR_REPORTING": "false",  # wandb's crash reports go to its makers
-        "WANDB_CACHE_DIR": str(directory),  # its process logs to wandb/logs below this, not in the home folder
-        "WANDB_DATA_DIR": str(directory / "wandb"),  # where artifacts are prepared, likewise
+        "WANDB_SILENT": "true",
+        "WANDB_X_DISABLE_VIEWER": "true",  # saves two requests for the account, which wait 5 s each on a dead host
+        "WANDB_ERROR_REPORTING": "false",  # no crash reports to W&B
+        "WANDB_CACHE_DIR": str(directory),  # for wandb/logs, otherwise in the home folder
+        "WANDB_DATA_DIR": str(directory / "wandb"),  # for artifacts, likewise
     }
     if mode != "auto":
-        wanted["WANDB_MODE"] = mode  # over `wandb offline` and the like
+        wanted["WANDB_MODE"] = mode
     unwanted = [key for key in os.environ if key.startswith("SLURM_") and key not in SLURM_RECORDED]
     unwanted += ["WANDB_DEBUG", "WANDB_CORE_DEBUG"]  # with these, the debug log holds the API key
-    saved = {key: os.environ.get(key) for key in [*wanted, *unwanted]}
+    saved = {key: os.environ.pop(key, None) for key in [*wanted, *unwanted]}
     arguments = sys.argv
-    for key in unwanted:
-        os.environ.pop(key, None)
     os.environ.update(wanted)
-    sys.argv = arguments[:1]  # a command line may hold a token, and says nothing that the configuration doesn't
+    sys.argv = arguments[:1]  # a command line may hold a token, and the configuration has the rest
     try:
         yield
     finally:
         sys.argv = arguments
-        for key, value in saved.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+        for key in saved:
+            os.environ.pop(key, None)
+        os.environ.update({key: value for key, value in saved.items() if value is not None})
 
 
 def close_session() -> None:
-    """End wandb's session and process, so that the next start in this process begins afresh.
+    """End wandb's session and process, so that the next start in this process is fresh.
 
-    When that process is gone already this fails with what its loss was reported as before; left undone, wandb would
-    try it at exit and print a traceback.
+    If wandb's process is gone, this fails for a reason that was logged before. Without this call, wandb would try at
+    exit and print a traceback.
     """
     import wandb
 
@@ -130,11 +126,11 @@ def close_session() -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The error's kind and text in one line of at most 300 characters, without passwords."""
+    """Return the error's type and text in one line of at most 300 characters, without passwords."""
     text = without_password(" ".join(f"{type(error).__name__}: {error}".split()))
     return text if len(text) <= 300 else text[:299] + "…"
 
 
 def without_password(text: str) -> str:
-    """``text`` without the user and password of the addresses in it."""
+    """Return ``text`` without the user and password in URLs."""
     return re.sub(r"//[^/\s@]*@", "//", text)
