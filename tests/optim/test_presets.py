@@ -1,4 +1,4 @@
-"""The presets of conf/optimizer: complete, and saying what docs/optimizers.md says."""
+"""The presets of conf/optimizer are complete and as in docs/optimizers.md."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The hyper-parameters of one step as plain numbers, the same for every way to carry it out."""
+"""The hyper-parameters of one step as plain numbers, equal for torch, C++ and Triton."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class LarsNumbers(NamedTuple):
-    """Of LARS, TVLARS and CLARS. ``coefficient`` multiplies the ratio of the norms; no limit is infinity."""
+    """Numbers of LARS, TVLARS and CLARS. ``coefficient`` multiplies the ratio of the norms; no limit is infinity."""
 
     lr: float
     coefficient: float
@@ -23,7 +23,7 @@ class LarsNumbers(NamedTuple):
 
 
 class LambNumbers(NamedTuple):
-    """Of LAMB. ``correction1`` and ``correction2`` divide the moments: ``1 - beta^t``, or 1 without bias correction."""
+    """Numbers of LAMB. ``correction1`` and ``correction2`` divide the moments: ``1 - beta^t``, or 1 uncorrected."""
 
     lr: float
     beta1: float
