@@ -1,4 +1,4 @@
-"""Models: shapes, stems, sizes, and weight initialisation that really happens."""
+"""Models: shapes, stems, sizes and weight initialisation."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_torchvision_models_fit_classes_and_channels(name: str, stem: str, chann
 
 
 def equal(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """The same names in the same order, and the same values bit for bit."""
+    """Return True if names and their order are equal, and values are equal bit for bit."""
     return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def ours_and_torchvision_s(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
-    """Both built under the same seed."""
+def ours_and_torchvisions(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """Build both under the same seed."""
     from torchvision import models
 
     torch.manual_seed(0)
@@ -60,9 +60,9 @@ def ours_and_torchvision_s(name: str, num_classes: int) -> tuple[nn.Module, nn.M
 
 
 @pytest.mark.parametrize("name", RESNETS)
-def test_our_resnets_are_torchvision_s_bit_for_bit(name: str) -> None:
-    """Weights under a seed, outputs, gradients and running statistics."""
-    ours, theirs = ours_and_torchvision_s(name, num_classes=7)
+def test_resnets_equal_torchvisions_bit_for_bit(name: str) -> None:
+    """Weights under a seed, outputs, gradients and running statistics are equal."""
+    ours, theirs = ours_and_torchvisions(name, num_classes=7)
     assert equal(ours.state_dict(), theirs.state_dict())
     assert {n for n, _ in ours.named_modules()} == {n for n, _ in theirs.named_modules()}
     images = torch.randn(3, 3, 64, 64)
@@ -77,10 +77,10 @@ def test_our_resnets_are_torchvision_s_bit_for_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RESNETS)
-def test_the_same_weights_as_when_torchvision_built_them(name: str) -> None:
-    """A model's initial weights follow from its seed alone, with the CIFAR stem too, which is drawn last."""
-    assert equal(build(f"model={name}").state_dict(), ours_and_torchvision_s(name, num_classes=10)[1].state_dict())
-    _, theirs = ours_and_torchvision_s(name, num_classes=10)
+def test_initial_weights_equal_torchvisions_with_the_seed_and_the_stem_drawn_last(name: str) -> None:
+    """The seed alone determines a model's initial weights, also with the CIFAR stem, which is drawn last."""
+    assert equal(build(f"model={name}").state_dict(), ours_and_torchvisions(name, num_classes=10)[1].state_dict())
+    _, theirs = ours_and_torchvisions(name, num_classes=10)
     stem = nn.Conv2d(1, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     cifar = build(f"model={name}", "model.stem=cifar", channels=1).state_dict()
@@ -88,7 +88,7 @@ def test_the_same_weights_as_when_torchvision_built_them(name: str) -> None:
 
 
 def test_a_resnet_is_built_without_torchvision_and_the_compiler() -> None:
-    """They take longer to import than the network takes to build."""
+    """Their import takes longer than building the network."""
     program = """
 import sys
 from largebatch.config.schema import ModelConfig
@@ -107,12 +107,12 @@ def test_timm_models_by_name() -> None:
     assert getattr(model, "drop_rate") == 0.25  # noqa: B009
 
 
-def test_an_unknown_timm_model_names_the_nearest() -> None:
+def test_an_unknown_timm_model_raises_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match=r"model\.name=resnet18x: timm has no such model; .* did you mean resnet18"):
         build("model=timm", "model.name=resnet18x")
 
 
-def test_options_that_timm_refuses_are_named() -> None:
+def test_options_that_timm_rejects_raise_with_their_name() -> None:
     with pytest.raises(UserError, match=r"model\.options=.*depthh"):
         build("model=timm", "model.name=resnet10t", "+model.options.depthh=3")
 
