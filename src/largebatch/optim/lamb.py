@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.layerwise import LayerwiseOptimizer, Measured
-from largebatch.optim.numbers import LambNumbers
-from largebatch.optim.options import Group, check_fraction, check_non_negative, limit, options_of
+from largebatch.optim.numbers import LambNumbers, numbers_of
+from largebatch.optim.options import Group, check_fraction, check_non_negative, options_of
 from largebatch.optim.part import only, parts
 
 
@@ -115,16 +115,8 @@ class LAMB(LayerwiseOptimizer):
 def _numbers(group: Group, step: int | None = None) -> LambNumbers:
     """Return the numbers of step t; None if the counts are tensors, from which the update makes the corrections."""
     beta1, beta2 = group["betas"]
-    corrects = group["bias_correction"] and step is not None
-    return LambNumbers(
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        correction1=1 - beta1**step if corrects else 1.0,
-        correction2=1 - beta2**step if corrects else 1.0,
-        norm_clip=limit(group["norm_clip"]),
-        max_ratio=limit(group["max_ratio"]),
-        maximize=group["maximize"],
-    )
+    correction1 = correction2 = 1.0
+    if group["bias_correction"] and step is not None:
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    own = {"beta1": beta1, "beta2": beta2, "correction1": correction1, "correction2": correction2}
+    return numbers_of(LambNumbers, group, **own)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.layerwise import LayerwiseOptimizer, Measured
-from largebatch.optim.numbers import LarsNumbers
-from largebatch.optim.options import Group, check_fraction, check_non_negative, check_positive, limit, options_of
+from largebatch.optim.numbers import LarsNumbers, numbers_of
+from largebatch.optim.options import Group, check_fraction, check_non_negative, check_positive, options_of
 from largebatch.optim.part import parts
 
 
@@ -44,20 +44,8 @@ class LarsFamily(LayerwiseOptimizer):
         self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]
     ) -> list[Measured]:
         buffers = self._buffers(parameters, "momentum_buffer") if group["momentum"] != 0 else []
-        numbers = LarsNumbers(
-            lr=group["lr"],
-            coefficient=self._coefficient(group),
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            norm_clip=limit(group["norm_clip"]),
-            max_ratio=limit(group["max_ratio"]),
-            larc=group["larc"],
-            sum_of_norms=group["denominator"] == "sum_of_norms",
-            lr_in_momentum=group["lr_in_momentum"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
+        sum_of_norms = group["denominator"] == "sum_of_norms"
+        numbers = numbers_of(LarsNumbers, group, coefficient=self._coefficient(group), sum_of_norms=sum_of_norms)
         divided = parts(group, parameters, gradients, buffers)
         for part in divided:
             part.given_norms = self._given_norms(part.layers())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple, TypeVar
 
 
 class LarsNumbers(NamedTuple):
@@ -35,3 +36,13 @@ class LambNumbers(NamedTuple):
     norm_clip: float
     max_ratio: float
     maximize: bool
+
+
+Numbers = TypeVar("Numbers", LarsNumbers, LambNumbers)
+
+
+def numbers_of(kind: type[Numbers], group: dict[str, Any], **own: Any) -> Numbers:
+    """Take each field from ``own``, else from the group's option of that name; a limit of None becomes infinity."""
+    values = {**group, **own}
+    values |= {name: math.inf for name in ("norm_clip", "max_ratio") if values[name] is None}
+    return kind(**{name: values[name] for name in kind._fields})

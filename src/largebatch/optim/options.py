@@ -28,11 +28,6 @@ def options_of(arguments: dict[str, Any]) -> Group:
     return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
 
 
-def limit(value: float | None) -> float:
-    """Return the limit as a number: infinity for None."""
-    return math.inf if value is None else value
-
-
 def check_common(group: Group) -> None:
     """Check the options of all layer-wise optimizers.
 

@@ -83,7 +83,10 @@ class SampleNorms:
         if method == "auto":
             self.method = "passes" if obstacle else "hooks"
             self.why = obstacle or "every layer belongs to one nn.Linear or nn.Conv module"
-        self._handles: list[Any] = self._attach_hooks() if self.method == "hooks" else self._attach_passes()
+        if self.method == "hooks":
+            self._handles = self._attach_hooks()
+        else:
+            self._handles = [_register(layer, partial(self._add_pass, layer)) for layer in self._layers]
 
     def means(self, scale: float = 1.0) -> dict[nn.Parameter, Tensor]:
         """Return the mean over groups of each layer's gradient norm since the last call, and reset the sums.
@@ -125,9 +128,6 @@ class SampleNorms:
         self._sums[self._places[layer]] += norm
 
     # -- method "passes"
-
-    def _attach_passes(self) -> list[Any]:
-        return [_register(layer, partial(self._add_pass, layer)) for layer in self._layers]
 
     @torch.no_grad()
     def _add_pass(self, layer: nn.Parameter, gradient: Tensor) -> None:
