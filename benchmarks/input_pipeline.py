@@ -39,6 +39,7 @@ from torchvision import transforms
 from torchvision.transforms import functional, v2
 
 from largebatch.data import augment, augment_cpu
+from largebatch.data.draws import draw
 
 BATCH, WORKERS = 512, 2
 IMAGES = 20_000
@@ -141,7 +142,7 @@ def classification_turns(pixels: Pixels, side: int, batches: int) -> dict[str, T
 
     def ours(way: Callable[..., Tensor], rotation: float = ROTATION) -> Turn:
         def make(indices: Tensor) -> Tensor:
-            draws = augment.draw(generator, BATCH, padding=PADDING, flip=True, rotation=rotation, side=side)
+            draws = draw(generator, BATCH, padding=PADDING, flip=True, rotation=rotation, side=side)
             return way(pixels.planes, indices, draws, mean, std)
 
         return batches_turn(make, batches)
@@ -176,7 +177,7 @@ def as_unit(pixels: Pixels, indices: Tensor) -> Tensor:
 def differing_pixels(pixels: Pixels, side: int) -> float:
     """The share of a batch's pixels that are not those of the PIL chain with the same parameters."""
     options = {"padding": PADDING, "flip": True, "rotation": ROTATION, "side": side}
-    table = augment.draw(torch.Generator().manual_seed(1), BATCH, **options)
+    table = draw(torch.Generator().manual_seed(1), BATCH, **options)
     again = torch.Generator().manual_seed(1)  # for the angles, which are drawn after corners and flips
     torch.randint(0, 2 * PADDING + 1, (2, BATCH), generator=again)
     torch.rand(BATCH, generator=again)

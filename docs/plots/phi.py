@@ -1,6 +1,6 @@
-"""TVLARS's phi beside schedules with and without warm-up, over 100 epochs of CIFAR-10 at two batch sizes.
+"""TVLARS's phi and schedules with and without warm-up, over 100 epochs of CIFAR-10 at two batch sizes.
 
-`python docs/plots/phi.py [FILE]` writes FILE, by default phi.svg beside this script; the same file each time.
+`python docs/plots/phi.py [FILE]` writes FILE, by default phi.svg beside this script. Every call writes the same file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EPOCHS, WARM = 100, 10  # WARM: epochs of warm-up, and of phi's delay
 BATCHES = {512: 98, 16384: 4}  # steps an epoch of 50,000 images, the last batch included
 
 PAPER, RELEASED = "TVLARS, paper's form", "TVLARS, released program"
-# One hue for each lambda in both forms (Okabe and Ito's colours), the line's kind for the form: readable in grey too.
+# Hue by lambda (Okabe and Ito's colours), line style by form, so that the figure is readable in grey.
 STYLES = {
     f"{PAPER}, λ = 1e-4": {"color": "#56B4E9", "linestyle": "-"},
     f"{PAPER}, λ = 1e-3": {"color": "#0072B2", "linestyle": "-"},
@@ -36,7 +36,7 @@ STYLES = {
 
 
 def curves(batch: int, steps_per_epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Epochs, and by label the factor on the rate there; each of shape [steps]."""
+    """Return epochs, and by label the factor of the learning rate, each of shape [steps]."""
     total, warm = EPOCHS * steps_per_epoch, WARM * steps_per_epoch
     steps = torch.arange(1, total + 1)  # TVLARS counts from 1
     floor = 0.001 * batch / 256
@@ -46,12 +46,12 @@ def curves(batch: int, steps_per_epoch: int) -> tuple[Tensor, dict[str, Tensor]]
     found |= {f"{RELEASED}, λ = 1e-{n}": phi(steps, 10.0**-n, 0.1, 0.0, 0.0) for n in (3, 2)}
     for label, config, of_warm_up in (("linear warm-up + cosine", warm_up, warm), ("cosine", cosine, 0)):
         factor = schedule_factor(config, total, of_warm_up)
-        found[label] = torch.tensor([factor(step) for step in range(total)])  # the schedules from 0
+        found[label] = torch.tensor([factor(step) for step in range(total)])  # schedules count from 0
     return steps / steps_per_epoch, found
 
 
 def curve_id(label: str, batch: int) -> str:
-    """The curve's ``id`` in the SVG file."""
+    """Return the curve's ``id`` in the SVG file."""
     return re.sub("[^a-z0-9]+", "-", f"{label} {batch}".lower())
 
 
@@ -68,13 +68,13 @@ def panel(axes: Axes, batch: int, steps_per_epoch: int) -> None:
 
 
 def draw() -> Figure:
-    # Places are fixed, not laid out by the size of the text, so that every version of matplotlib draws the same curves.
+    # Positions are fixed, not computed from the size of the text, so that every matplotlib draws the same curves.
     figure = Figure(figsize=(9, 4.6))
     left, right = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.07, right=0.985, top=0.93, bottom=0.31, wspace=0.06)
     for axes, (batch, steps_per_epoch) in zip((left, right), BATCHES.items(), strict=True):
         panel(axes, batch, steps_per_epoch)
-    left.set_ylabel("factor on the rate")
+    left.set_ylabel("factor of the learning rate")
     note = f"delay, warm-up: {WARM} epochs"
     left.annotate(note, (WARM, 1.11), (3, 0), textcoords="offset points", va="top", fontsize=8, color="#555555")
     figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False, handlelength=3.2)
@@ -83,10 +83,10 @@ def draw() -> Figure:
 
 def main() -> None:
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("phi.svg")
-    matplotlib.rcdefaults()  # not what the user has set
+    matplotlib.rcdefaults()  # ignore the user's settings
     salt = {"svg.hashsalt": "phi"}  # without it, names inside the file are random
     with matplotlib.rc_context({**salt, "lines.linewidth": 1.8, "font.size": 10, "axes.titlesize": 10}):
-        draw().savefig(target, format="svg", metadata={"Date": None, "Title": "TVLARS's phi beside schedules"})
+        draw().savefig(target, format="svg", metadata={"Date": None, "Title": "TVLARS's phi and schedules"})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """C++ that is compiled once for this machine with its own compiler, and called through ctypes.
 
-Compiling takes about a second and is done when it is first needed; the library is kept in ``$LARGEBATCH_CACHE``, by
-default ``~/.cache/largebatch``. torch's extension builder isn't used: with torch's headers it takes half a minute.
+Compiling takes about a second, at first use; the library is kept in ``$LARGEBATCH_CACHE``, by default
+``~/.cache/largebatch``. torch's extension builder isn't used: with torch's headers it takes half a minute.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-e
 
 
 def why_not(source: Path) -> str:
-    """Why ``source`` can't be compiled and loaded here; empty where it can."""
+    """Return the reason why ``source`` can't be compiled and loaded; empty if it can."""
     library = _library(source)
     return library if isinstance(library, str) else ""
 
 
 def library(source: Path) -> ctypes.CDLL:
-    """The compiled ``source``, for which ``why_not`` has nothing to say."""
+    """Return the compiled ``source``; call only if ``why_not()`` is empty."""
     compiled = _library(source)
     assert isinstance(compiled, ctypes.CDLL), compiled
     return compiled
@@ -47,13 +47,13 @@ def _library(source: Path) -> ctypes.CDLL | str:
             _compile(compiler, source, path)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
-        return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['without a word'])[0]}"
-    except (OSError, RuntimeError) as error:  # no place to write, no home at all, or a library that doesn't load
+        return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
+    except (OSError, RuntimeError) as error:  # no writable folder, no home, or a library that doesn't load
         return f"its library can't be made or loaded: {error}"
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:
-    # Under a name of its own, then renamed: several processes may be compiling at once.
+    # To a temporary file, then renamed: several processes may compile at once.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         command = [compiler, *_FLAGS, str(source), "-o", str(temporary)]
@@ -62,7 +62,7 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries, and what was measured on this machine, are kept from run to run."""
+    """Return the folder for compiled libraries and measurements of this machine, kept between runs."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("LARGEBATCH_CACHE") or Path(caches) / "largebatch")
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def cache_folder() -> Path:
 
 
 def processor() -> str:
-    """What ``-march=native`` depends on: a home directory may be shared by different machines."""
+    """Return the properties that ``-march=native`` depends on: different machines may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

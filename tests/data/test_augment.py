@@ -1,4 +1,4 @@
-"""The batched augmentation against torchvision's PIL functions, and its two ways against each other."""
+"""The batched augmentation, compared with torchvision's PIL functions, and C++ compared with torch."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.data import augment, augment_cpu
-from largebatch.data.draws import Draws
+from largebatch.data.draws import Draws, draw
 
 WAYS = {"c++": augment_cpu.augmented, "torch": augment.augmented_torch}
 both_ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -24,11 +24,11 @@ def random_images(n, channels, side, seed=0):
 
 
 def draws_for(n, side, seed=1, **options):
-    return augment.draw(torch.Generator().manual_seed(seed), n, side=side, **options)
+    return draw(torch.Generator().manual_seed(seed), n, side=side, **options)
 
 
 def draw_of(angle, side, padding):
-    """One draw: the first corner, no flip, and ``angle`` in degrees, by PIL's formula."""
+    """Return one draw: the first corner, no flip, and ``angle`` in degrees, by PIL's formula."""
     cos, sin, half = math.cos(math.radians(angle)), -math.sin(math.radians(angle)), side / 2
     first_row, first_column = half + (cos - sin) * (0.5 - half), half + (cos + sin) * (0.5 - half)
     rotation = [math.floor(number * 65536 + 0.5) for number in (cos, sin, -sin, first_row, first_column)]
@@ -36,7 +36,7 @@ def draw_of(angle, side, padding):
 
 
 def pixels_of(way, images, draws, indices=None):
-    """The augmented pixels as they are before normalisation."""
+    """Return the augmented pixels before normalisation."""
     channels = images.shape[1]
     result = way(images, indices, draws, torch.zeros(channels), torch.full((channels,), 1 / 255))
     assert (result - result.round()).abs().max() < 1e-3
@@ -48,7 +48,7 @@ def statistics(channels):
 
 
 def pil_chain(image, padding, draw, angle):
-    """RandomCrop(S, padding) -> RandomHorizontalFlip -> RandomRotation, with these parameters."""
+    """Apply RandomCrop(S, padding) -> RandomHorizontalFlip -> RandomRotation with these parameters."""
     from torchvision.transforms import functional
 
     top, left, flip = draw[:3].tolist()
@@ -68,7 +68,7 @@ def pil_chain(image, padding, draw, angle):
     ("side", "padding", "rotation"), [(8, 1, 10), (8, 9, 20), (32, 4, 0), (32, 4, 15), (64, 4, 15), (33, 0, 180)]
 )
 def test_equals_the_pil_chain(side, padding, rotation, channels, way):
-    """Below 0.1 % of 200 images' pixels differ from PIL's, at equal parameters."""
+    """Less than 0.1 % of the pixels of 200 images differ from PIL's at equal parameters."""
     images = random_images(200, channels, side)
     draws = draws_for(200, side, seed=1, padding=padding, flip=True, rotation=rotation)
     generator = torch.Generator().manual_seed(1)  # angles are drawn after corners and flips, in degrees
@@ -83,7 +83,7 @@ def test_equals_the_pil_chain(side, padding, rotation, channels, way):
 
 
 @both_ways
-def test_what_the_rotation_brings_in_is_black_even_where_the_padded_image_has_pixels(way):
+def test_rotation_fills_with_black_also_at_pixels_of_the_padded_image(way):
     white = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)
     got = pixels_of(way, white, draw_of(45.0, side=32, padding=4))[0, 0]
     # Pixel (28, 28) comes from row 33.7, column 16 of the crop: below it, but row 29.7 of the white image.
@@ -92,7 +92,7 @@ def test_what_the_rotation_brings_in_is_black_even_where_the_padded_image_has_pi
 
 
 @both_ways
-def test_nothing_drawn_changes_nothing(way):
+def test_draws_of_zero_do_not_change_images(way):
     images = random_images(5, 3, 16)
     assert torch.equal(pixels_of(way, images, draws_for(5, 16, padding=0, flip=False, rotation=0)), images)
     assert torch.equal(pixels_of(way, images, None), images)
@@ -120,7 +120,7 @@ def test_draws_cover_their_ranges():
 
 @both_ways
 def test_a_part_of_the_batch_gets_its_part_of_the_draws(way):
-    """Also where the batch is so large that torch takes it in slices."""
+    """The batch is so large that torch takes it in slices."""
     images = random_images(700, 1, 32)
     draws = draws_for(700, 32, padding=1, flip=True, rotation=10)
     whole = pixels_of(way, images, draws)
@@ -140,7 +140,7 @@ def test_normalisation_is_scalar_arithmetic(way, channels_last):
         torch.testing.assert_close(got[:, c].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-# -- the two ways against each other
+# -- C++ compared with torch
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -160,7 +160,7 @@ def test_cpp_and_torch_give_the_same_bits(channels, side, padding, rotation):
 
 
 def test_images_that_share_memory_are_augmented_alike():
-    """As in a data set that is one image many times over: its images have a stride of 0."""
+    """For example a data set of one repeated image, whose images have a stride of 0."""
     images = random_images(1, 3, 8).expand(5, -1, -1, -1)
     draws = draws_for(5, 8, padding=2, flip=True, rotation=10)
     results = [pixels_of(way, given, draws) for way in WAYS.values() for given in (images, images.contiguous())]
@@ -190,7 +190,7 @@ def test_the_number_of_threads_does_not_change_the_result():
 
 
 @pytest.mark.parametrize("index", [-1, 3, 2**40])
-def test_an_index_of_no_image_is_an_error(index):
+def test_an_index_out_of_range_raises(index):
     with pytest.raises(IndexError, match=r"0\.\.2"):
         augment_cpu.augmented(random_images(3, 1, 8), torch.tensor([0, index]), None, *statistics(1))
 
@@ -208,7 +208,7 @@ def test_an_index_of_no_image_is_an_error(index):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_what_cpp_could_not_read_is_an_error(change):
+def test_tensors_that_cpp_cannot_read_raise(change):
     fitting = {"pixels": random_images(3, 1, 8), "indices": torch.tensor([0, 1]), "draws": None}
     fitting |= dict(zip(("mean", "std"), statistics(1), strict=True))
     augment_cpu.augmented(**fitting)
@@ -217,7 +217,7 @@ def test_what_cpp_could_not_read_is_an_error(change):
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that torch is asked for, and the devices of the tensors that they take and give."""
+    """Records the names of torch's operations, and the devices of their arguments and results."""
 
     def __init__(self):
         super().__init__()
@@ -230,8 +230,8 @@ class Operations(TorchDispatchMode):
         return result
 
 
-def test_on_a_device_nothing_comes_from_the_host_or_waits_for_a_value():
-    """A meta tensor has no values: an operation that needs one fails."""
+def test_on_a_device_nothing_is_copied_from_the_host_or_read_back():
+    """A meta tensor has no values: an operation that needs a value fails."""
     draws = draws_for(6, 8, padding=1, flip=True, rotation=10).to("meta")
     given = [tensor.to("meta") for tensor in (random_images(9, 3, 8), torch.arange(6), *statistics(3))]
     with Operations() as operations:
@@ -241,20 +241,21 @@ def test_on_a_device_nothing_comes_from_the_host_or_waits_for_a_value():
     assert operations.devices == {"meta"}
 
 
-# -- where there is no compiler
+# -- without a compiler
 
 TRY = """
 import torch
 from largebatch.data import augment, augment_cpu
+from largebatch.data.draws import draw
 images = torch.arange(192).to(torch.uint8).view(1, 3, 8, 8).repeat(5, 1, 1, 1)
-draws = augment.draw(torch.Generator().manual_seed(0), 5, padding=1, flip=True, rotation=10, side=8)
+draws = draw(torch.Generator().manual_seed(0), 5, padding=1, flip=True, rotation=10, side=8)
 given = images, None, draws, torch.full((3,), 0.5), torch.full((3,), 0.25)
 print(torch.equal(augment.augmented(*given), augment.augmented_torch(*given)))
 print(augment_cpu.why_not())
 """
 
 
-def test_without_a_compiler_that_works_torch_augments(tmp_path):
+def test_without_a_working_compiler_torch_augments(tmp_path):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'broken: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)

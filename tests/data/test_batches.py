@@ -1,4 +1,4 @@
-"""The streams that training and evaluation see: the same for any number of processes, accumulation and resume."""
+"""The batches of training and evaluation: equal for any number of processes, accumulation and resume."""
 
 import itertools
 import multiprocessing
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from datafiles import make_imagefolder
+from datafiles import decoded, make_imagefolder
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data import FileImages, MemoryImages, Split, eval_batches, train_batches
@@ -25,7 +25,7 @@ def in_files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_memory(in_files):
-    return Split(in_files.images.to_memory(), in_files.labels)
+    return Split(MemoryImages(decoded(in_files.images)), in_files.labels)
 
 
 def config(**options):
@@ -66,7 +66,7 @@ def training(
 
 
 def joined(batches):
-    """One tensor of images and one of labels, of micro-batches in their order."""
+    """Concatenate micro-batches to a tensor of images and a tensor of labels."""
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
@@ -89,7 +89,7 @@ def test_channels_last_images_are_the_same(in_memory, in_files):
 
 
 def test_two_views_of_each_image(in_memory):
-    """First views and then second ones, of the images that classification would see, augmented one by one."""
+    """A batch has the first and then the second views of the images of the classification batch."""
     (images, labels), *_ = training(in_memory, 1, micro_batch=4, how=["two_views", "channels_last"])
     assert images.shape == (8, 3, 8, 8)
     assert images.is_contiguous(memory_format=torch.channels_last)
@@ -98,7 +98,7 @@ def test_two_views_of_each_image(in_memory):
 
 
 @pytest.mark.parametrize("division", [{"micro_batch": 3}, {"processes": 2, "micro_batch": 6}, {"start_step": 1}])
-def test_two_views_are_the_same_however_the_batch_is_divided(in_memory, in_files, division):
+def test_two_views_do_not_depend_on_the_division_of_the_batch(in_memory, in_files, division):
     def views(split, rank=0, steps=2, **options):
         batches = training(split, steps, rank=rank, how=["two_views"], **options)
         return torch.cat([images.unflatten(0, (2, -1)) for images, _ in batches], dim=1)
@@ -112,14 +112,14 @@ def test_two_views_are_the_same_however_the_batch_is_divided(in_memory, in_files
         assert torch.equal(torch.cat(steps, dim=1), whole)
 
 
-def test_accumulation_sees_the_same_images(in_memory):
+def test_accumulation_uses_the_same_images(in_memory):
     whole = training(in_memory, 5)
     for micro_batch in (1, 3, 6):
         assert same(joined(training(in_memory, 5, micro_batch=micro_batch)), joined(whole))
 
 
 @pytest.mark.parametrize("micro_batch", [2, 6])
-def test_two_processes_see_the_same_images_as_one(in_memory, micro_batch):
+def test_two_processes_use_the_same_images_as_one(in_memory, micro_batch):
     whole = joined(training(in_memory, 5))
     ranks = [joined(training(in_memory, 5, rank=r, processes=2, micro_batch=micro_batch)) for r in (0, 1)]
     for step in range(5):
@@ -130,8 +130,8 @@ def test_two_processes_see_the_same_images_as_one(in_memory, micro_batch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("start_step", [1, 2, 5])
-def test_a_resume_sees_the_tail_of_the_unbroken_stream(in_memory, in_files, start_step, workers):
-    """Two steps an epoch: in the middle of an epoch, at its start, and in a later one."""
+def test_a_resume_continues_the_unbroken_stream(in_memory, in_files, start_step, workers):
+    """An epoch has two steps: resumes in the middle of an epoch, at its start, and in a later epoch."""
     unbroken = training(in_memory, 7)[start_step:]
     split = in_files if workers else in_memory
     resumed = training(split, 7 - start_step, start_step=start_step, workers=workers)
@@ -140,7 +140,7 @@ def test_a_resume_sees_the_tail_of_the_unbroken_stream(in_memory, in_files, star
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_and_memory_give_the_same_stream(in_memory, in_files, workers):
-    """Also over epochs, and with more images a batch than a worker decodes at once."""
+    """Over several epochs, and with more images a batch than a worker decodes at once."""
     expected = joined(training(in_memory, 7, micro_batch=6))
     assert same(joined(training(in_files, 7, micro_batch=6, workers=workers)), expected)
 
@@ -155,7 +155,7 @@ def test_equal_images_get_different_draws():
         MemoryImages(torch.arange(192).to(torch.uint8).view(1, 3, 8, 8).expand(8, -1, -1, -1)), torch.zeros(8).long()
     )
     images, _ = joined(training(split, 2, batch_size=8, micro_batch=8))
-    assert len({image.numpy().tobytes() for image in images}) > 12  # of 16; a few may meet by chance
+    assert len({image.numpy().tobytes() for image in images}) > 12  # of 16; a few may be equal by chance
     another_seed, _ = joined(training(split, 2, batch_size=8, micro_batch=8, seed=1))
     assert not torch.equal(images, another_seed)
 
@@ -182,15 +182,15 @@ def test_without_augmentation_images_are_only_normalised(in_memory):
     assert got == sorted(image.numpy().tobytes() for image in in_memory.images.pixels)
 
 
-def test_global_random_state_is_left_alone(in_files):
-    """Or a resumed run's dropout would differ from an unbroken one's."""
+def test_global_random_state_is_not_changed(in_files):
+    """Otherwise the dropout of a resumed run would differ from that of an unbroken run."""
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     training(in_files, 2, workers=1)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_batch_larger_than_the_training_set_is_refused_at_once(in_memory):
+def test_a_batch_larger_than_the_training_set_raises_before_the_first_batch(in_memory):
     with pytest.raises(UserError, match=r"batch_size=32.* 30 images"):
         training(in_memory, 0, batch_size=32, micro_batch=32)
 
@@ -207,8 +207,8 @@ def evaluation(split, rank, processes, batch, workers=0, chosen=None):
     ids=str,
 )
 @pytest.mark.parametrize(("where", "workers"), [("memory", 0), ("files", 0), ("files", 2)])
-def test_micro_batches_that_pass_twice_are_the_same_both_times(in_memory, in_files, where, workers, division, how):
-    """A step's micro-batches one after the other, and then all of them again, pixel for pixel."""
+def test_repeated_micro_batches_are_equal(in_memory, in_files, where, workers, division, how):
+    """With passes=2 a step has all its micro-batches, then all again, pixel for pixel."""
     split = in_memory if where == "memory" else in_files
     division = {"micro_batch": 4, **division}
     once = training(in_memory, 3, how=how, **division)
@@ -257,8 +257,8 @@ def test_evaluation_of_no_chosen_images_is_no_batch(in_memory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_among_good_ones_is_named(in_files, tmp_path, workers):
-    """In one readable message, from a worker process too."""
+def test_an_unreadable_image_raises_with_its_name(in_files, tmp_path, workers):
+    """The error is one readable message, also from a worker process."""
     bad = tmp_path / "bad.png"
     bad.write_bytes(Path(in_files.images.paths[3]).read_bytes()[:100])
     paths = (*in_files.images.paths[:20], str(bad))
@@ -290,6 +290,6 @@ def test_two_forked_gloo_processes_with_loader_workers(in_files, in_memory, tmp_
     assert [process.exitcode for process in ranks] == [0, 0]
     (first, count), (second, _) = (torch.load(tmp_path / f"seen{rank}") for rank in (0, 1))
     assert count == 30
-    expected = training(in_memory, 4, micro_batch=6)  # the halves of a step by turns
+    expected = training(in_memory, 4, micro_batch=6)  # the halves of a step in turn
     assert same(joined(first), joined(expected[0::2]))
     assert same(joined(second), joined(expected[1::2]))

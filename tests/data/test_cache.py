@@ -1,4 +1,4 @@
-"""The second start: equal to the first, without decoding, and never from a file that doesn't fit the data any more."""
+"""The second start equals the first, without decoding, and never uses a stale file."""
 
 import errno
 import hashlib
@@ -54,7 +54,7 @@ def same(first, second):
 
 
 def spoil(path):
-    """Other content at the same size and time: whoever reads it sees it, whoever looks at the file doesn't."""
+    """Change the content but not size and time, so that only a reader of the content notices."""
     stat = path.stat()
     path.write_bytes(bytes(stat.st_size))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -82,7 +82,7 @@ def test_the_second_start_equals_the_first_and_reads_no_source(tmp_path, name):
     assert lines == []
 
 
-def test_what_is_read_can_be_used_like_any_tensor(tmp_path):
+def test_writes_to_mapped_pixels_do_not_change_the_file(tmp_path):
     make_imagefolder(tmp_path)
     start(folder_config(tmp_path))
     pixels = start(folder_config(tmp_path))[0].train.images.pixels
@@ -121,7 +121,7 @@ def add_a_class(root):
 
 
 @pytest.mark.parametrize("alter", [change, touch, add, remove, rename, move_to_another_class, add_a_class])
-def test_another_source_is_decoded_anew(tmp_path, alter):
+def test_a_changed_source_is_decoded_again(tmp_path, alter):
     root = make_imagefolder(tmp_path / "images")
     start(folder_config(root))
     alter(root)
@@ -173,7 +173,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_made_anew(tmp_path, damage):
+def test_a_damaged_file_is_written_again(tmp_path, damage):
     make_imagefolder(tmp_path)
     first = content(start(folder_config(tmp_path))[0])
     DAMAGES[damage](cache_of(tmp_path))
@@ -183,7 +183,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, damage):
     assert start(folder_config(tmp_path))[1] == []
 
 
-def test_a_damaged_list_of_unreadable_images_is_made_anew(tmp_path, monkeypatch):
+def test_a_damaged_list_of_unreadable_images_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr("largebatch.data.load.host_memory", lambda: 1000)
     make_imagefolder(tmp_path)
     start(folder_config(tmp_path))
@@ -194,7 +194,7 @@ def test_a_damaged_list_of_unreadable_images_is_made_anew(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_where_nothing_can_be_kept_it_is_said_once(tmp_path, name):
+def test_one_line_reports_that_nothing_can_be_kept(tmp_path, name):
     make, config = MAKERS[name]
     make(tmp_path / "kept")
     expected = content(start(config(tmp_path / "kept"))[0])
@@ -207,8 +207,8 @@ def test_where_nothing_can_be_kept_it_is_said_once(tmp_path, name):
         assert "at every start, because it can't be kept in" in lines[0]
 
 
-def test_a_full_disk_is_said_and_memory_taken(tmp_path):
-    """The disk is full half-way through the first time."""
+def test_a_full_disk_is_reported_and_memory_is_used(tmp_path):
+    """The disk becomes full during the first write."""
     written, lines = [], []
 
     def write(file):
@@ -228,7 +228,7 @@ def test_a_full_disk_is_said_and_memory_taken(tmp_path):
     assert "No space left" in lines[-1]
 
 
-def test_what_a_killed_process_left_goes_away(tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path):
     make_imagefolder(tmp_path)
     start(folder_config(tmp_path))
     cache = cache_of(tmp_path)
@@ -246,7 +246,7 @@ def test_an_error_leaves_no_temporary_file(tmp_path):
     assert [path.suffix for path in (tmp_path / ".largebatch").iterdir()] == [".lock"]
 
 
-# Starts a process for each line that it reads, so that torch is imported only once.
+# Starts a process for each line of input, so that torch is imported only once.
 STARTER = """
 import hashlib, os, sys
 from largebatch.config.datasets import DatasetConfig
@@ -269,7 +269,7 @@ while True:
 
 
 def make_slow_images(root):
-    """27 images, and 60 more that take some 30 ms each."""
+    """Make 27 images, and 60 more that take about 30 ms each."""
     make_imagefolder(root)
     large = root / "train" / "cat" / "large0.png"
     save_image(large, np.zeros((3, 2000, 2000), np.uint8))
@@ -284,14 +284,14 @@ def starter(root):
 
 
 def start_one(process):
-    """Start one and wait for its first line. Returns its pid and the line."""
+    """Start one process and wait for its first line; return its pid and the line."""
     process.stdin.write("\n")
     process.stdin.flush()
     pid, line = process.stdout.readline().split(maxsplit=1)
     return int(pid), line
 
 
-def test_of_processes_that_start_at_once_one_decodes(tmp_path):
+def test_one_of_several_concurrent_processes_decodes(tmp_path):
     root = make_slow_images(tmp_path)
     lines = starter(root).communicate("\n\n\n", timeout=60)[0].splitlines()
     assert sum("decoding 87 images" in line for line in lines) == 1
@@ -300,7 +300,7 @@ def test_of_processes_that_start_at_once_one_decodes(tmp_path):
     assert [line.split()[-1] for line in lines if "sha256" in line] == [expected] * 3
 
 
-def test_a_killed_process_leaves_the_lock_to_the_next(tmp_path):
+def test_a_killed_process_releases_the_lock(tmp_path):
     root = make_slow_images(tmp_path)
     process = starter(root)
     first, line = start_one(process)
@@ -313,7 +313,7 @@ def test_a_killed_process_leaves_the_lock_to_the_next(tmp_path):
     assert not list((root / ".largebatch").glob(".*.tmp"))
 
 
-def test_verified_files_are_not_verified_again_but_others_are(tmp_path, monkeypatch):
+def test_only_changed_files_are_verified_again(tmp_path, monkeypatch):
     folder = make_cifar10(tmp_path)
     published = cifar.ARCHIVES["cifar10"]
 
@@ -321,7 +321,7 @@ def test_verified_files_are_not_verified_again_but_others_are(tmp_path, monkeypa
         return {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in names}
 
     start(cifar_config(tmp_path, verify=False))
-    with pytest.raises(UserError, match="isn't the published file"):  # what was kept unverified doesn't count
+    with pytest.raises(UserError, match="isn't the published file"):  # pixels kept without verification don't count
         start(cifar_config(tmp_path, verify=True))
     of_these = replace(published, train=md5s(published.train), test=md5s(published.test), meta=md5s(published.meta))
     monkeypatch.setitem(cifar.ARCHIVES, "cifar10", of_these)

@@ -1,4 +1,4 @@
-"""CIFAR in its true file format, and everything that can be wrong with the files."""
+"""CIFAR in its true file format, and errors in the files."""
 
 import hashlib
 import io
@@ -25,8 +25,8 @@ def cifar10(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "make"), [("cifar10", make_cifar10), ("cifar100", make_cifar100)])
-def test_reads_what_torchvision_reads(tmp_path, monkeypatch, name, make):
-    """torchvision's own class, without its checksums, is the reference for the format."""
+def test_images_labels_and_classes_equal_torchvisions(tmp_path, monkeypatch, name, make):
+    """The reference is torchvision's own class without its checksums."""
     import torchvision.datasets
 
     make(tmp_path)
@@ -89,7 +89,7 @@ def test_checksums_are_compared(cifar10, monkeypatch):
         load_data(config(cifar10, verify=True), 0)
 
 
-def test_missing_files_without_download(tmp_path):
+def test_missing_files_without_download_raise(tmp_path):
     with pytest.raises(UserError, match=r"(?s)dataset\.download=false.*dataset\.root=.*data_batch_1") as caught:
         load_data(config(tmp_path / "nowhere"), 0)
     assert not (tmp_path / "nowhere").exists()
@@ -101,7 +101,7 @@ def test_missing_files_without_download(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 100, 5000])
-def test_a_truncated_file_is_named(cifar10, keep):
+def test_a_truncated_file_raises_with_its_name(cifar10, keep):
     path = cifar10 / "data_batch_2"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="data_batch_2 isn't a usable CIFAR file"):
@@ -113,7 +113,7 @@ def good_entry():
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"data": None}, "uint8 array of n x 3072 and is NoneType"),
         ({"data": np.zeros((4, 3072), np.float32)}, "is float32"),
@@ -125,13 +125,13 @@ def good_entry():
         ({"labels": [0, 1, 2, -1]}, r"outside 0\.\.9"),
     ],
 )
-def test_wrong_contents_are_named(cifar10, change, says):
+def test_wrong_contents_raise_with_the_reason(cifar10, change, message):
     (cifar10 / "data_batch_1").write_bytes(python2_pickle({**good_entry(), **change}))
-    with pytest.raises(UserError, match=f"data_batch_1 isn't a usable CIFAR file.*{says}"):
+    with pytest.raises(UserError, match=f"data_batch_1 isn't a usable CIFAR file.*{message}"):
         load_data(config(cifar10), 0)
 
 
-def test_wrong_keys_are_named(cifar10):
+def test_wrong_keys_raise_with_their_names(cifar10):
     (cifar10 / "test_batch").write_bytes(python2_pickle({"images": 1, "fine_labels": [0]}))
     with pytest.raises(UserError, match=r"test_batch.*'data' and 'labels'.*fine_labels, images"):
         load_data(config(cifar10), 0)
@@ -143,13 +143,13 @@ def test_wrong_keys_are_named(cifar10):
         load_data(config(cifar10), 0)
 
 
-def test_a_pickle_cannot_run_anything(cifar10, tmp_path):
+def test_a_pickle_cannot_run_code(cifar10, tmp_path):
     class Attack:
         def __reduce__(self):
             return (io.open, (str(tmp_path / "attacked"), "w"))
 
     (cifar10 / "data_batch_1").write_bytes(pickle.dumps({**good_entry(), "extra": Attack()}))
-    with pytest.raises(UserError, match=r"data_batch_1.*asks for _?io\.open"):
+    with pytest.raises(UserError, match=r"data_batch_1.*needs _?io\.open"):
         load_data(config(cifar10), 0)
     assert not (tmp_path / "attacked").exists()
 

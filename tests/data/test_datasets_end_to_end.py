@@ -1,4 +1,4 @@
-"""Data sets in their true file formats train with the real program; damaged ones are named."""
+"""The program trains on data sets in their true file formats, and names damaged files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_image_folder_of_grey_28x28_pngs(launch: Launch, tmp_path: Path, channel
     assert result.returncode == 0, result.stderr
 
 
-def test_a_wrong_checksum_is_named_with_the_way_round_it(launch: Launch, tmp_path: Path) -> None:
+def test_a_wrong_checksum_error_names_the_file_and_the_key_to_skip_the_check(launch: Launch, tmp_path: Path) -> None:
     make_cifar10(tmp_path / "data")
     result = launch("dataset=cifar10", *SHORT)
     assert result.returncode == 2
@@ -70,7 +70,7 @@ def test_a_wrong_checksum_is_named_with_the_way_round_it(launch: Launch, tmp_pat
     assert "Traceback" not in result.stderr
 
 
-def test_a_truncated_file_is_named(launch: Launch, tmp_path: Path) -> None:
+def test_a_truncated_file_error_names_the_file(launch: Launch, tmp_path: Path) -> None:
     batch = make_cifar10(tmp_path / "data") / "data_batch_3"
     batch.write_bytes(batch.read_bytes()[:1000])
     result = launch("dataset=cifar10", "dataset.verify=false", *SHORT)
@@ -80,7 +80,7 @@ def test_a_truncated_file_is_named(launch: Launch, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_batch_larger_than_what_the_files_hold(launch: Launch, tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_files_content_is_an_error(launch: Launch, tmp_path: Path) -> None:
     make_cifar10(tmp_path / "data")
     result = launch("dataset=cifar10", "dataset.verify=false", *SHORT, "batch_size=128")
     assert result.returncode == 2

@@ -1,8 +1,8 @@
-"""Decoding and resizing one image file, against torchvision and PIL."""
+"""Decoding and resizing of image files, compared with torchvision and PIL."""
 
 import numpy as np
 import pytest
-from datafiles import pictures, save_image
+from datafiles import decoded, pictures, save_image
 from PIL import Image
 
 from largebatch.data.images import FileImages, decode
@@ -24,14 +24,14 @@ def test_resize_and_centre_crop_are_torchvisions(tmp_path, shape):
     assert np.array_equal(decode(str(path), 3, 32), expected)
 
 
-def test_an_image_of_the_right_size_is_left_as_it_is(tmp_path):
+def test_an_image_of_the_right_size_is_not_changed(tmp_path):
     pixels = picture(32, 32)
     save_image(tmp_path / "image.png", pixels)
     assert np.array_equal(decode(str(tmp_path / "image.png"), 3, 32), pixels)
 
 
 def test_modes(tmp_path):
-    """Colour from grey, grey from colour, and whatever else a file may hold."""
+    """Colour from grey, grey from colour, and all other modes of files."""
     grey = picture(8, 8, channels=1)
     save_image(tmp_path / "grey.png", grey)
     assert np.array_equal(decode(str(tmp_path / "grey.png"), 3, 8), grey.repeat(3, axis=0))
@@ -60,8 +60,8 @@ def test_modes(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("extension", ["png", "jpg", "bmp", "webp", "ppm", "tiff"])
-def test_unreadable_files_are_named(tmp_path, extension):
-    """Cut short anywhere, empty, or something else altogether."""
+def test_unreadable_files_raise_with_their_name(tmp_path, extension):
+    """Truncated, empty, other content, or missing."""
     whole = tmp_path / f"whole.{extension}"
     save_image(whole, picture(48, 48))
     decode(str(whole), 3, 32)
@@ -76,10 +76,10 @@ def test_unreadable_files_are_named(tmp_path, extension):
 
 
 def test_decoding_all_at_once_keeps_the_order(tmp_path):
-    """More files than one thread takes at a time."""
+    """There are more files than one thread takes at a time."""
     paths = []
     for i in range(150):
         paths.append(str(tmp_path / f"{i}.png"))
         save_image(tmp_path / f"{i}.png", np.full((1, 4, 4), i, np.uint8))
-    pixels = FileImages(tuple(paths), 1, 4).to_memory().pixels
+    pixels = decoded(FileImages(tuple(paths), 1, 4))
     assert pixels[:, 0, 0, 0].tolist() == list(range(150))

@@ -1,4 +1,4 @@
-"""The digits against scikit-learn's own loader."""
+"""The digits, compared with scikit-learn's own loader."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def data():
     return load_data(CONFIG, seed=0)
 
 
-def test_they_are_scikit_learns(data):
+def test_images_and_labels_equal_scikit_learns(data):
     from sklearn.datasets import load_digits
 
     original = load_digits()
@@ -36,7 +36,7 @@ def test_they_are_scikit_learns(data):
     assert got == expected
 
 
-def test_split_is_stratified_and_the_same_for_every_seed(data):
+def test_the_split_is_stratified_and_equal_for_every_seed(data):
     assert (len(data.train), len(data.test), data.val) == (1437, 360, None)
     assert (data.num_classes, data.channels, data.image_size) == (10, 1, 8)
     whole = torch.bincount(torch.cat([data.train.labels, data.test.labels]))
@@ -50,11 +50,11 @@ def test_the_presets_statistics_are_those_of_the_training_images(data):
     pixels = data.train.images.pixels.double().numpy() / 255
     assert list(preset.mean) == [pytest.approx(pixels.mean(), abs=5e-5)]
     assert list(preset.std) == [pytest.approx(pixels.std(), abs=5e-5)]
-    assert data.mean == (pytest.approx(pixels.mean()),)  # measured, as none are given
+    assert data.mean == (pytest.approx(pixels.mean()),)  # measured, because the configuration has none
     assert data.std == (pytest.approx(pixels.std()),)
 
 
-def test_a_damaged_or_missing_file_is_named(tmp_path, monkeypatch):
+def test_a_damaged_file_raises_with_its_name(tmp_path, monkeypatch):
     bad = tmp_path / "digits.csv.gz"
     bad.write_bytes(digits._digits_file().read_bytes()[:1000])
     monkeypatch.setattr(digits, "_digits_file", lambda: bad)
@@ -62,7 +62,7 @@ def test_a_damaged_or_missing_file_is_named(tmp_path, monkeypatch):
         load_data(CONFIG, 0)
 
 
-def test_without_scikit_learn(monkeypatch):
+def test_missing_scikit_learn_raises(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="scikit-learn, which isn't installed"):
         load_data(CONFIG, 0)

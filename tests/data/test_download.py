@@ -1,4 +1,4 @@
-"""Fetching an archive, from a server of the test's own."""
+"""Download of an archive from a local server."""
 
 import hashlib
 import multiprocessing
@@ -21,12 +21,12 @@ FOLDER = "cifar-10-batches-py"
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server for ``tmp_path/served``: its address, and the paths it was asked for."""
-    asked = []
+    """A web server for ``tmp_path/served``: its address, and the paths of all requests."""
+    requested = []
 
     class Handler(SimpleHTTPRequestHandler):
         def log_request(self, code="-", size="-"):
-            asked.append(self.path)
+            requested.append(self.path)
 
         def log_message(self, *args):
             pass
@@ -36,7 +36,7 @@ def server(tmp_path):
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(served)))
     thread = threading.Thread(target=httpd.serve_forever, args=(0.02,))
     thread.start()
-    yield f"http://127.0.0.1:{httpd.server_port}", asked
+    yield f"http://127.0.0.1:{httpd.server_port}", requested
     httpd.shutdown()
     httpd.server_close()
     thread.join()
@@ -44,7 +44,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def archive(tmp_path):
-    """``served/cifar.tar.gz`` and its md5."""
+    """Name of the archive ``served/cifar.tar.gz``, and its md5."""
     make_cifar10(tmp_path / "made")
     path = shutil.make_archive(str(tmp_path / "served" / "cifar"), "gztar", tmp_path / "made")
     return "cifar.tar.gz", hashlib.md5(Path(path).read_bytes()).hexdigest()
@@ -58,15 +58,15 @@ def leftovers(root):
     return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_fetches_once_and_leaves_only_the_data(server, archive, tmp_path):
-    (address, asked), (name, md5) = server, archive
+def test_one_download_leaves_only_the_data(server, archive, tmp_path):
+    (address, requested), (name, md5) = server, archive
     root = tmp_path / "new" / "root"
     place = find(root, f"{address}/{name}", md5)
     assert place == root / FOLDER
     assert (place / "data_batch_1").read_bytes() == (tmp_path / "made" / FOLDER / "data_batch_1").read_bytes()
     assert find(root, f"{address}/{name}", md5) == place
     assert find(root / FOLDER, f"{address}/{name}", md5) == place
-    assert len(asked) == 1
+    assert len(requested) == 1
     assert leftovers(root) == [FOLDER]
 
 
@@ -79,8 +79,8 @@ def test_zip(server, tmp_path):
     assert (place / "wnids.txt").is_file()
 
 
-def test_several_processes_fetch_it_once(server, archive, tmp_path):
-    (address, asked), (name, md5) = server, archive
+def test_several_processes_download_once(server, archive, tmp_path):
+    (address, requested), (name, md5) = server, archive
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=find, args=(tmp_path / "root", f"{address}/{name}", md5)) for _ in range(4)]
     for process in processes:
@@ -88,27 +88,27 @@ def test_several_processes_fetch_it_once(server, archive, tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
-def test_a_changed_archive_is_refused_and_removed(server, archive, tmp_path):
+def test_a_changed_archive_raises_and_is_removed(server, archive, tmp_path):
     (address, _), (name, _) = server, archive
     (tmp_path / "root").mkdir()
-    with pytest.raises(UserError, match="came damaged or changed"):
+    with pytest.raises(UserError, match="is damaged or changed"):
         find(tmp_path / "root", f"{address}/{name}", "0" * 32)
     assert leftovers(tmp_path / "root") == []
 
 
-def test_no_network(tmp_path):
+def test_a_failed_download_names_the_keys(tmp_path):
     (tmp_path / "root").mkdir()
     with pytest.raises(
-        UserError, match=r"couldn't be fetched.*dataset\.root=.*missing: data_batch_1.*dataset\.download"
+        UserError, match=r"couldn't be downloaded.*dataset\.root=.*missing: data_batch_1.*dataset\.download"
     ):
         find(tmp_path / "root", "http://127.0.0.1:9/cifar.tar.gz", "0" * 32)
     assert leftovers(tmp_path / "root") == []
 
 
-def test_an_archive_that_already_lies_there_is_used(server, archive, tmp_path):
+def test_an_existing_archive_is_used(server, archive, tmp_path):
     name, md5 = archive
     root = tmp_path / "root"
     root.mkdir()
@@ -117,7 +117,7 @@ def test_an_archive_that_already_lies_there_is_used(server, archive, tmp_path):
     assert leftovers(root) == [FOLDER, name]
 
 
-def test_what_a_killed_download_left_is_cleared(server, archive, tmp_path):
+def test_files_of_a_killed_download_are_removed(server, archive, tmp_path):
     (address, _), (name, md5) = server, archive
     stale = tmp_path / "root" / f".{FOLDER}.download" / "unpacked"
     stale.mkdir(parents=True)
@@ -126,23 +126,23 @@ def test_what_a_killed_download_left_is_cleared(server, archive, tmp_path):
     assert leftovers(tmp_path / "root") == [FOLDER]
 
 
-def test_a_folder_that_lacks_files_is_not_overwritten(server, archive, tmp_path):
-    (address, asked), (name, md5) = server, archive
+def test_an_incomplete_folder_is_not_overwritten(server, archive, tmp_path):
+    (address, requested), (name, md5) = server, archive
     folder = make_cifar10(tmp_path / "root")
     (folder / "test_batch").unlink()
     with pytest.raises(UserError, match=r"is incomplete.*missing: test_batch"):
         find(tmp_path / "root", f"{address}/{name}", md5)
     assert (folder / "data_batch_1").is_file()
-    assert not asked
+    assert not requested
 
 
-def test_a_root_that_cannot_be_made(tmp_path):
+def test_a_root_that_cannot_be_created_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"dataset\.root=.*file/below"):
         find(tmp_path / "file" / "below", "http://127.0.0.1:9/cifar.tar.gz", "0" * 32)
 
 
-def test_a_root_that_nothing_came_to_is_not_left_behind(tmp_path):
+def test_a_failed_download_removes_the_empty_root(tmp_path):
     with pytest.raises(UserError, match=r"dataset\.root"):
         find(tmp_path / "root", "http://127.0.0.1:9/cifar.tar.gz", "0" * 32)
     assert not (tmp_path / "root").exists()

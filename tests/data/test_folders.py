@@ -1,4 +1,4 @@
-"""Tiny ImageNet's original layout, and any folder tree."""
+"""Tiny ImageNet's original layout, and folder trees."""
 
 import shutil
 
@@ -28,12 +28,12 @@ def test_tinyimagenet(tmp_path):
     for i, name in enumerate(["val_0", "val_1", "val_2", "val_3"]):
         original = np.asarray(Image.open(folder / "val" / "images" / f"{name}.JPEG")).transpose(2, 0, 1)
         assert np.array_equal(data.test.images.pixels[i].numpy(), original)
-    grey = data.train.images.pixels[4]  # the maker's fifth image is a grey JPEG
+    grey = data.train.images.pixels[4]  # make_tinyimagenet writes every fifth image as a grey JPEG
     assert torch.equal(grey[0], grey[1])
     assert len(load_data(tiny_config(folder), 0).train) == 15  # the root may be the folder itself
 
 
-def test_tinyimagenet_with_missing_or_wrong_parts(tmp_path):
+def test_tinyimagenet_with_missing_or_wrong_parts_raises(tmp_path):
     with pytest.raises(UserError, match=r"dataset\.root=.*missing: train, val/val_annotations\.txt"):
         load_data(tiny_config(tmp_path / "nowhere"), 0)
     folder = make_tinyimagenet(tmp_path)
@@ -74,7 +74,7 @@ def test_imagefolder_of_grey_images(tmp_path, channels, test_name):
     assert len(data.mean) == len(data.std) == channels
 
 
-def test_imagefolder_takes_nested_images_and_passes_over_the_rest(tmp_path):
+def test_imagefolder_reads_nested_images_and_ignores_other_files(tmp_path):
     make_imagefolder(tmp_path, size=(20, 31))
     nested = tmp_path / "train" / "cat" / "a" / "b"
     nested.mkdir(parents=True)
@@ -136,7 +136,7 @@ def truncated_image(root):
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("harm", "message"),
     [
         (remove_train, r"no train/ in dataset\.root="),
         (remove_test, r"no test/ or val/ in dataset\.root="),
@@ -148,10 +148,10 @@ def truncated_image(root):
         (truncated_image, r"train/eel/3\.png can't be read as an image"),
     ],
 )
-def test_imagefolder_errors_name_the_path(tmp_path, harm, says):
+def test_imagefolder_errors_name_the_path(tmp_path, harm, message):
     make_imagefolder(tmp_path)
     harm(tmp_path)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load_data(folder_config(tmp_path), 0)
 
 

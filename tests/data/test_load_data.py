@@ -1,4 +1,4 @@
-"""What all data sets share: validation part, statistics, presets."""
+"""Common parts of all data sets: validation part, statistics, presets."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def synthetic(**options):
     return DatasetConfig(name="synthetic", **{**sizes, **options})
 
 
-def test_synthetic_is_the_same_every_time():
+def test_synthetic_is_equal_for_every_seed():
     first, second = load_data(synthetic(), seed=0), load_data(synthetic(), seed=1)
     assert first.train.images.pixels.shape == (200, 3, 8, 8)
     assert torch.bincount(first.train.labels).tolist() == [20] * 10
@@ -36,7 +36,7 @@ def test_synthetic_needs_its_sizes(key):
         load_data(synthetic(**{key: None}), 0)
 
 
-def test_unknown_name():
+def test_an_unknown_name_raises_with_the_nearest():
     with pytest.raises(UserError, match=r"dataset\.name=digitz: allowed: .*did you mean digits\?"):
         load_data(DatasetConfig(name="digitz"), 0)
 
@@ -53,12 +53,12 @@ def test_validation_part_is_disjoint_stratified_and_seeded():
 
 
 @pytest.mark.parametrize(("fraction", "side"), [(0.001, "held-out part"), (0.999, "training set")])
-def test_a_validation_part_that_leaves_a_class_empty(fraction, side):
+def test_a_validation_part_that_empties_a_class_raises(fraction, side):
     with pytest.raises(UserError, match=rf"dataset\.val_fraction={fraction}: .*nothing in the {side}"):
         load_data(synthetic(val_fraction=fraction), 0)
 
 
-def test_statistics_are_given_or_measured(tmp_path):
+def test_statistics_are_configured_or_measured(tmp_path):
     data = load_data(synthetic(mean=[0.1, 0.2, 0.3]), 0)
     pixels = data.train.images.pixels.numpy() / 255
     assert data.mean == (0.1, 0.2, 0.3)
@@ -68,7 +68,7 @@ def test_statistics_are_given_or_measured(tmp_path):
     assert from_files.mean == pytest.approx((from_files.train.images.pixels.numpy() / 255).mean(axis=(0, 2, 3)))
 
 
-def test_statistics_of_a_large_set_are_of_2000_evenly_spaced_images():
+def test_statistics_of_a_large_set_use_2000_evenly_spaced_images():
     values = (torch.arange(5000) % 256).to(torch.uint8)
     mean, std = measure_statistics(MemoryImages(values.view(-1, 1, 1, 1)))
     chosen = values.numpy()[np.arange(2000) * 5000 // 2000] / 255
@@ -92,7 +92,7 @@ def test_every_data_set_has_a_preset():
     assert {path.stem for path in PRESETS} == set(DATASETS)
 
 
-def test_digits_and_synthetic_presets_say_the_true_sizes():
+def test_digits_and_synthetic_presets_have_the_true_sizes():
     for name in ("digits", "synthetic"):
         preset = configuration(f"dataset={name}").dataset
         data = load_data(preset, 0)

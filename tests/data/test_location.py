@@ -1,8 +1,8 @@
-"""Where pixels are kept, and that it changes nothing in them."""
+"""The place of pixels, which doesn't change them."""
 
 import pytest
 import torch
-from datafiles import make_imagefolder
+from datafiles import decoded, make_imagefolder
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data import FileImages, MemoryImages, Split, load, load_data
@@ -15,7 +15,7 @@ GIB = 1 << 30
     ("location", "size", "device_free", "host_free", "place"),
     [
         ("auto", 10, 40, 0, "device"),
-        ("auto", 11, 40, 44, "host"),  # more than a quarter of the device's
+        ("auto", 11, 40, 44, "host"),  # more than a quarter of the device's memory
         ("auto", 11, 40, 43, "files"),
         ("auto", 8 * GIB, 80 * GIB, 80 * GIB, "device"),
         ("auto", 8 * GIB + 1, 80 * GIB, 80 * GIB, "files"),  # more than 8 GiB
@@ -39,7 +39,7 @@ def test_rules(location, size, device_free, host_free, place):
     assert choose_location(location, size, device_free, host_free, in_memory=True)[0] == in_memory
 
 
-def test_the_reason_gives_the_figures():
+def test_the_reason_contains_the_sizes():
     why = choose_location("device", 9 * GIB, 10 * GIB, 20 * GIB)[1]
     assert why == (
         "9.0 GiB of pixels are more than 80 % of the device's 10.0 GiB of free memory, and more than a quarter of the "
@@ -48,7 +48,7 @@ def test_the_reason_gives_the_figures():
 
 
 @pytest.mark.parametrize("indices", [None, torch.tensor([6, 0, 3]), torch.tensor([], dtype=torch.int64)])
-def test_what_is_moved_is_a_selection_and_a_copy(monkeypatch, indices):
+def test_on_device_copies_the_selection_only(monkeypatch, indices):
     monkeypatch.setattr("largebatch.data.location._PIECE_BYTES", 2 * 12)  # several pieces, the last one smaller
     pixels = torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = Split(MemoryImages(pixels), torch.arange(7))
@@ -65,11 +65,11 @@ def folder_config(root, **options):
 
 
 def little_host_memory(monkeypatch):
-    monkeypatch.setattr(load, "host_memory", lambda: 27 * 3 * 16 * 16 * 4 - 1)  # four times the images: just too little
+    monkeypatch.setattr(load, "host_memory", lambda: 27 * 3 * 16 * 16 * 4 - 1)  # just below four times the images
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_streamed_images_equal_resident_ones(tmp_path, monkeypatch, verify):
+def test_streamed_images_equal_images_in_memory(tmp_path, monkeypatch, verify):
     make_imagefolder(tmp_path)
     resident = load_data(folder_config(tmp_path, val_fraction=0.5), 0)
     assert resident.place == "host"
@@ -82,7 +82,7 @@ def test_streamed_images_equal_resident_ones(tmp_path, monkeypatch, verify):
     for name in ("train", "val", "test"):
         in_files, in_memory = getattr(streamed, name), getattr(resident, name)
         assert isinstance(in_files.images, FileImages)
-        assert torch.equal(in_files.images.to_memory().pixels, in_memory.images.pixels)
+        assert torch.equal(decoded(in_files.images), in_memory.images.pixels)
         assert torch.equal(in_files.labels, in_memory.labels)
 
 
@@ -93,14 +93,14 @@ def test_processes_of_a_host_share_its_memory(tmp_path, monkeypatch):
     assert load_data(folder_config(tmp_path), 0, processes_here=3).place == "files"
 
 
-def test_data_born_in_memory_stays_there(monkeypatch):
+def test_data_created_in_memory_stays_there(monkeypatch):
     monkeypatch.setattr(load, "host_memory", lambda: 1)
     lines = []
     assert load_data(DatasetConfig(name="digits", channels=1), 0, say=lines.append).place == "host"
     assert lines == []
 
 
-def test_pixels_and_labels_go_to_a_device_of_its_own(tmp_path):
+def test_pixels_and_labels_go_to_the_device(tmp_path):
     make_imagefolder(tmp_path)
     data = load_data(folder_config(tmp_path, val_fraction=0.5), 0, device=torch.device("meta"))
     assert data.place == "device"
@@ -109,17 +109,17 @@ def test_pixels_and_labels_go_to_a_device_of_its_own(tmp_path):
         assert split.labels.is_meta
 
 
-@pytest.mark.parametrize("too_large", ["by the figures", "when it is moved"])
+@pytest.mark.parametrize("too_large", ["by free memory", "by an allocation"])
 @pytest.mark.parametrize("host_room", [True, False])
-def test_what_does_not_fit_on_the_device_falls_back(tmp_path, monkeypatch, too_large, host_room):
+def test_pixels_that_do_not_fit_on_the_device_stay_on_the_host_or_in_files(tmp_path, monkeypatch, too_large, host_room):
     make_imagefolder(tmp_path)
     (tmp_path / "train" / "cat" / "1.png").write_bytes(b"bad")
     expected = load_data(folder_config(tmp_path, on_error="skip"), 0)
-    if too_large == "by the figures":
+    if too_large == "by free memory":
         monkeypatch.setattr(load, "free_memory", lambda device: 1)
     else:
 
-        def out_of_memory(*arguments):  # what torch.empty raises on a GPU whose memory was taken meanwhile
+        def out_of_memory(*arguments):  # as torch.empty, if another process took the GPU's memory
             raise torch.OutOfMemoryError
 
         monkeypatch.setattr(load, "on_device", out_of_memory)
@@ -130,7 +130,7 @@ def test_what_does_not_fit_on_the_device_falls_back(tmp_path, monkeypatch, too_l
     data = load_data(config, 0, device=torch.device("meta"), say=lines.append)
     assert data.place == ("host" if host_room else "files")
     assert sum("dataset.location=device" in line and "the host's" in line for line in lines) == 1
-    pixels = data.train.images.pixels if host_room else data.train.images.to_memory().pixels
+    pixels = data.train.images.pixels if host_room else decoded(data.train.images)
     assert torch.equal(pixels, expected.train.images.pixels)
     assert torch.equal(data.train.labels, expected.train.labels)
     assert data.skipped == 1

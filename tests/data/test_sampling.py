@@ -1,4 +1,4 @@
-"""Which images a step takes, and what is held out."""
+"""The images of a step, and of the held-out part."""
 
 import itertools
 
@@ -15,7 +15,7 @@ def take(n, iterator):
     return [(step, indices.tolist()) for step, indices in itertools.islice(iterator, n)]
 
 
-def test_an_epoch_takes_each_image_at_most_once_and_drops_the_rest():
+def test_an_epoch_uses_each_image_at_most_once_and_drops_the_rest():
     steps = take(3, global_batches(10, 3, seed=0, start_step=0))
     images = [i for _, indices in steps for i in indices]
     assert [step for step, _ in steps] == [0, 1, 2]
@@ -31,12 +31,12 @@ def test_every_epoch_and_every_seed_has_its_own_order():
 
 
 @pytest.mark.parametrize("start", [1, 3, 4, 7])
-def test_starting_at_a_step_gives_the_tail(start):
+def test_a_later_start_continues_the_same_sequence(start):
     unbroken = take(12, global_batches(10, 3, seed=5, start_step=0))
     assert take(12 - start, global_batches(10, 3, seed=5, start_step=start)) == unbroken[start:]
 
 
-def test_batch_larger_than_the_training_set():
+def test_a_batch_larger_than_the_training_set_raises():
     assert steps_per_epoch(10, 10) == 1
     with pytest.raises(UserError, match=r"batch_size=11.* 10 images"):
         steps_per_epoch(10, 11)
@@ -54,18 +54,18 @@ def test_held_out_part_is_exact_and_stratified():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 21)
     kept, held = hold_out(labels, 10, seed=0)
     assert sorted([*kept.tolist(), *held.tolist()]) == list(range(101))
-    # shares 4.95, 2.97 and 2.08: two images are left after rounding down, for the largest remainders
+    # shares 4.95, 2.97 and 2.08: after rounding down, the two largest remainders get one more image
     assert torch.bincount(labels[held]).tolist() == [5, 3, 2]
 
 
-def test_held_out_part_follows_from_the_seed():
+def test_held_out_part_depends_on_the_seed():
     labels = torch.arange(200) % 4
     first, again, other = (hold_out(labels, 40, seed)[1].tolist() for seed in (0, 0, 1))
     assert first == again != other
 
 
 @pytest.mark.parametrize(("count", "side"), [(2, "the held-out part"), (10, "the training set")])
-def test_no_class_may_end_up_with_nothing(count, side):
+def test_a_class_without_images_on_one_side_raises(count, side):
     labels = torch.tensor([0] * 10 + [1])
     with pytest.raises(UserError, match=rf"class 1, which has 1, with nothing in {side}"):
         hold_out(labels, count, seed=0)

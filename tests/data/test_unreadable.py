@@ -1,10 +1,10 @@
-"""Images that can't be read: named, or left out and counted, whether they are decoded now or while training."""
+"""Unreadable images raise an error or are skipped and counted, when decoded at the start and while training."""
 
 import os
 
 import pytest
 import torch
-from datafiles import make_imagefolder, make_tinyimagenet
+from datafiles import decoded, make_imagefolder, make_tinyimagenet
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data import load, load_data, train_batches
@@ -13,7 +13,7 @@ from largebatch.errors import UserError
 BAD = ("train/cat/0.png", "train/eel/3.png", "test/dog/2.png")
 
 
-@pytest.fixture(params=["decoded now", "decoded while training"])
+@pytest.fixture(params=["decoded at the start", "decoded while training"])
 def root(request, tmp_path, monkeypatch):
     if request.param == "decoded while training":
         monkeypatch.setattr(load, "host_memory", lambda: 1000)
@@ -30,17 +30,17 @@ def damage(root, *names):
 
 
 def pixels(split):
-    return split.images.pixels if hasattr(split.images, "pixels") else split.images.to_memory().pixels
+    return split.images.pixels if hasattr(split.images, "pixels") else decoded(split.images)
 
 
-def test_one_is_named(root):
+def test_an_unreadable_image_raises_with_its_name(root):
     damage(root, BAD[0])
-    for _ in range(2):  # also from what the first start kept
+    for _ in range(2):  # also from the list that the first start kept
         with pytest.raises(UserError, match=r"train/cat/0\.png can't be read as an image.*dataset\.on_error=skip"):
             load_data(config(root), 0)
 
 
-def test_of_several_the_first_are_named_and_all_are_counted(root):
+def test_the_error_names_the_first_unreadable_images_and_counts_all(root):
     names = [f"train/dog/{i}.png" for i in range(6)]
     damage(root, *names)
     with pytest.raises(
@@ -50,7 +50,7 @@ def test_of_several_the_first_are_named_and_all_are_counted(root):
     assert "dog/5.png" not in str(caught.value)
 
 
-def test_they_are_left_out_and_counted(root):
+def test_on_error_skip_skips_and_counts_unreadable_images(root):
     whole = load_data(config(root), 0)
     all_pixels = [pixels(split).clone() for split in (whole.train, whole.test)]
     damage(root, *BAD)
@@ -58,7 +58,7 @@ def test_they_are_left_out_and_counted(root):
         lines = []
         data = load_data(config(root, on_error="skip"), 0, say=lines.append)
         assert data.skipped == 3
-        assert "left out 3 of 27 images, which can't be read: train/cat/0.png, train/eel/3.png, test/dog/2.png" in lines
+        assert "skipped 3 of 27 images, which can't be read: train/cat/0.png, train/eel/3.png, test/dog/2.png" in lines
         train, test = [i for i in range(18) if i not in (0, 15)], [i for i in range(9) if i != 5]
         assert torch.equal(pixels(data.train), all_pixels[0][train])
         assert torch.equal(pixels(data.test), all_pixels[1][test])
@@ -68,18 +68,18 @@ def test_they_are_left_out_and_counted(root):
         load_data(config(root), 0)
 
 
-def test_a_mended_image_comes_back(root):
+def test_a_fixed_image_is_used_again(root):
     path = root / BAD[0]
     good, stat = path.read_bytes(), path.stat()
     path.write_bytes(b"x" * len(good))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert load_data(config(root, on_error="skip"), 0).skipped == 1
     path.write_bytes(good)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as when only permissions had been in the way
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if only the permissions changed
     assert load_data(config(root), 0).skipped == 0
 
 
-def test_a_class_may_be_left_without_images_but_not_a_split(root):
+def test_skipping_may_empty_a_class_but_not_a_split(root):
     damage(root, *(f"train/eel/{i}.png" for i in range(6)))
     data = load_data(config(root, on_error="skip"), 0)
     assert (len(data.train), data.num_classes, data.skipped) == (12, 3, 6)
@@ -88,7 +88,7 @@ def test_a_class_may_be_left_without_images_but_not_a_split(root):
         load_data(config(root, on_error="skip"), 0)
 
 
-def test_a_link_to_nowhere_is_an_unreadable_image(root):
+def test_a_broken_link_is_an_unreadable_image(root):
     (root / BAD[0]).unlink()
     (root / BAD[0]).symlink_to("nowhere")
     with pytest.raises(UserError, match=r"train/cat/0\.png can't be read"):
@@ -96,7 +96,7 @@ def test_a_link_to_nowhere_is_an_unreadable_image(root):
     assert load_data(config(root, on_error="skip"), 0).skipped == 1
 
 
-def test_tinyimagenet_skips_too(tmp_path):
+def test_tinyimagenet_skips_unreadable_images(tmp_path):
     folder = make_tinyimagenet(tmp_path, classes=3, train_per_class=5, val=4)
     (folder / "val" / "images" / "val_1.JPEG").unlink()
     options = {"name": "tinyimagenet", "root": str(tmp_path), "download": False, "on_error": "skip"}
@@ -104,7 +104,7 @@ def test_tinyimagenet_skips_too(tmp_path):
     assert (data.test.labels.tolist(), data.skipped) == ([0, 2, 0], 1)
 
 
-def test_without_the_check_training_stops_at_them(tmp_path, monkeypatch):
+def test_without_the_check_training_stops_at_an_unreadable_image(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "host_memory", lambda: 1000)
     root = make_imagefolder(tmp_path)
     damage(root, BAD[0])
@@ -121,7 +121,7 @@ def test_without_the_check_training_stops_at_them(tmp_path, monkeypatch):
         next(batches)
 
 
-def test_the_check_says_what_it_does_and_how_to_leave_it_out(tmp_path, monkeypatch):
+def test_the_check_logs_itself_and_the_key_to_skip_it(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "host_memory", lambda: 1000)
     root = make_imagefolder(tmp_path)
     first, second = [], []

@@ -1,4 +1,4 @@
-"""The two Barlow Twins views against the per-image chain of torchvision's functions on PIL images."""
+"""The two Barlow Twins views, compared with the per-image chain of torchvision's functions on PIL images."""
 
 import math
 
@@ -22,7 +22,7 @@ both_paths = pytest.mark.parametrize("path", PATHS)
 
 
 def some_images(n, channels, side, seed=0):
-    """Half white noise, half smooth with flat dark and light parts."""
+    """Return images, half white noise, half smooth with flat dark and light parts."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 256, (n - n // 2, channels, side, side), dtype=torch.uint8, generator=generator)
     smooth = torch.rand(n // 2, channels, 4, 4, generator=generator).mul(400).sub(70)
@@ -35,7 +35,7 @@ def draws_for(n, side, view=VIEWS[0], seed=1):
 
 
 def with_columns(draws, **values):
-    """The draws with some of their columns replaced."""
+    """Return the draws with some columns replaced."""
     changed = ViewDraws(draws.whole.clone(), draws.real.clone())
     for name, column in changed.columns().items():
         if name in values:
@@ -52,7 +52,7 @@ def steps(*order):
 
 
 def levels(path, images, draws, **options):
-    """The view's pixels in 0..255; without a mean, and with a std of one level."""
+    """Return the view's pixels in 0..255, by a mean of 0 and a std of one level."""
     channels = images.shape[1]
     got = path(images, None, draws, torch.zeros(channels), torch.full((channels,), 1 / 255), **options)
     assert got.dtype == torch.float32
@@ -82,7 +82,7 @@ def pil_chain(image, row):
             lambda pil: functional.adjust_brightness(pil, row["brightness"]),
             lambda pil: functional.adjust_contrast(pil, row["contrast"]),
             lambda pil: functional.adjust_saturation(pil, row["saturation"]),
-            # A factor from which torchvision gets this shift by truncation.
+            # torchvision truncates this factor to the shift.
             lambda pil: functional.adjust_hue(pil, (row["hue"] + 0.5 * np.sign(row["hue"])) / 255),
         ][row[f"step{i}"]](pil)
     if row["gray"]:
@@ -120,7 +120,7 @@ def test_the_chain_equals_pil_bit_for_bit(path, view, side, channels):
     ids=["flip", "brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize"],
 )
 def test_each_operation_alone_equals_pil(path, values, channels):
-    """With a hue step of 0 in the jitter, whose way through HSV rounds."""
+    """The jitter has a hue shift of 0, because the conversion to HSV rounds."""
     images = some_images(40, channels, 33)
     draws = with_columns(whole_image(draws_for(40, 33), 33), **values)
     assert torch.equal(levels(path, images, draws), pil_levels(images, draws))
@@ -166,7 +166,7 @@ def test_indices_choose_images_of_the_data_set(path):
 
 @both_paths
 @pytest.mark.parametrize("channels", [1, 3])
-def test_channels_last_changes_the_memory_format_alone(path, channels):
+def test_channels_last_changes_only_the_memory_format(path, channels):
     images, draws = some_images(40, channels, 9), draws_for(40, 9, VIEWS[1])
     plain, last = (levels(path, images, draws, channels_last=flag) for flag in (False, True))
     assert torch.equal(plain, last)
@@ -197,7 +197,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(path):
 
 
 @both_paths
-def test_autocast_changes_nothing(path):
+def test_autocast_does_not_change_the_result(path):
     images, draws = some_images(10, 3, 16), draws_for(10, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = levels(path, images, draws)
@@ -224,7 +224,7 @@ def test_view_is_the_kernel_on_cpu_and_the_torch_path_without_a_compiler(monkeyp
     assert taken == ["view_cpu", "view_torch"]
 
 
-def test_the_kernel_refuses_what_it_would_read_or_write_wrongly():
+def test_the_kernel_raises_for_tensors_that_do_not_fit():
     images, draws = some_images(4, 3, 8), draws_for(2, 8)
     numbers = (torch.zeros(3), torch.ones(3))
     for indices in ([0, 4], [-1, 0]):
@@ -280,14 +280,14 @@ def test_crops_are_distributed_as_torchvisions(side):
     assert not torch.equal(ours[:, 0], ours[:, 1])
 
 
-def test_equal_generators_give_equal_draws_and_different_seeds_different_ones():
+def test_equal_seeds_give_equal_draws_and_different_seeds_different_draws():
     first, again, other = draws_for(10, 32, seed=3), draws_for(10, 32, seed=3), draws_for(10, 32, seed=4)
     assert torch.equal(first.whole, again.whole)
     assert torch.equal(first.real, again.real)
     assert not torch.equal(first.real, other.real)
 
 
-def test_probabilities_are_the_views():
+def test_each_view_has_its_own_probabilities():
     never, always = (draws_for(50, 8, View(blur=p, solarize=p)).columns() for p in (0.0, 1.0))
     assert (never["sigma"] == 0).all()
     assert (never["solarize"] == 0).all()
@@ -296,18 +296,18 @@ def test_probabilities_are_the_views():
 
 
 def drawn_by_config(n, side, **options):
-    """The columns of both views' draws, of a configuration with such ``dataset.views``."""
+    """Return the columns of both views' draws for a configuration with these ``dataset.views``."""
     config = DatasetConfig(name="x", flip=options.pop("flip", True), views=ViewsConfig(**options))
     return [draws_for(n, side, view).columns() for view in configured_views(config)]
 
 
-def test_configured_views_are_by_default_the_reference_programs():
+def test_default_views_are_those_of_the_reference_program():
     assert configured_views(DatasetConfig(name="x")) == VIEWS
     assert configured_views(DatasetConfig(name="x", flip=False))[0].flip == 0
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
-def test_configured_probabilities_of_0_and_1_are_never_and_always(probability):
+def test_configured_probabilities_of_0_and_1_mean_never_and_always(probability):
     both = [probability, probability]
     for drawn in drawn_by_config(200, 16, jitter=probability, gray=probability, blur=both, solarize=both):
         for name in ("jitter", "gray", "solarize"):
@@ -324,24 +324,24 @@ def test_each_configured_view_has_its_own_blur_and_solarize():
             assert drawn[name].double().mean() == pytest.approx(expected, abs=0.03)
 
 
-def test_configured_views_are_mirrored_only_if_the_data_set_may_be():
+def test_views_are_flipped_only_if_the_data_set_allows_it():
     for drawn in drawn_by_config(200, 16, flip=False):
         assert (drawn["flip"] == 0).all()
 
 
 @pytest.mark.parametrize("min_area", [0.08, 0.25, 0.5, 0.9])
-def test_crops_show_at_least_the_configured_part_of_the_image(min_area):
-    """Their sides are rounded to pixels, each by at most a half; ratios are at most 4:3."""
+def test_crops_contain_at_least_the_configured_fraction_of_the_image(min_area):
+    """The sides are rounded by at most half a pixel; ratios are at most 4:3."""
     for drawn in drawn_by_config(5000, 32, min_area=min_area):
         area = (drawn["height"] * drawn["width"]).double()
         least = min_area * 32**2
         rounding = 0.5 * (math.sqrt(4 / 3) + math.sqrt(3 / 4)) * math.sqrt(least)
         assert area.min() >= least - rounding
-        assert area.min() <= least + rounding  # not more than what is asked for
+        assert area.min() <= least + rounding  # the minimum isn't larger than configured
         assert area.max() > 0.97 * 32**2
 
 
-def test_crops_of_all_of_the_image_leave_it_whole():
+def test_min_area_1_crops_nothing():
     for drawn in drawn_by_config(500, 32, min_area=1.0):
         assert all((drawn[name] == 0).all() for name in ("top", "left"))
         assert all((drawn[name] == 32).all() for name in ("height", "width"))

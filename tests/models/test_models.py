@@ -107,7 +107,7 @@ def test_timm_models_by_name() -> None:
     assert getattr(model, "drop_rate") == 0.25  # noqa: B009
 
 
-def test_an_unknown_timm_model_names_the_nearest() -> None:
+def test_an_unknown_timm_model_raises_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match=r"model\.name=resnet18x: timm has no such model; .* did you mean resnet18"):
         build("model=timm", "model.name=resnet18x")
 

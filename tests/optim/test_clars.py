@@ -1,4 +1,4 @@
-"""CLARS with the norms that it is made for, measured on a model."""
+"""CLARS with sample norms measured on a model."""
 
 import itertools
 
@@ -26,8 +26,8 @@ def loss(model, images, labels):
     return torch.nn.functional.cross_entropy(model(images), labels)
 
 
-def rates(model, images, labels, sample_size, scale=1.0):
-    """Trust ratios of CLARS, or of LARS for a sample_size of None."""
+def trust_ratios(model, images, labels, sample_size, scale=1.0):
+    """Return the trust ratios of CLARS, or of LARS if sample_size is None."""
     model.zero_grad()
     if sample_size is None:
         loss(model, images, labels).backward()
@@ -42,9 +42,9 @@ def rates(model, images, labels, sample_size, scale=1.0):
     return optimizer.layer_stats()["trust_ratio"]
 
 
-def test_the_rate_is_the_formula():
+def test_the_trust_ratio_is_the_formula():
     model, (images, labels) = small_model(), batch()
-    ratios = rates(model, images, labels, 1).tolist()
+    ratios = trust_ratios(model, images, labels, 1).tolist()
     layers = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     sums = [0.0] * len(layers)
     for i in range(SAMPLES):  # one sample at a time, by torch alone
@@ -54,29 +54,31 @@ def test_the_rate_is_the_formula():
         assert ratio == pytest.approx(1e-3 * layer.detach().double().norm().item() / (total / SAMPLES), rel=1e-5)
 
 
-def test_the_rate_grows_with_the_size_of_the_groups_up_to_that_of_lars():
+def test_the_trust_ratio_grows_with_the_size_of_the_groups_up_to_lars():
     model, (images, labels) = small_model(), batch()
-    by_size = [rates(model, images, labels, size) for size in (1, 2, 4, 8, 16, None)]
+    by_size = [trust_ratios(model, images, labels, size) for size in (1, 2, 4, 8, 16, None)]
     for smaller, larger in itertools.pairwise(by_size[:-1]):
         assert (smaller < larger).all()
     torch.testing.assert_close(by_size[-2], by_size[-1], rtol=1e-5, atol=0)
 
 
-def test_samples_that_agree_have_the_rate_of_lars():
+def test_equal_samples_have_the_trust_ratio_of_lars():
     model, (images, labels) = small_model(), batch()
     images, labels = images[:1].expand_as(images), labels[:1].expand_as(labels)
-    torch.testing.assert_close(rates(model, images, labels, 1), rates(model, images, labels, None), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("scale", [1e-4, 1e4])
-def test_scaling_the_loss_changes_nothing(scale):
-    model, (images, labels) = small_model(), batch()
     torch.testing.assert_close(
-        rates(model, images, labels, 1, scale), rates(model, images, labels, 1), rtol=1e-5, atol=0
+        trust_ratios(model, images, labels, 1), trust_ratios(model, images, labels, None), rtol=1e-5, atol=0
     )
 
 
-def test_a_step_without_its_norms_is_refused_and_changes_nothing():
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_scale_of_the_loss_does_not_change_the_trust_ratio(scale):
+    model, (images, labels) = small_model(), batch()
+    torch.testing.assert_close(
+        trust_ratios(model, images, labels, 1, scale), trust_ratios(model, images, labels, 1), rtol=1e-5, atol=0
+    )
+
+
+def test_a_step_without_its_norms_raises_and_changes_nothing():
     model, (images, labels) = small_model(), batch()
     optimizer = CLARS(model.named_parameters(), lr=0.1)
     norms = SampleNorms(model)
@@ -87,12 +89,12 @@ def test_a_step_without_its_norms_is_refused_and_changes_nothing():
     assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
     optimizer.set_sample_norms(norms.means())
     optimizer.step()
-    with pytest.raises(RuntimeError, match="for this step"):  # those were of the step before
+    with pytest.raises(RuntimeError, match="for this step"):  # the norms were for one step only
         optimizer.step()
 
 
-def test_it_learns():
-    """A step of the wrong size on one layer would show in the end."""
+def test_training_reduces_the_loss():
+    """A wrong step size of one layer would show in the end."""
     model, (images, labels) = small_model(), batch()
     optimizer = CLARS(model.named_parameters(), lr=1.0, trust_coefficient=0.01)
     norms = SampleNorms(model, parameters=optimizer.layers)

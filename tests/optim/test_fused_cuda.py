@@ -1,8 +1,8 @@
 """The fused step on CUDA, against formulas in float64 written number by number.
 
 Without a GPU the kernels' arithmetic runs in triton's interpreter. Triton reads TRITON_INTERPRET when it is imported,
-which another test of this process may have done already; so what needs the kernels (``check_*``) runs in a process of
-its own, once interpreted and, where there is a GPU, once on it: ``test_arithmetic``.
+which another test may already have done in this process. ``test_arithmetic`` therefore runs the tests that need the
+kernels (``check_*``) in a process of their own, once interpreted and, if there is a GPU, once on it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from largebatch.optim import fused_cuda
 from largebatch.optim.numbers import LambNumbers, LarsNumbers
+from largebatch.optim.part import Part
 
 INFINITY = float("inf")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -33,7 +34,7 @@ LAMB = LambNumbers(
     lr=0.02, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.05, correction1=1.0, correction2=1.0, norm_clip=INFINITY,
     max_ratio=INFINITY, maximize=False,
 )  # fmt: skip
-SHAPES = ((), (7,), (5, 3), (0,), (1, 1), (2, 2051))  # the last one is a chunk and a piece
+SHAPES = ((), (7,), (5, 3), (0,), (1, 1), (2, 2051))  # the last is a chunk and a piece
 FLAGS = ((True, True), (False, False), (True, False), (True, True), (False, True), (True, True))  # adapted, decayed
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton isn't installed")
@@ -42,7 +43,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @needs_triton
 @pytest.mark.parametrize("where", ["interpreter", "gpu"])
 def test_arithmetic(where: str) -> None:
-    """All ``check_*`` below, in a process of their own."""
+    """Run all ``check_*`` below in a process of their own."""
     if where == "gpu" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     if where == "interpreter" and tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
@@ -71,7 +72,7 @@ def layer_ratio(
 
 
 class Layer(NamedTuple):
-    """A tensor's numbers; ``state`` has the buffer of LARS, or both moments of LAMB."""
+    """A tensor's values; ``state`` has the buffer of LARS, or both moments of LAMB."""
 
     weight: list[float]
     gradient: list[float]
@@ -81,7 +82,7 @@ class Layer(NamedTuple):
 
 
 def lars_reference(layer: Layer, n: LarsNumbers, given: float | None) -> list[float]:
-    """One step of ``layer`` in place; norms and ratio."""
+    """Update ``layer`` in place and return norms and ratio."""
     w, decay = layer.weight, n.weight_decay if layer.decayed else 0.0
     d = [(-g if n.maximize else g) + decay * x for g, x in zip(layer.gradient, w, strict=True)]
     weight_norm, gradient_norm = norm(w), norm(layer.gradient)
@@ -120,7 +121,7 @@ def lamb_reference(layer: Layer, n: LambNumbers) -> list[float]:
 
 
 class Setting:
-    """Tensors on the device and their numbers, stepped together."""
+    """Tensors on the device and their reference, updated together."""
 
     def __init__(
         self,
@@ -142,18 +143,13 @@ class Setting:
         ]
 
     def step(self, n: LarsNumbers | LambNumbers, given: Tensor | None = None) -> tuple[Tensor, list[list[float]]]:
-        """Statistics [3, adapted tensors] and those of the reference."""
+        """Return the statistics [3, adapted tensors] of the kernels and of the reference."""
         layers = [layer._replace(gradient=numbers(g)) for layer, g in zip(self.layers, self.gradients, strict=True)]
         if isinstance(n, LambNumbers):
-            stats = fused_cuda.lamb(
-                self.weights, self.gradients, *self.state, self.adapted, self.decayed, n, self.tables
-            )  # fmt: skip
+            stats = fused_cuda.lamb(self.part((*self.state, [])), n)
             rows = [lamb_reference(layer, n) for layer in layers]
         else:
-            buffers = self.state[0] if n.momentum else []
-            stats = fused_cuda.lars(
-                self.weights, self.gradients, buffers, self.adapted, self.decayed, given, n, self.tables
-            )  # fmt: skip
+            stats = fused_cuda.lars(self.part((self.state[0] if n.momentum else [],), given), n)
             norms = iter([] if given is None else given.tolist())
             takes = [given is not None and layer.adapted for layer in layers]
             rows = [
@@ -162,8 +158,12 @@ class Setting:
             ]
         return stats, [row for row, layer in zip(rows, layers, strict=True) if layer.adapted]
 
+    def part(self, state: tuple[list[Tensor], ...], given: Tensor | None = None) -> Part:
+        lists = self.weights, self.gradients, state, self.adapted, self.decayed
+        return Part(self.weights, *lists, given_norms=given, tables=self.tables)
+
     def compare(self, stats: Tensor, rows: list[list[float]], rtol: float = 1e-6, weight_rtol: float = 1e-6) -> None:
-        """Up to ``rtol`` of each tensor's largest number."""
+        """Compare up to ``rtol`` of each tensor's largest value."""
         assert stats.dtype == torch.float32
         assert stats.shape == (3, len(rows))
         torch.testing.assert_close(stats.cpu().double().T, torch.tensor(rows).double().view(-1, 3), rtol=rtol, atol=0)
@@ -195,8 +195,11 @@ def random(
 
 @pytest.fixture(autouse=True)
 def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call a kernel's own helpers directly: the interpreter would prepare triton's language anew for each call, which
-    is two thirds of its time, though the kernel's launch has just done so."""
+    """Call a kernel's own helpers directly.
+
+    The interpreter would prepare triton's language for each call, as the kernel's launch has done: two thirds of its
+    time.
+    """
     if DEVICE == "cpu":
         from triton.runtime.interpreter import InterpretedFunction
 
@@ -237,7 +240,7 @@ def check_lamb_with_every_combination_of_options(limited: bool, maximize: bool, 
 
 @pytest.mark.parametrize("n", [LARS, LAMB], ids=["lars", "lamb"])
 def check_25_steps(n: LarsNumbers | LambNumbers) -> None:
-    """Errors don't add up to more than 1e-6, nor does a table of addresses go stale: each gradient is a new tensor."""
+    """Errors stay below 1e-6, and no stale table of addresses is used: each gradient is a new tensor."""
     shapes = ((13, 11), (7,))
     setting = Setting(random(shapes, 1), [], 2, FLAGS[:2])
     for step in range(1, 26):
@@ -257,14 +260,14 @@ def check_large_tensors(n: LarsNumbers | LambNumbers) -> None:
 
 @pytest.mark.parametrize("constant", [False, True])
 def check_norms_of_many_elements(constant: bool) -> None:
-    """Right to 1e-6, also where all roundings go the same way; and equal from run to run."""
+    """Norms are right to 2e-7, also if all roundings go the same way, and equal from run to run."""
     shape = (512, 512, 9) if DEVICE == "cuda" else (32, 512, 9)  # the interpreter takes 8 ms a chunk
     weights, gradients = random((shape,), 1), random((shape,), 2)
     if constant:
         weights, gradients = [torch.full(shape, 0.1, device=DEVICE)], [torch.full(shape, 1 / 3, device=DEVICE)]
     expected = [norm(numbers(weights[0])), norm(numbers(gradients[0]))]
-    no_update = LARS._replace(lr=0.0, momentum=0.0)  # so that the second run finds the same
-    stats = [fused_cuda.lars(weights, gradients, [], [True], [False], None, no_update, {}) for _ in range(2)]
+    no_update = LARS._replace(lr=0.0, momentum=0.0)  # so that the second run finds the same weights
+    stats = [fused_cuda.lars(Part(weights, weights, gradients, ([],), [True], [False]), no_update) for _ in range(2)]
     assert stats[0][:2, 0].tolist() == pytest.approx(expected, rel=2e-7)
     assert torch.equal(*stats)
 
@@ -272,7 +275,7 @@ def check_norms_of_many_elements(constant: bool) -> None:
 @pytest.mark.parametrize("n", [LARS, LAMB], ids=["lars", "lamb"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def check_half_types(n: LarsNumbers | LambNumbers, dtype: torch.dtype) -> None:
-    """fp32 arithmetic and state; the weight is rounded once (by an ulp: the interpreter cuts off for bf16)."""
+    """Arithmetic and state are fp32; the weight is rounded once (by an ulp: the interpreter truncates bf16)."""
     setting = Setting(random(SHAPES, 1, dtype=dtype), random(SHAPES, 2, dtype=dtype), 2)
     setting.compare(*setting.step(n), weight_rtol=torch.finfo(dtype).eps)
     assert {weight.dtype for weight in setting.weights} == {dtype}
@@ -281,7 +284,7 @@ def check_half_types(n: LarsNumbers | LambNumbers, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n", [LARS, LAMB], ids=["lars", "lamb"])
 def check_views_at_any_address(n: LarsNumbers | LambNumbers, dtype: torch.dtype) -> None:
-    """Views into a bucket, aligned to their elements only; what is between them stays as it was."""
+    """Views into a bucket are aligned to their elements only; the elements between the views don't change."""
     sizes = (1, 7, 4099, 4096)
     buckets = [torch.full((sum(sizes) + len(sizes) + 1,), 5.0, device=DEVICE, dtype=dtype) for _ in range(2)]
     views: list[list[Tensor]] = []
@@ -322,8 +325,7 @@ def check_zero_tensors_have_ratio_1(n: LarsNumbers | LambNumbers, zero: str) -> 
 
 
 @pytest.mark.parametrize("options", [{}, {"max_ratio": 0.5}, {"larc": True}, {"larc": True, "max_ratio": 2.0}], ids=str)
-def check_what_acts_on_the_ratio_1_of_a_zero_weight(options: dict[str, Any]) -> None:
-    """It is divided by the rate and limited like any other."""
+def check_larc_and_max_ratio_act_on_the_ratio_1_of_a_zero_weight(options: dict[str, Any]) -> None:
     setting = Setting([torch.zeros(5, 3, device=DEVICE)], random(((5, 3),), 2), 1, ((True, True),))
     setting.compare(*setting.step(LARS._replace(**options)))
 
@@ -334,14 +336,14 @@ def check_given_norms_belong_to_adapted_tensors_in_order() -> None:
 
 
 def check_lamb_without_eps_sums_nothing_beyond_the_end() -> None:
-    """The rest of a tensor's last chunk would be 0 / 0."""
+    """The masked rest of a tensor's last chunk would be 0 / 0."""
     setting = Setting(random(SHAPES, 1), random(SHAPES, 2), 2)
     setting.compare(*setting.step(LAMB._replace(eps=0.0)))
 
 
 @pytest.mark.parametrize("n", [LARS, LAMB], ids=["lars", "lamb"])
 @pytest.mark.parametrize("limited", [False, True])
-def check_nan_reaches_all_of_a_layer_and_no_other(n: LarsNumbers | LambNumbers, limited: bool) -> None:
+def check_a_nan_spreads_over_its_layer_and_no_other(n: LarsNumbers | LambNumbers, limited: bool) -> None:
     if limited:
         n = n._replace(norm_clip=1.0, max_ratio=0.5)
     setting = Setting(random(SHAPES, 1), random(SHAPES, 2), 2)
@@ -362,20 +364,21 @@ def check_infinity_is_not_hidden(limited: bool) -> None:
     for gradient in gradients:
         gradient[0, 0] = INFINITY
     buffers = [torch.zeros_like(weight) for weight in weights]
-    stats = fused_cuda.lars(weights, gradients, buffers, [True, False], [True, True], None, n, {})
+    stats = fused_cuda.lars(Part(weights, weights, gradients, (buffers,), [True, False], [True, True]), n)
     assert stats[1, 0] == INFINITY
     for weight in weights:
         assert not weight[0, 0].isfinite()
 
 
-def check_an_infinite_weight_that_is_not_decayed_makes_no_nan() -> None:
+def check_an_infinite_weight_without_decay_stays_infinite() -> None:
     weights, gradients = [torch.tensor([INFINITY, 1.0], device=DEVICE)], [torch.ones(2, device=DEVICE)]
-    fused_cuda.lars(weights, gradients, [], [False], [False], None, LARS._replace(momentum=0.0, lr=0.5), {})
+    part = Part(weights, weights, gradients, ([],), [False], [False])
+    fused_cuda.lars(part, LARS._replace(momentum=0.0, lr=0.5))
     assert weights[0].tolist() == [INFINITY, 0.5]
 
 
 def check_tables_follow_what_changes() -> None:
-    """The caller keeps one dictionary; addresses, flags or sizes that differ from the last step are noticed."""
+    """A kept table is replaced if addresses, flags or sizes differ from the last step's."""
     setting = Setting(random(SHAPES, 1), random(SHAPES, 2), 1)
     setting.step(LARS)
     kept = setting.tables["table"]
@@ -394,7 +397,7 @@ def check_tables_follow_what_changes() -> None:
 
 @pytest.mark.parametrize("adapted", [False, True])
 def check_lists_that_leave_a_kernel_nothing_to_do(adapted: bool) -> None:
-    """Nothing adapted; nothing but empty tensors."""
+    """Lists with no adapted tensor, or with empty tensors only."""
     shapes = ((0,), (0, 3)) if adapted else ((4,), (2, 2))
     for n in (LARS, LAMB):
         setting = Setting(random(shapes, 1), random(shapes, 2), 2, ((adapted, True),) * 2)
@@ -402,7 +405,7 @@ def check_lists_that_leave_a_kernel_nothing_to_do(adapted: bool) -> None:
 
 
 def check_other_layouts_than_contiguous() -> None:
-    """Dense tensors are taken in the order of their memory, in which gradients and state are like their weights."""
+    """The kernels visit dense tensors in the order of their memory, which gradients and state share."""
     weights, gradients = (
         [one.to(memory_format=torch.channels_last) for one in random(((2, 3, 4, 5),), s)] for s in (1, 2)
     )
@@ -411,7 +414,7 @@ def check_other_layouts_than_contiguous() -> None:
 
 
 def check_elements_beyond_two_to_the_31() -> None:
-    """The first and last chunk of a tensor too large for 32-bit offsets, of which only the last is really there."""
+    """Offsets above 32 bits: the last chunk of a tensor, at an address as if the chunks before it existed."""
     from largebatch.optim import fused_cuda_kernels as kernels
 
     first, left = 2**31 + kernels.CHUNK.value, 100
@@ -431,7 +434,7 @@ def check_elements_beyond_two_to_the_31() -> None:
     agree(weights, expected, 1e-6)
 
 
-# -- who may take this path
+# -- conditions
 
 
 def test_importing_it_does_not_import_triton() -> None:
@@ -456,8 +459,8 @@ def test_why_not_names_the_reason() -> None:
     )
 
 
-def test_kernels_that_fail_their_trial_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They raise, or do nothing to the weights: a warning says so, and the step is carried out another way."""
+def test_kernels_that_fail_their_trial_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They raise or don't change the weights: a warning names the reason, and the unfused step is taken."""
 
     def broken(*arguments: Any) -> Tensor:
         raise ValueError("no such\ninstruction")

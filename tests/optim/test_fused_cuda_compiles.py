@@ -1,4 +1,4 @@
-"""The kernels of the fused step on CUDA compile to machine code, which takes no GPU, and are what they should be."""
+"""The kernels of the fused step on CUDA compile to machine code (without a GPU) with the expected instructions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from largebatch.optim import fused_cuda
 from largebatch.optim.numbers import LambNumbers, LarsNumbers
+from largebatch.optim.part import Part
 
 triton = pytest.importorskip("triton")
 
 
 class Recorder:
-    """Stands in for a kernel; keeps what it is launched with."""
+    """A stand-in for a kernel that records its launches."""
 
     def __init__(self, kernel: Any, launches: list[Any]) -> None:
         self.kernel, self.launches = kernel, launches
@@ -33,7 +34,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An empty one, so that this really compiles, but equal programs once."""
+    """An empty cache, so that the tests compile, but equal programs only once."""
     try:
         assert triton.knobs.nvidia.ptxas.path
     except RuntimeError as error:
@@ -42,7 +43,7 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def launches_of(dtype: torch.dtype, offset: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What steps launch for tensors at 16-byte addresses plus ``offset`` elements; all variants for fp32 at such."""
+    """Return a step's launches for tensors ``offset`` elements after a 16-byte address; all variants for fp32 at 0."""
     from largebatch.optim import fused_cuda_kernels as kernels
 
     launches: list[Any] = []
@@ -57,14 +58,15 @@ def launches_of(dtype: torch.dtype, offset: int, monkeypatch: pytest.MonkeyPatch
             0.1, 1e-3, momentum, 1e-4, 0.0, limit, limit, False, form == "sum", False, nesterov, False
         )
         given = torch.ones(1) if form == "given" else None
-        fused_cuda.lars(weights, gradients, state if momentum else [], [True], [True], given, numbers, {})
+        buffers = state if momentum else []
+        fused_cuda.lars(Part(weights, weights, gradients, (buffers,), [True], [True], given_norms=given), numbers)
     lamb_numbers = LambNumbers(0.1, 0.9, 0.999, 1e-6, 0.01, 0.1, 0.001, limit, limit, False)
-    fused_cuda.lamb(weights, gradients, state, state, [True], [True], lamb_numbers, {})
+    fused_cuda.lamb(Part(weights, weights, gradients, (state, state, []), [True], [True]), lamb_numbers)
     return launches
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], capability: int) -> dict[str, Any]:
-    """All stages of one launch's program, by their names; as triton's launcher would have it compiled."""
+    """Compile one launch as triton's launcher would; return the stages of the program by name."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -75,7 +77,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], ca
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = {torch.int64: "*i64", torch.float32: "*fp32"}[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]  # what torch's allocator gives
+            attributes[(index,)] = [["tt.divisibility", 16]]  # the alignment of torch's allocator
         else:
             signature[parameter.name] = parameter.annotation_type or "i32"
     source = ASTSource(kernel, signature, constants, attributes)
@@ -95,7 +97,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any], ca
 def test_compiles(
     dtype: torch.dtype, offset: int, capability: int, triton_cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To machine code, with 16-byte accesses where addresses allow them, exact arithmetic and no atomics."""
+    """Kernels compile to 16-byte accesses if addresses allow them, exact arithmetic and no atomics."""
     monkeypatch.setenv("TRITON_CACHE_DIR", triton_cache)
     wide = "v4.b32" if offset == 0 else None
     for kernel, arguments, options in launches_of(dtype, offset, monkeypatch):

@@ -1,4 +1,4 @@
-"""Settings in which these optimizers coincide with others: torch's, timm's, and each other."""
+"""Settings in which these optimizers equal torch's, timm's, or each other."""
 
 import pytest
 import timm.optim
@@ -15,7 +15,7 @@ def weights(shapes, dtype=torch.float32):
 
 
 def train(build, shapes, scale=1.0, dtype=torch.float32):
-    """The parameters after 25 steps of a fixed row of gradients, under a moving learning rate."""
+    """Return the parameters after 25 steps with fixed gradients and a changing learning rate."""
     parameters = weights(shapes, dtype)
     optimizer = build(parameters)
     base = optimizer.param_groups[0]["lr"]
@@ -39,7 +39,7 @@ VECTORS = [(7,), (), (12,)]
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_lars_is_timms_without_decay(nesterov):
-    """With decay the two differ: ||g + wd*w|| here, ||g|| + wd*||w|| in timm."""
+    """With decay both differ: ||g + wd*w|| here, ||g|| + wd*||w|| in timm."""
     ours = train(lambda p: LARS(p, lr=2.0, nesterov=nesterov), MATRICES)
     options = {"momentum": 0.9, "trust_coeff": 1e-3, "always_adapt": True, "nesterov": nesterov}
     theirs = train(lambda p: timm.optim.Lars(p, lr=2.0, foreach=False, **options), MATRICES)
@@ -58,7 +58,7 @@ def test_lamb_is_timms_without_its_gradient_clipping(weight_decay, bias_correcti
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("lr", [0.002, 2.0])  # with a clip, the small one is the limit and the large one isn't
+@pytest.mark.parametrize("lr", [0.002, 2.0])  # with a clip, only the small lr is the limit
 def test_lars_with_decay_is_timms_with_its_denominator(lr, clip, nesterov):
     shared = {"lr": lr, "momentum": 0.9, "weight_decay": 0.3, "nesterov": nesterov}
     variant = {"denominator": "sum_of_norms", "eps": 1e-8, "adapt_1d": True, "decay_1d": True}
@@ -70,8 +70,8 @@ def test_lars_with_decay_is_timms_with_its_denominator(lr, clip, nesterov):
     assert_close(ours, theirs)
 
 
-def test_groups_that_say_so_themselves_are_timms_groups():
-    """timm scales and decays what is in a group with decay, whatever its dimensions."""
+def test_groups_with_their_own_options_are_timms_groups():
+    """timm scales and decays all parameters of a group with decay, for any dimensions."""
 
     def groups(parameters, **own):
         return [
@@ -95,13 +95,13 @@ def test_lambc_is_timms_with_its_clip():
     assert not torch.equal(ours[0], train(lambda p: LAMB(p, **options), MATRICES)[0])
 
 
-def test_the_rate_inside_the_momentum_is_sgd_on_a_scaled_gradient():
-    """At a constant rate, inside and outside are the same; at a changing one they aren't."""
+def test_lr_in_momentum_matters_if_the_learning_rate_changes():
+    """With a constant learning rate, both forms are equal; with a changing learning rate they differ."""
 
     def constant(p, **options):
         return LARS(p, lr=0.5, weight_decay=0.1, **options)
 
-    def at_a_constant_rate(**options):
+    def at_a_constant_lr(**options):
         (weight,) = weights([(12, 8)])
         optimizer = constant([weight], **options)
         generator = torch.Generator().manual_seed(1)
@@ -110,7 +110,7 @@ def test_the_rate_inside_the_momentum_is_sgd_on_a_scaled_gradient():
             optimizer.step()
         return [weight.detach()]
 
-    assert_close(at_a_constant_rate(lr_in_momentum=True), at_a_constant_rate())
+    assert_close(at_a_constant_lr(lr_in_momentum=True), at_a_constant_lr())
     inside = train(lambda p: constant(p, lr_in_momentum=True), MATRICES)
     outside = train(constant, MATRICES)
     assert (inside[0] - outside[0]).norm() > 1e-3 * outside[0].norm()
@@ -124,7 +124,7 @@ def test_maximize_is_descent_on_the_negative(optimizer):
     assert_close(up, down)
 
 
-def test_the_default_step_is_the_same_in_each_way():
+def test_fused_foreach_and_one_by_one_steps_are_equal():
     for optimizer in (LARS, TVLARS, LAMB):
         ways = [
             train(lambda p, way=way, optimizer=optimizer: optimizer(p, lr=0.1, weight_decay=0.1, **way), MATRICES)
@@ -142,7 +142,7 @@ def test_lars_of_excluded_parameters_is_sgd(nesterov):
     assert_close(ours, theirs)
 
 
-def test_lars_doesnt_decay_excluded_parameters():
+def test_lars_does_not_decay_excluded_parameters():
     ours = train(lambda p: LARS(p, lr=0.02, weight_decay=0.1), VECTORS)
     theirs = train(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9), VECTORS)
     assert_close(ours, theirs)
@@ -157,8 +157,8 @@ def test_lars_from_zero_weights_takes_a_plain_sgd_step():
     assert torch.equal(ours, theirs)
 
 
-def test_lars_under_zero_gradients_coasts_like_sgd():
-    """A zero gradient must not make the ratio infinite; the momentum goes on."""
+def test_lars_with_zero_gradients_coasts_like_sgd():
+    """A zero gradient must not make the ratio infinite; the momentum continues."""
     ours, theirs = torch.nn.Parameter(torch.zeros(4, 5)), torch.nn.Parameter(torch.zeros(4, 5))
     optimizers = LARS([ours], lr=0.1), torch.optim.SGD([theirs], lr=0.1, momentum=0.9)
     for step in range(5):
@@ -171,7 +171,7 @@ def test_lars_under_zero_gradients_coasts_like_sgd():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_lamb_of_excluded_parameters_is_adamw(weight_decay):
-    """A factor of 1 leaves w -= lr*(r + wd*w), which is AdamW's step."""
+    """With a factor of 1, the step is w -= lr*(r + wd*w), as in AdamW."""
     options = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": weight_decay}
     ours = train(lambda p: LAMB(p, lr=0.02, decay_1d=True, **options), VECTORS)
     theirs = train(lambda p: torch.optim.AdamW(p, lr=0.02, **options), VECTORS)
@@ -195,15 +195,15 @@ def test_tvlars_with_phi_constant_is_lars_with_another_coefficient():
 
 @pytest.mark.parametrize("scale", [2.0**-20, 1e-6, 1e6])
 @pytest.mark.parametrize("optimizer", [LARS, TVLARS])
-def test_scaling_the_loss_changes_nothing(optimizer, scale):
-    """With adapt_1d every parameter is scaled; without decay nothing but the ratio sees the gradient's length."""
+def test_the_scale_of_the_loss_does_not_change_the_step(optimizer, scale):
+    """With adapt_1d every parameter is scaled; without decay only the ratio depends on the gradient's length."""
     plain = train(lambda p: optimizer(p, lr=2.0, adapt_1d=True), MATRICES + VECTORS)
     scaled = train(lambda p: optimizer(p, lr=2.0, adapt_1d=True), MATRICES + VECTORS, scale)
     assert_close(scaled, plain)
 
 
 @pytest.mark.parametrize("kappa", [2.0, 10.0, 100.0])
-def test_lars_on_a_quadratic_is_stable_exactly_up_to_its_known_boundary(kappa):
+def test_lars_on_a_quadratic_is_stable_up_to_its_known_boundary(kappa):
     """Without momentum, f = x'Hx/2 never rises iff rho <= 3*sqrt(3)*k*(k+1)/(k^2+k+1)^1.5, k the condition number.
 
     The worst point has the part (2k+1)/((k+1)(k^2+k+1)) of its squared length along the steepest direction.

@@ -1,4 +1,4 @@
-"""phi, the schedule of TVLARS's trust ratio."""
+"""The schedule phi of TVLARS's trust ratio."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ def optimizer(**options):
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("lmbda", [0.0, 1e-6, 1e-3, 5e-2, 1.0])
 def test_phi_is_the_formula(lmbda, alpha):
-    """In 80-bit floats, over the range where the formula as written doesn't overflow."""
+    """The reference is in 80-bit floats, in the range in which the formula as written doesn't overflow."""
     tvlars = optimizer(lmbda=lmbda, alpha=alpha, delay=40, gamma_min=0.004)
     for step in (0, 1, 2, 39, 40, 41, 500, 9800):
         exponent = np.longdouble(lmbda) * (step - 40)
@@ -66,14 +66,14 @@ def test_phi_falls_from_its_bound_through_its_midpoint_to_its_floor():
 
 
 def test_the_published_decay():
-    """Of the released program on CIFAR-10 at batch 512: 98 steps an epoch, alpha 0.1, no delay and no floor."""
+    """Values of the released program on CIFAR-10 at batch 512: 98 steps an epoch, alpha 0.1, no delay, no floor."""
     published = optimizer(lmbda=1e-3, alpha=0.1)
     assert published.phi(0) == pytest.approx(0.909, abs=5e-4)
     assert published.phi(980) == pytest.approx(0.36, abs=5e-3)
     assert published.phi(9800) == pytest.approx(5.5e-5, rel=1e-2)
 
 
-def test_phi_doesnt_depend_on_the_steps_taken():
+def test_phi_does_not_depend_on_the_steps_taken():
     tvlars = optimizer(lmbda=0.1)
     before = [tvlars.phi(step) for step in range(10)]
     tvlars.param_groups[0]["params"][0].grad = torch.ones(2, 2)
@@ -82,7 +82,7 @@ def test_phi_doesnt_depend_on_the_steps_taken():
     assert [tvlars.phi(step) for step in range(10)] == before
 
 
-def test_the_first_step_is_t_1_and_the_ratio_shows_phi():
+def test_the_trust_ratio_contains_phi_with_t_1_at_the_first_step():
     weight = torch.nn.Parameter(torch.eye(2, dtype=torch.float64))
     tvlars = TVLARS([weight], lr=1e-3, momentum=0.0, trust_coefficient=0.5, lmbda=0.3, alpha=0.2, delay=2)
     for t in range(1, 6):

@@ -1,4 +1,4 @@
-"""Sums of the groups' gradient norms, against one backward pass a group in float64."""
+"""Sums of the groups' gradient norms, compared with one backward pass a group in float64."""
 
 import math
 
@@ -47,12 +47,12 @@ def _seed():
 
 
 def loss_of(model, inputs):
-    """A mean over samples whose gradients differ from sample to sample."""
+    """Return a mean over samples whose gradients differ from sample to sample."""
     return (model(inputs).flatten(1).sin() ** 2).sum(1).mean()
 
 
 def reference(model, inputs, sample_size, layers=None):
-    """The mean over groups of the norm of the group's own gradient, in float64."""
+    """Return the mean over groups of the norm of the group's own gradient, in float64."""
     layers = [p for p in model.parameters() if p.requires_grad] if layers is None else layers
     groups = inputs.split(sample_size)
     sums = dict.fromkeys(layers, 0.0)
@@ -65,7 +65,7 @@ def reference(model, inputs, sample_size, layers=None):
 
 
 def collected(model, inputs, sample_size=1, **options):
-    """What SampleNorms finds in one step of one backward pass."""
+    """Return the means of SampleNorms for one step of one backward pass."""
     sample_norms = SampleNorms(model, sample_size, **options)
     loss_of(model, inputs).backward()
     sample_norms.remove()
@@ -90,14 +90,14 @@ def cnn_images():
     return torch.randn(N, 3, 6, 6)
 
 
-# -- against one backward pass a group
+# -- compared with one backward pass a group
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_by_hooks(name, gram, monkeypatch):
-    """Both ways of computing, weights and biases, all groups at once and one at a time."""
+    """Both ways of computing, for weights and biases, all groups at once and one at a time."""
     monkeypatch.setattr(group_norms, "_gram_is_cheaper", lambda rows, k, o: gram)
     build, shape = LAYERS[name]
     model = build().double()
@@ -146,7 +146,7 @@ def test_a_sample_without_a_batch_dimension_and_a_keyword_argument(name):
 
 
 def test_resnet18():
-    """By hooks in training mode; in evaluation mode, where samples are independent, as decomposed by hand."""
+    """In training mode, one group is the batch; in evaluation mode, samples are independent, as in the reference."""
     from torchvision import models
 
     model, inputs = models.resnet18(num_classes=10).double(), torch.randn(4, 3, 32, 32).double()
@@ -200,7 +200,7 @@ def test_accumulation_equals_one_batch(parts, method):
 
 
 @pytest.mark.parametrize("method", ["hooks", "passes"])
-def test_loss_scale_is_taken_out(method):
+def test_means_divide_by_the_loss_scale(method):
     model, inputs = small_cnn(), cnn_images()
     sample_norms = SampleNorms(model, N, method=method)
     loss_of(model, inputs).backward()
@@ -210,7 +210,7 @@ def test_loss_scale_is_taken_out(method):
 
 
 def test_bf16_autocast():
-    """Roughly what fp32 gives; and computed in fp32 from the bf16 tensors, also if autocast is on in backward."""
+    """Means are close to fp32's, and computed in fp32 from the bf16 tensors, also if autocast is on in backward."""
     model, inputs = small_cnn(), cnn_images()
     expected = reference(model, inputs, 2)
     sample_norms = SampleNorms(model, 2)
@@ -240,8 +240,8 @@ def test_gradients_and_buffers_stay_bit_for_bit(method, sample_size):
         assert torch.equal(with_norms, without)
 
 
-def test_large_values_with_a_small_sum_keep_their_digits():
-    """The Gram form subtracts; with fp32 inputs of one sign it stays within 1e-3 of float64."""
+def test_large_values_with_a_small_sum_are_accurate():
+    """The Gram form subtracts; with fp32 inputs of one sign its error stays below 1e-3."""
     x, g = torch.rand(4, 16, 64) + 3, torch.randn(4, 16, 48)
     g -= g.mean(1, keepdim=True)  # as after batch norm: the constant part of the inputs cancels
     exact = (g.double().mT @ x.double()).flatten(1).norm(dim=1)
@@ -249,7 +249,7 @@ def test_large_values_with_a_small_sum_keep_their_digits():
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
 
 
-# -- which layers, which method
+# -- layers and methods
 
 
 def test_default_layers_are_trainable_and_of_more_than_one_dimension():
@@ -258,8 +258,8 @@ def test_default_layers_are_trainable_and_of_more_than_one_dimension():
     assert list(collected(model, cnn_images())) == [model[2].weight, model[5].weight, model[7].weight]
 
 
-def test_passes_take_any_parameter():
-    """A tied weight counts once; norm layers and parameters of the model itself are layers like others."""
+def test_passes_support_any_parameter():
+    """A tied weight counts once; norm layers and parameters of the model itself are supported."""
 
     class Tied(nn.Module):
         def __init__(self):
@@ -282,7 +282,7 @@ def test_passes_take_any_parameter():
     assert_close(means, expected)
 
 
-def test_what_decides_the_method():
+def test_auto_chooses_passes_for_layers_that_hooks_do_not_support():
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
 
@@ -303,7 +303,7 @@ def test_what_decides_the_method():
         sample_norms = SampleNorms(model)
         assert (sample_norms.method, why) == ("passes", why)
         assert why in sample_norms.why or "original0" in sample_norms.why
-        with pytest.raises(ValueError, match='passes" can do it'):
+        with pytest.raises(ValueError, match='use method="passes"'):
             SampleNorms(model, method="hooks")
     norm = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     assert SampleNorms(norm).method == "hooks"
@@ -319,44 +319,44 @@ def test_what_decides_the_method():
         ({"sample_size": 1.5}, "sample_size must be a whole number"),
         ({"method": "magic"}, 'method must be "auto", "hooks" or "passes"'),
         ({"parameters": []}, "no layers"),
-        ({"parameters": [nn.Parameter(torch.ones(2, 3))]}, r"one of shape \[2, 3\] isn't"),
+        ({"parameters": [nn.Parameter(torch.ones(2, 3))]}, r"a tensor of shape \[2, 3\] isn't"),
     ],
 )
-def test_refused_arguments(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         SampleNorms(small_cnn(), **options)
 
 
-def test_a_frozen_layer_is_refused_by_name():
+def test_a_frozen_layer_raises_with_its_name():
     model = small_cnn()
     model[0].requires_grad_(False)
     with pytest.raises(ValueError, match=r"0\.weight is frozen"):
         SampleNorms(model, parameters=model.parameters())
 
 
-# -- what hooks can't do is said during the backward pass
+# -- errors of hooks in the backward pass
 
 
-def test_a_micro_batch_that_sample_size_does_not_divide():
+def test_a_micro_batch_that_sample_size_does_not_divide_raises():
     with pytest.raises(RuntimeError, match=r"8 samples isn't a multiple of sample_size=3"):
         collected(small_cnn(), cnn_images(), 3)
 
 
-def test_a_module_called_twice():
+def test_a_module_called_twice_raises():
     layer = nn.Linear(4, 4)
     with pytest.raises(RuntimeError, match=r"^0 was called twice .* method=\"passes\""):
         collected(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(N, 4))
 
 
-def test_two_forward_passes_and_one_backward_pass():
+def test_two_forward_passes_and_one_backward_pass_raise():
     model = small_cnn()
     SampleNorms(model)
     with pytest.raises(RuntimeError, match="was called twice"):
         (loss_of(model, cnn_images()) + loss_of(model, cnn_images())).backward()
 
 
-def test_two_forward_passes_and_two_backward_passes():
-    """The order of accumulation doesn't matter."""
+def test_two_forward_passes_and_two_backward_passes_add_up():
+    """Both orders of accumulation are supported."""
     model, inputs = small_cnn(), cnn_images()
     sample_norms = SampleNorms(model)
     losses = [loss_of(model, part) / 2 for part in inputs.split(N // 2)]
@@ -365,13 +365,13 @@ def test_two_forward_passes_and_two_backward_passes():
     assert_close(sample_norms.means(), reference(model, inputs, 1))
 
 
-def test_a_first_dimension_that_is_not_samples():
+def test_a_first_dimension_that_is_not_samples_raises():
     model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (N, 3)))
-    with pytest.raises(RuntimeError, match=rf"^0 was given {N} rows along its first dimension and 2 {3 * N}"):
+    with pytest.raises(RuntimeError, match=rf"^0 got {N} rows along its first dimension and 2 {3 * N}"):
         collected(model, torch.randn(N, 3, 4))
 
 
-def test_a_weight_used_outside_its_module():
+def test_a_weight_used_outside_its_module_raises():
     class Outside(nn.Module):
         def __init__(self):
             super().__init__()
@@ -384,7 +384,7 @@ def test_a_weight_used_outside_its_module():
         collected(Outside(), torch.randn(N, 4))
 
 
-def test_a_second_backward_pass_through_one_graph():
+def test_a_second_backward_pass_through_one_graph_raises():
     model = small_cnn()
     sample_norms = SampleNorms(model)
     loss = loss_of(model, cnn_images())
@@ -397,34 +397,34 @@ def test_a_second_backward_pass_through_one_graph():
 # -- state
 
 
-def test_means_starts_anew():
+def test_means_resets_the_sums():
     model, inputs = small_cnn(), cnn_images()
     sample_norms = SampleNorms(model)
-    with pytest.raises(RuntimeError, match="no backward pass came by"):
+    with pytest.raises(RuntimeError, match="no backward pass since"):
         sample_norms.means()
     loss_of(model, inputs).backward()
     means = sample_norms.means()
     first = {layer: mean.clone() for layer, mean in means.items()}
-    with pytest.raises(RuntimeError, match="no backward pass came by"):
+    with pytest.raises(RuntimeError, match="no backward pass since"):
         sample_norms.means()
     loss_of(model, inputs).backward()
     again = sample_norms.means()
     assert all(torch.equal(first[layer], again[layer]) for layer in first)
-    assert all(torch.equal(first[layer], means[layer]) for layer in first)  # the earlier ones weren't overwritten
+    assert all(torch.equal(first[layer], means[layer]) for layer in first)  # not overwritten
 
 
 @pytest.mark.parametrize("method", ["hooks", "passes"])
-def test_removed_hooks_see_nothing(method):
+def test_removed_hooks_add_nothing(method):
     model = small_cnn()
     sample_norms = SampleNorms(model, method=method)
     sample_norms.remove()
     loss_of(model, cnn_images()).backward()
-    with pytest.raises(RuntimeError, match="no backward pass came by"):
+    with pytest.raises(RuntimeError, match="no backward pass since"):
         sample_norms.means()
 
 
 def inner_activations(model):
-    """Weak references to the inputs of the model's layers, as they come by."""
+    """Return a list to which the forward pass appends weak references to the inputs of the model's layers."""
     storages = []
     for layer in model[1:]:
         layer.register_forward_pre_hook(lambda _, args: storages.append(StorageWeakRef(args[0].untyped_storage())))
@@ -432,7 +432,7 @@ def inner_activations(model):
 
 
 def test_nothing_is_kept_after_the_backward_pass():
-    """Even while the loss keeps the graph alive; and nothing at all by a forward pass without gradients."""
+    """Inputs are freed while the loss keeps the graph alive; a forward pass without gradients keeps nothing."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     storages = inner_activations(model)
     sample_norms = SampleNorms(model)
@@ -450,7 +450,7 @@ def test_nothing_is_kept_after_the_backward_pass():
     assert all(storage.expired() for storage in storages)
 
 
-def test_checkpointing_gives_the_same_and_still_frees_activations():
+def test_checkpointing_gives_the_same_means_and_frees_activations():
     model, inputs = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(3))), torch.randn(N, 4)
     expected = {layer: mean.item() for layer, mean in collected(model, inputs, 2).items()}
     storages = []
@@ -496,4 +496,4 @@ def test_two_processes_equal_one(tmp_path):
         for means in found:
             assert means == pytest.approx(expected, rel=1e-5)
         for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-            torch.testing.assert_close(gradient, 2 * parameter.grad)  # two steps went by, without a zero_grad
+            torch.testing.assert_close(gradient, 2 * parameter.grad)  # two steps without zero_grad

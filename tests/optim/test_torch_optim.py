@@ -1,4 +1,4 @@
-"""LARS, TVLARS and LAMB as citizens of torch.optim."""
+"""LARS, TVLARS and LAMB behave as optimizers of torch.optim."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ def small_model(seed=0, dtype=torch.float32):
 
 
 def backward(model, step):
-    """A loss that is a function of the model and the step number alone."""
+    """Compute gradients of a loss that depends on the model and the step number only."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(16, 6, generator=generator).to(next(model.parameters()).dtype)
     labels = torch.randint(0, 3, (16,), generator=generator)
@@ -50,7 +50,7 @@ def assert_equal(first, second):
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_state_dict_continues_bit_for_bit(build, dtype):
-    """Through a file, into a new optimizer with other hyper-parameters."""
+    """The state goes through a file into a new optimizer with other hyper-parameters."""
     unbroken = small_model(dtype=dtype)
     optimizer = build(unbroken.named_parameters())
     train(unbroken, optimizer, range(7))
@@ -83,7 +83,7 @@ def test_a_deep_copy_continues_bit_for_bit(build):
 
 @ALL
 def test_closure(build):
-    """It is called once, with gradients enabled, and its loss is returned."""
+    """The step calls the closure once, with gradients enabled, and returns its loss."""
     plain, model = small_model(), small_model()
     optimizer = build(model.parameters())
     losses = [optimizer.step(lambda step=step: backward(model, step)) for step in range(3)]
@@ -93,7 +93,7 @@ def test_closure(build):
 
 
 @ALL
-def test_gradients_are_left_alone(build):
+def test_gradients_are_not_changed(build):
     model = small_model()
     optimizer = build(model.parameters(), adapt_1d=True, decay_1d=True, norm_clip=0.1)
     train(model, optimizer, range(2))
@@ -105,7 +105,7 @@ def test_gradients_are_left_alone(build):
 
 
 @ALL
-def test_the_rate_is_read_from_the_group_each_step(build):
+def test_lr_is_read_from_the_group_at_each_step(build):
     model = small_model()
     optimizer = build(model.parameters())
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2], gamma=0.0)
@@ -157,7 +157,7 @@ def test_a_group_added_later_may_have_options_of_its_own(build):
     assert_equal(model, twin)
 
 
-def test_a_group_added_later_runs_on_the_optimizers_clock():
+def test_a_group_added_later_has_the_optimizers_step_count():
     model = small_model()
     optimizer = TVLARS(model[0].parameters(), lr=0.5, momentum=0.0, trust_coefficient=1.0, lmbda=0.2)
     train(model, optimizer, range(5))
@@ -169,8 +169,8 @@ def test_a_group_added_later_runs_on_the_optimizers_clock():
     assert optimizer.layer_stats()["trust_ratio"][1].item() == pytest.approx(optimizer.phi(6) * norms.item(), rel=1e-5)
 
 
-def test_time_goes_on_while_a_parameter_has_no_gradient():
-    """TVLARS counts optimizer steps, so a layer that is frozen for a while doesn't start phi anew."""
+def test_phi_advances_while_a_parameter_has_no_gradient():
+    """TVLARS counts optimizer steps, so phi doesn't restart for a layer that was frozen for a while."""
     weight = torch.nn.Parameter(torch.ones(2, 2))
     optimizer = TVLARS([weight], lr=0.1, momentum=0.0, trust_coefficient=1.0, lmbda=0.5)
     for _ in range(9):
@@ -181,7 +181,7 @@ def test_time_goes_on_while_a_parameter_has_no_gradient():
 
 
 def test_lamb_corrects_the_bias_of_each_parameters_own_moments():
-    """As AdamW does: the first gradient is worth the same whenever it comes."""
+    """As in AdamW, the first gradient has the same effect at any step."""
     early, late = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3, 3))
     optimizer = LAMB([early, late], lr=0.1)
     early.grad = torch.full((3, 3), 2.0)
@@ -194,7 +194,7 @@ def test_lamb_corrects_the_bias_of_each_parameters_own_moments():
 
 @ALL
 def test_layer_stats(build):
-    """Before the first step NaN; afterwards the norms of the weight before the step and of the gradient itself."""
+    """NaN before the first step, then the norms of the weight before the step and of the gradient itself."""
     model = small_model()
     optimizer = build(model.parameters(), norm_clip=0.01)
     assert optimizer.layer_names == ["param_0", "param_4"]  # counted over all parameters
@@ -226,14 +226,14 @@ def test_no_layers_at_all():
 @ALL
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_parameters_follow_the_fp32_trajectory(build, dtype):
-    """The only rounding is that of the stored weight: gradients whose squares vanish in fp16 are no obstacle."""
+    """Only the stored weight is rounded, even for gradients whose squares vanish in fp16."""
     generator = torch.Generator().manual_seed(0)
     rows = [(torch.randn(16, 16, generator=generator) * 2e-5).to(dtype) for _ in range(10)]
     half = torch.nn.Parameter(torch.randn(16, 16, generator=generator).to(dtype))
     full = torch.nn.Parameter(half.detach().float())
     half_optimizer, full_optimizer = build([half]), build([full])
     for row in rows:
-        full.data.copy_(half.data)  # start each step from the same point, so that only one rounding is between them
+        full.data.copy_(half.data)  # the same start for each step, so that one rounding is the only difference
         half.grad, full.grad = row.clone(), row.float()
         half_optimizer.step()
         full_optimizer.step()
@@ -261,7 +261,7 @@ def test_channels_last_weights_take_the_same_steps(build):
 
 
 @ALL
-def test_sparse_and_complex_gradients_are_refused_by_name(build):
+def test_sparse_and_complex_gradients_raise_with_the_parameters_name(build):
     before = torch.ones(3, 2)
     dense, embedding = torch.nn.Parameter(before.clone()), torch.nn.Embedding(5, 2, sparse=True)
     optimizer = build([("dense", dense), ("embedding", embedding.weight)])
@@ -333,8 +333,8 @@ BAD_LAMB = [
         *((LAMB, option, value) for option, value in BAD_LAMB),
     ],
 )
-def test_a_bad_hyper_parameter_is_named(optimizer, option, value):
-    """Given for all groups, or by a group for itself."""
+def test_an_invalid_hyper_parameter_raises_with_its_name(optimizer, option, value):
+    """Set for all groups, or in one group."""
     parameter = torch.nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ValueError, match=option):
         optimizer([parameter], **{"lr": 0.1, option: value})
@@ -358,7 +358,7 @@ def test_nesterov_needs_momentum():
         LARS([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, momentum=0.0, nesterov=True)
 
 
-def test_a_refused_group_isnt_added():
+def test_an_invalid_group_is_not_added():
     optimizer = LARS([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
     with pytest.raises(ValueError, match="momentum"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))], "momentum": 2.0})

@@ -1,4 +1,4 @@
-"""25 steps of every option against references that are written here, number by number, in float64."""
+"""25 steps with every option, compared with references written out in float64."""
 
 import math
 
@@ -24,7 +24,7 @@ def start(seed=0):
 
 
 def gradients(scale, seed=1):
-    """One dict a step; the conv gradient of step 3 is zero, so that both ways to a zero norm are taken."""
+    """Return one dict a step; the conv gradient of step 3 is zero, so that both norms are zero once."""
     rng = np.random.default_rng(seed)
     steps = [
         {name: np.array(rng.normal(size=shape) * scale).astype(np.float32) for name, shape in SHAPES.items()}
@@ -32,16 +32,16 @@ def gradients(scale, seed=1):
     ]
     steps[3]["conv"] *= 0
     for step in steps:
-        step["scalar"] = np.abs(step["scalar"])  # likewise
+        step["scalar"] = np.abs(step["scalar"])  # as above
     return steps
 
 
 def learning_rate(base, step):
-    """Changes every step, so that it matters whether the rate is inside the momentum buffer."""
+    """Return a learning rate that changes every step, so that its place in the momentum buffer matters."""
     return base * (1 + 0.5 * math.sin(step))
 
 
-SAMPLE_NORMS = {"conv": 13.0, "large": 20.0, "zero": 6.0, "bias": 0.0, "scalar": 2.0}  # of CLARS, at scale 1
+SAMPLE_NORMS = {"conv": 13.0, "large": 20.0, "zero": 6.0, "bias": 0.0, "scalar": 2.0}  # for CLARS, at scale 1
 
 
 def length(array):
@@ -76,7 +76,7 @@ def reference_lars(
         stats.append({})
         for name, w in weights.items():
             raw = grads[name].astype(np.float64)
-            matrix, rate = len(SHAPES[name]) > 1, learning_rate(lr, t)
+            matrix, lr_now = len(SHAPES[name]) > 1, learning_rate(lr, t)
             decay = weight_decay if matrix or decay_1d else 0.0
             g = (-raw if maximize else raw) + decay * w
             q = 1.0
@@ -90,9 +90,9 @@ def reference_lars(
                     w_norm, g_norm = min(w_norm, norm_clip), min(g_norm, norm_clip)
                 if w_norm > 0 and g_norm > 0:
                     q = trust_coefficient * phi(t) * w_norm / (g_norm + eps)
-                q = min(q / rate if larc else q, max_ratio)
+                q = min(q / lr_now if larc else q, max_ratio)
                 stats[-1][name] = (length(w), length(raw), q)
-            inside, outside = (rate, 1.0) if lr_in_momentum else (1.0, rate)
+            inside, outside = (lr_now, 1.0) if lr_in_momentum else (1.0, lr_now)
             buffers[name] = momentum * buffers[name] + inside * q * g
             move = inside * q * g + momentum * buffers[name] if nesterov else buffers[name]
             weights[name] = w - outside * move
@@ -141,7 +141,7 @@ def reference_lamb(
     return weights, stats
 
 
-# How a step is carried out, and in which type: the fused one is for fp32 on CPU.
+# Options of each way of stepping, and the type it is tested in: the fused step on CPU is for fp32.
 WAYS = {
     "fused": ({"fused": True}, torch.float32),
     "foreach": ({"foreach": True}, torch.float32),
@@ -154,7 +154,7 @@ each_scale = pytest.mark.parametrize("scale", GRADIENT_SCALES.values(), ids=GRAD
 
 
 @pytest.fixture(autouse=True)
-def no_way_falls_back(recwarn):
+def no_fallback(recwarn):
     yield
     assert [str(warning.message) for warning in recwarn if "takes the unfused step" in str(warning.message)] == []
 
@@ -223,7 +223,7 @@ def test_lars_follows_its_formula(options, scale, way, dtype):
     assert_same(ours, reference_lars(weights, steps, lr=2.0, **options), dtype)
 
 
-CLARS_OPTIONS = {  # decay only where it is bounded
+CLARS_OPTIONS = {  # decay only with the denominator that bounds it
     key: options if "weight_decay" not in options else {**options, "denominator": "sum_of_norms"}
     for key, options in LARS_OPTIONS.items()
 }
@@ -233,7 +233,7 @@ CLARS_OPTIONS = {  # decay only where it is bounded
 @each_scale
 @pytest.mark.parametrize("options", CLARS_OPTIONS.values(), ids=CLARS_OPTIONS)
 def test_clars_follows_its_formula(options, scale, way, dtype):
-    """Given the mean norms of the samples' gradients, a zero one among them."""
+    """The mean norms of the samples' gradients are given; one of them is zero."""
     weights, steps = start(), gradients(scale)
     norms = {name: float(np.float32(norm * scale)) for name, norm in SAMPLE_NORMS.items()}
     ours = run(CLARS, weights, steps, dtype, lr=2.0, sample_norms=norms, **options, **way)
@@ -241,7 +241,7 @@ def test_clars_follows_its_formula(options, scale, way, dtype):
     assert_same(ours, expected, dtype)
 
 
-# options of phi, and phi by the formula as it stands in the paper
+# options of phi, and phi by the paper's formula
 PHI_OPTIONS = {
     "defaults": ({}, lambda t: 1 / (1 + math.exp(1e-3 * t))),
     "steep": ({"lmbda": 0.3}, lambda t: 1 / (1 + math.exp(0.3 * t))),
@@ -297,7 +297,7 @@ def test_lamb_follows_its_formula(options, scale, way, dtype):
 
 @pytest.mark.parametrize("way", [way for way, dtype in WAYS.values() if dtype == torch.float32])
 def test_norms_of_a_large_layer_are_accurate(way):
-    """A plain fp32 norm of so many elements is off by 4e-5 on CPU, which alone would spoil a trajectory."""
+    """The error of a plain fp32 norm of so many elements is 4e-5 on CPU, too much for a trajectory."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(512, 512, 3, 3, generator=generator))
     small = torch.nn.Parameter(torch.randn(3, 5, generator=generator))
@@ -311,8 +311,8 @@ def test_norms_of_a_large_layer_are_accurate(way):
 
 @pytest.mark.parametrize("way", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=lambda way: str(way))
 @pytest.mark.parametrize("build", [LARS, TVLARS, LAMB])
-def test_a_gradient_that_isnt_finite_shows(build, way):
-    """A divergence must come to the weights, where it is noticed, whatever limits there are."""
+def test_a_gradient_that_is_not_finite_reaches_the_weights(build, way):
+    """Limits must not hide a divergence, because training detects it in the weights."""
     for bad in (math.nan, math.inf):
         weight = torch.nn.Parameter(torch.ones(4, 3))
         weight.grad = torch.full((4, 3), 0.5)

@@ -1,4 +1,4 @@
-"""How a step is carried out: fused, over lists, or one tensor at a time; what it costs, and when it falls back."""
+"""The fused, foreach and one-by-one step: number of operations, choice and fallback."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ each = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
 class Operations(TorchDispatchMode):
-    """Names of the operations that torch is asked for, views apart."""
+    """Records the names of torch's operations, except views."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Operations(TorchDispatchMode):
 
 
 def parameters(layers):
-    """Weights with their biases, and gradients."""
+    """Return weights and biases with gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes = [shape for _ in range(layers) for shape in ((8, 4, 3, 3), (8,))]
     made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
@@ -52,8 +52,8 @@ def step(optimizer):
 @each
 @pytest.mark.parametrize("way", [{}, {"foreach": True}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("options", [{}, {"adapt_1d": True, "decay_1d": True, "norm_clip": 1.0, "max_ratio": 0.5}])
-def test_operations_of_a_step_are_few_and_as_many_for_any_number_of_layers(build, way, options):
-    """And none of them reads a number, for which the host would wait for the device. Statistics included."""
+def test_the_number_of_operations_is_small_and_independent_of_the_number_of_layers(build, way, options):
+    """No operation reads a value, because the host would wait for the device. Includes ``layer_stats``."""
     counted = []
     for layers in (2, 30):
         optimizer = build(parameters(layers), **way, **options)
@@ -68,7 +68,7 @@ def test_operations_of_a_step_are_few_and_as_many_for_any_number_of_layers(build
 
 
 @each
-def test_a_step_takes_the_fused_way_unless_told_otherwise(build):
+def test_the_fused_step_is_the_default(build):
     def operations(**way):
         optimizer = build(parameters(2), **way)
         step(optimizer)
@@ -92,7 +92,7 @@ def test_a_step_takes_the_fused_way_unless_told_otherwise(build):
     ],
     ids=["fp64", "gaps"],
 )
-def test_where_the_fused_step_cannot_go_one_warning_says_so(build, unfit, reason):
+def test_fused_true_warns_once_if_the_fused_step_is_impossible(build, unfit, reason):
     weight = unfit()
     weight.grad = torch.ones_like(weight)
     optimizer = build([weight], fused=True)
@@ -100,14 +100,14 @@ def test_where_the_fused_step_cannot_go_one_warning_says_so(build, unfit, reason
         step(optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        step(optimizer)  # said once
-        step(build([weight]))  # and only to who asked for it
+        step(optimizer)  # no second warning
+        step(build([weight]))  # no warning without fused=True
     assert not torch.equal(weight, torch.ones_like(weight))
 
 
 @each
 def test_gaps_in_memory_do_not_change_the_step(build):
-    """A view with gaps, a transposed weight, and weights whose gradients have another layout."""
+    """Cases: a view with gaps, a transposed weight, and a gradient with another layout than its weight."""
     generator = torch.Generator().manual_seed(0)
     start, gradient = torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
     expected = torch.nn.Parameter(start.clone())
@@ -123,8 +123,8 @@ def test_gaps_in_memory_do_not_change_the_step(build):
 
 
 @each
-def test_state_of_another_layout_is_continued(build):
-    """A model that is moved to channels_last after its first steps."""
+def test_state_may_have_another_layout_than_the_weights(build):
+    """A model is moved to channels_last after its first steps."""
     results = []
     for later in (torch.contiguous_format, torch.channels_last):
         module = torch.nn.Conv2d(4, 8, 3, bias=False)
@@ -142,7 +142,7 @@ def test_state_of_another_layout_is_continued(build):
 
 @each
 def test_the_result_does_not_depend_on_the_number_of_threads(build):
-    """Bit for bit: sums are added in one order."""
+    """Results are equal bit for bit, because sums are added in one order."""
     results = []
     threads = torch.get_num_threads()
     try:
@@ -161,7 +161,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(build):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_the_fused_steps_norms_are_right_where_fp32_squares_vanish_or_overflow(size):
+def test_fused_norms_are_right_if_fp32_squares_vanish_or_overflow(size):
     weight = torch.nn.Parameter(torch.full((4, 4), 2.0))
     weight.grad = torch.full((4, 4), size)
     optimizer = LARS([weight], lr=0.0, fused=True)
@@ -192,7 +192,7 @@ def compile_in(folder, **environment):
     return subprocess.Popen(command, env=ours, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_the_step_is_compiled_once_also_by_several_processes_at_once(tmp_path):
+def test_concurrent_processes_compile_one_library(tmp_path):
     for process in [compile_in(tmp_path / "cache") for _ in range(3)]:
         printed, errors = process.communicate(timeout=120)
         assert (process.returncode, printed) == (0, "[]\n\n"), errors
@@ -202,7 +202,7 @@ def test_the_step_is_compiled_once_also_by_several_processes_at_once(tmp_path):
     assert library.stat().st_mtime_ns == made
 
 
-def test_without_a_compiler_that_works_the_step_is_taken_all_the_same(tmp_path):
+def test_without_a_working_compiler_the_unfused_step_is_taken(tmp_path):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'broken: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -218,5 +218,5 @@ def test_without_a_compiler_that_works_the_step_is_taken_all_the_same(tmp_path):
 
 
 def test_this_machine_has_the_fused_step():
-    """Otherwise the tests of it would be tests of what it falls back to."""
+    """Otherwise the tests of the fused step would test its fallback."""
     assert fused_cpu.why_not([torch.ones(2, 2)]) == ""

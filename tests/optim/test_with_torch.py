@@ -1,4 +1,4 @@
-"""The optimizers together with the rest of torch: compiling, scaling, schedules, copies, CUDA graphs, processes."""
+"""The optimizers with torch.compile, GradScaler, schedules, copies, CUDA graphs and several processes."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ from largebatch.optim import LARS, fused_cpu
 ALL = pytest.mark.parametrize("kind", KINDS)
 
 
-def rate(kind):
+def lr_of(kind):
     return KINDS[kind][1]["lr"]
 
 
@@ -33,7 +33,7 @@ def needs_cpp_compiler():
 
 
 def compare_compiled(eager, traced, steps, backend, before=lambda: None):
-    """Trajectory, statistics, and the number of graphs."""
+    """Compare trajectories and statistics, and count the graphs."""
     torch._dynamo.reset()
     counters.clear()
 
@@ -49,16 +49,16 @@ def compare_compiled(eager, traced, steps, backend, before=lambda: None):
         compiled_step()
         close(list(traced.model.parameters()), list(eager.model.parameters()), rtol=1e-6)
         close(traced.optimizer.layer_stats(), eager.optimizer.layer_stats(), rtol=1e-6)
-    assert counters["stats"]["unique_graphs"] == 2  # the first makes the state
+    assert counters["stats"]["unique_graphs"] == 2  # the first creates the state
 
 
 @ALL
 def test_the_compiled_step_is_the_eager_step(kind):
-    """As one graph, for more steps than torch recompiles; then goes on without the compiler."""
+    """The step is one graph, for more steps than torch recompiles; then training continues uncompiled."""
     eager, traced = Run(kind, small_model(), foreach=True), Run(kind, small_model())
     compare_compiled(eager, traced, range(10), "eager")
     if kind == "clars":
-        with pytest.raises(RuntimeError, match="no sample norms"):  # given for the compiled step alone
+        with pytest.raises(RuntimeError, match="no sample norms"):  # the norms were for the compiled step only
             traced.optimizer.step()
     eager.train(range(10, 12))
     traced.train(range(10, 12))
@@ -66,13 +66,13 @@ def test_the_compiled_step_is_the_eager_step(kind):
 
 
 @ALL
-def test_the_compiled_capturable_step_follows_a_tensor_rate(kind):
-    """Changes of the rate need no other graph. fused=True is no obstacle: the compiler fuses."""
-    rates = [torch.tensor(rate(kind)), torch.tensor(rate(kind))]
-    eager = Run(kind, small_model(), lr=rates[0], foreach=True)
-    traced = Run(kind, small_model(), lr=rates[1], capturable=True, fused=True)
-    compare_compiled(eager, traced, range(5), "aot_eager", before=lambda: torch._foreach_mul_(rates, 0.8))
-    assert rates[1] < 0.5 * rate(kind)
+def test_the_compiled_capturable_step_follows_a_tensor_lr(kind):
+    """Changes of lr need no new graph. fused=True is allowed: the compiler fuses."""
+    lrs = [torch.tensor(lr_of(kind)), torch.tensor(lr_of(kind))]
+    eager = Run(kind, small_model(), lr=lrs[0], foreach=True)
+    traced = Run(kind, small_model(), lr=lrs[1], capturable=True, fused=True)
+    compare_compiled(eager, traced, range(5), "aot_eager", before=lambda: torch._foreach_mul_(lrs, 0.8))
+    assert lrs[1] < 0.5 * lr_of(kind)
 
 
 def test_inductor():
@@ -87,7 +87,7 @@ def test_inductor():
 
 @ALL
 def test_grad_scaler(kind):
-    """A scaled loss makes the same step, and a gradient of infinity makes none."""
+    """A scaled loss gives the same step, and an infinite gradient gives no step."""
     alone, run = Run(kind, small_model()), Run(kind, small_model())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
 
@@ -114,11 +114,11 @@ def test_grad_scaler(kind):
 
 
 @ALL
-def test_one_cycle_sets_rate_and_momentum(kind):
-    """As it does for torch's own optimizers, whose numbers are given here by hand."""
+def test_one_cycle_sets_lr_and_momentum(kind):
+    """The schedule sets the same values as for torch's own optimizer."""
 
     def one_cycle(optimizer):
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate(kind), total_steps=6, max_momentum=0.9)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr_of(kind), total_steps=6, max_momentum=0.9)
 
     like = {"betas": (0.9, 0.999)} if kind == "lamb" else {"momentum": 0.9}
     torchs = (torch.optim.Adam if kind == "lamb" else torch.optim.SGD)([torch.nn.Parameter(torch.ones(1))], 0.1, **like)
@@ -140,8 +140,8 @@ def test_one_cycle_sets_rate_and_momentum(kind):
 
 
 @ALL
-def test_a_schedule_moves_a_tensor_rate(kind):
-    runs = [Run(kind, small_model()), Run(kind, small_model(), lr=torch.tensor(rate(kind)))]
+def test_a_schedule_changes_a_tensor_lr(kind):
+    runs = [Run(kind, small_model()), Run(kind, small_model(), lr=torch.tensor(lr_of(kind)))]
     schedules = [torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 0.7**step) for run in runs]
     for step in range(5):
         for run, schedule in zip(runs, schedules, strict=True):
@@ -151,8 +151,7 @@ def test_a_schedule_moves_a_tensor_rate(kind):
 
 
 @ALL
-def test_a_closure_may_do_all_before_the_step(kind):
-    """Gradients, and CLARS's sample norms."""
+def test_a_closure_may_set_gradients_and_sample_norms(kind):
     plain, run = Run(kind, small_model()), Run(kind, small_model())
     for step in range(3):
         before = loss_of(run.model, *batch(step))
@@ -168,7 +167,7 @@ def test_a_closure_may_do_all_before_the_step(kind):
 
 
 @ALL
-def test_gradients_zeroed_in_place(kind):
+def test_gradients_may_be_zeroed_in_place(kind):
     plain, run = Run(kind, small_model()), Run(kind, small_model())
     for step in range(4):
         plain.train([step])
@@ -188,7 +187,7 @@ def test_a_copy_continues_bit_for_bit(kind, way, capturable):
     run = Run(kind, small_model(), capturable=capturable)
     run.train(range(3))
     if run.norms is not None:
-        run.norms.remove()  # its hooks are the model's, and no part of the optimizer
+        run.norms.remove()  # its hooks belong to the model, not to the optimizer
     twin = copy.copy(run)
     twin.model, twin.optimizer = way((run.model, run.optimizer))
     for one in (run, twin):
@@ -214,7 +213,7 @@ def test_capturable_keeps_everything_that_changes_in_tensors(kind):
 @ALL
 @pytest.mark.parametrize("capturable", [False, True])
 def test_state_goes_from_plain_to_capturable_and_back(kind, capturable):
-    """Loaded, the options are those of the saved groups, as with torch's optimizers; then they are set anew."""
+    """Loading restores the saved groups' options, as in torch's optimizers; then the test sets capturable again."""
     first = Run(kind, small_model(), capturable=not capturable)
     first.train(range(3))
     file = io.BytesIO()
@@ -239,7 +238,7 @@ def test_state_goes_from_plain_to_capturable_and_back(kind, capturable):
 
 @ALL
 def test_a_shared_weight_is_updated_once(kind):
-    """By the sum of the gradients of both its uses."""
+    """The update uses the sum of the gradients of both uses."""
     torch.manual_seed(0)
     first, second = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False)
     second.weight = first.weight
@@ -264,7 +263,7 @@ def test_a_shared_weight_is_updated_once(kind):
 
 
 @ALL
-def test_a_frozen_parameter_is_not_touched(kind):
+def test_a_frozen_parameter_is_not_changed(kind):
     model = small_model()
     model[0].requires_grad_(False)
     before = copy.deepcopy(model[0].state_dict())
@@ -286,8 +285,8 @@ def test_a_frozen_parameter_is_not_touched(kind):
 
 @ALL
 @pytest.mark.parametrize("foreach", [None, True])
-def test_data_may_be_replaced(kind, foreach):
-    """By memory elsewhere, also of another layout than that of the state."""
+def test_parameter_data_may_be_replaced(kind, foreach):
+    """The new memory may have another layout than the state."""
     plain, run = Run(kind, small_model(), foreach=foreach), Run(kind, small_model(), foreach=foreach)
     for step in range(6):
         for parameter in run.model.parameters():
@@ -302,7 +301,7 @@ def test_data_may_be_replaced(kind, foreach):
 
 
 def test_sum_of_norms_with_layers_that_are_not_decayed():
-    """A layer's decay is its own: 0 for a bias that is adapted."""
+    """Each layer has its own decay: 0 for a bias that is adapted."""
     weight, bias = torch.nn.Parameter(torch.full((2, 2), 3.0)), torch.nn.Parameter(torch.full((4,), 3.0))
     options = {"lr": 1.0, "weight_decay": 0.5, "trust_coefficient": 1.0, "denominator": "sum_of_norms"}
     optimizer = LARS([weight, bias], adapt_1d=True, foreach=True, **options)
@@ -315,8 +314,8 @@ def test_sum_of_norms_with_layers_that_are_not_decayed():
     ("kind", "way"), [("sgd", "foreach"), *((kind, way) for kind in KINDS for way in ("foreach", "fused"))]
 )
 @pytest.mark.filterwarnings("error")
-def test_backward_through_an_overwritten_weight_is_refused(kind, way):
-    """As with torch.optim.SGD: autograd sees the update, by whatever code it is made."""
+def test_backward_through_an_overwritten_weight_raises(kind, way):
+    """As with torch.optim.SGD, autograd detects the update, fused or not."""
     needs_cpp_compiler()
     weight = torch.nn.Parameter(torch.ones(2, 2))
     inputs = torch.ones(2, 2, requires_grad=True)
@@ -338,10 +337,10 @@ def test_backward_through_an_overwritten_weight_is_refused(kind, way):
 @pytest.mark.parametrize("options", [{}, {"adapt_1d": True, "max_ratio": 1.0}], ids=["default", "limited"])
 @ALL
 def test_cuda_graph(kind, options):
-    """Captured once and replayed with another rate each time; statistics are those of the latest replay."""
+    """A graph is replayed with another lr each time; statistics are those of the latest replay."""
     if kind == "lars" and options:
         options = {**options, "denominator": "sum_of_norms", "lr_in_momentum": True}
-    lr = torch.tensor(rate(kind), device="cuda")
+    lr = torch.tensor(lr_of(kind), device="cuda")
     eager = Run(kind, small_model().cuda(), foreach=True, **options)
     run = Run(kind, small_model().cuda(), lr=lr, capturable=True, **options)
     for one in (eager, run):  # the gradients stay the same: this is about the step
@@ -363,8 +362,8 @@ def test_cuda_graph(kind, options):
     with torch.cuda.graph(graph):
         step(run)
     for factor in (1.0, 0.5, 2.0):
-        lr.fill_(rate(kind) * factor)
-        eager.optimizer.param_groups[0]["lr"] = rate(kind) * factor
+        lr.fill_(lr_of(kind) * factor)
+        eager.optimizer.param_groups[0]["lr"] = lr_of(kind) * factor
         graph.replay()
         step(eager)
         close(list(run.model.parameters()), list(eager.model.parameters()))

@@ -1,4 +1,4 @@
-"""Makes small data sets in the true file formats. A class's images are its own coarse pattern plus noise."""
+"""Makes small data sets in the true file formats. Images are their class's coarse pattern plus noise."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
+
+from largebatch.data.images import FileImages, decoded_blocks
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def make_cifar10(root: Path, train_per_batch: int = 20, test: int = 20, seed: int = 0) -> Path:
-    """``root/cifar-10-batches-py``: five training batches, the test batch and the names, pickled as by Python 2."""
+    """Make ``root/cifar-10-batches-py``: five training batches, test batch and names, pickled as by Python 2."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -34,7 +37,7 @@ def make_cifar10(root: Path, train_per_batch: int = 20, test: int = 20, seed: in
 
 
 def make_cifar100(root: Path, train: int = 200, test: int = 100, seed: int = 0) -> Path:
-    """``root/cifar-100-python``: train, test and meta, pickled as by Python 2."""
+    """Make ``root/cifar-100-python``: train, test and meta, pickled as by Python 2."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -57,7 +60,7 @@ def make_cifar100(root: Path, train: int = 200, test: int = 100, seed: int = 0) 
 
 
 def make_tinyimagenet(root: Path, classes: int = 3, train_per_class: int = 4, val: int = 5, seed: int = 0) -> Path:
-    """``root/tiny-imagenet-200`` in the original layout; every fifth image is a grey JPEG, as some of the originals."""
+    """Make ``root/tiny-imagenet-200`` in the original layout; every fifth image is a grey JPEG, as in the original."""
     folder = root / "tiny-imagenet-200"
     rng = np.random.default_rng(seed)
     wnids = [f"n{1000000 + 37 * i:08d}" for i in range(classes)]
@@ -93,7 +96,7 @@ def make_imagefolder(
     extension: str = ".png",
     seed: int = 0,
 ) -> Path:
-    """``root/train/<class>/0.png ...`` and ``root/<test_name>/<class>/...``; ``size`` is a side, or (height, width)."""
+    """Make ``root/train/<class>/0.png ...`` and ``root/<test_name>/<class>/...``; ``size``: side or (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
     rng = np.random.default_rng(seed)
     for tree, count in (("train", train_per_class), (test_name, test_per_class)):
@@ -107,12 +110,19 @@ def make_imagefolder(
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
-    """uint8 [1 or 3, H, W] as a grey or RGB image; the file name's end says which format."""
+    """Save uint8 [1 or 3, H, W] as a grey or RGB image in the format of the file name's extension."""
     Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path)
 
 
+def decoded(images: FileImages) -> torch.Tensor:
+    """Decode all files to uint8 [N, C, S, S]; all must be readable."""
+    blocks, unreadable = zip(*decoded_blocks(images, threads=2), strict=True)
+    assert not any(unreadable)
+    return torch.from_numpy(np.concatenate(blocks))
+
+
 def pictures(rng: np.random.Generator, labels: np.ndarray, channels: int, side: int, seed: int) -> np.ndarray:
-    """uint8 [N, C, S, S]: each label's own 4x4 pattern, which follows from ``seed``, and noise from ``rng``."""
+    """Return uint8 [N, C, S, S]: each label's own 4x4 pattern, determined by ``seed``, and noise from ``rng``."""
     patterns = np.random.default_rng((seed, 1)).uniform(40, 215, (int(labels.max()) + 1, channels, 4, 4))
     position = np.arange(side) * 4 // side
     clean = patterns[labels][:, :, position][:, :, :, position]
@@ -120,7 +130,7 @@ def pictures(rng: np.random.Generator, labels: np.ndarray, channels: int, side: 
 
 
 class _Python2Pickler(pickle._Pickler):
-    """Writes str and bytes as Python 2's str, which is what the published CIFAR files hold."""
+    """Writes str and bytes as Python 2's str, as in the published CIFAR files."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 

@@ -1,6 +1,6 @@
 """The optimizers under DDP, FSDP2 and ZeroRedundancyOptimizer in two processes; test_with_torch.py starts them once.
 
-Every case compares, in each process, with one unsharded model that sees the whole batch.
+Every case compares, in each process, with one unsharded model that trains on the whole batch.
 """
 
 import copy
@@ -31,7 +31,7 @@ close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
 def small_model(seed=0):
-    """Of odd sizes; the last weight is one row, and so in one process alone when rows are divided."""
+    """Return a model of odd sizes. Its last weight is one row, so sharding by rows leaves a process without it."""
     torch.manual_seed(seed)
     return torch.nn.Sequential(
         torch.nn.Linear(7, 5), torch.nn.LayerNorm(5), torch.nn.Tanh(), torch.nn.Linear(5, 3), torch.nn.Linear(3, 1)
@@ -39,7 +39,7 @@ def small_model(seed=0):
 
 
 def batch(step, samples=16):
-    """A function of the step number alone."""
+    """Return a batch that depends on the step number only."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(samples, 7, generator=generator), torch.randn(samples, 1, generator=generator)
 
@@ -49,7 +49,7 @@ def loss_of(model, inputs, targets):
 
 
 class Run:
-    """A model in training: its optimizer, and for CLARS the norms of its samples."""
+    """A model in training, its optimizer, and for CLARS its sample norms."""
 
     def __init__(self, kind, model, **options):
         optimizer, defaults = KINDS[kind]
@@ -97,7 +97,7 @@ def my_half(tensors):
 
 
 def ddp(kind, bucket_view):
-    """Two micro-batches a process, added up without communication before the last."""
+    """Accumulate two micro-batches a process, without communication before the last."""
     alone, run = Run(kind, small_model()), Run(kind, small_model())
     replica = DistributedDataParallel(run.model, gradient_as_bucket_view=bucket_view)
     for step in range(5):
@@ -146,7 +146,7 @@ def fsdp2(kind, mesh_shape, **options):
 
 
 def fsdp2_resume(kind, full, capturable):
-    """Through ``torch.distributed.checkpoint``'s state_dict, as shards and as a whole."""
+    """Resume through ``torch.distributed.checkpoint``'s state_dict, as shards or as a whole."""
     options = StateDictOptions(full_state_dict=full, cpu_offload=full, broadcast_from_rank0=full)
     first = sharded_run(kind, capturable=capturable)
     train_sharded(first, range(3))
@@ -216,7 +216,7 @@ CASES = {
 
 
 def run_cases(rank, folder):
-    """One of the processes: leaves, for each case up to the first that fails, an empty file or the traceback."""
+    """Run all cases in one process up to the first failure; write an empty file or the traceback for each."""
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=30))
@@ -228,5 +228,5 @@ def run_cases(rank, folder):
             outcome = traceback.format_exc()
         (Path(folder) / f"{name}-{rank}").write_text(outcome)
         if outcome:
-            break  # what this process skipped, the other may still be waiting for
+            break  # the other process may still be waiting for the part of the case that this process skipped
     dist.destroy_process_group()

@@ -1,10 +1,10 @@
 """Crop, flip, rotation and normalisation of a batch in one pass, with one draw an image.
 
 The pixels are those of torchvision's PIL chain ``RandomCrop(S, padding) -> RandomHorizontalFlip -> RandomRotation`` at
-equal parameters: the rotation is PIL's nearest-neighbour one in its 16-bit fixed point arithmetic. What it brings in
-from outside the crop is 0, even where the padded image had a pixel there, as in the chain.
+equal parameters: the rotation is PIL's nearest-neighbour rotation in 16-bit fixed point arithmetic. Pixels from outside
+the crop are 0, also at positions where the padded image has a pixel, as in the chain.
 
-On CPU this is done in C++ (``augment_cpu.py``); elsewhere, and where there is no compiler, as one gather in torch. Both
+On CPU the code is C++ (``augment_cpu.py``). On other devices, and without a compiler, it is one gather in torch. Both
 give the same bits.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from largebatch.data import augment_cpu
 from largebatch.data.draws import Draws
 
-_CPU_SLICE = 1 << 19  # pixels at once in torch; more leave the processor's cache
+_CPU_SLICE = 1 << 19  # pixels at once in torch; more don't fit the processor's cache
 
 
 def augmented(
@@ -28,15 +28,15 @@ def augmented(
     *,
     channels_last: bool = False,
 ) -> Tensor:
-    """Images out of ``pixels``, augmented and normalised: ``(image / 255 - mean) / std``. All on one device.
+    """Augment and normalise the images at ``indices``: ``(image / 255 - mean) / std``. All tensors are on one device.
 
-    Nothing is copied to the device here, and nothing waits for it.
+    The call doesn't copy to the device or wait for it.
 
     Args:
         pixels: uint8 [M, C, S, S], each image contiguous; a whole data set, of which only the images at ``indices`` are
             read.
-        indices: int64 [n], which images; None for all of them, in order.
-        draws: of length n, made for images of S pixels; None only normalises.
+        indices: int64 [n]; None for all images, in order.
+        draws: of length n, drawn for images of S pixels; None only normalises.
         mean, std: float32 [C], for pixels in 0..1.
         channels_last: the memory format of the result.
 
@@ -44,8 +44,8 @@ def augmented(
         float32 [n, C, S, S].
     """
     in_cpp = pixels.device.type == "cpu" and not augment_cpu.why_not()
-    way = augment_cpu.augmented if in_cpp else augmented_torch
-    return way(pixels, indices, draws, mean, std, channels_last=channels_last)
+    function = augment_cpu.augmented if in_cpp else augmented_torch
+    return function(pixels, indices, draws, mean, std, channels_last=channels_last)
 
 
 def augmented_torch(
@@ -57,33 +57,22 @@ def augmented_torch(
     *,
     channels_last: bool = False,
 ) -> Tensor:
-    """``augmented`` in torch, on any device; for ``torch.compile`` too."""
+    """Do the same as ``augmented`` in torch, on any device; for ``torch.compile`` too."""
+    n, side = len(pixels) if indices is None else len(indices), pixels.shape[2]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    n = len(pixels) if indices is None else len(indices)
-    at_once = max(_CPU_SLICE // pixels.shape[2] ** 2, 1)
-    if pixels.device.type != "cpu" or n <= at_once or torch.compiler.is_compiling():
-        return _augmented_part(pixels, indices, draws, mean, std, memory_format)
+    at_once = max(_CPU_SLICE // side**2, 1)
+    if pixels.device.type == "cpu" and n > at_once and not torch.compiler.is_compiling():
+        result = torch.empty((n, *pixels.shape[1:]), memory_format=memory_format)
+        for first in range(0, n, at_once):
+            part = slice(first, first + at_once)
+            images, chosen = (pixels[part], None) if indices is None else (pixels, indices[part])
+            drawn = None if draws is None else draws[part]
+            result[part] = augmented_torch(images, chosen, drawn, mean, std, channels_last=channels_last)
+        return result
 
-    result = torch.empty((n, *pixels.shape[1:]), memory_format=memory_format)
-    for first in range(0, n, at_once):
-        part = slice(first, first + at_once)
-        images, which = (pixels[part], None) if indices is None else (pixels, indices[part])
-        of_part = None if draws is None else draws[part]
-        result[part] = _augmented_part(images, which, of_part, mean, std, memory_format)
-    return result
-
-
-def _augmented_part(
-    pixels: Tensor,
-    indices: Tensor | None,
-    draws: Draws | None,
-    mean: Tensor,
-    std: Tensor,
-    memory_format: torch.memory_format,
-) -> Tensor:
     images = pixels if indices is None else pixels[indices]
     if draws is not None:
-        position, inside = _sources(draws, pixels.shape[2])
+        position, inside = _sources(draws, side)
         index = position.long().unsqueeze(1).expand(images.shape)
         images = images.flatten(2).gather(2, index.flatten(2)).view_as(images).mul_(inside.unsqueeze(1))
     images = images.contiguous(memory_format=memory_format)
@@ -91,7 +80,7 @@ def _augmented_part(
 
 
 def _sources(draws: Draws, side: int) -> tuple[Tensor, Tensor]:
-    """The pixel that each pixel comes from, int32 [N, S, S] in 0..S*S-1, and whether there is one, bool [N, S, S]."""
+    """Return each pixel's source, int32 [N, S, S] in 0..S*S-1, and True if it has one, bool [N, S, S]."""
     top, left, flip, cos, sin, minus_sin, first_row, first_column = draws.table[:, :, None, None].unbind(1)
     across = torch.arange(side, dtype=torch.int32, device=draws.table.device)
     down = across[:, None]
@@ -99,7 +88,7 @@ def _sources(draws: Draws, side: int) -> tuple[Tensor, Tensor]:
     row = ((first_row + cos * down) + minus_sin * across).bitwise_right_shift_(16)
 
     # The crop's row 0 is the image's row `top - padding`; flipped, its column 0 is the image's column `left - padding`
-    # plus S - 1. Rows and columns are used that lie both in the crop and in the image.
+    # plus S - 1. Only rows and columns that lie both in the crop and in the image are used.
     top, left = top - draws.padding, left - draws.padding
     before = torch.where(flip.bool(), left, -left)  # columns of the crop before the image begins
     inside = (row >= (-top).clamp(min=0)).logical_and_(row < (side - top).clamp(max=side))

@@ -1,8 +1,8 @@
-// Crop, flip, rotation and normalisation of a batch; threads share out the images.
+// Crop, flip, rotation and normalisation of a batch; each thread takes some of the images.
 //
-// The source of each pixel of a result is found once and serves all channels. A channel of the image is normalised as a
-// whole, into a plane that stays in the cache, and picked from there: divisions are cheap in vectors, and a pixel costs
-// fewer loads than as a byte that is looked up in a table of 256.
+// The source of each pixel of a result is computed once for all channels. A channel of the image is normalised as a
+// whole, into a plane that stays in the cache, and pixels are picked from the plane. Divisions are cheap in vectors, and
+// a pixel costs fewer loads than a byte that is looked up in a table of 256.
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t kThreaded = 1 << 15;  // pixels below which waking the other threads costs more than they do
+constexpr int64_t kThreaded = 1 << 15;  // pixels; below, waking the other threads takes longer than their work
 
 // A row of `Draws.table`; the rotation in 1/65536.
 struct Draw {
@@ -23,13 +23,13 @@ bool rotated(const Draw& draw) {
 }
 
 struct Range {
-  int32_t begin, end;  // empty where it doesn't begin before its end
+  int32_t begin, end;  // empty unless begin < end
   bool contains(int32_t i) const { return (i >= begin) & (i < end); }
 };
 
-// Where the rows and columns of a crop are in the image.
+// Position of a crop in the image.
 struct Crop {
-  Range rows, columns;   // of the crop: those that lie in the image
+  Range rows, columns;   // rows and columns of the crop that lie in the image
   int32_t origin, step;  // row r, column c of the crop is pixel `origin + r * side + c * step` of the image
 
   Crop(const Draw& draw, int32_t padding, int32_t side) {
@@ -41,7 +41,7 @@ struct Crop {
   }
 };
 
-// The pixel of the image that each pixel of the rotated crop comes from; `side * side` where there is none.
+// Computes the source in the image of each pixel of the rotated crop; `side * side` if there is none.
 void find_sources(const Draw& draw, const Crop& crop, int32_t side, int32_t* __restrict sources) {
   const auto [rows, columns, origin, step] = crop;
   const int32_t cos = draw.cos, minus_sin = draw.minus_sin, none = side * side;
@@ -66,7 +66,7 @@ void pick(const float* __restrict plane, const int32_t* __restrict sources, int3
   for (int32_t i = 0; i < count; i++) result[i * stride] = plane[sources[i]];
 }
 
-// What `find_sources` and `pick` do, for a crop that isn't rotated: whole rows are copied.
+// Does the same as `find_sources` and `pick` for a crop that isn't rotated: copies whole rows.
 void copy_rows(const float* plane, const Crop& crop, int32_t side, float* result) {
   const float empty = plane[side * side];
   const auto [begin, end] = crop.columns;
@@ -85,9 +85,9 @@ void copy_rows(const float* plane, const Crop& crop, int32_t side, float* result
   }
 }
 
-// A batch, as Python hands it over.
+// A batch, with the fields of `_Batch` in augment_cpu.py.
 struct Batch {
-  const uint8_t* pixels;    // [images, channels, side, side]; an image begins `image_stride` after the one before
+  const uint8_t* pixels;    // [images, channels, side, side]; images are `image_stride` apart
   const int64_t* indices;   // [count]; null: all images, in order
   const Draw* draws;        // [count]; null: none
   const float *mean, *std;  // [channels], for pixels in 0..255
@@ -97,9 +97,9 @@ struct Batch {
   bool channels_last;
 };
 
-// A thread's own memory.
+// Memory of one thread.
 struct Scratch {
-  std::vector<int32_t> sources;  // of each pixel; itself where nothing is drawn
+  std::vector<int32_t> sources;  // of each pixel; the pixel itself without draws
   std::vector<float> plane;      // a channel, and an empty pixel
 
   explicit Scratch(int32_t size) : sources(size), plane(size + 1) { std::iota(sources.begin(), sources.end(), 0); }
@@ -113,12 +113,12 @@ void augment_image(const Batch& x, int64_t i, Scratch& scratch) {
 
   const Draw draw = x.draws ? x.draws[i] : Draw{};
   const Crop crop(draw, x.padding, side);
-  const bool as_it_is = !x.draws && !x.channels_last, by_rows = x.draws && !x.channels_last && !rotated(draw);
+  const bool unchanged = !x.draws && !x.channels_last, by_rows = x.draws && !x.channels_last && !rotated(draw);
   if (x.draws && !by_rows) find_sources(draw, crop, side, scratch.sources.data());
 
   for (int32_t c = 0; c < x.channels; c++, image += size, result += next_channel) {
-    normalise(image, size, x.mean[c], x.std[c], as_it_is ? result : plane);
-    if (as_it_is) continue;
+    normalise(image, size, x.mean[c], x.std[c], unchanged ? result : plane);
+    if (unchanged) continue;
     plane[size] = (0.f - x.mean[c]) / x.std[c];
     if (by_rows)
       copy_rows(plane, crop, side, result);
@@ -129,7 +129,7 @@ void augment_image(const Batch& x, int64_t i, Scratch& scratch) {
 
 }  // namespace
 
-// False, with nothing done, if there is an index of no image.
+// Returns false and does nothing if an index is out of range.
 extern "C" bool augment(const Batch* batch) {
   const Batch& x = *batch;
   const auto exists = [&](int64_t index) { return index >= 0 && index < x.images; };

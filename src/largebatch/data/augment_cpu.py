@@ -24,7 +24,7 @@ class _Batch(ctypes.Structure):
 
 
 def why_not() -> str:
-    """Why there is no compiled code; empty where there is."""
+    """Return the reason why there is no compiled code; empty if there is."""
     return native.why_not(_SOURCE)
 
 
@@ -37,38 +37,41 @@ def augmented(
     *,
     channels_last: bool = False,
 ) -> Tensor:
-    """As ``augment.augmented``, with ``torch.get_num_threads()`` threads.
+    """Do the same as ``augment.augmented``, with ``torch.get_num_threads()`` threads.
 
     Raises:
-        IndexError: when an index isn't in 0..M-1.
-        ValueError: when a tensor isn't what ``augment.augmented`` asks for: memory is read without further checks.
+        IndexError: if an index isn't in 0..M-1.
+        ValueError: if a tensor isn't as ``augment.augmented`` requires: C++ reads its memory without further checks.
     """
-    compiled = native.library(_SOURCE)
     images, channels, side, _ = pixels.shape
     count = images if indices is None else len(indices)
     table = None if draws is None else draws.table
-    _check(pixels[:1], torch.uint8, (min(images, 1), channels, side, side))
-    _check(indices, torch.int64, (count,))
-    _check(table, torch.int32, (count, 8))
-    _check(mean, torch.float32, (channels,))
-    _check(std, torch.float32, (channels,))
+    check(pixels[:1], torch.uint8, (min(images, 1), channels, side, side))
+    check(indices, torch.int64, (count,))
+    check(table, torch.int32, (count, 8))
+    check(mean, torch.float32, (channels,))
+    check(std, torch.float32, (channels,))
 
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     result = torch.empty((count, channels, side, side), memory_format=memory_format)
     mean, std = mean * 255, std * 255
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (pixels, indices, table, mean, std, result)]
     padding = 0 if draws is None else draws.padding
     sizes = (images, pixels.stride(0), count, channels, side, padding, torch.get_num_threads())
-    batch = _Batch(*pointers, *sizes, channels_last)
+    batch = _Batch(*map(address, (pixels, indices, table, mean, std, result)), *sizes, channels_last)
+    compiled = native.library(_SOURCE)
     compiled.augment.restype = ctypes.c_bool
     if not compiled.augment(ctypes.byref(batch)):
         raise IndexError(f"an index isn't in 0..{images - 1}")
     return result
 
 
-def _check(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor is None:
-        return
-    given = (tensor.dtype, tuple(tensor.shape), tensor.device.type, tensor.is_contiguous())
-    if given != (dtype, shape, "cpu", True):
-        raise ValueError(f"expected {dtype} {shape} on cpu, contiguous: {given}")
+def check(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ``ValueError`` if C++ can't read the tensor as an array of this type and shape."""
+    if tensor is not None:
+        given = (tensor.dtype, tuple(tensor.shape), tensor.device.type, tensor.is_contiguous())
+        if given != (dtype, shape, "cpu", True):
+            raise ValueError(f"expected {dtype} {shape} on cpu, contiguous: {given}")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -40,21 +40,22 @@ def train_batches(
     two_views: bool = False,
     passes: int = 1,
 ) -> Generator[Batch]:
-    """Endless micro-batches of this rank from optimizer step ``start_step`` (from 0) on, augmented and normalised.
+    """Yield endless micro-batches of this rank from optimizer step ``start_step`` on, augmented and normalised.
 
-    Each is (images float32 [micro_batch, C, S, S], labels int64 [micro_batch]) on ``device``; a step gives
-    ``batch_size / processes / micro_batch`` of them. The global batch of a step is a run of the epoch's order; rank r
-    takes its r-th part, and the micro-batches are that part's pieces. Random numbers are drawn for the whole global
-    batch, so an image gets the same ones with any number of processes, any accumulation, and after a resume.
+    Each is (images float32 [micro_batch, C, S, S], labels int64 [micro_batch]) on ``device``; a step has
+    ``batch_size / processes / micro_batch`` of them. The global batch of a step is a slice of the epoch's order; rank r
+    takes its r-th part, and the micro-batches are pieces of that part. Random numbers are drawn for the whole global
+    batch, so an image gets the same draws with any number of processes, any accumulation, and after a resume.
 
     Args:
+        start_step: number of the first step, from 0.
         channels_last: the memory format of the images.
-        two_views: images are [2 * micro_batch, C, S, S], the first views and then the second of Barlow Twins, in place
+        two_views: images are [2 * micro_batch, C, S, S], the first and then the second views of Barlow Twins, instead
             of the crops, flips and rotations of ``config``.
-        passes: how often the micro-batches of a step come, each time the same.
+        passes: number of times that the micro-batches of a step are repeated.
 
     Raises:
-        UserError: when ``batch_size`` is larger than ``split``; while iterating, when an image file can't be read.
+        UserError: if ``batch_size`` is larger than ``split``; while iterating, if an image file can't be read.
     """
     steps_per_epoch(len(split), batch_size)  # raises now, not at the first batch
     if batch_size % (processes * micro_batch):
@@ -65,19 +66,19 @@ def train_batches(
     parts = [slice(first, first + micro_batch) for first in range(0, share, micro_batch)]
 
     def steps() -> Iterator[tuple[int, Tensor]]:
-        """This rank's indices of each step."""
+        """Yield each step and this rank's indices."""
         for step, indices in global_batches(len(split), batch_size, seed, start_step):
             yield step, indices[rank * share : (rank + 1) * share]
 
     def augment(pixels: Tensor, indices: Tensor | None, draws: list[Any]) -> Tensor:
         if not draws:
             return augmented(pixels, indices, None, *statistics, channels_last=channels_last)
-        way = views.view if two_views else augmented
-        images = [way(pixels, indices, one, *statistics, channels_last=channels_last) for one in draws]
+        function = views.view if two_views else augmented
+        images = [function(pixels, indices, one, *statistics, channels_last=channels_last) for one in draws]
         return torch.cat(images) if two_views else images[0]
 
     def batches() -> Generator[Batch]:
-        # Decoding runs ahead of the loop below, so it walks through the same steps on its own.
+        # Decoding runs ahead of the loop below, so it has its own iterator over the same steps.
         wanted = (indices[part] for _, indices in steps() for part in parts * passes)
         pixels = _pixels(split, wanted, micro_batch, config.workers, where)
         for step, indices in steps():
@@ -104,11 +105,12 @@ def eval_batches(
     channels_last: bool = False,
     chosen: Tensor | None = None,
 ) -> Iterator[Batch]:
-    """This rank's share of the whole split, once, as (images float32 [<= batch, C, S, S], labels int64 [<= batch]).
+    """Yield this rank's share of the split, once, as (images float32 [<= batch, C, S, S], labels int64 [<= batch]).
 
-    With ``chosen``, indices on the CPU, it is the share of those.
+    The shares are disjoint and complete. If sizes don't divide, ranks get different numbers of images, maybe none.
 
-    The shares are disjoint and complete; where sizes don't divide, ranks get different numbers of images, maybe none.
+    Args:
+        chosen: indices on the CPU of the images to evaluate; None: all.
     """
     where = torch.device(device)
     statistics = to_device(torch.tensor(mean), where), to_device(torch.tensor(std), where)
@@ -125,9 +127,9 @@ def eval_batches(
 def _pixels(
     split: Split, wanted: Iterator[Tensor], batch: int, workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """uint8 images on ``device`` for each of ``wanted`` (int64 [n]): all that there are and the indices, or just those.
+    """Yield uint8 images on ``device`` for each of ``wanted`` (int64 [n]): all images and the indices, or the chosen.
 
-    Images that are on the device are picked by the augmentation itself. Others are brought there a batch ahead.
+    The augmentation itself picks images that are on the device. Others are copied there one batch ahead.
     """
     images = split.images
     if isinstance(images, MemoryImages) and images.pixels.device == device:
@@ -145,7 +147,7 @@ def _labels(split: Split, indices: Tensor, device: torch.device) -> Tensor:
 def _draw(
     generator: torch.Generator, split: Split, n: int, config: DatasetConfig, two_views: bool
 ) -> list[Draws] | list[views.ViewDraws]:
-    """Draws for a global batch, one a view; none where nothing is to be drawn."""
+    """Return the draws for a global batch, one a view; an empty list without augmentation."""
     side = split.images.image_size
     if two_views:
         return [views.draw(generator, n, side, view) for view in configured_views(config)]

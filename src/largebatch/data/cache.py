@@ -1,8 +1,8 @@
-"""Files beside the data that keep what takes long to work out: decoded pixels, and which images can't be read.
+"""Files beside the data that keep slow results: decoded pixels, and the list of images that can't be read.
 
-A file of pixels, which is mapped and not read, so that the processes of a host share its pages: the magic bytes; the
-pixels of the training and of the test set, uint8 [N, C, S, S]; zeros up to a multiple of 8; their labels, int64; a JSON
-object that says what there is; its length and CRC-32.
+A file of pixels contains: the magic bytes; the pixels of the training and of the test set, uint8 [N, C, S, S]; zeros up
+to a multiple of 8; their labels, int64; a JSON object that describes the content; its length and CRC-32. The file is
+mapped, so that the processes of a host share its pages.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _MAGIC = b"LBPIXEL1"  # the digit is the version of the format
 _END = struct.Struct("<QQ")
 
 Say = Callable[[str], None]
-Block = tuple[NDArray[np.uint8], Tensor, list[str]]  # pixels [n, C, S, S], labels [n], the files that can't be read
+Block = tuple[NDArray[np.uint8], Tensor, list[str]]  # pixels [n, C, S, S], labels [n], files that can't be read
 T = TypeVar("T")
 
 
 class Stale(Exception):
-    """A kept file that isn't there (an empty message) or can't be used; the message goes on from the file's name."""
+    """A kept file is missing (empty message) or can't be used; the message continues a sentence after its name."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Both splits in memory. ``unreadable``: the images that were left out, relative to ``dataset.root``."""
+    """Both splits in memory. ``unreadable``: the skipped images, relative to ``dataset.root``."""
 
     train: Split
     test: Split
@@ -65,32 +65,35 @@ def relative_names(paths: Iterable[str], root: str) -> list[str]:
 
 
 def fingerprint(root: str, paths: Sequence[str], settings: object) -> str:
-    """Hex digits that change with ``settings`` (by its repr) and with any file's path in ``root``, size or time."""
+    """Return hex digits that depend on ``settings`` (by repr) and on each file's path in ``root``, size and time."""
     lines = [repr((_MAGIC, settings))]
     for path, name in zip(paths, relative_names(paths, root), strict=True):
         try:
             stat = os.stat(path)
             lines.append(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}")
-        except OSError:  # a link to nowhere, for example: it will be found unreadable
+        except OSError:  # for example a broken link, which later counts as unreadable
             lines.append(f"{name}\0missing")
     return hashlib.blake2b("\n".join(lines).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def kept(path: Path, read: Callable[[BinaryIO], T], write: Callable[[BinaryIO], None], doing: str, say: Say) -> T:
-    """What ``read`` gets from the file at ``path``; where it raises ``Stale``, ``write`` makes the file first.
+    """Return the result of ``read`` for the file at ``path``; if it raises ``Stale``, ``write`` makes the file first.
 
-    Only one process of any number writes, the others wait for it; a file appears whole or not at all. Where none can be
-    kept (nobody may write there, the disk is full), that is said with what is being done, ``doing``, and ``write``
-    writes to this process's memory. It must make the whole file anew each time it is called.
+    One process writes and the others wait; a file appears whole or not at all. If no file can be kept (no permission,
+    no space on the disk), ``say`` gets a line with the reason, and ``write`` writes to this process's memory. Each call
+    of ``write`` must write the whole file.
+
+    Args:
+        doing: the work of ``write`` as the start of a sentence, for ``say``.
 
     Raises:
-        UserError: from ``write``; or when a file comes back differently from what was written.
+        UserError: from ``write``; or if the file that was just written isn't valid.
     """
     try:
         try:
             return _read(path, read)
         except Stale:
-            with _alone(path, say):
+            with alone(path, say):
                 return _read_or_write(path, read, write, doing, say)
     except OSError as error:
         say(f"{doing} at every start, because it can't be kept in {path} ({error.strerror or error})")
@@ -116,7 +119,7 @@ def _read_or_write(
     except Stale as stale:
         if str(stale):
             say(f"{path} {stale}: it is made anew")
-        say(f"{doing}; later starts take the result from {path}")
+        say(f"{doing}; later starts read the result from {path}")
     _write(path, write)
     try:
         return _read(path, read)
@@ -127,26 +130,26 @@ def _read_or_write(
 
 
 @contextmanager
-def _alone(path: Path, say: Say) -> Iterator[None]:
-    """One process at a time; the operating system takes the lock from a process that ends, however it does."""
+def alone(path: Path, say: Say) -> Iterator[None]:
+    """Hold a lock that one process has at a time; the operating system releases it when the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("w") as handle:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # the two ways in which systems say that it is taken
+        except (BlockingIOError, PermissionError):  # another process has the lock; the error depends on the system
             say(f"waiting for the process that is writing {path}")
             fcntl.lockf(handle, fcntl.LOCK_EX)
         yield
 
 
 def _write(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write to a temporary file and rename it. To be called under the lock."""
-    for left_behind in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
+    """Write to a temporary file and rename it. Call under the lock."""
+    for left_behind in path.parent.glob(f".{path.name}.*.tmp"):  # from a process that was killed
         left_behind.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with temporary.open("w+b") as file:
-            write(file)  # not synced, which takes seconds: what a crash of the machine leaves is told by its checksum
+            write(file)  # not synced, which takes seconds: the checksum detects what a crash of the machine leaves
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -161,7 +164,7 @@ def _memory_file() -> BinaryIO:
 def write_decoded(
     file: BinaryIO, fingerprint: str, classes: tuple[str, ...], train: Iterable[Block], test: Iterable[Block]
 ) -> None:
-    """Write pixels as they come: no more than a block of them is ever in memory."""
+    """Write pixels block by block, so that at most one block is in memory."""
     file.write(_MAGIC)
     unreadable: list[str] = []
     labels: list[Tensor] = []
@@ -193,10 +196,10 @@ def write_decoded(
 
 
 def read_decoded(file: BinaryIO, fingerprint: str) -> Decoded:
-    """The splits of a file that ``write_decoded`` wrote. Their pixels are mapped: written to, they change here alone.
+    """Return the splits of a file from ``write_decoded``. Their pixels are mapped; writes don't change the file.
 
     Raises:
-        Stale: when the file isn't whole, or was written with another fingerprint.
+        Stale: if the file isn't whole, or has another fingerprint.
     """
     size = os.fstat(file.fileno()).st_size
     if size < len(_MAGIC) + _END.size:
@@ -227,5 +230,5 @@ def read_decoded(file: BinaryIO, fingerprint: str) -> Decoded:
 
 
 def _checksum(content: NDArray[np.uint8]) -> int:
-    """The sum of its 64-bit words: as fast as memory is, and changed by any changed or lost byte."""
+    """Return the sum of the 64-bit words: as fast as memory, and different after any changed or lost byte."""
     return int(content.view(np.int64).sum())

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ _IMAGE_SIZE = 32
 
 @dataclass(frozen=True)
 class Archive:
-    """Where a version of CIFAR comes from and what is in it: file names with their md5, and the keys of the pickles."""
+    """Source and content of a version of CIFAR: file names with their md5, and the keys of the pickles."""
 
     url: str
     md5: str
@@ -69,19 +69,19 @@ ARCHIVES = {
 
 
 def load_cifar(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
-    """CIFAR-10 or CIFAR-100, as ``config.name`` says, at ``config.image_size``; kept beside the files as plain pixels.
+    """Load CIFAR-10 or CIFAR-100 (``config.name``) at ``config.image_size``; keep it beside the files as plain pixels.
 
-    ``config.verify`` compares the files with their published checksums; without it, files of the same format with any
-    number of images are read. The pickles can only make arrays and plain values, never call anything else.
+    ``config.verify`` compares the files with their published checksums. Without it, files of the same format may have
+    any number of images. The pickles can create arrays and plain values only, and call nothing else.
 
     Raises:
-        UserError: when files are missing, differ from the published ones, or can't be read.
+        UserError: if files are missing, differ from the published files, or can't be read.
     """
     archive = ARCHIVES[config.name]
     files = {**archive.train, **archive.test, **archive.meta}
     folder = find_or_download(config, archive.folder, tuple(files), archive.url, archive.md5)
     size = config.image_size or _IMAGE_SIZE
-    # Files that weren't compared don't stand for those that are to be.
+    # The fingerprint differs with verify, because pixels of files that weren't compared must not count as verified.
     source = fingerprint(config.root, [f"{folder}/{name}" for name in files], (size, files if config.verify else None))
 
     def write(file: BinaryIO) -> None:
@@ -108,8 +108,8 @@ def _verify(path: Path, md5: str) -> None:
         raise UserError(f"{path} can't be read ({error.strerror})") from error
     if found != md5:
         raise UserError(
-            f"{path} isn't the published file (md5 {found}, published {md5}): delete {path.parent} so that it can be "
-            "fetched again, or set dataset.verify=false to use the file as it is"
+            f"{path} isn't the published file (md5 {found}, published {md5}): delete {path.parent} to download it "
+            "again, or set dataset.verify=false to use the file as it is"
         )
 
 
@@ -157,14 +157,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _unusable(path: Path, why: str) -> UserError:
-    return UserError(f"{path} isn't a usable CIFAR file: {why}; it may be damaged or cut short, fetch it again")
+    return UserError(f"{path} isn't a usable CIFAR file: {why}; it may be damaged or cut short, download it again")
 
 
 _NUMPY_CORE = "numpy.core" if np.__version__.startswith("1.") else "numpy._core"
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows only what numpy arrays are made of, so that a pickle from anywhere can't run anything."""
+    """Knows only the parts of numpy arrays, so that no pickle can run code."""
 
     _ALLOWED = frozenset(
         {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
@@ -172,10 +172,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
     )
 
-    def __init__(self, file: IO[bytes], *, encoding: str) -> None:
-        super().__init__(file, encoding=encoding)
-
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file does")
+            raise pickle.UnpicklingError(f"it needs {module}.{name}, which no CIFAR file does")
         return super().find_class(re.sub(r"^numpy\._?core", _NUMPY_CORE, module), name)

@@ -1,4 +1,4 @@
-"""Image files decoded once for all starts, and what becomes of those that can't be read."""
+"""Decoding of image files once for all starts, and the treatment of files that can't be read."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from largebatch.data.cache import (
     relative_names,
     write_decoded,
 )
-from largebatch.data.images import FileImages, decode, decoded_blocks, is_readable, unreadable_files
+from largebatch.data.images import FileImages, decoded_blocks, reading_error, unreadable_files
 from largebatch.data.split import Split
 from largebatch.errors import UserError
 
-_NAMED = 3  # of the images that can't be read
+_NAMED = 3  # number of unreadable images that a message names
 
 
 def decode_all(
     train: Split, test: Split, classes: tuple[str, ...], config: DatasetConfig, threads: int, say: Say
 ) -> Decoded:
-    """Both splits of image files as pixels in memory, from the file kept beside the data where that is up to date.
+    """Return both splits of image files as pixels in memory, from the file kept beside the data if it is up to date.
 
     Raises:
-        UserError: naming images that can't be read, where ``config.on_error`` isn't ``skip``.
+        UserError: naming images that can't be read, unless ``config.on_error`` is ``skip``.
     """
     images = _images(train)
     labels = [split.labels.tolist() for split in (train, test)]
@@ -45,7 +45,7 @@ def decode_all(
 
     def read(file: BinaryIO) -> Decoded:
         found = read_decoded(file, source)
-        _refuse_if_mended(found.unreadable, config)
+        _check_still_unreadable(found.unreadable, config)
         return found
 
     def write(file: BinaryIO) -> None:
@@ -54,16 +54,19 @@ def decode_all(
 
     path = cache_path(config, f"{images.channels}x{images.image_size}.pixels")
     found = kept(path, read, write, f"decoding {len(train) + len(test):,} images", say)
-    _accept(found.unreadable, len(train) + len(test), config, say)
-    _refuse_empty(found.train, found.test, config)
+    _accept(found.unreadable, found.train, found.test, config, say)
     return found
 
 
-def check_all(train: Split, test: Split, config: DatasetConfig, threads: int, say: Say) -> tuple[str, ...]:
-    """The image files that can't be read, relative to ``config.root``: a list that is kept beside the data.
+def check_all(
+    train: Split, test: Split, config: DatasetConfig, threads: int, say: Say
+) -> tuple[Split, Split, tuple[str, ...]]:
+    """Return both splits without the image files that can't be read, and these files, relative to ``config.root``.
+
+    The list of these files is kept beside the data.
 
     Raises:
-        UserError: naming some of them, where ``config.on_error`` isn't ``skip``.
+        UserError: naming some of them, unless ``config.on_error`` is ``skip``.
     """
     paths = _images(train).paths + _images(test).paths
     channels = _images(train).channels
@@ -77,24 +80,24 @@ def check_all(train: Split, test: Split, config: DatasetConfig, threads: int, sa
             raise Stale("is damaged") from None
         if found["fingerprint"] != source:
             raise Stale("is of other files or settings")
-        _refuse_if_mended(unreadable, config)
+        _check_still_unreadable(unreadable, config)
         return unreadable
 
     def write(file: BinaryIO) -> None:
-        say("that takes as long as decoding them for an epoch does; dataset.verify=false leaves it out")
+        say("the check takes as long as decoding an epoch; dataset.verify=false skips it")
         images = FileImages(paths, channels, 1)
         unreadable = relative_names((paths[i] for i in unreadable_files(images, threads)), config.root)
         file.write(json.dumps({"fingerprint": source, "unreadable": unreadable}).encode())
 
     path = cache_path(config, f"{channels}.unreadable.json")
     unreadable = kept(path, read, write, f"checking that {len(paths):,} images can be read", say)
-    _accept(unreadable, len(paths), config, say)
-    _refuse_empty(without(train, unreadable, config.root), without(test, unreadable, config.root), config)
-    return unreadable
+    train, test = (without(split, unreadable, config.root) for split in (train, test))
+    _accept(unreadable, train, test, config, say)
+    return train, test, unreadable
 
 
 def without(split: Split, unreadable: tuple[str, ...], root: str) -> Split:
-    """A split of image files less the ``unreadable`` ones, which are named relative to ``root``."""
+    """Return a split of image files without the ``unreadable`` files, which are relative to ``root``."""
     if not unreadable:
         return split
     left_out = set(unreadable)
@@ -107,39 +110,41 @@ def _images(split: Split) -> FileImages:
     return split.images
 
 
-def _path(name: str, root: str) -> str:
-    return str(Path(root) / name)
-
-
 def _blocks(split: Split, root: str, threads: int) -> Iterator[Block]:
-    """What ``write_decoded`` takes: pixels, their labels, and the names of the files that can't be read."""
+    """Yield the blocks for ``write_decoded``: pixels, their labels, and the names of the files that can't be read."""
     images = _images(split)
     first = 0
     for pixels, unreadable in decoded_blocks(images, threads):
-        is_here = torch.ones(len(pixels) + len(unreadable), dtype=torch.bool)
-        is_here[[i - first for i in unreadable]] = False
-        labels = split.labels[first : first + len(is_here)][is_here]
+        readable = torch.ones(len(pixels) + len(unreadable), dtype=torch.bool)
+        readable[[i - first for i in unreadable]] = False
+        labels = split.labels[first : first + len(readable)][readable]
         yield pixels, labels, relative_names((images.paths[i] for i in unreadable), root)
-        first += len(is_here)
+        first += len(readable)
 
 
-def _refuse_if_mended(unreadable: tuple[str, ...], config: DatasetConfig) -> None:
-    """A file may have become readable with its size and time unchanged, by other permissions for example."""
+def _check_still_unreadable(unreadable: tuple[str, ...], config: DatasetConfig) -> None:
+    """Raise ``Stale`` if a file is readable now; new permissions, for example, don't change its size and time."""
     for name in unreadable:
-        if is_readable(_path(name, config.root), config.channels):
-            raise Stale(f"leaves out {name}, which can be read now")
+        if not _error(name, config):
+            raise Stale(f"skips {name}, which can be read now")
 
 
-def _accept(unreadable: tuple[str, ...], total: int, config: DatasetConfig, say: Say) -> None:
+def _accept(unreadable: tuple[str, ...], train: Split, test: Split, config: DatasetConfig, say: Say) -> None:
+    """Log the ``unreadable`` images that are missing from the splits, or raise ``UserError``."""
     if not unreadable:
         return
+    total = len(train) + len(test) + len(unreadable)
     if config.on_error == "skip":
-        say(f"left out {len(unreadable):,} of {total:,} images, which can't be read: {_some(unreadable)}")
+        say(f"skipped {len(unreadable):,} of {total:,} images, which can't be read: {_some(unreadable)}")
+        for name, split in (("training", train), ("test", test)):
+            if len(split) == 0:
+                raise UserError(f"dataset.on_error=skip: no image of the {name} set in {config.root} can be read")
         return
-    message, others = _why(_path(unreadable[0], config.root), config.channels), unreadable[1:]
+    message = _error(unreadable[0], config) or f"{unreadable[0]} couldn't be read as an image"
+    others = unreadable[1:]
     if others:
         message += f". {len(others):,} more of {total:,} images can't be read: {_some(others)}"
-    raise UserError(f"{message}. dataset.on_error=skip leaves such images out")
+    raise UserError(f"{message}. dataset.on_error=skip skips such images")
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -147,15 +152,5 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def _why(path: str, channels: int) -> str:
-    try:
-        decode(path, channels, 1)
-    except UserError as error:
-        return str(error)
-    return f"{path} couldn't be read as an image"  # and was mended this very moment
-
-
-def _refuse_empty(train: Split, test: Split, config: DatasetConfig) -> None:
-    for name, split in (("training", train), ("test", test)):
-        if len(split) == 0:
-            raise UserError(f"dataset.on_error=skip: no image of the {name} set in {config.root} can be read")
+def _error(name: str, config: DatasetConfig) -> str:
+    return reading_error(str(Path(config.root) / name), config.channels)

@@ -1,21 +1,20 @@
-"""Finding a published archive's folder, or fetching it: by one process, and whole or not at all."""
+"""Search for a published archive's folder, and its download: by one process, and whole or not at all."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import tarfile
 import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from largebatch.config.datasets import DatasetConfig
+from largebatch.data.cache import alone
 from largebatch.errors import UserError
 
 _TIMEOUT = 20  # seconds without an answer
@@ -23,13 +22,13 @@ _BLOCK = 1 << 20
 
 
 def find_or_download(config: DatasetConfig, folder: str, needed: tuple[str, ...], url: str, md5: str) -> Path:
-    """The folder named ``folder`` in ``config.root`` (or that is it), holding all that is ``needed``.
+    """Return ``config.root`` or the folder named ``folder`` in it, whichever has all names in ``needed``.
 
-    Where it isn't there and ``config.download`` allows it, the archive at ``url`` with checksum ``md5`` is fetched and
-    unpacked; an archive that already lies in the root is used. Safe when several processes start at once.
+    If neither has and ``config.download`` allows it, download and unpack the archive at ``url`` with checksum ``md5``.
+    An archive that already is in the root is used. Several processes may call this at once.
 
     Raises:
-        UserError: naming ``dataset.root``, what was looked for, and why it couldn't be fetched.
+        UserError: naming ``dataset.root``, the missing files, and the reason why the download failed.
     """
     root = Path(config.root)
     if not _missing(root, needed):
@@ -37,23 +36,26 @@ def find_or_download(config: DatasetConfig, folder: str, needed: tuple[str, ...]
     place = root if root.name == folder else root / folder
     if not _missing(place, needed):
         return place
+    created = not place.parent.exists()
     try:
         if not config.download:
-            raise UserError("dataset.download=false, so it isn't fetched")
-        with _lock(place):
-            if _missing(place, needed):  # not brought by another process meanwhile
+            raise UserError("dataset.download=false, so it isn't downloaded")
+        with alone(place, lambda line: None):
+            if _missing(place, needed):  # else another process has downloaded it meanwhile
                 _fetch(place, url, md5)
     except (UserError, OSError) as error:
+        if created:  # remove the folder, unless another process wrote to it
+            with suppress(OSError):
+                place.with_name(f"{place.name}.lock").unlink(missing_ok=True)
+                place.parent.rmdir()
         raise UserError(
             f"dataset={config.name}: {error}. Looked in dataset.root={root} for {folder}/, "
             f"missing: {', '.join(_missing(place, needed))}. Put the unpacked archive of {url} there, point "
-            "dataset.root to it, or set dataset.download=true where there is a network"
+            "dataset.root to it, or set dataset.download=true on a machine with a network"
         ) from error
     still_missing = _missing(place, needed)
     if still_missing:
-        raise UserError(
-            f"dataset={config.name}: {place} came without {', '.join(still_missing)}; is {url} still right?"
-        )
+        raise UserError(f"dataset={config.name}: {url} has no {', '.join(still_missing)}; it may have changed")
     return place
 
 
@@ -66,30 +68,12 @@ def _missing(place: Path, needed: tuple[str, ...]) -> list[str]:
     return [name for name in needed if not os.path.exists(place / name)]
 
 
-@contextmanager
-def _lock(place: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it, however that ends."""
-    made = not place.parent.exists()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock = place.parent / f".{place.name}.lock"
-    try:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-    except (UserError, OSError):
-        if made:  # a folder that nothing came to isn't left behind
-            lock.unlink(missing_ok=True)
-            with suppress(OSError):  # something else came to it meanwhile
-                place.parent.rmdir()
-        raise
-
-
 def _fetch(place: Path, url: str, md5: str) -> None:
-    """Fetch and unpack beside ``place``, and rename into place when all is there."""
+    """Download and unpack beside ``place``, then rename."""
     if place.exists() and any(place.iterdir()):
-        raise UserError(f"{place} is incomplete; complete it, or delete it so that it can be fetched")
+        raise UserError(f"{place} is incomplete; complete it, or delete it to download it again")
     work = place.parent / f".{place.name}.download"
-    shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
+    shutil.rmtree(work, ignore_errors=True)  # from a process that was killed
     try:
         work.mkdir()
         archive = place.parent / url.rsplit("/", 1)[-1]
@@ -110,11 +94,11 @@ def _download(url: str, archive: Path, md5: str) -> None:
                 while block := answer.read(_BLOCK):
                     file.write(block)
                     progress.update(len(block))
-    except OSError as error:  # urllib's errors and timeouts are such
-        raise UserError(f"{url} couldn't be fetched ({error})") from error
+    except OSError as error:  # includes urllib's errors and timeouts
+        raise UserError(f"{url} couldn't be downloaded ({error})") from error
     got = md5_of(archive)
     if got != md5:
-        raise UserError(f"{url} came damaged or changed (md5 {got}, expected {md5})")
+        raise UserError(f"{url} is damaged or changed (md5 {got}, expected {md5})")
 
 
 def _unpack(archive: Path, into: Path) -> None:
@@ -123,7 +107,7 @@ def _unpack(archive: Path, into: Path) -> None:
             shutil.unpack_archive(archive, into)
         else:
             with tarfile.open(archive) as tar:
-                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python before 3.11.4 has none
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # missing before Python 3.11.4
                 tar.extractall(into)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{archive} can't be unpacked ({error})") from error

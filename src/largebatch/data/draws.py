@@ -1,4 +1,4 @@
-"""Random numbers of classification's augmentation: crop, flip and rotation of each image."""
+"""Random numbers of the augmentation for classification: crop, flip and rotation of each image."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from largebatch.data.transfer import to_device
 
 _FIXED_POINT = 1 << 16  # PIL's affine transform counts in 1/65536 of a pixel
-_LARGEST_SIDE = 1 << 14  # pixels; beyond it a position may overflow int32
+_LARGEST_SIDE = 1 << 14  # pixels; in larger images a position may overflow int32
 
 
 @dataclass(frozen=True)
 class Draws:
-    """One image's random numbers in each row of ``table``; ``draws[a:b]`` are those of a part of the batch.
+    """Random numbers of one image in each row of ``table``; ``draws[a:b]`` is a part of the batch.
 
     ``table`` is int32 [N, 8]: ``top`` and ``left``, the crop's corner in the padded image, 0 to ``2 * padding``;
     ``flip``, 0 or 1; and the rotation in 1/65536: ``cos``, ``sin``, ``-sin`` of the angle, and the row and the column
-    in the crop that the pixel in row 0, column 0 comes from. ``padding`` is the border in pixels.
+    in the crop of the source of the pixel in row 0, column 0. ``padding`` is the border in pixels.
     """
 
     padding: int
@@ -33,15 +33,17 @@ class Draws:
         return Draws(self.padding, self.table[part])
 
     def to(self, device: torch.device | str) -> Draws:
-        """The same on ``device``, in one transfer; to a GPU without waiting for it."""
+        """Copy to ``device`` in one transfer; to a GPU without waiting for it."""
         return Draws(self.padding, to_device(self.table, torch.device(device)))
 
 
 def draw(generator: torch.Generator, n: int, *, padding: int, flip: bool, rotation: float, side: int) -> Draws:
-    """``n`` draws for images of ``side`` pixels, on the CPU.
+    """Return ``n`` draws for images of ``side`` pixels, on the CPU.
 
     Corners are uniform in 0..2*padding, a flip has probability 0.5, angles are uniform in +-``rotation`` degrees.
-    Raises ValueError for images of more than 16384 pixels a side.
+
+    Raises:
+        ValueError: for images of more than 16384 pixels a side.
     """
     if side > _LARGEST_SIDE:
         raise ValueError(f"{side=} is more than {_LARGEST_SIDE}")
@@ -53,7 +55,7 @@ def draw(generator: torch.Generator, n: int, *, padding: int, flip: bool, rotati
 
 
 def _rotation(angle: Tensor, side: int) -> Tensor:
-    """The last five columns of ``Draws.table``, as [5, N], for ``angle`` float64 [N], degrees counter-clockwise."""
+    """Return the last five columns of ``Draws.table`` as [5, N]; ``angle``: float64 [N], degrees counter-clockwise."""
     radians = angle * (-math.pi / 180)
     cos, sin = radians.cos(), radians.sin()
     # The middle of the pixel in row 0, column 0 is at (0.5, 0.5).

@@ -1,4 +1,4 @@
-"""Where the pixels of a split are: in memory, or in files that are decoded when they are fetched."""
+"""Images of a split: pixels in memory, or files that are decoded when they are needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from largebatch.errors import UserError
 
 _MODES = {1: "L", 3: "RGB"}
 _TASK = 16  # files that a thread takes at a time
-_BLOCK_BYTES = 64 << 20  # of pixels, decoded together
+_BLOCK_BYTES = 64 << 20  # pixels that are decoded together
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class MemoryImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Image files of any size and mode, brought to ``channels`` (1 or 3) and ``image_size`` pixels by ``decode``."""
+    """Image files of any size and mode; ``decode`` converts them to ``channels`` (1 or 3) and ``image_size`` pixels."""
 
     paths: tuple[str, ...]
     channels: int
@@ -56,21 +56,6 @@ class FileImages:
     def select(self, indices: Tensor) -> FileImages:
         return FileImages(tuple(self.paths[i] for i in indices.tolist()), self.channels, self.image_size)
 
-    def to_memory(self) -> MemoryImages:
-        """Decode every file.
-
-        Raises:
-            UserError: naming the first file that can't be read.
-        """
-        pixels = np.empty((len(self), self.channels, self.image_size, self.image_size), dtype=np.uint8)
-        filled = 0
-        for block, unreadable in decoded_blocks(self, torch.get_num_threads()):
-            for i in unreadable:
-                decode(self.paths[i], self.channels, self.image_size)  # raises
-            pixels[filled : filled + len(block)] = block
-            filled += len(block)
-        return MemoryImages(torch.from_numpy(pixels))
-
 
 Images = MemoryImages | FileImages
 
@@ -80,9 +65,9 @@ def decoded_bytes(images: Images) -> int:
 
 
 def decoded_blocks(images: FileImages, threads: int) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
-    """Every file in order, some 64 MiB at a time, decoded in threads (PIL lets go of the interpreter meanwhile).
+    """Decode all files in order in threads (PIL releases the interpreter's lock); yield blocks of about 64 MiB.
 
-    Each block is the pixels, uint8 [n, C, S, S], of the files that can be read, and the indices of those that can't.
+    A block is the pixels, uint8 [n, C, S, S], of the files that can be read, and the indices of the files that can't.
     """
     size = max(_BLOCK_BYTES // (images.channels * images.image_size**2), _TASK * threads)
     with ThreadPoolExecutor(threads) as pool:
@@ -107,21 +92,22 @@ def _decode_block(images: FileImages, block: range, pool: Executor) -> tuple[NDA
 
 
 def unreadable_files(images: FileImages, threads: int) -> list[int]:
-    """The indices of the files that ``decode`` would refuse: all are read, in threads, and nothing is kept of them."""
+    """Read all files in threads and return the indices of the files for which ``decode`` would raise an error."""
 
     def read_files(indices: range) -> list[int]:
-        return [i for i in indices if not is_readable(images.paths[i], images.channels)]
+        return [i for i in indices if reading_error(images.paths[i], images.channels)]
 
     with ThreadPoolExecutor(threads) as pool:
         return [i for part in pool.map(read_files, _pieces(range(len(images)), _TASK)) for i in part]
 
 
-def is_readable(path: str, channels: int) -> bool:
+def reading_error(path: str, channels: int) -> str:
+    """Return the message of the error that ``decode`` would raise; empty if the file can be read."""
     try:
         _read(path, channels)
-    except UserError:
-        return False
-    return True
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _pieces(whole: range, size: int) -> list[range]:
@@ -129,13 +115,13 @@ def _pieces(whole: range, size: int) -> list[range]:
 
 
 def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
-    """One image file as uint8 [C, S, S].
+    """Decode one image file to uint8 [C, S, S].
 
-    The shorter side is resized to ``image_size`` (bilinear, antialiased), then the centre is cropped, as torchvision's
-    ``Resize(S)`` and ``CenterCrop(S)`` do. Transparency is dropped; 16-bit grey keeps its upper 8 bits.
+    The shorter side is resized to ``image_size`` (bilinear, antialiased), then the centre is cropped, as in
+    torchvision's ``Resize(S)`` and ``CenterCrop(S)``. Transparency is dropped; 16-bit grey keeps its upper 8 bits.
 
     Raises:
-        UserError: when the file can't be read as an image, whole.
+        UserError: if the file can't be read as a whole image.
     """
     array = np.asarray(_resized(_read(path, channels), image_size))
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
@@ -160,7 +146,7 @@ def _read(path: str, channels: int) -> Image.Image:
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):  # PIL itself would cut off at 255
+    if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif "transparency" in image.info:
         image = image.convert("RGBA")
@@ -179,7 +165,7 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
 
 
 def resize(images: MemoryImages, image_size: int) -> MemoryImages:
-    """Square images in memory, resized like files (bilinear, antialiased)."""
+    """Resize square images in memory as files are resized (bilinear, antialiased)."""
     size = (image_size, image_size)
     resized = torch.empty(*images.pixels.shape[:2], *size, dtype=torch.uint8)
     for part, result in zip(torch.split(images.pixels, 1024), torch.split(resized, 1024), strict=True):

@@ -1,4 +1,4 @@
-"""From the configuration to images on the device, in memory or in their files, with classes and statistics."""
+"""Loading of the configured data set: splits on the device, in memory or in files, classes and statistics."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _CPU = torch.device("cpu")
 class Data:
     """A data set: its splits, class names by label, and per-channel statistics of pixels in 0..1.
 
-    ``place`` is where the pixels are: on the ``device`` (and the labels with them), in the ``host``'s memory, or in
-    ``files`` that are decoded when they are fetched. ``skipped`` images couldn't be read and were left out.
+    ``place`` is the place of the pixels: on the ``device`` (with the labels), in the ``host``'s memory, or in ``files``
+    that are decoded when they are needed. ``skipped`` is the number of images that couldn't be read.
     """
 
     train: Split
@@ -60,27 +60,27 @@ class Data:
         return self.channels, self.image_size, self.image_size
 
 
-def _say_nothing(line: str) -> None:
-    pass
-
-
 def load_data(
-    config: DatasetConfig, seed: int, device: torch.device = _CPU, say: Say = _say_nothing, processes_here: int = 1
+    config: DatasetConfig,
+    seed: int,
+    device: torch.device = _CPU,
+    say: Say = lambda line: None,
+    processes_here: int = 1,
 ) -> Data:
-    """Load the data set ``config.name``, downloading it where that is allowed and needed.
+    """Load the data set ``config.name``; download it if that is allowed and needed.
 
-    Where ``config.location`` and the free memory of ``device`` and host allow it, all images are decoded now (and kept
-    in ``config.root/.largebatch`` for the next start) and stay in memory; otherwise each is decoded when it is fetched.
-    ``config.val_fraction`` of the training set is held out, stratified, as ``seed`` has it; the test set is never
-    touched. Sizes and numbers of classes are what the files hold; the configuration's are for the launcher only.
+    If ``config.location`` and the free memory of ``device`` and host allow it, all images are decoded now (and kept in
+    ``config.root/.largebatch`` for the next start) and stay in memory; otherwise each is decoded when it is needed.
+    ``config.val_fraction`` of the training set is held out, stratified, by ``seed``; the test set doesn't change. Sizes
+    and numbers of classes come from the files; the configuration's are for the launcher only.
 
     Args:
-        device: what the run computes on.
-        say: takes a line on anything that takes long or isn't as asked for.
-        processes_here: of this run on this machine; they share the host's memory and its cores.
+        device: the device of the run.
+        say: called with a line about slow work and about deviations from the configuration.
+        processes_here: number of this run's processes on this machine; they share the host's memory and its cores.
 
     Raises:
-        UserError: when files are missing, damaged or not what the configuration says; it names the file or key.
+        UserError: if files are missing, damaged or contradict the configuration; it names the file or key.
     """
     train, test, classes = _load(config, say)
     listed, in_files = (train, test), isinstance(train.images, FileImages)
@@ -97,8 +97,7 @@ def load_data(
         decoded = decode_all(train, test, classes, config, threads, say)
         train, test, unreadable = decoded.train, decoded.test, decoded.unreadable
     elif in_files and config.verify:
-        unreadable = check_all(train, test, config, threads, say)
-        train, test = without(train, unreadable, config.root), without(test, unreadable, config.root)
+        train, test, unreadable = check_all(train, test, config, threads, say)
 
     kept, held = _validation_part(train.labels, config.val_fraction, seed)
     mean, std = config.mean, config.std
@@ -110,7 +109,7 @@ def load_data(
         splits = _placed(train, test, kept, held, device if place == "device" else None)
     except torch.OutOfMemoryError:
         place, why = choose_location("host", size, None, host_free, in_memory=not in_files)
-        say(f"dataset.location={config.location}: there wasn't room for all pixels on the device; {why}")
+        say(f"dataset.location={config.location}: the device ran out of memory for the pixels; {why}")
         if place == "files":
             train, test = (without(split, unreadable, config.root) for split in listed)
         splits = _placed(train, test, kept, held, None)
@@ -124,8 +123,8 @@ def _load(config: DatasetConfig, say: Say) -> Loaded:
     load: Callable[[DatasetConfig, Say], Loaded] = getattr(importlib.import_module(module), function)
     try:
         train, test, classes = load(config, say)
-    except OSError as error:  # for example a folder that one may not read
-        raise UserError(f"dataset={config.name}: {error}; look at dataset.root={config.root}") from error
+    except OSError as error:  # for example a folder without read permission
+        raise UserError(f"dataset={config.name}: {error}; check dataset.root={config.root}") from error
     if train.images.channels != config.channels:
         raise UserError(
             f"dataset.channels={config.channels}: the images of {config.name} have {train.images.channels}; "
@@ -138,10 +137,10 @@ def _load(config: DatasetConfig, say: Say) -> Loaded:
 def _placed(
     train: Split, test: Split, kept: Tensor, held: Tensor | None, device: torch.device | None
 ) -> tuple[Split, Split | None, Split]:
-    """Training, validation and test set: on ``device``, or where they are for None.
+    """Return training, validation and test set on ``device``; None: on the host.
 
-    A selection is a copy. On the host, the whole that it comes from goes as soon as this is done: a mapped file of
-    pixels is the system's to drop, and nothing else refers to other pixels. On a device no whole is ever made.
+    A selection is a copy. On the host, the memory of the original is free after this call: the system can drop a mapped
+    file of pixels, and nothing else refers to other pixels. On a device only the selections are allocated.
     """
 
     def place(split: Split, indices: Tensor | None) -> Split:
@@ -155,9 +154,9 @@ def _placed(
 
 
 def measure_statistics(images: Images, workers: int = 0) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, for pixels in 0..1, over up to 2000 evenly spaced images.
+    """Return mean and standard deviation of each channel, for pixels in 0..1, over up to 2000 evenly spaced images.
 
-    A channel that is the same everywhere gets 1/255 as its deviation, so that one can divide by it.
+    A constant channel gets the deviation 1/255, so that normalisation can divide by it.
     """
     chosen = _evenly_spaced(len(images))
     total = torch.zeros(images.channels, dtype=torch.float64)
@@ -173,7 +172,7 @@ def measure_statistics(images: Images, workers: int = 0) -> tuple[list[float], l
 
 
 def _evenly_spaced(n: int) -> Tensor:
-    """The indices of the up to 2000 among ``n`` images that are measured."""
+    """Return the indices of the images among ``n`` to measure, at most 2000."""
     count = min(n, _MEASURED_IMAGES)
     return torch.arange(count) * n // count
 
@@ -186,7 +185,7 @@ def _at_size(split: Split, image_size: int) -> Split:
 
 
 def _validation_part(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Indices of the training images that are kept, and of those held out."""
+    """Return the indices of the training images that are kept, and of the images that are held out."""
     if fraction == 0:
         return torch.arange(len(labels)), None
     count = len(labels) - round(len(labels) * (1 - fraction))  # as the launcher counts

@@ -1,4 +1,4 @@
-"""Where the pixels of a data set are kept: in the device's memory, in the host's, or in their files."""
+"""Choice of the place of a data set's pixels: the device's memory, the host's memory, or their files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from largebatch.data.split import Split
 
 Place = Literal["device", "host", "files"]
 
-# Without being asked, data takes no more than this part of what is free, nor more than so many bytes.
-_PART = 4
-_MOST = 8 << 30
+# Limits of memory that data takes by default.
+_PART = 4  # at most 1 / _PART of the free memory
+_MOST = 8 << 30  # bytes
 _PIECE_BYTES = 64 << 20
 
 
 def choose_location(
     location: str, decoded_bytes: int, device_free: int | None, host_free: int, in_memory: bool = False
 ) -> tuple[Place, str]:
-    """Where ``decoded_bytes`` of pixels go by ``dataset.location``, and a sentence that says why.
+    """Return the place of ``decoded_bytes`` of pixels by ``dataset.location``, and a sentence with the reason.
 
-    ``device_free`` and ``host_free`` are the bytes that can be taken there; None stands for a device whose memory is
-    the host's. ``auto`` takes the device, and ``host`` the host's memory, for at most a quarter of what is free and at
-    most 8 GiB; ``device`` goes up to 80 % of the device's. What doesn't fit on the device goes to the host's memory,
-    and what doesn't fit there stays in its files; pixels that are ``in_memory`` already stay in the host's.
+    ``device_free`` and ``host_free`` are free bytes; ``device_free`` is None if the device's memory is the host's.
+    ``auto`` takes the device, and ``host`` the host's memory, for at most a quarter of the free memory and at most 8
+    GiB; ``device`` takes up to 80 % of the device's free memory. Pixels that don't fit on the device go to the host's
+    memory, and pixels that don't fit there stay in their files. Pixels that are ``in_memory`` already stay there.
     """
     size = f"{in_words(decoded_bytes)} of pixels"
     passed_over = ""
@@ -48,9 +48,9 @@ def choose_location(
 
 
 def _room(free: int) -> tuple[int, str]:
-    """How much may be taken without being asked for, and that in words."""
+    """Return the default limit in bytes, and in words."""
     if free // _PART > _MOST:
-        return _MOST, f"{in_words(_MOST)}, the most that is taken unasked,"
+        return _MOST, f"{in_words(_MOST)}, the default limit,"
     return free // _PART, "a quarter"
 
 
@@ -59,9 +59,9 @@ def in_words(size: int) -> str:
 
 
 def on_device(split: Split, indices: Tensor | None, device: torch.device) -> Split:
-    """The images (all, or those of ``indices``) and labels of a split in memory, as a copy on ``device``.
+    """Copy the images and labels (all, or at ``indices``) of a split in memory to ``device``.
 
-    Copied piece by piece: nothing beside the copy takes memory there, and the host gathers no second one.
+    The copy goes piece by piece, so that it needs no other memory on the device and no second copy on the host.
     """
     assert isinstance(split.images, MemoryImages)
     pixels, labels = split.images.pixels, split.labels

@@ -1,6 +1,6 @@
-"""Which images each optimizer step and each process takes: pure functions of the seed and the step.
+"""Choice of the images of each optimizer step and process: pure functions of the seed and the step.
 
-Nothing of it depends on the number of processes or on accumulation, and nothing has to be stored for a resume.
+The choice doesn't depend on the number of processes or on accumulation, and a resume needs no stored state.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from largebatch.seeding import derive_seed
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
-    """``n // batch_size``: the incomplete last batch is dropped.
+    """Return ``n // batch_size``: the incomplete last batch is dropped.
 
     Raises:
-        UserError: when there aren't ``batch_size`` images.
+        UserError: if there are fewer than ``batch_size`` images.
     """
     if batch_size > n:
         raise UserError(f"batch_size={batch_size}: larger than the training set of {n} images, so at most {n}")
@@ -26,7 +26,7 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 
 
 def global_batches(n: int, batch_size: int, seed: int, start_step: int) -> Iterator[tuple[int, Tensor]]:
-    """Endless ``(step, indices [batch_size])``, the images being shuffled anew every epoch."""
+    """Yield endless ``(step, indices [batch_size])``; every epoch has another order of the images."""
     steps = steps_per_epoch(n, batch_size)
     epoch, position = divmod(start_step, steps)
     while True:
@@ -37,5 +37,5 @@ def global_batches(n: int, batch_size: int, seed: int, start_step: int) -> Itera
 
 
 def evaluation_share(n: int, rank: int, processes: int) -> Tensor:
-    """The indices that ``rank`` evaluates: a contiguous block; sizes differ by at most one and may be 0."""
+    """Return the indices that ``rank`` evaluates: a contiguous block; sizes differ by at most one and may be 0."""
     return torch.arange(rank * n // processes, (rank + 1) * n // processes)

@@ -1,4 +1,4 @@
-"""Images with their labels, and how a part of them is held out."""
+"""Images with their labels, and the choice of a held-out part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from largebatch.data.images import Images
+from largebatch.data.images import FileImages, Images
 from largebatch.errors import UserError
 
 
@@ -25,15 +25,21 @@ class Split:
         return Split(self.images.select(indices), self.labels[indices])
 
 
-def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (kept, held out) of a stratified choice of exactly ``count`` of ``labels`` [N], each in ascending order.
+def split_of_files(files: list[tuple[str, int]], channels: int, image_size: int) -> Split:
+    """Return a split of image files from their paths and labels."""
+    images = FileImages(tuple(path for path, _ in files), channels, image_size)
+    return Split(images, torch.tensor([label for _, label in files]))
 
-    A class of n_c images gives ``n_c * count / N``, rounded down; the images that are still missing come one each from
-    the classes with the largest remainders (the first class, where remainders are equal). Which images of a class they
-    are follows from ``seed``.
+
+def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Hold out exactly ``count`` of ``labels`` [N], stratified; return indices (kept, held out), each ascending.
+
+    A class of n_c images gives ``n_c * count / N``, rounded down. The classes with the largest remainders give one more
+    image each, until there are ``count`` (of equal remainders the first class). ``seed`` determines the images of a
+    class.
 
     Raises:
-        UserError: when a class would be left with nothing on either side.
+        UserError: if a class would have no image on one side.
     """
     sizes = torch.bincount(labels)
     wanted = sizes * count  # in 1/N of an image: exact

@@ -1,4 +1,4 @@
-"""Pixels for lists of indices, in order; those in files are decoded ahead of time by worker processes."""
+"""Pixels for lists of indices, in order; worker processes decode files ahead of time."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch.utils.data import DataLoader, Dataset
 from largebatch.data.images import FileImages, Images, MemoryImages, decode
 from largebatch.errors import UserError
 
-_CHUNK = 64  # images a worker decodes at once: a large batch is shared out among the workers
+_CHUNK = 64  # images a worker decodes at once: several workers share a large batch
 
 
 def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers: int) -> Iterator[Tensor]:
-    """uint8 [len(indices), C, S, S] for each of ``index_lists`` (int64 [n] with n at most ``batch``; may be endless).
+    """Yield uint8 [n, C, S, S] for each of ``index_lists`` (int64 [n] with n at most ``batch``; may be endless).
 
     ``workers`` processes decode files up to two batches ahead, across steps and epochs; 0 decodes in this process.
 
     Raises:
-        UserError: from the iterator, when a file can't be read.
+        UserError: from the iterator, if a file can't be read.
     """
     if isinstance(images, MemoryImages):
         return (images.pixels[indices] for indices in index_lists)
@@ -41,7 +41,7 @@ def _stream_files(images: FileImages, index_lists: Iterable[Tensor], batch: int,
         sampler=chunks,
         num_workers=workers,
         prefetch_factor=max(2, math.ceil(2 * batch / (_CHUNK * workers))) if workers else None,
-        generator=torch.Generator(),  # or it would take a number from the global one, and a resume would differ
+        generator=torch.Generator(),  # the default takes a number from the global generator, so a resume would differ
         worker_init_fn=_leave_signals_to_the_parent,
     )
     decoded = iter(loader)
@@ -57,7 +57,7 @@ def _pixels(result: Tensor | UserError) -> Tensor:
 
 @dataclass(frozen=True)
 class _Decoder(Dataset[Tensor | UserError]):
-    """What a worker runs. An error is handed over as a value: raised there, it would arrive wrapped in a traceback."""
+    """The work of a worker. It returns an error as a value: a raised error would arrive wrapped in a traceback."""
 
     images: FileImages
 
@@ -67,10 +67,10 @@ class _Decoder(Dataset[Tensor | UserError]):
             decoded = [decode(images.paths[i], images.channels, images.image_size) for i in indices]
         except UserError as error:
             return error
-        return torch.from_numpy(np.stack(decoded)).contiguous()  # PIL's are laid out pixel by pixel
+        return torch.from_numpy(np.stack(decoded)).contiguous()  # PIL's channels are last
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the parent ends its workers, which would print a traceback each."""
+    """Ignore Ctrl-C, which reaches the whole process group: the parent ends its workers, without their tracebacks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the training process's handler, which they inherit
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # instead of the inherited handler of the training process

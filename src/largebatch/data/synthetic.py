@@ -14,10 +14,10 @@ _SEED = 0
 
 
 def load_synthetic(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
-    """Uniformly random bytes with balanced labels in random order; the same for every run.
+    """Return uniformly random bytes with balanced labels in random order, equal for every run.
 
     Raises:
-        UserError: when a size isn't given.
+        UserError: if a size isn't set.
     """
     train_size, test_size = _given(config, "train_size"), _given(config, "test_size")
     num_classes, side = _given(config, "num_classes"), _given(config, "image_size")

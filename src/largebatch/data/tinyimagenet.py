@@ -1,17 +1,14 @@
-"""Tiny ImageNet in its original archive's layout: 200 classes, 64x64, labels of the test images in a text file."""
+"""Tiny ImageNet in its original layout: 200 classes, 64x64, labels of the test images in a text file."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import torch
-
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
 from largebatch.data.download import find_or_download
-from largebatch.data.images import FileImages
-from largebatch.data.split import Split
+from largebatch.data.split import Split, split_of_files
 from largebatch.errors import UserError
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -22,21 +19,24 @@ _IMAGE_SIZE = 64
 
 
 def load_tinyimagenet(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
-    """Training set ``train/<wnid>/images``, test set ``val/`` (the archive's own test set has no labels).
+    """Load the training set ``train/<wnid>/images`` and the test set ``val/`` (the archive's test set has no labels).
 
-    The sorted folders of ``train`` are the classes and fix the labels. The images stay in their files, to be decoded as
-    ``config.channels`` (some files are grey) and ``config.image_size``.
+    The sorted folders of ``train`` are the classes and determine the labels. The images stay in their files; decoding
+    converts them to ``config.channels`` (some files are grey) and ``config.image_size``.
 
     Raises:
-        UserError: when files are missing or damaged, or don't fit together.
+        UserError: if files are missing, damaged or inconsistent.
     """
     folder = find_or_download(config, _FOLDER, ("train", _ANNOTATIONS, "val/images"), URL, MD5)
     classes = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir() and entry.name[0] != ".")
     if len(classes) < 2:
         raise UserError(f"{folder / 'train'} has {len(classes)} class folders; it needs at least two")
     label_of = {name: label for label, name in enumerate(classes)}
-    train, test = _train_files(folder, label_of), _test_files(folder, label_of)
-    return _split(train, config), _split(test, config), tuple(classes)
+    train, test = (
+        split_of_files(files, config.channels, config.image_size or _IMAGE_SIZE)
+        for files in (_train_files(folder, label_of), _test_files(folder, label_of))
+    )
+    return train, test, tuple(classes)
 
 
 def _train_files(folder: Path, label_of: dict[str, int]) -> list[tuple[str, int]]:
@@ -68,8 +68,3 @@ def _test_files(folder: Path, label_of: dict[str, int]) -> list[tuple[str, int]]
     if not files:
         raise UserError(f"{annotations} is empty: the archive isn't unpacked completely")
     return files
-
-
-def _split(files: list[tuple[str, int]], config: DatasetConfig) -> Split:
-    images = FileImages(tuple(path for path, _ in files), config.channels, config.image_size or _IMAGE_SIZE)
-    return Split(images, torch.tensor([label for _, label in files]))

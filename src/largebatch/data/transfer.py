@@ -1,4 +1,4 @@
-"""From host memory to the device, without waiting for it."""
+"""Copies from host memory to the device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; to a GPU from pinned memory, in the order of its stream."""
+    """Copy ``tensor`` to ``device``; to a GPU from pinned memory, in the order of its stream."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def one_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Each of ``tensors`` (host memory) on ``device``; to a GPU on its own stream, while the one before is used."""
+    """Yield each of ``tensors`` (host memory) on ``device``; a GPU copies on another stream, one tensor ahead."""
     if device.type != "cuda":
         yield from (tensor.to(device) for tensor in tensors)
         return
@@ -36,5 +36,5 @@ def one_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tenso
         coming = upload()
         using = torch.cuda.current_stream(device)
         using.wait_event(done)
-        uploaded.record_stream(using)  # or its memory would be given out again while it is read
+        uploaded.record_stream(using)  # so that its memory isn't reused while it is read
         yield uploaded

@@ -1,9 +1,9 @@
-"""The random numbers of the two Barlow Twins views, drawn for a whole batch at once.
+"""Random numbers of the two Barlow Twins views, drawn for a whole batch at once.
 
-The recipe is the one of ``facebookresearch/barlowtwins``, in its order: resized crop (scale 0.08..1, ratio 3/4..4/3,
+The recipe is that of ``facebookresearch/barlowtwins``, in its order: resized crop (scale 0.08..1, ratio 3/4..4/3,
 bicubic), flip, colour jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; with probability 0.8, its four
-steps in random order), grayscale (0.2), Gaussian blur (sigma 0.1..2 pixels) and solarize. The smallest scale and the
-probabilities are a view's own. Each number is distributed as in torchvision's transforms.
+steps in random order), grayscale (0.2), Gaussian blur (sigma 0.1..2 pixels) and solarize. Each view has its own
+smallest scale and probabilities. Each number is distributed as in torchvision's transforms.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from largebatch.data.transfer import to_device
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
 _SIGMA = (0.1, 2.0)
-_TRIES = 10  # for a crop that fits into the image
+_TRIES = 10  # attempts to find a crop that fits into the image
 
-# Steps of the colour jitter, as numbered in ViewDraws.
+# Numbers of the colour jitter's steps in ViewDraws.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _WHOLE = (
     *("top", "left", "height", "width", "flip", "jitter"),
@@ -33,7 +33,7 @@ _REAL = ("brightness", "contrast", "saturation", "sigma")
 
 @dataclass(frozen=True)
 class View:
-    """Probabilities of a view's steps, and the smallest part of an image's area that a crop shows."""
+    """Probabilities of a view's steps, and the smallest fraction of an image's area in a crop."""
 
     blur: float
     solarize: float
@@ -43,11 +43,11 @@ class View:
     gray: float = 0.2
 
 
-VIEWS = (View(blur=1.0, solarize=0.0), View(blur=0.1, solarize=0.2))  # the reference program's
+VIEWS = (View(blur=1.0, solarize=0.0), View(blur=0.1, solarize=0.2))  # of the reference program
 
 
 def configured_views(config: DatasetConfig) -> tuple[View, View]:
-    """The first and the second view that ``dataset.views`` asks for."""
+    """Return the first and the second view of ``dataset.views``."""
     views, flip = config.views, 0.5 if config.flip else 0.0
     first, second = (
         View(blur, solarize, views.min_area, flip, views.jitter, views.gray)
@@ -58,12 +58,12 @@ def configured_views(config: DatasetConfig) -> tuple[View, View]:
 
 @dataclass(frozen=True)
 class ViewDraws:
-    """One image's random numbers in each row; ``draws[a:b]`` are those of a part of the batch.
+    """Random numbers of one image in each row; ``draws[a:b]`` is a part of the batch.
 
     ``whole`` is int32 [N, 13]: top, left, height and width of the crop in pixels; flip, 0 or 1; jitter, 0 or 1; its
-    four steps in their order (0 brightness, 1 contrast, 2 saturation, 3 hue); hue, what is added modulo 256 to the
-    hue in bytes; gray and solarize, 0 or 1. ``real`` is float32 [N, 4]: the factors of brightness, contrast and
-    saturation, and the blur's sigma in pixels, at most 2.4, or 0 for none. ``views_cpu.cpp`` has the same columns.
+    four steps in their order (0 brightness, 1 contrast, 2 saturation, 3 hue); hue, the shift of the hue in bytes,
+    modulo 256; gray and solarize, 0 or 1. ``real`` is float32 [N, 4]: the factors of brightness, contrast and
+    saturation, and the blur's sigma in pixels, at most 2.4, or 0 for no blur. ``views_cpu.cpp`` has the same columns.
     """
 
     whole: Tensor
@@ -76,18 +76,18 @@ class ViewDraws:
         return ViewDraws(self.whole[part], self.real[part])
 
     def to(self, device: torch.device | str) -> ViewDraws:
-        """These draws on ``device``; to CUDA in two transfers that the host doesn't wait for."""
+        """Copy to ``device`` in two transfers; to CUDA without waiting for them."""
         where = torch.device(device)
         return ViewDraws(to_device(self.whole, where), to_device(self.real, where))
 
     def columns(self) -> dict[str, Tensor]:
-        """Each number by its name, of shape [N]."""
+        """Return the columns by name, each of shape [N]."""
         whole = zip(_WHOLE, self.whole.unbind(1), strict=True)
         return {**dict(whole), **dict(zip(_REAL, self.real.unbind(1), strict=True))}
 
 
 def draw(generator: torch.Generator, n: int, side: int, view: View) -> ViewDraws:
-    """``n`` draws on CPU for images of ``side`` x ``side`` pixels, from a CPU ``generator``."""
+    """Return ``n`` draws on CPU for images of ``side`` x ``side`` pixels, from a CPU ``generator``."""
 
     def chance(probability: float) -> Tensor:
         return torch.rand(n, generator=generator) < probability
@@ -107,17 +107,17 @@ def draw(generator: torch.Generator, n: int, side: int, view: View) -> ViewDraws
 
 
 def _crop_sizes(generator: torch.Generator, n: int, side: int, min_area: float) -> tuple[Tensor, Tensor]:
-    """Heights and widths [N]: the first of ten tries that fits, else the whole image."""
+    """Return heights and widths [N]: the first of ten attempts that fits, else the whole image."""
     shape = (n, _TRIES)
     area = torch.empty(shape, dtype=torch.float64).uniform_(min_area, 1.0, generator=generator) * side**2
     ratio = torch.empty(shape, dtype=torch.float64).uniform_(*_LOG_RATIO, generator=generator).exp()
     height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (height >= 1) & (height <= side) & (width >= 1) & (width <= side)
-    first = fits.byte().argmax(1, keepdim=True)  # of equal ones the first
+    first = fits.byte().argmax(1, keepdim=True)  # the first maximum
     height, width = (torch.where(fits, length, side).gather(1, first).squeeze(1) for length in (height, width))
     return height, width
 
 
 def _up_to(generator: torch.Generator, last: Tensor) -> Tensor:
-    """Whole numbers [N], uniform in 0..last."""
+    """Return whole numbers [N], uniform in 0..last."""
     return (torch.rand(len(last), dtype=torch.float64, generator=generator) * (last + 1)).floor().minimum(last)

@@ -1,9 +1,9 @@
 """The two views of Barlow Twins for a whole batch with one draw an image: pixels to normalised images in one call.
 
 The result is that of the per-image chain of torchvision's functions on PIL images at equal parameters. On CPU it is a
-C++ kernel (``views_cpu.cpp``) where that can be compiled. The torch code here is for other devices: it has the same
-fixed point arithmetic in int32 and the same rounding, no shape that depends on data and no host synchronisation, and no
-matrix product, so that neither autocast nor TF32 touches it.
+C++ kernel (``views_cpu.cpp``) if that can be compiled. The torch code here is for other devices. It has the same fixed
+point arithmetic in int32 and the same rounding, no shape that depends on data and no host synchronisation. It has no
+matrix product, so that autocast and TF32 don't change it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from largebatch.data.views_cpu import view_cpu, why_not
 
 __all__ = ["VIEWS", "View", "ViewDraws", "draw", "view", "view_torch"]
 
-_CPU_SLICE = 32  # images at once, so that they stay in the processor's cache (128: 1.2 times the time)
+_CPU_SLICE = 32  # images at once, to fit the processor's cache (128: 1.2 times the time)
 _TAP_BITS, _BOX_BITS = 22, 24  # PIL's fixed point in resizing and in blurring
 
 
 def view(
     pixels: Tensor, indices: Tensor | None, draws: ViewDraws, mean: Tensor, std: Tensor, *, channels_last: bool = False
 ) -> Tensor:
-    """One view of the images at ``indices``.
+    """Return one view of the images at ``indices``.
 
     Args:
         pixels: uint8 [M, C, S, S], the whole data set on its device; C is 1 or 3. With C = 1 grayscale, saturation and
             hue do nothing, as in torchvision on PIL images.
-        indices: int64 [N] on that device; None takes all images in their order.
-        draws: N rows; on that device.
+        indices: int64 [N] on that device; None for all images in their order.
+        draws: N rows, on that device.
         mean, std: float32 [C] on that device, for pixels in 0..1.
         channels_last: the memory format of the result.
 
@@ -37,8 +37,8 @@ def view(
         float32 [N, C, S, S], ``(pixel - 255 * mean) / (255 * std)``.
 
     Raises:
-        IndexError: on CPU, when ``indices`` leave the data set.
-        ValueError: on CPU, when shapes or types don't fit.
+        IndexError: on CPU, if an index isn't in 0..M-1.
+        ValueError: on CPU, if shapes or types don't fit.
     """
     on_cpu = pixels.device.type == "cpu" and not why_not()
     return (view_cpu if on_cpu else view_torch)(pixels, indices, draws, mean, std, channels_last=channels_last)
@@ -47,7 +47,7 @@ def view(
 def view_torch(
     pixels: Tensor, indices: Tensor | None, draws: ViewDraws, mean: Tensor, std: Tensor, *, channels_last: bool = False
 ) -> Tensor:
-    """As ``view``, in torch's own operations on any device that has float64."""
+    """Do the same as ``view`` by torch's operations, on any device that has float64."""
     count = len(pixels) if indices is None else len(indices)
     if pixels.device.type == "cpu" and count > _CPU_SLICE:
         chosen = torch.arange(count) if indices is None else indices
@@ -67,7 +67,7 @@ def view_torch(
 
 
 def _resized_crop(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
-    """uint8 [N, C, S, S] to int32 in 0..255: crop, horizontal and then vertical bicubic pass, flip."""
+    """Convert uint8 [N, C, S, S] to int32 in 0..255: crop, horizontal and then vertical bicubic pass, flip."""
     images = images.int()
     side = images.shape[-1]
     columns, weights = _taps(numbers["left"], numbers["width"], side)
@@ -78,9 +78,9 @@ def _resized_crop(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
 
 
 def _weigh(images: Tensor, axis: int, positions: Tensor, weights: Tensor) -> Tensor:
-    """The sum along ``axis`` of the pixels at four ``positions`` times their ``weights``, to 8 bits.
+    """Return the sum along ``axis`` of the pixels at four ``positions`` times their ``weights``, to 8 bits.
 
-    The four lie along the other one of the axes 2 and 3.
+    Positions and weights have the four along the other of the axes 2 and 3.
     """
     half = torch.full((), 1 << (_TAP_BITS - 1), dtype=torch.int32, device=images.device)
     fixed = half.expand(images.shape)
@@ -90,7 +90,7 @@ def _weigh(images: Tensor, axis: int, positions: Tensor, weights: Tensor) -> Ten
 
 
 def _taps(first: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The four pixels that each of ``side`` is made of, int64 [N, 1, side, 4], and their weights, int32.
+    """Return the four source pixels of each of ``side`` pixels, int64 [N, 1, side, 4], and their weights, int32.
 
     ``first`` and ``size`` [N, 1, 1, 1]: the crop in the image, along one axis.
     """
@@ -99,7 +99,7 @@ def _taps(first: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
     )
     low = (centre - 2 + 0.5).clamp(min=0).floor()
     high = torch.minimum((centre + 2 + 0.5).floor(), size)
-    position = torch.arange(5, device=size.device) + low  # four, or a fifth by rounding, whose weight is 0
+    position = torch.arange(5, device=size.device) + low  # by rounding there may be a fifth, with weight 0
     distance = (position - centre + 0.5).abs()
     near = ((-0.5 + 2) * distance - (-0.5 + 3)) * distance * distance + 1
     far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
@@ -112,9 +112,9 @@ def _taps(first: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 def _jitter(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
-    """float32 [N, C, S, S] with whole numbers in 0..255, to the same.
+    """Jitter the colours of float32 [N, C, S, S] with whole numbers in 0..255.
 
-    The hue is the costly step: it is taken once, between the steps that come before it and those that come after.
+    The hue is the slowest step: it runs once for all images, after the steps before it and before the steps after it.
     """
     order = torch.cat([numbers[f"step{i}"] for i in range(4)], 1)  # [N, 4, 1, 1]
     hue_at = (order == HUE).int().argmax(1, keepdim=True)
@@ -131,13 +131,13 @@ def _jitter(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
 
 
 def _blend_step(images: Tensor, step: Tensor, numbers: dict[str, Tensor], on: Tensor) -> Tensor:
-    """Brightness, contrast or saturation, whichever ``step`` [N, 1, 1, 1] says, where ``on``."""
+    """Change brightness, contrast or saturation, chosen by ``step`` [N, 1, 1, 1], of the images with ``on``."""
     gray = _gray(images) if images.shape[1] == 3 else images
     mean = (_over(gray.sum((2, 3), dtype=torch.float64, keepdim=True), gray[0].numel()) + 0.5).floor().float()
     degenerate = torch.where(step == BRIGHTNESS, 0, torch.where(step == CONTRAST, mean, gray))
     contrast_or_saturation = torch.where(step == CONTRAST, numbers["contrast"], numbers["saturation"])
     factor = torch.where(step == BRIGHTNESS, numbers["brightness"], contrast_or_saturation)
-    factor = torch.where(on, factor, 1)  # which gives the image itself
+    factor = torch.where(on, factor, 1)  # 1 doesn't change the image
     return (degenerate + factor * (images - degenerate)).clamp(0, 255).trunc()
 
 
@@ -147,7 +147,7 @@ def _gray(images: Tensor) -> Tensor:
 
 
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """To hue, saturation and value in bytes, ``shift`` the hue modulo 256, and back; single and double as in PIL."""
+    """Convert to HSV in bytes, add ``shift`` to the hue modulo 256, convert back; single and double as in PIL."""
     red, green = images[:, :1], images[:, 1:2]
     value = images.amax(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
@@ -164,19 +164,19 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     falls, rises = (saturation * rest).double(), saturation.double() * (1 - rest.double())
     parts = torch.where(sixth % 2 == 1, falls, rises)
     middle, low = ((value.double() * (1 - part) + 0.5).floor().float() for part in (parts, saturation.double()))
-    # Value, middle and low by sixth of the circle: red; green is a third of the circle on, blue another.
+    # Red is value, middle or low, by sixth of the circle. Green follows a third of the circle later, then blue.
     place = (sixth + torch.arange(0, 12, 4, device=images.device).view(3, 1, 1)) % 6
     return torch.where((place == 0) | (place == 5), value, torch.where((place == 1) | (place == 4), middle, low))
 
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """int32 [N, C, S, S] in 0..255: three box blurs along the rows, then three along the columns, as PIL's.
+    """Blur int32 [N, C, S, S] in 0..255 as PIL: three box blurs along the rows, then three along the columns.
 
-    A box of 1 or 3 pixels of weight ``inner`` between two of weight ``outer``. Pixels are taken from -128 on, so that
-    24 bits of a weight and 8 of a pixel fit into int32; a sigma of 0 leaves them as they are.
+    A box is 1 or 3 pixels of weight ``inner`` between two pixels of weight ``outer``. 128 is subtracted from pixels, so
+    that 24 bits of a weight and 8 of a pixel fit into int32; a sigma of 0 doesn't change pixels.
     """
     inner, outer, wide = _box(sigma)
-    # What the rounding of `outer` leaves of the sum of weights to 1, times the 128 taken off.
+    # 1 minus the sum of weights (by the rounding of `outer`), times the 128 that was subtracted.
     half = (1 << (_BOX_BITS - 1)) - 128 * ((1 << _BOX_BITS) - torch.where(wide, 3, 1) * inner - 2 * outer)
     by_distance = (inner, torch.where(wide, inner, outer), torch.where(wide, outer, 0))
     side = images.shape[-1]
@@ -191,7 +191,7 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _box(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The box of PIL's Gaussian blur: int32 weights of the inner and the two outer pixels, and whether it is wide."""
+    """Return the box of PIL's Gaussian blur: int32 weights of inner and outer pixels, and True if it is wide."""
     variance = _over(sigma * sigma, 3)
     length = (12 * variance.double() + 1).sqrt().float()
     whole = ((length.double() - 1) / 2).floor().float()
@@ -204,5 +204,5 @@ def _box(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _over(numbers: Tensor, divisor: float) -> Tensor:
-    """The quotient rounded once: on CUDA, division by a Python number is multiplication by its reciprocal."""
+    """Return the quotient rounded once: CUDA divides by a Python number by multiplying with its reciprocal."""
     return numbers / torch.full((), divisor, dtype=numbers.dtype, device=numbers.device)

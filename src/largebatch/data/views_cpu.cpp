@@ -1,9 +1,9 @@
 // A view of Barlow Twins for a batch: resized crop, flip, colours, blur, solarize, normalisation, image by image.
 //
-// The arithmetic is Pillow's, so that the bytes are those of its per-image chain: fixed point with 22 bits in the
-// bicubic passes and 24 in the blur, single and double precision where it has them in blends and in the hue. An image
-// stays in the processor's nearest caches from its crop to its normalised values; each is the work of one thread, so
-// that the result depends neither on the batch nor on the number of threads.
+// The arithmetic is Pillow's, so that the bytes equal its per-image chain: fixed point with 22 bits in the bicubic passes
+// and 24 in the blur, single and double precision as Pillow in blends and in the hue. An image stays in the processor's
+// nearest caches from its crop to its normalised values. One thread computes a whole image, so that the result depends
+// neither on the batch nor on the number of threads.
 #pragma GCC optimize("fp-contract=off")  // a fused multiply-add rounds once where Pillow rounds twice
 #pragma STDC FP_CONTRACT OFF             // the same for clang
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace {
 
 using Byte = uint8_t;
 
-// A row of each of the tables of ViewDraws (view_draws.py), whose columns these are.
+// A row of each table of ViewDraws (view_draws.py).
 struct Whole {
   int32_t top, left, height, width, flip, jitter, order[4], hue, gray, solarize;
 };
@@ -28,7 +28,7 @@ struct Taps {
   int first, weight[4];  // in 1 / 2 ** 22
 };
 
-// Passes over lines work on ints: where bytes and ints mix, a vector loop takes 64 pixels at once or none.
+// Passes over lines use ints: with mixed bytes and ints, a vector loop takes 64 pixels at once or none.
 constexpr int kLanes = 16;
 
 int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -36,15 +36,15 @@ int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 struct Scratch {
   std::vector<int> crop, passed, lines, row, next;
   std::vector<Byte> image, gray;
-  std::vector<std::vector<Taps>> taps;  // by the crop's size; empty where not yet needed
+  std::vector<std::vector<Taps>> taps;  // by the crop's size; empty until needed
   Scratch(int channels, int side)
-      // Three more columns or lines than there are: taps of weight 0 at the end of the crop read them.
+      // Three additional columns or lines, which taps of weight 0 at the end of the crop read.
       : crop((side + 3) * padded(channels * side)), passed(side * padded(channels * side)),
         lines((channels * side + 3) * padded(side)), row(padded(side) + 4), next(padded(side) + 4),
         image(channels * side * side), gray(side * side), taps(side + 1) {}
 };
 
-// The loops over pixels. Whatever they need is an argument: by reference it'd be fetched anew for each pixel.
+// The loops over pixels. All numbers are arguments: the compiler would load references for each pixel.
 
 // out[c, r] = in[r, c]
 template <class Number>
@@ -93,13 +93,13 @@ int rounded_mean(const Byte* gray, int n) {
   return static_cast<int>(static_cast<double>(sum) / n + 0.5);
 }
 
-// Pixels on their way to HSV in bytes and back. In stages with arrays between them: as one loop, with bytes, floats and
-// doubles mixed, it isn't vectorised.
+// Conversion to HSV in bytes and back, in stages with arrays between them: the compiler doesn't vectorise one loop with
+// mixed bytes, floats and doubles.
 constexpr int kBlock = 64;
 using Ints = int[kBlock];
 using Floats = float[kBlock];
 
-// The hue in turns from -1/6 on, the saturation as a portion of 1, and the value.
+// Computes the hue in turns from -1/6 on, the saturation as a portion of 1, and the value.
 void to_turns(const Byte* __restrict red, const Byte* __restrict green, const Byte* __restrict blue, int n,
               Floats& turns, Floats& portion, Ints& value) {
 #pragma omp simd
@@ -126,7 +126,7 @@ void to_bytes(const Floats& turns, const Floats& portion, int shift, int n, Ints
   }
 }
 
-// The lowest level of a pixel's channels and the middle one; the highest is the value.
+// Computes the lowest and the middle level of a pixel's channels; the highest is the value.
 void to_levels(const Ints& hue, const Ints& saturation, const Ints& value, int n, Ints& sixth, Ints& low,
                Ints& middle) {
 #pragma omp simd
@@ -142,7 +142,7 @@ void to_levels(const Ints& hue, const Ints& saturation, const Ints& value, int n
   }
 }
 
-// By sixth of the circle: value, middle, low, low, middle, value, value; the other channels are thirds of it on.
+// By sixth of the circle, red is value, middle, low, low, middle, value, value; the other channels are thirds later.
 void to_channel(const Ints& sixth, const Ints& value, const Ints& middle, const Ints& low, int n, int from,
                 Byte* __restrict out) {
 #pragma omp simd
@@ -153,7 +153,7 @@ void to_channel(const Ints& sixth, const Ints& value, const Ints& middle, const 
   }
 }
 
-// To HSV in bytes, a shift of the hue modulo 256, and back.
+// Converts to HSV in bytes, shifts the hue modulo 256, and converts back.
 void shift_hue(Byte* red, Byte* green, Byte* blue, int pixels, int shift) {
   Floats turns, portion;
   Ints value, hue, saturation, sixth, low, middle;
@@ -168,7 +168,7 @@ void shift_hue(Byte* red, Byte* green, Byte* blue, int pixels, int shift) {
   }
 }
 
-// A box of 2 * radius + 1 pixels of weight `inner` between two of weight `outer`, in 1 / 2 ** 24.
+// A box of 2 * radius + 1 pixels of weight `inner` between two pixels of weight `outer`, in 1 / 2 ** 24.
 struct Box {
   int radius;
   uint32_t inner, outer;
@@ -218,7 +218,7 @@ double bicubic(double x) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
 }
 
-// For `side` pixels from `size` <= side, which bicubic interpolation takes from four.
+// Returns the taps for `side` pixels from `size` <= side; bicubic interpolation uses four.
 std::vector<Taps> bicubic_taps(int size, int side) {
   std::vector<Taps> taps(side);
   const double scale = static_cast<double>(size) / side;
@@ -228,7 +228,7 @@ std::vector<Taps> bicubic_taps(int size, int side) {
     const int count = std::min(static_cast<int>(centre + 2.0 + 0.5), size) - first;
     double weight[5], sum = 0;
     for (int i = 0; i < count; i++) sum += weight[i] = bicubic(i + first - centre + 0.5);
-    const int more = std::max(count - 4, 0);  // a fifth by rounding, at a distance of 2, where the weight is 0
+    const int more = std::max(count - 4, 0);  // a fifth by rounding, at distance 2 with weight 0
     taps[x] = {first + more, {0, 0, 0, 0}};
     for (int i = more; i < count; i++) {
       const double fixed = weight[i] / sum * (1 << 22);
@@ -277,11 +277,11 @@ void jitter(const Whole& draw, const Real& factors, int channels, int area, Byte
       to_gray(red, green, blue, area, gray);
       for (Byte* plane : {red, green, blue}) blend_with(gray, plane, area, factors.saturation);
     }
-    if (step == 3) shift_hue(red, green, blue, area, draw.hue);  // by 0 too: the way through HSV rounds
+    if (step == 3) shift_hue(red, green, blue, area, draw.hue);  // also by 0: the conversion to HSV rounds
   }
 }
 
-// Three such boxes in a row are the blur with this standard deviation (Gwosdek et al., 2011), below 2.44 pixels.
+// Returns the box of which three passes are the blur with this standard deviation (Gwosdek et al., 2011), below 2.44.
 Box box_for(float sigma) {
   const float variance = sigma * sigma / 3;
   const float length = static_cast<float>(std::sqrt(12.0 * variance + 1.0));
@@ -316,7 +316,7 @@ void blur(const Box& box, int channels, int side, Scratch& s) {
       std::swap(in, out);
     }
   }
-  std::copy_n(s.passed.data(), channels * area, s.image.data());  // the third pass ended there
+  std::copy_n(s.passed.data(), channels * area, s.image.data());  // the third pass wrote there
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""A view on CPU: ``views_cpu.cpp``, compiled once for this machine."""
+"""``views.view`` on CPU: ``views_cpu.cpp``, compiled once for this machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from largebatch import native
+from largebatch.data.augment_cpu import address
 from largebatch.data.view_draws import ViewDraws
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -23,20 +24,19 @@ class _Batch(ctypes.Structure):
 
 
 def why_not() -> str:
-    """Why there is no kernel on this machine; empty where there is one."""
+    """Return the reason why there is no compiled code; empty if there is."""
     return native.why_not(_SOURCE)
 
 
 def view_cpu(
     pixels: Tensor, indices: Tensor | None, draws: ViewDraws, mean: Tensor, std: Tensor, *, channels_last: bool = False
 ) -> Tensor:
-    """As ``views.view``, for tensors on CPU and with ``torch.get_num_threads()`` threads.
+    """Do the same as ``views.view`` for tensors on CPU, with ``torch.get_num_threads()`` threads.
 
     Raises:
-        IndexError: when ``indices`` leave the data set.
-        ValueError: when there isn't one row of draws an image, or pixels are no uint8 squares of 1 or 3 channels.
+        IndexError: if an index isn't in 0..M-1.
+        ValueError: if there isn't one row of draws per image, or pixels aren't uint8 squares of 1 or 3 channels.
     """
-    compiled = native.library(_SOURCE)
     images, channels, height, side = pixels.shape
     count = images if indices is None else len(indices)
     if pixels.dtype != torch.uint8 or height != side or channels not in (1, 3):
@@ -46,14 +46,14 @@ def view_cpu(
     if indices is not None and count and (int(indices.min()) < 0 or int(indices.max()) >= images):
         raise IndexError(f"an index lies outside the {images} images")
 
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(count, channels, side, side, memory_format=layout)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(count, channels, side, side, memory_format=memory_format)
     given = [
         pixels, None if indices is None else indices.long(), draws.whole.int(), draws.real.float(),
         mean.float() * 255, std.float() * 255,
     ]  # fmt: skip
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in given]  # in a name: they must live on
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    batch = _Batch(count, channels, side, torch.get_num_threads(), channels_last, *pointers, out.data_ptr())
-    compiled.view(ctypes.byref(batch))
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in given]  # a variable keeps them alive
+    sizes = (count, channels, side, torch.get_num_threads())
+    batch = _Batch(*sizes, channels_last, *map(address, (*tensors, out)))
+    native.library(_SOURCE).view(ctypes.byref(batch))
     return out

@@ -1,4 +1,4 @@
-"""Models: a small network of our own, ResNets, torchvision's, timm's; their stems and weight initialisation."""
+"""Models: a small network, ResNets, torchvision's and timm's models; their stems and weight initialisation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _INITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
-    """A classifier from float images [B, channels, H, W] to logits [B, num_classes], randomly initialised.
+    """Build a classifier from float images [B, channels, H, W] to logits [B, num_classes], randomly initialised.
 
     Raises:
-        UserError: for a name that timm doesn't know, or arguments that it refuses.
+        UserError: for a name that timm doesn't know, or arguments that timm rejects.
     """
     if isinstance(config, TimmModel):
         model = _timm(config, num_classes, channels)
@@ -40,10 +40,10 @@ def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Modu
 
 
 def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn.Module, int]:
-    """A model without its classifier, from images [B, *image] to features [B, F], and F.
+    """Build a model without its classifier, from images [B, *image] to features [B, F]; return it and F.
 
     Raises:
-        UserError: as ``build_model``, and for a timm model that gives no vector of features.
+        UserError: as ``build_model``, and for a timm model that returns no vector of features.
     """
     model = build_model(config, num_classes=1, channels=image[0])
     if isinstance(config, TimmModel):
@@ -51,7 +51,7 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
     else:
         last = {"smallcnn": "head", "effb0": "classifier"}.get(config.name, "fc")
         setattr(model, last, nn.Identity())
-    model.eval()  # a look at the shape leaves running statistics alone
+    model.eval()  # so that this pass doesn't change running statistics
     try:
         with torch.no_grad():
             features = model(torch.zeros(2, *image))
@@ -63,23 +63,23 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
     if features.ndim != 2:
         raise UserError(
             f"model.name={config.name}: its features of two images have the shape {list(features.shape)}, and Barlow "
-            "Twins needs a vector of each; choose a model with pooling (model.options.global_pool)"
+            "Twins needs one vector per image; choose a model with pooling (model.options.global_pool)"
         )
     return model.train(), features.shape[1]
 
 
 def initialise(model: nn.Module, init: str) -> None:
-    """Draw the weights of every convolution and linear layer anew; biases and norm layers stay as they are."""
+    """Draw new weights for every convolution and linear layer; biases and norm layers don't change."""
     for module in model.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
             _INITS[init](module.weight)
 
 
 def _smallcnn(config: SmallCnn, num_classes: int, channels: int) -> nn.Module:
-    """Four 3x3 convolutions (65,834 parameters on grey images with ten classes), global average pooling.
+    """Build four 3x3 convolutions (65,834 parameters on grey images with ten classes) and global average pooling.
 
-    Smooth throughout (GELU, average pooling): with ReLU and max pooling, rounding differences between one process and
-    two switch units over and grow to 1e-2 within 20 steps of SGD; so they stay below 1e-5.
+    All parts are smooth (GELU, average pooling), so that rounding differences between one process and two stay below
+    1e-5. With ReLU and max pooling they switch units and grow to 1e-2 within 20 steps of SGD.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     inputs = channels
@@ -95,7 +95,7 @@ def _smallcnn(config: SmallCnn, num_classes: int, channels: int) -> nn.Module:
 
 
 def _torchvision_family(config: EfficientNet, num_classes: int, channels: int) -> nn.Module:
-    """With the stem asked for: our ResNets, which are torchvision's weight for weight, or its EfficientNet-B0."""
+    """Build a ResNet (equal to torchvision's weight for weight) or torchvision's EfficientNet-B0, with its stem."""
     cifar = config.stem == "cifar"
     if isinstance(config, ResNet):
         network = resnet(config.name, num_classes, zero_init_residual=config.zero_init_residual)
@@ -111,7 +111,7 @@ def _torchvision_family(config: EfficientNet, num_classes: int, channels: int) -
 
 
 def _stem_convolution(original: nn.Conv2d, channels: int, *, cifar: bool) -> nn.Conv2d:
-    """The network's first convolution for ``channels`` inputs; with the CIFAR stem 3x3 and of stride 1."""
+    """Return the network's first convolution for ``channels`` inputs; with the CIFAR stem 3x3 and of stride 1."""
     if not cifar and channels == original.in_channels:
         return original
     size, stride, padding = (3, 1, 1) if cifar else (original.kernel_size, original.stride, original.padding)
@@ -131,5 +131,5 @@ def _timm(config: TimmModel, num_classes: int, channels: int) -> nn.Module:
         )
     except (TypeError, ValueError, RuntimeError) as error:
         given = f" with model.options={config.options}" if config.options else ""
-        raise UserError(f"model.name={config.name}{given}: timm refuses: {error}") from error
+        raise UserError(f"model.name={config.name}{given}: timm rejects it: {error}") from error
     return network

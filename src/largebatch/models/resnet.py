@@ -1,8 +1,8 @@
-"""ResNet-18, -34 and -50 of He et al. 2015 (arXiv 1512.03385), module for module those of torchvision.
+"""ResNet-18, -34 and -50 of He et al. 2015 (arXiv 1512.03385), module for module as in torchvision.
 
-Ours because ``import torchvision`` takes 1.2 to 1.6 s, nearly all of it for operators of object detection, which load
-``torch._dynamo``. Names of modules and parameters, initial weights under a seed and outputs are the same, bit for bit,
-and a test holds them to it; so state dicts go both ways.
+They are defined here because ``import torchvision`` takes 1.2 to 1.6 s, nearly all of it for operators of object
+detection, which load ``torch._dynamo``. Names of modules and parameters, initial weights under a seed and outputs are
+equal bit for bit, as a test checks. State dicts are therefore compatible both ways.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut: [B, inputs, H, W] to [B, 4 width, H / stride, W / stride].
 
-    The stride is the 3x3 convolution's ("ResNet v1.5"); the paper has it in the first.
+    The 3x3 convolution has the stride ("ResNet v1.5"); in the paper the first convolution has it.
     """
 
     widening = 4
@@ -64,7 +64,7 @@ class Bottleneck(nn.Module):
 
 Block = type[BasicBlock] | type[Bottleneck]
 
-RESNETS: dict[str, tuple[Block, tuple[int, int, int, int]]] = {  # the block, and how many in each of four stages
+RESNETS: dict[str, tuple[Block, tuple[int, int, int, int]]] = {  # the block, and its number in each of four stages
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
@@ -72,10 +72,10 @@ RESNETS: dict[str, tuple[Block, tuple[int, int, int, int]]] = {  # the block, an
 
 
 class ResNet(nn.Module):
-    """From float images [B, 3, H, W] to logits [B, num_classes].
+    """A network from float images [B, 3, H, W] to logits [B, num_classes].
 
-    Convolutions are drawn from He's normal distribution by fan-out, norm layers begin as the identity, and the last
-    layer as ``nn.Linear`` does.
+    Convolutions are drawn from He's normal distribution by fan-out. Norm layers start as the identity, and the last
+    layer as ``nn.Linear``.
     """
 
     def __init__(self, block: Block, blocks: tuple[int, int, int, int], num_classes: int) -> None:
@@ -102,10 +102,10 @@ class ResNet(nn.Module):
 
 
 def resnet(name: str, num_classes: int, *, zero_init_residual: bool = False) -> ResNet:
-    """The network ``name`` of ``RESNETS``, its weights drawn from torch's default generator.
+    """Build the network ``name`` of ``RESNETS``; draw its weights from torch's default generator.
 
     Args:
-        zero_init_residual: the last norm's weights of each block are 0, so that it begins as the identity.
+        zero_init_residual: set the last norm's weights of each block to 0, so that the block starts as the identity.
     """
     network = ResNet(*RESNETS[name], num_classes)
     for module in network.modules() if zero_init_residual else ():
@@ -120,7 +120,7 @@ def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Co
 
 
 def _stage(block: Block, inputs: int, width: int, blocks: int, *, stride: int) -> nn.Sequential:
-    """Blocks in a row; the first changes size and width, its shortcut with it."""
+    """Build a sequence of blocks; the first block and its shortcut change size and width."""
     outputs = width * block.widening
     downsample = None
     if stride > 1 or inputs != outputs:  # built before the block: the order of the draws is torchvision's

@@ -1,4 +1,4 @@
-"""CLARS: LARS whose rate is divided by the mean of the samples' gradient norms, not by the norm of their mean."""
+"""CLARS: LARS divided by the mean of the samples' gradient norms instead of the norm of their mean."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from largebatch.optim.options import Group, is_adapted, options_of
 class CLARS(LarsFamily):
     """CLARS (arXiv 2002.01576).
 
-    For every layer, with weight ``w``, gradient ``g`` of the mean loss and ``g_i`` that of sample i (or of the i-th
+    For every layer, with weight ``w``, gradient ``g`` of the mean loss and gradient ``g_i`` of sample i (or of the i-th
     group of samples)::
 
         q  = trust_coefficient * ||w|| / (mean_i ||g_i|| + eps)      # 1 if either is 0
         v  = momentum * v + q * (g + weight_decay * w)
         w -= lr * v
 
-    The mean of the norms is never below the norm of the mean, so that without decay the rate is at most that of LARS,
-    and equal to it where all samples agree. Early in training they don't: that is the warm-up this optimizer has built
-    in. Who trains gives the means before each step::
+    The mean of the norms is never below the norm of the mean. Without decay ``q`` is therefore at most LARS's, and is
+    equal if all samples agree. Early in training they disagree, which acts as a warm-up. The training loop sets the
+    means before each step::
 
         optimizer = CLARS(model.named_parameters(), lr=1.0)
         norms = SampleNorms(model, sample_size=1, parameters=optimizer.layers)
@@ -35,12 +35,12 @@ class CLARS(LarsFamily):
             optimizer.set_sample_norms(norms.means())
             optimizer.step()
 
-    The paper's own values of momentum, decay and trust coefficient weren't available; the defaults are LARS's.
+    The paper's values of momentum, decay and trust coefficient weren't available; the defaults are LARS's.
 
     Args:
         denominator: ``sample_norms``: ``mean_i ||g_i||``; ``sum_of_norms``: ``mean_i ||g_i|| + weight_decay * ||w||``.
-            With decay, and gradients that vanish as the training set is learnt, the first lets the rate and with it the
-            decay grow without a limit; the second is bounded as LARS is.
+            As the training set is learnt, gradients vanish: with decay, ``q`` and the decay of the first form then grow
+            without a limit. The second form is bounded, as LARS is.
         params, lr, and all others: as in ``LARS``. ``norm_clip`` limits the weight norm and the denominator.
 
     Raises:
@@ -77,15 +77,15 @@ class CLARS(LarsFamily):
         super().__init__(params, options_of(locals()))
 
     def set_sample_norms(self, means: Mapping[Any, Tensor]) -> None:
-        """Give the mean norm of the samples' gradients of each layer, 0-dimensional, for the next step alone."""
+        """Set the mean norm of the samples' gradients of each layer, 0-dimensional, for the next step only."""
         self._sample_norms.clear()  # in place, as everywhere: see LayerwiseOptimizer.step
         self._sample_norms.update(means)
 
     def step(self, closure: Any = None) -> Any:
-        """As ``torch.optim.Optimizer.step``.
+        """Update every parameter that has a gradient once, as ``torch.optim.Optimizer.step``.
 
         Raises:
-            RuntimeError: without the mean norm of a layer that has a gradient, and as in ``LARS``.
+            RuntimeError: if a layer with a gradient has no mean norm, and as in ``LARS``.
         """
         loss = super().step(closure)
         self._sample_norms.clear()
@@ -95,10 +95,9 @@ class CLARS(LarsFamily):
         parameters, gradients = super()._with_gradient(group)
         for layer in parameters:
             if is_adapted(layer, group) and layer not in self._sample_norms:
-                name = next(name for name, other, _ in self._named_parameters() if other is layer)
                 raise RuntimeError(
-                    f"CLARS has no sample norms of {name} for this step: call set_sample_norms(norms.means()), "
-                    "with norms = SampleNorms(model, ...), between backward() and step()"
+                    f"CLARS has no sample norms of {self._name(layer)} for this step: between backward() and step(), "
+                    "call set_sample_norms(norms.means()), with norms = SampleNorms(model, ...)"
                 )
         return parameters, gradients
 

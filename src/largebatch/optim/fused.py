@@ -1,4 +1,4 @@
-"""Which tensors can take the fused step, and which module has it for them."""
+"""The choice of the fused step: the tensors that can take it, and the module that has it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from largebatch.optim.part import Part
 
 
 def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:
-    """The module with the fused step for these tensors, or None and the reason.
+    """Return the module with the fused step for these tensors, or None and the reason.
 
-    The module has ``why_not(weights)``, ``lars(...)`` and ``lamb(...)``; it is imported here because it may need a
-    compiler, and nothing else does.
+    The module has ``why_not(weights)``, and ``lars(part, numbers)`` and ``lamb(part, numbers)`` as ``unfused`` has.
     """
     weights, device = part.weights, part.weights[0].device.type
     if group["capturable"]:
@@ -40,7 +39,7 @@ def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:
 
 
 def _same_layout(weights: list[Tensor], *others: list[Tensor]) -> bool:
-    """Whether elements that belong together are at the same offset of their tensors' memory, without gaps."""
+    """Return True if elements that belong together have the same offset in memory, without gaps."""
     if all(map(Tensor.is_contiguous, chain(weights, *others))):
         return True
     layouts = [_layout(weight) for weight in weights]
@@ -50,7 +49,7 @@ def _same_layout(weights: list[Tensor], *others: list[Tensor]) -> bool:
 
 
 def _layout(tensor: Tensor) -> list[tuple[int, int]]:
-    """Size and stride of each dimension that has one to speak of."""
+    """Return size and stride of each dimension of more than one element."""
     return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
 
 

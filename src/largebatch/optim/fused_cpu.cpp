@@ -1,10 +1,12 @@
 // One step of LARS or LAMB over all tensors of a group, fp32, in one pass for the norms and one for the update.
 //
-// A layer's update needs its norms, so every element is visited twice. Layers are therefore taken a block at a time:
-// the second pass finds weights and gradients of all but the largest layers still in the cache. Tensors are cut into
-// chunks, the unit of work of a thread; each chunk's sum is kept and the chunks are added in their order, so that the
-// result doesn't depend on the number of threads. Squares are summed in double: at the speed of memory that is free,
+// A layer's update needs its norms, so every element is visited twice. The loop takes a block of layers at a time: the
+// second pass then finds weights and gradients of all but the largest layers still in the cache. Tensors are cut into
+// chunks, the unit of work of a thread. The chunks' sums are added in the order of the chunks, so that the result doesn't
+// depend on the number of threads. Squares are summed in double: the loop is bound by memory, so double costs no time,
 // and norms of 1e-30 or 1e30 are as exact as others.
+//
+// The same equations stand in unfused.py and fused_cuda_kernels.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,9 +14,9 @@
 
 namespace {
 
-constexpr int64_t kChunk = 1 << 12;  // elements; 16 KiB a tensor, three or four of them fit the first-level cache
+constexpr int64_t kChunk = 1 << 12;  // elements; 16 KiB a tensor: chunks of 3 or 4 tensors fit the first-level cache
 constexpr int64_t kBlock = 1 << 18;  // elements; weights and gradients of a block are 2 MiB
-constexpr int64_t kThreaded = 1 << 15;  // elements below which waking the other threads costs more than they do
+constexpr int64_t kThreaded = 1 << 15;  // elements; below, waking the other threads takes longer than their work
 
 struct Chunk {
   int tensor;
@@ -78,8 +80,9 @@ void over_blocks(const Cut& cut, int threads, Measure measure, Conclude conclude
   }
 }
 
-// The loops over a chunk. All numbers are arguments: captured by a lambda they'd be fetched anew for each element.
+// The loops over a chunk. All numbers are arguments: the compiler would load captures of a lambda for each element.
 
+// LARS: g' = g + weight_decay * w
 Sums lars_sums(const float* __restrict w, const float* __restrict g, int64_t n, double sign, double decay) {
   double weight = 0, gradient = 0, direction = 0;
 #pragma omp simd reduction(+ : weight, gradient, direction)
@@ -92,27 +95,28 @@ Sums lars_sums(const float* __restrict w, const float* __restrict g, int64_t n, 
   return {weight, gradient, direction};
 }
 
-void sgd_update(float* __restrict w, const float* __restrict g, int64_t n, float sign, float decay, float q, float rate) {
+// LARS: v = momentum * v + q * g', w -= lr * v
+void sgd_update(float* __restrict w, const float* __restrict g, int64_t n, float sign, float decay, float q, float lr) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) w[i] -= rate * (q * (sign * g[i] + decay * w[i]));
+  for (int64_t i = 0; i < n; i++) w[i] -= lr * (q * (sign * g[i] + decay * w[i]));
 }
 
 void momentum_update(float* __restrict w, const float* __restrict g, float* __restrict v, int64_t n, float sign,
-                     float decay, float q, float rate, float momentum) {
+                     float decay, float q, float lr, float momentum) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     v[i] = momentum * v[i] + q * (sign * g[i] + decay * w[i]);
-    w[i] -= rate * v[i];
+    w[i] -= lr * v[i];
   }
 }
 
 void nesterov_update(float* __restrict w, const float* __restrict g, float* __restrict v, int64_t n, float sign,
-                     float decay, float q, float rate, float momentum) {
+                     float decay, float q, float lr, float momentum) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float scaled = q * (sign * g[i] + decay * w[i]);
     v[i] = momentum * v[i] + scaled;
-    w[i] -= rate * (scaled + momentum * v[i]);
+    w[i] -= lr * (scaled + momentum * v[i]);
   }
 }
 
@@ -120,10 +124,12 @@ struct Adam {
   float sign, beta1, rest1, beta2, rest2, correct1, correct2, eps;
 };
 
+// LAMB: u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w
 inline float adam_direction(float m, float v, float w, float correct1, float correct2, float eps, float decay) {
   return m * correct1 / (std::sqrt(v * correct2) + eps) + decay * w;
 }
 
+// LAMB: m = beta1 * m + (1 - beta1) * g, v = beta2 * v + (1 - beta2) * g^2
 Sums lamb_sums(const float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n,
                const Adam adam, float decay) {
   const auto [sign, beta1, rest1, beta2, rest2, correct1, correct2, eps] = adam;
@@ -141,18 +147,19 @@ Sums lamb_sums(const float* __restrict w, const float* __restrict g, float* __re
   return {weight, gradient, direction};
 }
 
+// LAMB: w -= lr * q * u; `scale` is lr * q
 void lamb_update(float* __restrict w, const float* __restrict m, const float* __restrict v, int64_t n, const Adam adam,
-                 float decay, float rate) {
+                 float decay, float scale) {
   const float correct1 = adam.correct1, correct2 = adam.correct2, eps = adam.eps;
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) w[i] -= rate * adam_direction(m[i], v[i], w[i], correct1, correct2, eps, decay);
+  for (int64_t i = 0; i < n; i++) w[i] -= scale * adam_direction(m[i], v[i], w[i], correct1, correct2, eps, decay);
 }
 
 }  // namespace
 
 extern "C" {
 
-// A list of tensors. `row` is the tensor's column in the statistics, -1 for one that isn't adapted.
+// A list of tensors. `row` is a tensor's place among the adapted tensors, -1 if it isn't adapted.
 struct Tensors {
   int32_t count, threads, rows;
   float** weights;
@@ -162,8 +169,14 @@ struct Tensors {
   const int64_t* numel;
   const int32_t* row;
   const bool* decayed;
-  const double* given_norms;  // by row; null: measured
+  const double* given_norms;  // by row; null: use the measured gradient norms
   float* statistics;          // [3, rows]: weight norm, gradient norm, trust ratio
+
+  void record(int row, double weight, double gradient, double ratio) const {
+    statistics[row] = static_cast<float>(weight);
+    statistics[rows + row] = static_cast<float>(gradient);
+    statistics[2 * rows + row] = static_cast<float>(ratio);
+  }
 };
 
 struct LarsNumbers {
@@ -175,7 +188,7 @@ void lars(const Tensors* tensors, const LarsNumbers* numbers) {
   const Tensors& x = *tensors;
   const LarsNumbers& n = *numbers;
   const float sign = n.maximize ? -1.f : 1.f, momentum = static_cast<float>(n.momentum);
-  const float rate = n.lr_in_momentum ? 1.f : static_cast<float>(n.lr);
+  const float lr = n.lr_in_momentum ? 1.f : static_cast<float>(n.lr);
   const auto decay = [&](int t) { return x.decayed[t] ? static_cast<float>(n.weight_decay) : 0.f; };
   std::vector<float> scale(x.count);
 
@@ -186,7 +199,7 @@ void lars(const Tensors* tensors, const LarsNumbers* numbers) {
   };
 
   const auto conclude = [&](int t, const Sums& sums) {
-    double ratio = 1;
+    double ratio = 1;  // q = coefficient * ||w|| / (denominator + eps)
     if (const int row = x.row[t]; row >= 0) {
       const double weight = std::sqrt(sums.weight), gradient = std::sqrt(sums.gradient);
       double denominator = x.given_norms ? x.given_norms[row] : gradient;
@@ -198,9 +211,7 @@ void lars(const Tensors* tensors, const LarsNumbers* numbers) {
         ratio = n.coefficient * at_most(weight, n.norm_clip) / (at_most(denominator, n.norm_clip) + n.eps);
       if (n.larc) ratio /= n.lr;
       ratio = at_most(ratio, n.max_ratio);
-      x.statistics[row] = static_cast<float>(weight);
-      x.statistics[x.rows + row] = static_cast<float>(gradient);
-      x.statistics[2 * x.rows + row] = static_cast<float>(ratio);
+      x.record(row, weight, gradient, ratio);
     }
     scale[t] = static_cast<float>(n.lr_in_momentum ? ratio * n.lr : ratio);
   };
@@ -209,10 +220,10 @@ void lars(const Tensors* tensors, const LarsNumbers* numbers) {
     float* w = x.weights[c.tensor] + c.offset;
     const float *g = x.gradients[c.tensor] + c.offset, wd = decay(c.tensor), q = scale[c.tensor];
     if (!x.first) {
-      sgd_update(w, g, c.length, sign, wd, q, rate);
+      sgd_update(w, g, c.length, sign, wd, q, lr);
     } else {
       float* v = x.first[c.tensor] + c.offset;
-      (n.nesterov ? nesterov_update : momentum_update)(w, g, v, c.length, sign, wd, q, rate, momentum);
+      (n.nesterov ? nesterov_update : momentum_update)(w, g, v, c.length, sign, wd, q, lr, momentum);
     }
   };
 
@@ -247,14 +258,12 @@ void lamb(const Tensors* tensors, const LambNumbers* numbers) {
   };
 
   const auto conclude = [&](int t, const Sums& sums) {
-    double ratio = 1;
+    double ratio = 1;  // q = min(||w||, norm_clip) / ||u||
     if (const int row = x.row[t]; row >= 0) {
       const double weight = std::sqrt(sums.weight), direction = std::sqrt(sums.direction);
       if (weight != 0 && direction != 0) ratio = at_most(weight, n.norm_clip) / direction;
       ratio = at_most(ratio, n.max_ratio);
-      x.statistics[row] = static_cast<float>(weight);
-      x.statistics[x.rows + row] = static_cast<float>(std::sqrt(sums.gradient));
-      x.statistics[2 * x.rows + row] = static_cast<float>(ratio);
+      x.record(row, weight, std::sqrt(sums.gradient), ratio);
     }
     scale[t] = static_cast<float>(n.lr * ratio);
   };

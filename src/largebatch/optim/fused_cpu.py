@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from largebatch import native
 from largebatch.optim.numbers import LambNumbers, LarsNumbers
+from largebatch.optim.part import Part
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -34,70 +34,38 @@ _LarsNumbers, _LambNumbers = _structure(LarsNumbers), _structure(LambNumbers)
 
 
 def why_not(weights: list[Tensor]) -> str:
-    """Why these tensors can't take the fused step; empty where they can."""
+    """Return the reason why these tensors can't take the fused step; empty if they can."""
     if weights[0].dtype != torch.float32:  # all are of one type
         return "the fused step on CPU is for fp32 parameters"
     return native.why_not(_SOURCE)
 
 
-def lars(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    buffers: list[Tensor],
-    adapted: Sequence[bool],
-    decayed: Sequence[bool],
-    given_norms: Tensor | None,
-    numbers: LarsNumbers,
-    tables: dict[Any, Any],
-) -> Tensor:
-    """One step of LARS, in place.
+def lars(part: Part, numbers: LarsNumbers) -> Tensor:
+    """Update a part in place by the equation of ``LARS``.
 
-    Args:
-        weights, gradients, buffers: fp32 tensors, dense, each triple of one shape and layout; ``buffers`` empty without
-            momentum.
-        adapted, decayed: for each tensor, whether it is scaled and whether it is decayed.
-        given_norms: in place of the gradient norms in the denominators, of shape [adapted tensors]; None measures them.
-        numbers: the hyper-parameters.
-        tables: kept by the caller for these tensors from step to step; unused here.
+    All tensors are fp32 and dense; weight, gradient and state of a parameter have one shape and layout.
 
     Returns:
-        fp32 of shape [3, adapted tensors]: weight norm, gradient norm, trust ratio.
+        fp32 of shape [3, adapted parameters]: weight norm, gradient norm, trust ratio.
     """
-    return _call("lars", weights, gradients, (buffers, []), adapted, decayed, given_norms, _LarsNumbers(*numbers))
+    return _call("lars", part, _LarsNumbers(*numbers))
 
 
-def lamb(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    adapted: Sequence[bool],
-    decayed: Sequence[bool],
-    numbers: LambNumbers,
-    tables: dict[Any, Any],
-) -> Tensor:
-    """One step of LAMB, in place; as ``lars``."""
-    return _call("lamb", weights, gradients, (exp_avgs, exp_avg_sqs), adapted, decayed, None, _LambNumbers(*numbers))
+def lamb(part: Part, numbers: LambNumbers) -> Tensor:
+    """Update a part in place by the equation of ``LAMB``; tensors and result are as in ``lars``."""
+    return _call("lamb", part, _LambNumbers(*numbers))
 
 
-def _call(
-    function: str,
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    state: tuple[list[Tensor], list[Tensor]],
-    adapted: Sequence[bool],
-    decayed: Sequence[bool],
-    given_norms: Tensor | None,
-    numbers: ctypes.Structure,
-) -> Tensor:
-    count, rows = len(weights), sum(adapted)
+def _call(function: str, part: Part, numbers: ctypes.Structure) -> Tensor:
+    count, rows = len(part.weights), sum(part.adapted)
     statistics = torch.empty(3, rows)
-    given = None if given_norms is None else given_norms.to("cpu", torch.float64).contiguous()
+    given = None if part.given_norms is None else part.given_norms.to("cpu", torch.float64).contiguous()
     ranks = iter(range(rows))
-    row = (ctypes.c_int32 * count)(*[next(ranks) if one else -1 for one in adapted])
-    numel = (ctypes.c_int64 * count)(*map(Tensor.numel, weights))
-    arrays = [_pointers(tensors) for tensors in (weights, gradients, *state)]
-    flags = (ctypes.c_bool * count)(*decayed)
+    row = (ctypes.c_int32 * count)(*[next(ranks) if one else -1 for one in part.adapted])
+    numel = (ctypes.c_int64 * count)(*map(Tensor.numel, part.weights))
+    first, second, *_ = *part.state, []  # LARS has no second state
+    arrays = [_pointers(tensors) for tensors in (part.weights, part.gradients, first, second)]
+    flags = (ctypes.c_bool * count)(*part.decayed)
     tensors = _Tensors(
         count, torch.get_num_threads(), rows, *[ctypes.addressof(array) if array else None for array in arrays],
         ctypes.addressof(numel), ctypes.addressof(row), ctypes.addressof(flags),

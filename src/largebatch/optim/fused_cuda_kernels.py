@@ -3,14 +3,16 @@
 """The Triton kernels of ``fused_cuda.py``; importing this needs triton.
 
 All tensors of a step are cut into chunks of ``CHUNK`` elements, one program each, so that a step takes three launches
-whatever the number of layers: sums of squares of each chunk, trust ratio of each layer, update of each chunk. The
-arithmetic of an element is fp32; ``tl.sum`` adds a chunk's 4096 squares in a tree of at most 25 levels (16 elements in
-a thread, then across threads), so a norm is right to 8e-7 whatever the numbers are, and chunks are added up in fp64.
-No atomics: sums are in the same order in every run.
+for any number of layers: sums of squares of each chunk, trust ratio of each layer, update of each chunk. The arithmetic
+of an element is fp32; ``tl.sum`` adds a chunk's 4096 squares in a tree of at most 25 levels (16 elements in a thread,
+then across threads). A norm is therefore right to 8e-7 for any numbers. Chunks are added in fp64, without atomics, in
+the same order in every run.
+
+The same equations stand in ``unfused.py`` and ``fused_cpu.cpp``.
 
 Tables, all int64 on the device:
     chunks [chunks, 5]: tensor, first element, elements left in the tensor from there, row (place among the adapted
-        tensors; -1: not adapted), decayed (1 or 0). Those of adapted tensors come first.
+        tensors; -1: not adapted), decayed (1 or 0). Chunks of adapted tensors come first.
     rows [adapted tensors, 3]: first chunk, number of chunks, decayed.
     pointers [kinds, tensors]: addresses of weights, gradients and state.
 """
@@ -22,16 +24,16 @@ import triton
 import triton.language as tl
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-INTERPRETED = triton.knobs.runtime.interpret  # as it was when the decorators below read it
+INTERPRETED = triton.knobs.runtime.interpret  # its value when the decorators below read it
 
-Number = tl.float32  # said of arguments: else triton looks at each value at each launch, and compiles anew for an int
+Number = tl.float32  # annotation: without it triton inspects each value at each launch, and compiles again for an int
 
 # The work is bound by memory (28 bytes an element in LARS, 40 in LAMB). 16 elements a thread are four 16-byte loads of
-# each of 2 to 4 tensors in flight, some 100 KB an SM, where Hopper needs about 20 KB to hide its latency; and the
-# 11 million elements of ResNet-18 still are 2,700 programs, enough to fill 132 SMs evenly.
+# each of 2 to 4 tensors in flight, some 100 KB an SM; Hopper needs about 20 KB to hide its latency. The 11 million
+# elements of ResNet-18 still are 2,700 programs, enough to fill 132 SMs evenly.
 CHUNK = tl.constexpr(4096)
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # fusion said: triton's default for it is changing
-# Partial sums that a program adds at a time: all of ResNet-50's largest layer (576) in one go.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # explicit, because triton's default is changing
+# Partial sums that a program adds at a time: more than those of ResNet-50's largest layer (576).
 _PARTIALS = tl.constexpr(1024)
 RATIO_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -45,7 +47,7 @@ def _chunk(chunks, number):
 
 @triton.jit
 def _address(pointers, tensor, first, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """Of a chunk; what the compiler knows of its alignment decides how wide the accesses are."""
+    """Return a chunk's address. The alignment that the compiler knows decides how wide the accesses are."""
     pointer = tl.load(pointers + tensor).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(pointer, ALIGN) + first
 
@@ -71,7 +73,7 @@ def _store(address, values, left, MASKED: tl.constexpr):
 
 @triton.jit
 def _with_decay(direction, weight, weight_decay, decayed):
-    # A choice, not a product with 0: that would make NaN of an infinite weight.
+    # A choice, because a product with 0 would turn an infinite weight into NaN.
     return tl.where(decayed != 0, direction + weight_decay * weight, direction)
 
 
@@ -89,7 +91,10 @@ def trust_ratios(
     coefficient: Number, weight_decay: Number, eps: Number, numerator_clip: Number, denominator_clip: Number,
     divisor: Number, max_ratio: Number, SUM_OF_NORMS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: the norms, and ``coefficient * ||w|| / (||direction|| + eps) / divisor``, in fp64."""
+    """Compute a row's norms and ``q = coefficient * ||w|| / (denominator + eps) / divisor`` in fp64.
+
+    The denominator is ``||g'||`` in LARS (or as given), ``||u||`` in LAMB; ``q`` is 1 if either norm is 0.
+    """
     row = tl.program_id(0)
     first, count = tl.load(rows + row * 3), tl.load(rows + row * 3 + 1)
     places = tl.arange(0, _PARTIALS)
@@ -136,12 +141,12 @@ def lars_norms(
     chunks, pointers, partials, tensor_count, chunk_count, weight_decay: Number, sign: Number,
     DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the squares of weights, gradients and decayed gradients, a program a chunk."""
+    """Sum the squares of a chunk's ``w``, ``g`` and ``g' = g + weight_decay * w``."""
     number = tl.program_id(0)
     tensor, first, left, _, decayed = _chunk(chunks, number)
     weights = _address(pointers, tensor, first, DTYPE, ALIGN)
     gradients = _address(pointers + tensor_count, tensor, first, DTYPE, GRADIENT_ALIGN)
-    if left >= CHUNK:  # two copies of the body: a mask, whose end is known only here, would forbid wide accesses
+    if left >= CHUNK:  # two copies of the body: a mask would forbid wide accesses
         _lars_sums(weights, gradients, partials, number, chunk_count, left, decayed, weight_decay, sign, False)
     else:
         _lars_sums(weights, gradients, partials, number, chunk_count, left, decayed, weight_decay, sign, True)
@@ -159,34 +164,34 @@ def _lars_sums(
 @triton.jit(do_not_specialize=["tensor_count", "row_count"])
 def lars_update(
     chunks, pointers, stats, tensor_count, row_count,
-    weight_decay: Number, sign: Number, momentum: Number, inner_rate: Number, outer_rate: Number,
+    weight_decay: Number, sign: Number, momentum: Number, inner_lr: Number, outer_lr: Number,
     DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
-    """``v = momentum * v + ratio * inner_rate * (g + weight_decay * w)`` and ``w -= outer_rate * v``."""
-    # Backwards: what the first pass read last is still in the cache (50 MB; ResNet-18's weights and gradients are 89).
+    """Compute ``v = momentum * v + q * inner_lr * g'`` and ``w -= outer_lr * v`` for a chunk."""
+    # Backwards: the end of the first pass is still in the cache (50 MB; ResNet-18's weights and gradients are 89 MB).
     tensor, first, left, row, decayed = _chunk(chunks, tl.num_programs(0) - 1 - tl.program_id(0))
     weights = _address(pointers, tensor, first, DTYPE, ALIGN)
     gradients = _address(pointers + tensor_count, tensor, first, DTYPE, GRADIENT_ALIGN)
     buffers = weights
     if MOMENTUM:
         buffers = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
-    rate = _ratio(stats, row, row_count) * inner_rate
+    scale = _ratio(stats, row, row_count) * inner_lr
     if left >= CHUNK:
-        _lars_step(weights, gradients, buffers, left, decayed, rate, weight_decay, sign, momentum, outer_rate,
+        _lars_step(weights, gradients, buffers, left, decayed, scale, weight_decay, sign, momentum, outer_lr,
                    False, MOMENTUM, NESTEROV)  # fmt: skip
     else:
-        _lars_step(weights, gradients, buffers, left, decayed, rate, weight_decay, sign, momentum, outer_rate,
+        _lars_step(weights, gradients, buffers, left, decayed, scale, weight_decay, sign, momentum, outer_lr,
                    True, MOMENTUM, NESTEROV)  # fmt: skip
 
 
 @triton.jit
 def _lars_step(
-    weights, gradients, buffers, left, decayed, rate, weight_decay, sign, momentum, outer_rate,
+    weights, gradients, buffers, left, decayed, scale, weight_decay, sign, momentum, outer_lr,
     MASKED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
     weight, gradient = _load(weights, left, MASKED), _load(gradients, left, MASKED) * sign
-    move = rate * _with_decay(gradient, weight, weight_decay, decayed)
+    move = scale * _with_decay(gradient, weight, weight_decay, decayed)
     if MOMENTUM:
         buffer = momentum * _load(buffers, left, MASKED) + move
         _store(buffers, buffer, left, MASKED)
@@ -194,7 +199,7 @@ def _lars_step(
             move += momentum * buffer
         else:
             move = buffer
-    _store(weights, weight - outer_rate * move, left, MASKED)
+    _store(weights, weight - outer_lr * move, left, MASKED)
 
 
 # -- LAMB
@@ -207,7 +212,7 @@ def lamb_moments(
     scale1: Number, scale2: Number, eps: Number, weight_decay: Number,
     DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Both moments of all chunks; sums of the squares of weights, gradients and directions."""
+    """Update ``m`` and ``v`` of a chunk; sum the squares of its ``w``, ``g`` and ``u``."""
     number = tl.program_id(0)
     tensor, first, left, _, decayed = _chunk(chunks, number)
     weights = _address(pointers, tensor, first, DTYPE, ALIGN)
@@ -240,7 +245,7 @@ def _lamb_sums(
 
 @triton.jit
 def _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay, decayed):
-    # Exact division and root: triton's own are approximate in fp32.
+    # u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w. Exact division and root: triton's own are approximate in fp32.
     adam = tl.div_rn(moment1 * scale1, tl.sqrt_rn(moment2 * scale2) + eps)
     return _with_decay(adam, weight, weight_decay, decayed)
 
@@ -251,22 +256,22 @@ def lamb_update(
     lr: Number, scale1: Number, scale2: Number, eps: Number, weight_decay: Number,
     DTYPE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``w -= lr * ratio * direction``; the direction is made again: storing it would be 8 bytes an element more."""
+    """Compute ``w -= lr * q * u`` for a chunk; ``u`` is computed again, because storing it costs 8 bytes an element."""
     tensor, first, left, row, decayed = _chunk(chunks, tl.num_programs(0) - 1 - tl.program_id(0))  # as in LARS
     weights = _address(pointers, tensor, first, DTYPE, ALIGN)
     firsts = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
     seconds = _address(pointers + 3 * tensor_count, tensor, first, tl.float32, ALIGN)
-    rate = lr * _ratio(stats, row, row_count)
+    scale = lr * _ratio(stats, row, row_count)
     if left >= CHUNK:
-        _lamb_step(weights, firsts, seconds, left, decayed, rate, scale1, scale2, eps, weight_decay, False)
+        _lamb_step(weights, firsts, seconds, left, decayed, scale, scale1, scale2, eps, weight_decay, False)
     else:
-        _lamb_step(weights, firsts, seconds, left, decayed, rate, scale1, scale2, eps, weight_decay, True)
+        _lamb_step(weights, firsts, seconds, left, decayed, scale, scale1, scale2, eps, weight_decay, True)
 
 
 @triton.jit
 def _lamb_step(
-    weights, firsts, seconds, left, decayed, rate, scale1, scale2, eps, weight_decay, MASKED: tl.constexpr
+    weights, firsts, seconds, left, decayed, scale, scale1, scale2, eps, weight_decay, MASKED: tl.constexpr
 ):  # fmt: skip
     weight, moment1, moment2 = _load(weights, left, MASKED), _load(firsts, left, MASKED), _load(seconds, left, MASKED)
     direction = _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay, decayed)
-    _store(weights, weight - rate * direction, left, MASKED)
+    _store(weights, weight - scale * direction, left, MASKED)

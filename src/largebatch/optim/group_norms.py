@@ -1,14 +1,14 @@
-"""Norms of what groups of samples add to a layer's weight gradient, from the layer's inputs and output gradients.
+"""Norms of the contributions of groups of samples to a layer's weight gradient.
 
 A group is ``sample_size`` consecutive samples; a *row* is one sample at one position (of a sequence, an image, ...).
 With the rows' inputs X [R, K] and output gradients G [R, O], the group adds ``G^T X`` to the gradient of a linear
-layer's weight; a convolution is a linear layer on patches. There are two ways to its norm:
+layer's weight; a convolution is a linear layer on patches. Its norm can be computed in two ways:
 
 - direct: write ``G^T X`` out, K*O numbers, in about R*K*O multiplications;
 - Gram: ``||G^T X||^2 = sum((G G^T) * (X X^T))``, R*R numbers, in about R*R*(K + O) multiplications.
 
-The cheaper one by this count is taken; measured on CPUs the count picks right, ties apart. All functions take as many
-groups at a time as fit a slice of fixed size, and sum in fp32 (fp64 for fp64).
+The code takes the way with fewer multiplications; in measurements on CPUs it was the faster, except for ties. All
+functions take as many groups at a time as fit a slice of fixed size, and sum in fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-_CPU_SLICE = 8 * 2**20  # bytes: stays in a core's share of the cache
+_CPU_SLICE = 8 * 2**20  # bytes: fits a core's share of the cache
 _DEVICE_SLICE = 256 * 2**20  # bytes: enough work for a launch
 
 
 def linear_group_norms(inputs: Tensor, gradients: Tensor, sample_size: int) -> Tensor:
-    """Norms of the groups' contributions to the weight gradient of ``nn.Linear``.
+    """Compute the norms of the groups' contributions to the weight gradient of ``nn.Linear``.
 
     Args:
         inputs: [N, ..., K], the layer's input; dimensions between the first and the last are positions.
@@ -53,7 +53,7 @@ def linear_group_norms(inputs: Tensor, gradients: Tensor, sample_size: int) -> T
 
 
 def conv_group_norms(inputs: Tensor, gradients: Tensor, sample_size: int, conv: Conv) -> Tensor:
-    """Norms of the groups' contributions to the weight gradient of a convolution.
+    """Compute the norms of the groups' contributions to the weight gradient of a convolution.
 
     Args:
         inputs: [N, C, *space], the layer's input, before its padding.
@@ -66,7 +66,7 @@ def conv_group_norms(inputs: Tensor, gradients: Tensor, sample_size: int, conv: 
     """
     groups = len(inputs) // sample_size
     rows = sample_size * math.prod(gradients.shape[2:])
-    k, o = math.prod(conv.weight.shape[1:]), conv.out_channels // conv.groups  # of one of the layer's own groups
+    k, o = math.prod(conv.weight.shape[1:]), conv.out_channels // conv.groups  # within one of the layer's own groups
     gram = _gram_is_cheaper(rows, k, o)
     patches = rows * (k + o) * conv.groups + 2 * rows * rows * conv.groups
     written = sample_size * (inputs[0].numel() + gradients[0].numel()) + conv.weight.numel()
@@ -82,12 +82,12 @@ def conv_group_norms(inputs: Tensor, gradients: Tensor, sample_size: int, conv: 
 
 
 def bias_group_norms(gradients: Tensor, sample_size: int, channels: int) -> Tensor:
-    """Norms of the groups' contributions to a bias's gradient.
+    """Compute the norms of the groups' contributions to a bias's gradient.
 
     Args:
         gradients: [N, ...], the gradient with respect to the layer's output.
         sample_size: samples a group, a divisor of N.
-        channels: the dimension of ``gradients`` that the bias runs along.
+        channels: the dimension of ``gradients`` along which the bias varies.
 
     Returns:
         [J], with J = N / sample_size groups.
@@ -104,9 +104,9 @@ def _gram_is_cheaper(rows: int, k: int, o: int) -> bool:
 
 
 def _gram_norms(x: Tensor, g: Tensor) -> Tensor:
-    """From x [..., R, K] and g [..., R, O]: ||g^T x||, summed over all but the first dimension."""
+    """Return ``||g^T x||`` of x [J, ..., R, K] and g [J, ..., R, O], over all but the first dimension."""
     squares = (g @ g.mT) * (x @ x.mT)
-    return squares.flatten(1).sum(1).clamp_(min=0).sqrt_()  # rounding can take a sum of 0 below it
+    return squares.flatten(1).sum(1).clamp_(min=0).sqrt_()  # rounding can make a sum of 0 negative
 
 
 def _conv_gram_norms(inputs: Tensor, gradients: Tensor, sample_size: int, conv: Conv) -> Tensor:
@@ -120,7 +120,7 @@ def _conv_gram_norms(inputs: Tensor, gradients: Tensor, sample_size: int, conv: 
 
 
 def _conv_weight_gradients(inputs: Tensor, gradients: Tensor, sample_size: int, conv: Conv) -> Tensor:
-    """[J, *the weight's shape], in one call: as if each group of samples were a group of channels."""
+    """Return [J, *the weight's shape] by one call in which each group of samples is a group of channels."""
     padding, symmetric = _padding(conv)
     if conv.padding_mode != "zeros" or not symmetric:
         inputs = _pad(inputs, conv)
@@ -142,8 +142,8 @@ def _conv_weight_gradients(inputs: Tensor, gradients: Tensor, sample_size: int, 
 
 
 def _patches(inputs: Tensor, conv: Conv) -> Tensor:
-    """What the kernel sees at each position: [N, conv.groups, positions, kernel elements * channels a group]."""
-    x = _pad(inputs, conv).movedim(1, -1).contiguous()  # channels last: the copy below moves them in one piece
+    """Return the kernel's input at each position, [N, conv.groups, positions, kernel elements * channels a group]."""
+    x = _pad(inputs, conv).movedim(1, -1).contiguous()  # channels last: the copy below moves whole pixels
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
     space = list(zip(x.shape[1:-1], kernel, stride, dilation, strict=True))
     positions = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in space]
@@ -171,7 +171,7 @@ def _pad(inputs: Tensor, conv: Conv) -> Tensor:
 
 
 def _padding(conv: Conv) -> tuple[list[tuple[int, int]], bool]:
-    """Left and right of each dimension, and whether both are the same everywhere."""
+    """Return the left and right padding of each dimension, and True if they are equal in each."""
     if conv.padding == "valid":
         sides = [(0, 0) for _ in conv.kernel_size]
     elif conv.padding == "same":
@@ -182,11 +182,8 @@ def _padding(conv: Conv) -> tuple[list[tuple[int, int]], bool]:
     return sides, all(left == right for left, right in sides)
 
 
-# -- small things
-
-
 def _slices(groups: int, numbers: int, like: Tensor) -> Iterator[slice]:
-    """Groups to take at once, where one group needs ``numbers`` numbers."""
+    """Yield the groups to take at once, if one group needs ``numbers`` numbers."""
     limit = _CPU_SLICE if like.device.type == "cpu" else _DEVICE_SLICE
     step = max(1, limit // (4 * numbers))
     for start in range(0, groups, step):
@@ -194,9 +191,9 @@ def _slices(groups: int, numbers: int, like: Tensor) -> Iterator[slice]:
 
 
 def norms(x: Tensor) -> Tensor:
-    """[J] norms of x [J, ...], over all dimensions but the first."""
+    """Return the norms [J] of x [J, ...], over all dimensions but the first."""
     x = _at_least_float32(x)
-    if x.ndim > 2:  # in two levels: over millions of elements at once, torch's CPU kernel loses digits
+    if x.ndim > 2:  # in two levels: over millions of elements at once, torch's CPU kernel is inexact
         x = torch.linalg.vector_norm(x.flatten(2), dim=2)
     found: Tensor = torch.linalg.vector_norm(x, dim=1)
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,18 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.layerwise import LayerwiseOptimizer, Measured
-from largebatch.optim.numbers import LambNumbers
-from largebatch.optim.options import Group, check_fraction, check_non_negative, limit, options_of
-from largebatch.optim.part import (
-    Part,
-    at_least_float32,
-    clipped,
-    norms,
-    one_where_zero,
-    only,
-    parts,
-    subtract_,
-)
+from largebatch.optim.numbers import LambNumbers, numbers_of
+from largebatch.optim.options import Group, check_fraction, check_non_negative, options_of
+from largebatch.optim.part import only, parts
 
 
 class LAMB(LayerwiseOptimizer):
@@ -44,18 +33,19 @@ class LAMB(LayerwiseOptimizer):
         eps: the paper's 1e-6.
         weight_decay: decoupled, but inside the direction that is normalised. The paper's 0.01.
         bias_correction: divide the moments by ``1 - beta^t``, as the paper's algorithm does. Without it ``m_hat = m``
-            and ``v_hat = v``; the paper's appendix says that this acts like a warm-up.
+            and ``v_hat = v``, which acts like a warm-up according to the paper's appendix.
         adapt_1d: scale parameters of at most one dimension (biases, norm layers) too; otherwise their factor is 1.
         decay_1d: decay those parameters too.
-        norm_clip: limit of the weight norm. The paper has a clamp without its values; the TVLARS program has 10.
-        max_ratio: limit of the trust ratio. LAMBC (arXiv 2011.13584) has one, best at 1 in its experiments.
+        norm_clip: limit of the weight norm. The paper has a clamp but not its values; the TVLARS program has 10.
+        max_ratio: limit of the trust ratio, as in LAMBC (arXiv 2011.13584), where 1 was the best value.
         adapt, maximize, foreach, fused: as in ``LARS``.
-        capturable: only what may be captured in a CUDA graph; the step counts are then tensors on the device.
+        capturable: as in ``LARS``; the step counts are then tensors on the device.
 
     Raises:
         ValueError: for a hyper-parameter out of its range, also in a parameter group.
     """
 
+    EQUATION = "lamb"
     STATE = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
@@ -88,9 +78,11 @@ class LAMB(LayerwiseOptimizer):
         check_non_negative("eps", group["eps"])
 
     def _steps_taken(self, parameter: Tensor, group: Group) -> int | Tensor:
-        """Counted for each parameter, because the bias to correct is that of its own moments."""
-        # A Python int: the correction is then a host scalar. A graph that is replayed has to find the count on the
-        # device, in a tensor of its own.
+        """Return the parameter's own step count, because the bias to correct is that of its own moments.
+
+        It is a Python int, so that the correction is a host scalar. With ``capturable`` it is a tensor of its own on
+        the device, because a graph that is replayed has to read it there.
+        """
         state = self.state[parameter]
         step: int | Tensor = state.get("step", 0)
         if group["capturable"] and not isinstance(step, Tensor):
@@ -107,83 +99,24 @@ class LAMB(LayerwiseOptimizer):
         if group["capturable"] and steps:
             torch._foreach_add_(steps, 1)
             corrected = steps if group["bias_correction"] else []
-            divided = parts(group, parameters, gradients, exp_avgs, exp_avg_sqs, corrected)
-            return [self._step_part(index, group, part, _numbers(group)) for part in divided]
+            divided, numbers = parts(group, parameters, gradients, exp_avgs, exp_avg_sqs, corrected), _numbers(group)
+            return [self._step_part(index, group, part, numbers) for part in divided]
         measured = []
-        for step in dict.fromkeys(steps):  # one, unless some parameters had no gradient for a while
+        for step in dict.fromkeys(steps):  # one step count, unless some parameters had no gradient for a while
             now = [step == other for other in steps]
             for parameter in only(parameters, now):
                 self.state[parameter]["step"] = step + 1
             lists = [only(tensors, now) for tensors in (parameters, gradients, exp_avgs, exp_avg_sqs)]
-            divided = parts(group, *lists, [])
-            measured += [self._step_part(index, group, part, _numbers(group, step + 1)) for part in divided]
+            divided, numbers = parts(group, *lists, []), _numbers(group, step + 1)
+            measured += [self._step_part(index, group, part, numbers) for part in divided]
         return measured
-
-    def _fused(self, kernels: ModuleType, part: Part, numbers: LambNumbers, tables: dict[Any, Any]) -> Tensor:
-        exp_avgs, exp_avg_sqs, _ = part.state
-        measured: Tensor = kernels.lamb(
-            part.weights, part.gradients, exp_avgs, exp_avg_sqs, part.adapted, part.decayed, numbers, tables
-        )
-        return measured
-
-    def _eager(self, part: Part, numbers: LambNumbers) -> Tensor:
-        weights, gradients = at_least_float32(part.weights), at_least_float32(part.gradients)
-        if numbers.maximize:
-            gradients = list(torch._foreach_neg(gradients))
-        directions = _adam_directions(gradients, part, numbers)
-        if any(part.decayed):
-            decayed = only(directions, part.decayed)
-            torch._foreach_add_(decayed, only(weights, part.decayed), alpha=numbers.weight_decay)
-        measured = torch.empty(3, 0, device=weights[0].device)
-        if any(part.adapted):
-            layers = only(directions, part.adapted)
-            lists = [only(weights, part.adapted), only(gradients, part.adapted), layers]
-            weight_norm, gradient_norm, direction_norm = norms(lists, part.shards)
-            ratio = clipped(weight_norm, numbers.norm_clip) / direction_norm
-            ratio = clipped(one_where_zero(ratio, weight_norm, direction_norm), numbers.max_ratio)
-            measured = torch.stack([weight_norm, gradient_norm, ratio])
-            torch._foreach_mul_(layers, ratio.unbind())
-        subtract_(part.weights, directions, numbers.lr)
-        return measured.float()
-
-
-def _adam_directions(gradients: list[Tensor], part: Part, numbers: LambNumbers) -> list[Tensor]:
-    """``r``, new tensors; the moments advance by one step."""
-    exp_avgs, exp_avg_sqs, steps = part.state
-    torch._foreach_lerp_(exp_avgs, gradients, 1 - numbers.beta1)
-    torch._foreach_mul_(exp_avg_sqs, numbers.beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - numbers.beta2)
-    correction1: Any = numbers.correction1
-    correction2: Any = numbers.correction2
-    if steps:
-        taken = torch.stack(steps)
-        correction1, correction2 = (_correction(beta, taken).unbind() for beta in (numbers.beta1, numbers.beta2))
-    denominators = list(torch._foreach_div(exp_avg_sqs, correction2))
-    torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, numbers.eps)
-    directions = list(torch._foreach_div(exp_avgs, correction1))
-    torch._foreach_div_(directions, denominators)
-    return directions
-
-
-def _correction(beta: float, steps: Tensor) -> Tensor:
-    """``1 - beta^t`` to the last digit, which is lost in fp32 where ``beta^t`` is near 1."""
-    return -torch.expm1(steps * (math.log(beta) if beta else -math.inf))
 
 
 def _numbers(group: Group, step: int | None = None) -> LambNumbers:
-    """``step``: t, or None where the counts are tensors and the corrections are made of them."""
+    """Return the numbers of step t; None if the counts are tensors, from which the update makes the corrections."""
     beta1, beta2 = group["betas"]
-    corrects = group["bias_correction"] and step is not None
-    return LambNumbers(
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-        correction1=1 - beta1**step if corrects else 1.0,
-        correction2=1 - beta2**step if corrects else 1.0,
-        norm_clip=limit(group["norm_clip"]),
-        max_ratio=limit(group["max_ratio"]),
-        maximize=group["maximize"],
-    )
+    correction1 = correction2 = 1.0
+    if group["bias_correction"] and step is not None:
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    own = {"beta1": beta1, "beta2": beta2, "correction1": correction1, "correction2": correction2}
+    return numbers_of(LambNumbers, group, **own)

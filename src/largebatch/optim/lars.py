@@ -1,52 +1,31 @@
-"""LARS: momentum SGD whose rate is scaled, layer by layer, by weight norm over gradient norm."""
+"""LARS: momentum SGD whose learning rate is scaled, layer by layer, by weight norm over gradient norm."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.layerwise import LayerwiseOptimizer, Measured
-from largebatch.optim.numbers import LarsNumbers
-from largebatch.optim.options import (
-    Group,
-    check_fraction,
-    check_non_negative,
-    check_one_of,
-    check_positive,
-    limit,
-    options_of,
-)
-from largebatch.optim.part import (
-    Part,
-    at_least_float32,
-    clipped,
-    norms,
-    one_where_zero,
-    only,
-    parts,
-    replaced,
-    subtract_,
-    with_decay,
-)
+from largebatch.optim.numbers import LarsNumbers, numbers_of
+from largebatch.optim.options import Group, check_fraction, check_non_negative, check_positive, options_of
+from largebatch.optim.part import parts
 
 
 class LarsFamily(LayerwiseOptimizer):
-    """The step of LARS, for LARS itself and for those that differ from it in ``q`` alone."""
+    """The step of LARS, and of the optimizers that differ from LARS in ``q`` alone."""
 
+    EQUATION = "lars"
     STATE = ("momentum_buffer",)
     DENOMINATORS: ClassVar = ("norm_of_sum", "sum_of_norms")
 
-    def _coefficient(self, group: Group) -> float:
-        """What multiplies the ratio of the norms in this step; called once a step. May be a tensor on the device."""
-        coefficient: float = group["trust_coefficient"]
-        return coefficient
+    def _coefficient(self, group: Group) -> Any:
+        """Return the factor of the norms' ratio in this step, a number or a tensor; called once a step."""
+        return group["trust_coefficient"]
 
     def _given_norms(self, layers: list[Tensor]) -> Tensor | None:
-        """What takes the place of these layers' gradient norms in ``q``, of shape [layers]; None has them measured."""
+        """Return an override for these layers' gradient norms in ``q``, of shape [layers]. None: measure them."""
         return None
 
     def _check_group(self, group: Group) -> None:
@@ -54,7 +33,8 @@ class LarsFamily(LayerwiseOptimizer):
         check_fraction("momentum", group["momentum"])
         check_positive("trust_coefficient", group["trust_coefficient"])
         check_non_negative("eps", group["eps"])
-        check_one_of("denominator", group["denominator"], self.DENOMINATORS)
+        if group["denominator"] not in self.DENOMINATORS:
+            raise ValueError(f"denominator must be one of {', '.join(self.DENOMINATORS)}, got {group['denominator']!r}")
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("nesterov needs a momentum above 0, got momentum=0")
         if group["larc"] and group["max_ratio"] is None:
@@ -64,75 +44,12 @@ class LarsFamily(LayerwiseOptimizer):
         self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]
     ) -> list[Measured]:
         buffers = self._buffers(parameters, "momentum_buffer") if group["momentum"] != 0 else []
-        numbers = LarsNumbers(
-            lr=group["lr"],
-            coefficient=self._coefficient(group),
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            norm_clip=limit(group["norm_clip"]),
-            max_ratio=limit(group["max_ratio"]),
-            larc=group["larc"],
-            sum_of_norms=group["denominator"] == "sum_of_norms",
-            lr_in_momentum=group["lr_in_momentum"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
+        sum_of_norms = group["denominator"] == "sum_of_norms"
+        numbers = numbers_of(LarsNumbers, group, coefficient=self._coefficient(group), sum_of_norms=sum_of_norms)
         divided = parts(group, parameters, gradients, buffers)
         for part in divided:
             part.given_norms = self._given_norms(part.layers())
         return [self._step_part(index, group, part, numbers) for part in divided]
-
-    def _fused(self, kernels: ModuleType, part: Part, numbers: LarsNumbers, tables: dict[Any, Any]) -> Tensor:
-        (buffers,) = part.state
-        measured: Tensor = kernels.lars(
-            part.weights, part.gradients, buffers, part.adapted, part.decayed, part.given_norms, numbers, tables
-        )
-        return measured
-
-    def _eager(self, part: Part, numbers: LarsNumbers) -> Tensor:
-        weights, gradients = at_least_float32(part.weights), at_least_float32(part.gradients)
-        if numbers.maximize:
-            gradients = list(torch._foreach_neg(gradients))
-        directions = with_decay(gradients, weights, part.decayed, numbers.weight_decay)
-        measured = torch.empty(3, 0, device=weights[0].device)
-        if any(part.adapted):
-            layers = only(directions, part.adapted)
-            measured = _measure(only(weights, part.adapted), only(gradients, part.adapted), layers, part, numbers)
-            if numbers.maximize or all(only(part.decayed, part.adapted)):  # new tensors, not p.grad
-                torch._foreach_mul_(layers, measured[2].unbind())
-            else:
-                directions = replaced(directions, part.adapted, torch._foreach_mul(layers, measured[2].unbind()))
-        if numbers.lr_in_momentum:
-            directions = list(torch._foreach_mul(directions, numbers.lr))
-        (buffers,) = part.state
-        if buffers:
-            torch._foreach_mul_(buffers, numbers.momentum)
-            torch._foreach_add_(buffers, directions)
-            if numbers.nesterov:
-                directions = list(torch._foreach_add(directions, buffers, alpha=numbers.momentum))
-            else:
-                directions = buffers
-        subtract_(part.weights, directions, 1.0 if numbers.lr_in_momentum else numbers.lr)
-        return measured.float()
-
-
-def _measure(
-    weights: list[Tensor], gradients: list[Tensor], directions: list[Tensor], part: Part, numbers: LarsNumbers
-) -> Tensor:
-    """Of shape [3, layers]: weight norm, gradient norm, and ``q``."""
-    weight_norm, gradient_norm, direction_norm = norms([weights, gradients, directions], part.shards)
-    denominator = direction_norm if part.given_norms is None else part.given_norms.to(weight_norm)
-    if numbers.sum_of_norms:
-        decays = [numbers.weight_decay * decayed for decayed in only(part.decayed, part.adapted)]
-        penalty = torch.stack(torch._foreach_mul(weight_norm.unbind(), decays))  # a tensor of them can't be captured
-        denominator = (gradient_norm if part.given_norms is None else denominator) + penalty
-    numerator, limited = clipped(weight_norm, numbers.norm_clip), clipped(denominator, numbers.norm_clip)
-    ratio = numbers.coefficient * numerator / (limited + numbers.eps)
-    ratio = one_where_zero(ratio, weight_norm, denominator)
-    if numbers.larc:
-        ratio = ratio / numbers.lr
-    return torch.stack([weight_norm, gradient_norm, clipped(ratio, numbers.max_ratio)])
 
 
 class LARS(LarsFamily):
@@ -157,20 +74,19 @@ class LARS(LarsFamily):
         nesterov: step with ``q * g' + momentum * v``.
         denominator: ``norm_of_sum``: ``||g + weight_decay * w||``, the programs'; ``sum_of_norms``:
             ``||g|| + weight_decay * ||w||``, the paper's and timm's, which is never smaller.
-        lr_in_momentum: ``v = momentum * v + lr * q * g'`` and ``w -= v``, as in the paper: a change of the rate then
+        lr_in_momentum: ``v = momentum * v + lr * q * g'`` and ``w -= v``, as in the paper: a change of ``lr`` then
             acts on new gradients only.
-        max_ratio: limit ``q`` from above; with 1 no layer's rate exceeds ``lr``.
-        larc: divide ``q`` by ``lr`` before ``max_ratio`` limits it, as LARC does: the layer's own rate is then
-            ``min(trust_coefficient * ||w|| / ||g'||, max_ratio * lr)``.
+        max_ratio: limit ``q`` from above; with 1 no layer's learning rate exceeds ``lr``.
+        larc: divide ``q`` by ``lr`` before ``max_ratio`` limits it, as LARC does: the layer's own learning rate is
+            then ``min(trust_coefficient * ||w|| / ||g'||, max_ratio * lr)``.
         eps: added to the denominator. timm and LARC have 1e-8.
-        adapt: for a parameter group: scale all of its parameters, or none, whatever their dimensions. None: by
-            dimensions.
+        adapt: in a parameter group: scale all of its parameters (True) or none (False). None: by their dimensions.
         maximize: ascend.
-        foreach: carry the step out over all tensors at once (True) or one at a time (False) with torch's operations.
-        fused: one pass over memory for the norms and one for the update; taken where it can be unless ``foreach`` or
-            ``fused`` says otherwise. True warns, once, where it can't.
-        capturable: only what may be captured in a CUDA graph. For a rate that changes between replays, ``lr`` has to
-            be a tensor.
+        foreach: use torch's operations, over all tensors at once (True) or one tensor at a time (False).
+        fused: one pass over memory for the norms and one for the update. By default taken where it can be, unless
+            ``foreach`` is set. True warns, once, where the fused step can't be taken.
+        capturable: use only operations that a CUDA graph can capture. If the learning rate changes between replays,
+            ``lr`` has to be a tensor.
 
     Raises:
         ValueError: for a hyper-parameter out of its range, also in a parameter group.

@@ -1,44 +1,40 @@
-"""What layer-wise adaptive optimizers share: the step, the choice of how to carry it out, the layers' statistics."""
+"""The base class of the layer-wise adaptive optimizers: step, layer statistics and state."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
-from types import ModuleType
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from largebatch.optim import unfused
 from largebatch.optim.fused import fused_kernels
 from largebatch.optim.options import Group, check_common, is_adapted
 from largebatch.optim.part import HALF, Part
 
 Measured = tuple[list[Tensor], Tensor]  # layers, and their statistics as fp32 [3, layers]
 
-# Options that came after the first version: a state_dict without them is continued with their defaults.
-_ADDED = frozenset(
-    {"adapt", "denominator", "eps", "foreach", "fused", "capturable", "larc", "lr_in_momentum", "max_ratio", "maximize"}
-)
-
 
 class LayerwiseOptimizer(Optimizer):
     """The common part of LARS, TVLARS, CLARS and LAMB.
 
     A *layer* is a parameter that is adapted (see ``is_adapted``). State is kept in fp32 for fp16 and bf16 parameters,
-    else in the parameter's own type. Sharded parameters (DTensor, as FSDP2 makes them) have the norms of the whole.
+    else in the parameter's own type. Norms of sharded parameters (FSDP2's DTensors) are those of the whole parameter.
 
-    Each optimizer writes ``_check_group``, which refuses bad hyper-parameters; ``_step_group``, which collects what has
-    a gradient and calls ``_step_part``; and two ways to update a part, ``_fused`` and ``_eager``.
+    A subclass defines ``_check_group`` and ``_step_group``. Its arithmetic is a function named ``EQUATION`` in three
+    modules: ``unfused`` (torch), ``fused_cpu`` (C++) and ``fused_cuda`` (Triton).
     """
 
-    STATE: ClassVar[tuple[str, ...]] = ()  # what is kept for a parameter
+    EQUATION: ClassVar[str]  # "lars" or "lamb"
+    STATE: ClassVar[tuple[str, ...]]  # keys of a parameter's state
 
     _measured: list[Measured]  # of the latest step
-    _tables: dict[Any, dict[Any, Any]]  # what the fused step keeps for each part
+    _tables: dict[Any, dict[Any, Any]]  # ``Part.tables`` by group, device and type
     _warned: bool
 
     def __init__(self, params: Any, defaults: Group) -> None:
@@ -52,24 +48,18 @@ class LayerwiseOptimizer(Optimizer):
     def _step_group(
         self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]
     ) -> list[Measured]:
-        """Update the parameters of the group at ``index`` that have a gradient; what was measured, by parts."""
+        """Update these parameters of the group at ``index``: call ``_step_part`` for each part, return its results."""
         raise NotImplementedError
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient once; ``p.grad`` is left as it was.
 
         Args:
-            closure: evaluates the model anew, calls ``backward`` and returns the loss.
+            closure: function that evaluates the model again, calls ``backward`` and returns the loss.
 
         Returns:
-            What ``closure`` returned, or None.
+            The result of ``closure``, or None.
 
         Raises:
             RuntimeError: for a sparse or complex gradient; then no parameter is changed.
@@ -86,21 +76,20 @@ class LayerwiseOptimizer(Optimizer):
         return loss
 
     def _with_gradient(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
-        """The group's parameters that have a gradient, and the gradients."""
+        """Return the group's parameters that have a gradient, and the gradients."""
         found = [(parameter, parameter.grad) for parameter in group["params"]]
         found = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
         for parameter, gradient in found:
             if gradient.layout != torch.strided or gradient.is_complex():
                 kind = "complex" if gradient.layout == torch.strided else "sparse"
-                name = next(name for name, other, _ in self._named_parameters() if other is parameter)
                 raise RuntimeError(
-                    f"{type(self).__name__} takes dense real gradients only, and that of {name} is {kind}; "
-                    "give this parameter to another optimizer"
+                    f"{type(self).__name__} takes dense real gradients only, and that of {self._name(parameter)} is "
+                    f"{kind}; give this parameter to another optimizer"
                 )
         return [parameter for parameter, _ in found], [gradient for _, gradient in found]
 
     def _buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
-        """The parameters' state of this name; zeros at the first step."""
+        """Return the parameters' state of this name; zeros at the first step."""
         states = [self.state[parameter] for parameter in parameters]
         for parameter, state in zip(parameters, states, strict=True):
             if name not in state:
@@ -108,34 +97,23 @@ class LayerwiseOptimizer(Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=kind, requires_grad=False)
         return [state[name] for state in states]
 
-    # -- how a step is carried out
-
     def _step_part(self, index: int, group: Group, part: Part, numbers: Any) -> Measured:
-        """Update a part of the group at ``index`` in the way that its options and its tensors allow."""
+        """Update a part of the group at ``index``, fused if its options and its tensors allow it."""
         kernels = self._kernels(group, part)
         if kernels is not None:
-            tables = self._tables.setdefault((index, part.weights[0].device, part.weights[0].dtype), {})
-            statistics = self._fused(kernels, part, numbers, tables)
-            # Written past torch's eyes: autograd has to know that what it may have saved is no longer the same.
+            part.tables = self._tables.setdefault((index, part.weights[0].device, part.weights[0].dtype), {})
+            statistics = getattr(kernels, self.EQUATION)(part, numbers)
+            # The kernels write to memory directly: tell autograd that tensors that it may have saved are changed.
             torch.autograd.graph.increment_version(chain(part.weights, *part.state))
-        elif group["foreach"] is False:
-            statistics = torch.cat([self._eager(one, numbers) for one in part.one_by_one()], dim=1)
         else:
-            statistics = self._eager(part, numbers)
+            statistics = getattr(unfused, self.EQUATION)(part, numbers)
         return part.layers(), statistics
 
-    def _fused(self, kernels: ModuleType, part: Part, numbers: Any, tables: dict[Any, Any]) -> Tensor:
-        """The update by compiled code. Returns fp32 [3, layers]: weight norm, gradient norm, trust ratio."""
-        raise NotImplementedError
-
-    def _eager(self, part: Part, numbers: Any) -> Tensor:
-        """The same by torch's operations over lists of tensors."""
-        raise NotImplementedError
-
-    def _kernels(self, group: Group, part: Part) -> ModuleType | None:
+    def _kernels(self, group: Group, part: Part) -> Any:
+        """Return the module with the fused step for this part, or None."""
         if group["fused"] is False or (group["fused"] is None and group["foreach"] is not None):
             return None
-        if torch.compiler.is_compiling():  # which fuses by itself, and can't trace a warning
+        if torch.compiler.is_compiling():  # the compiler fuses by itself, and can't trace a warning
             return None
         kernels, reason = fused_kernels(group, part)
         if kernels is None and group["fused"] and not self._warned:
@@ -156,27 +134,25 @@ class LayerwiseOptimizer(Optimizer):
         return [name for name, parameter, group in self._named_parameters() if is_adapted(parameter, group)]
 
     def layer_stats(self) -> dict[str, Tensor]:
-        """What the latest step found in each layer, in the order of ``layer_names``.
+        """Return the latest step's statistics of each layer, in the order of ``layer_names``.
 
         Returns:
             fp32 tensors of shape [number of layers], on the first layer's device: ``weight_norm`` (before the update)
             and ``gradient_norm`` (of ``p.grad``, without decay), both unclipped, and ``trust_ratio``, the factor that
-            was applied. NaN where the layer had no gradient. Reading them here costs no synchronisation.
+            was applied. NaN where the layer had no gradient. The call doesn't synchronise with the device.
         """
         layers = self.layers
         keys = ("weight_norm", "gradient_norm", "trust_ratio")
-        measured = list(chain.from_iterable(parameters for parameters, _ in self._measured))
-        if len(measured) == len(layers) > 0 and all(one is other for one, other in zip(measured, layers, strict=True)):
-            table = torch.cat([values.to(layers[0].device) for _, values in self._measured], dim=1)
-            return dict(zip(keys, table.unbind(), strict=True))
         if not layers:
             return {key: torch.empty(0) for key in keys}
-        missing = torch.full((3,), math.nan, device=layers[0].device)
-        columns = dict(
-            zip(map(id, measured), chain.from_iterable(values.unbind(1) for _, values in self._measured), strict=True)
-        )
-        table = torch.stack([columns.get(id(layer), missing).to(missing.device) for layer in layers], dim=1)
-        return dict(zip(keys, table.unbind(), strict=True))
+        missing = torch.full((3, 1), math.nan, device=layers[0].device)
+        table = torch.cat([*(values.to(missing.device) for _, values in self._measured), missing], dim=1)
+        measured = [id(layer) for parameters, _ in self._measured for layer in parameters]
+        if measured != list(map(id, layers)):  # some layers had no gradient, or the order differs
+            *columns, last = table.unbind(1)
+            by_id = dict(zip(measured, columns, strict=True))
+            table = torch.stack([by_id.get(id(layer), last) for layer in layers], dim=1)
+        return dict(zip(keys, table[:, : len(layers)].unbind(), strict=True))
 
     def _named_parameters(self) -> Iterator[tuple[str, Tensor, Group]]:
         index = 0
@@ -186,7 +162,10 @@ class LayerwiseOptimizer(Optimizer):
                 yield (names[place] if names else f"param_{index}"), parameter, group
                 index += 1
 
-    # -- what torch.optim.Optimizer does, and a little more
+    def _name(self, parameter: Tensor) -> str:
+        return next(name for name, other, _ in self._named_parameters() if other is parameter)
+
+    # -- additions to torch.optim.Optimizer
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group that may set any option for itself.
@@ -194,12 +173,12 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             ValueError: for a hyper-parameter out of its range; then nothing is added.
         """
-        if isinstance(param_group, dict):  # torch says so if it isn't
+        if isinstance(param_group, dict):  # else torch raises
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where ``state_dict()`` was taken, on any device; also of the first version.
+        """Continue exactly where ``state_dict()`` was taken, on any device.
 
         Raises:
             ValueError: for the state of another optimizer, or of other parameters; then nothing is changed.
@@ -218,7 +197,7 @@ class LayerwiseOptimizer(Optimizer):
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         name = type(self).__name__
         for group in state_dict["param_groups"]:
-            if missing := sorted(self.defaults.keys() - _ADDED - group.keys()):
+            if missing := sorted(self.defaults.keys() - group.keys()):
                 raise ValueError(f"this state_dict is not of {name}: its groups have no {', '.join(missing)}")
         for state in state_dict["state"].values():
             if unknown := sorted(state.keys() - set(self.STATE)):
@@ -229,13 +208,10 @@ class LayerwiseOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # after unpickling, a deep copy and load_state_dict
         super().__setstate__(state)
-        for group in self.param_groups:
-            for name in _ADDED & self.defaults.keys():
-                group.setdefault(name, self.defaults[name])
         self._forget()
 
     def _forget(self) -> None:
-        """Start without what belongs to this object alone and not to its state."""
+        """Reset the attributes that are no part of the state."""
         self._measured = []
         self._tables = {}
         self._warned = False

@@ -1,12 +1,13 @@
-"""The hyper-parameters of one step as plain numbers, the same for every way to carry it out."""
+"""The hyper-parameters of one step as plain numbers, equal for torch, C++ and Triton."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple, TypeVar
 
 
 class LarsNumbers(NamedTuple):
-    """Of LARS, TVLARS and CLARS. ``coefficient`` multiplies the ratio of the norms; no limit is infinity."""
+    """Numbers of LARS, TVLARS and CLARS. ``coefficient`` multiplies the ratio of the norms; no limit is infinity."""
 
     lr: float
     coefficient: float
@@ -23,7 +24,7 @@ class LarsNumbers(NamedTuple):
 
 
 class LambNumbers(NamedTuple):
-    """Of LAMB. ``correction1`` and ``correction2`` divide the moments: ``1 - beta^t``, or 1 without bias correction."""
+    """Numbers of LAMB. ``correction1`` and ``correction2`` divide the moments: ``1 - beta^t``, or 1 uncorrected."""
 
     lr: float
     beta1: float
@@ -35,3 +36,13 @@ class LambNumbers(NamedTuple):
     norm_clip: float
     max_ratio: float
     maximize: bool
+
+
+Numbers = TypeVar("Numbers", LarsNumbers, LambNumbers)
+
+
+def numbers_of(kind: type[Numbers], group: dict[str, Any], **own: Any) -> Numbers:
+    """Take each field from ``own``, else from the group's option of that name; a limit of None becomes infinity."""
+    values = {**group, **own}
+    values |= {name: math.inf for name in ("norm_clip", "max_ratio") if values[name] is None}
+    return kind(**{name: values[name] for name in kind._fields})

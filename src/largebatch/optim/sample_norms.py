@@ -1,4 +1,4 @@
-"""What CLARS divides by: the mean, over samples, of the norm of each layer's gradient."""
+"""The mean, over samples, of the norm of each layer's gradient, by which CLARS divides."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import distributed as dist
 from largebatch.optim.group_norms import Conv, bias_group_norms, conv_group_norms, linear_group_norms, norms
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # exactly these: a subclass may compute something else
-_PASSES = 'method="passes" can do it'
+_PASSES = 'use method="passes"'
 
 
 class SampleNorms:
-    """Sums, over groups of samples, of the norm of what each group adds to a layer's gradient.
+    """Sum, over groups of samples, of the norm of the group's contribution to a layer's gradient.
 
-    CLARS's rate of layer k is ``trust_coefficient * ||w_k|| / mean_i ||grad_k f_i(w)||``. When the loss that is
-    backpropagated is a mean over samples, ``p.grad`` is a sum over groups j of their contributions c_j, and the mean
-    over the groups of ``||gradient of the group's own mean loss||`` is ``sum_j ||c_j||``. So this class only adds up
-    norms of contributions, in whatever scale the backward passes run: loss scaling and accumulation,
+    CLARS scales layer k by ``trust_coefficient * ||w_k|| / mean_i ||grad_k f_i(w)||``. If the loss is a mean over
+    samples, ``p.grad`` is a sum over groups j of their contributions c_j, and the mean over the groups of
+    ``||gradient of the group's own mean loss||`` is ``sum_j ||c_j||``. This class therefore only adds norms of
+    contributions, in the scale of the backward passes. Loss scaling and accumulation,
     ``(loss / accumulation).backward()``, need no counting.
 
     Attach it before the first forward pass, run forward and backward passes as usual, and call ``means()`` once an
-    optimizer step. ``p.grad`` stays what it would be without.
+    optimizer step. ``p.grad`` isn't changed.
 
     - ``hooks``: one backward pass over any number of groups. Each layer must belong to one ``nn.Linear`` or
       ``nn.Conv1d/2d/3d`` that is called once a backward pass, with samples along the first dimension.
@@ -34,26 +34,26 @@ class SampleNorms:
     - ``passes``: each ``backward()`` is one group, so feed ``sample_size`` samples at a time. Any model and parameter;
       a shared parameter counts as one.
 
-    Batch norm in training mode couples samples. With hooks the contributions are then still exact and add up to
-    ``p.grad``: what flows back through a group's own activations, the statistics being the micro-batch's. With passes
-    each group has statistics of its own.
+    Batch norm in training mode couples samples. With hooks, a contribution is then the gradient through the group's own
+    activations, with the statistics of the micro-batch: it is exact, and contributions add up to ``p.grad``. With
+    passes each group has its own statistics.
 
-    Works inside DistributedDataParallel (hand over the inner module or the replica), with ``no_sync`` and autocast, and
+    It works inside DistributedDataParallel (pass the inner module or the replica), with ``no_sync`` and autocast, and
     with ``torch.utils.checkpoint(use_reentrant=False)``. A forward pass without gradients stores nothing, and nothing
-    outlives the backward pass.
+    is kept after the backward pass.
 
     Args:
-        model: the model, on its device, its parameters frozen or not as they will be.
+        model: the model, on its device; freeze parameters before.
         sample_size: samples a group. With hooks every micro-batch must be a multiple of it.
-        method: ``auto`` takes hooks where every layer allows them, else passes; ``why`` says what decided.
+        method: ``auto`` takes hooks if every layer allows them, else passes; the attribute ``why`` has the reason.
         parameters: the layers; by default all trainable parameters of more than one dimension. Others (biases, norm
-            layers) may be among them; hooks know those of linear layers and convolutions.
+            layers) are allowed; hooks support those of linear layers and convolutions.
 
     Raises:
         ValueError: for a ``sample_size`` below 1, no layers, a layer that isn't a trainable parameter of the model,
-            or, with ``hooks``, one that hooks don't know. During a backward pass a ``RuntimeError`` says what hooks
-            can't do: a module called twice, samples not along the first dimension, a micro-batch that
-            ``sample_size`` doesn't divide.
+            or, with ``hooks``, a layer that hooks don't support.
+        RuntimeError: in a backward pass, for cases that hooks don't support: a module called twice, samples not along
+            the first dimension, a micro-batch that ``sample_size`` doesn't divide.
     """
 
     def __init__(
@@ -73,33 +73,39 @@ class SampleNorms:
         self._layers = _layers(self._names, parameters)
         self._places: dict[Tensor, int] = {layer: place for place, layer in enumerate(self._layers)}
         self._sums: Tensor | None = None  # [number of layers], of this step; None before its first backward pass
-        self._visits: dict[nn.Module, int] = {}  # the latest backward pass that came by
-        self._batch = (-1, 0, "")  # the latest backward pass, its number of samples, and the module that told
+        self._visits: dict[nn.Module, int] = {}  # number of the latest backward pass through each module
+        self._batch = (-1, 0, "")  # the latest backward pass, its number of samples, and the module that had them
         self._modules = {module: name or type(module).__name__ for name, module in model.named_modules()}
         obstacle = _obstacle(model, self._layers, self._names)
         if method == "hooks" and obstacle:
             raise ValueError(f'method="hooks" needs layers of nn.Linear and nn.Conv modules: {obstacle}; {_PASSES}')
-        self.method, self.why = _resolve(method, obstacle)
-        self._handles: list[Any] = self._attach_hooks() if self.method == "hooks" else self._attach_passes()
+        self.method, self.why = method, "set by the caller"
+        if method == "auto":
+            self.method = "passes" if obstacle else "hooks"
+            self.why = obstacle or "every layer belongs to one nn.Linear or nn.Conv module"
+        if self.method == "hooks":
+            self._handles = self._attach_hooks()
+        else:
+            self._handles = [_register(layer, partial(self._add_pass, layer)) for layer in self._layers]
 
     def means(self, scale: float = 1.0) -> dict[nn.Parameter, Tensor]:
-        """The mean over groups of each layer's gradient norm since the last call; the sums start anew.
+        """Return the mean over groups of each layer's gradient norm since the last call, and reset the sums.
 
-        With ``torch.distributed`` initialised it is of all ranks, taking the loss of a step to be the mean of theirs
-        as DistributedDataParallel does; every rank must call it. No synchronisation with the device.
+        With ``torch.distributed`` initialised it is the mean over all ranks, as the loss of DistributedDataParallel;
+        every rank must call it. No synchronisation with the device.
 
         Args:
-            scale: what the loss was multiplied by, a ``GradScaler``'s scale.
+            scale: the factor of the loss, as ``GradScaler.get_scale()``.
 
         Returns:
             fp32 tensors of no dimension, on the model's device.
 
         Raises:
-            RuntimeError: where no backward pass came by since the last call.
+            RuntimeError: if no backward pass has run since the last call.
         """
         sums, self._sums = self._sums, None
         if sums is None:
-            raise RuntimeError("no backward pass came by since the last call of means(), or since SampleNorms was made")
+            raise RuntimeError("no backward pass since the last call of means(), or since SampleNorms was created")
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
             sums /= dist.get_world_size()
@@ -107,11 +113,11 @@ class SampleNorms:
         return dict(zip(self._layers, sums.unbind(), strict=True))
 
     def forget(self) -> None:
-        """Drop what the backward passes since the last call of ``means`` added, because their step is taken again."""
+        """Reset the sums since the last call of ``means``, because the step is run again."""
         self._sums = None
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -122,9 +128,6 @@ class SampleNorms:
         self._sums[self._places[layer]] += norm
 
     # -- method "passes"
-
-    def _attach_passes(self) -> list[Any]:
-        return [_register(layer, partial(self._add_pass, layer)) for layer in self._layers]
 
     @torch.no_grad()
     def _add_pass(self, layer: nn.Parameter, gradient: Tensor) -> None:
@@ -173,14 +176,14 @@ class SampleNorms:
     def _check_backward(self, module: nn.Module, name: str, samples: int) -> None:
         task = torch._C._current_graph_task_id()  # a number for each call of backward()
         if self._visits.get(module) == task:
-            raise RuntimeError(f"{name} was called twice in one backward pass, which hooks can't tell apart; {_PASSES}")
+            raise RuntimeError(f"{name} was called twice in one backward pass, which hooks don't support; {_PASSES}")
         self._visits[module] = task
         if self._batch[0] != task:
             self._batch = (task, samples, name)
         elif self._batch[1] != samples:
             raise RuntimeError(
-                f"{name} was given {samples} rows along its first dimension and {self._batch[2]} {self._batch[1]}, "
-                f"so these aren't samples everywhere, as hooks need; {_PASSES}"
+                f"{name} got {samples} rows along its first dimension and {self._batch[2]} {self._batch[1]}: hooks "
+                f"need one row per sample; {_PASSES}"
             )
         if samples % self.sample_size:
             raise RuntimeError(f"a micro-batch of {samples} samples isn't a multiple of sample_size={self.sample_size}")
@@ -188,18 +191,18 @@ class SampleNorms:
     def _check_visited(self, module: nn.Module, layer: nn.Parameter, gradient: Tensor) -> None:
         if self._visits.get(module) != torch._C._current_graph_task_id():
             raise RuntimeError(
-                f"{self._names[layer]} got a gradient though its module wasn't called: its weight is used elsewhere, "
-                f"where hooks don't see it; {_PASSES}"
+                f"{self._names[layer]} got a gradient though its module wasn't called: it is used outside its module, "
+                f"which hooks don't support; {_PASSES}"
             )
 
 
 def _register(tensor: Tensor, hook: Callable[[Tensor], None]) -> Any:
-    """``hook`` gets the gradient with respect to ``tensor``, once a backward pass."""
+    """Call ``hook`` with the gradient with respect to ``tensor``, once a backward pass."""
     return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 class _Held(torch.autograd.Function):
-    """Saves a tensor the way a layer saves its input, so that checkpointing and offloading treat them alike."""
+    """Saves a tensor as a layer saves its input, so that checkpointing and offloading treat both alike."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
@@ -208,15 +211,15 @@ class _Held(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError("no gradient flows here")
+        raise NotImplementedError("this function has no gradient")
 
 
 def _held(tensor: Tensor) -> Any:
-    """An empty tensor whose graph node has saved ``tensor``; torch frees that when the empty one goes."""
+    """Return an empty tensor whose graph node has saved ``tensor``; torch frees both together."""
     return _Held.apply(torch.empty(0, requires_grad=True), tensor.detach())
 
 
-# -- layers, and which method does for them
+# -- layers and methods
 
 
 def _layers(names: dict[Tensor, str], wanted: Iterable[Tensor] | None) -> list[nn.Parameter]:
@@ -225,7 +228,7 @@ def _layers(names: dict[Tensor, str], wanted: Iterable[Tensor] | None) -> list[n
     layers = list(dict.fromkeys(wanted))
     for layer in layers:
         if layer not in names or not layer.requires_grad:
-            what = f"{names[layer]} is frozen" if layer in names else f"one of shape {list(layer.shape)} isn't"
+            what = f"{names[layer]} is frozen" if layer in names else f"a tensor of shape {list(layer.shape)} isn't"
             raise ValueError(f"the layers must be trainable parameters of the model: {what}")
     if not layers:
         raise ValueError("no layers: the model has no trainable parameter of more than one dimension, or none is given")
@@ -233,7 +236,7 @@ def _layers(names: dict[Tensor, str], wanted: Iterable[Tensor] | None) -> list[n
 
 
 def _obstacle(model: nn.Module, layers: list[nn.Parameter], names: dict[Tensor, str]) -> str:
-    """What keeps hooks from the first layer that they can't do; empty if they can do all."""
+    """Return the reason why hooks don't support the first such layer; empty if they support all."""
     owners: dict[nn.Parameter, list[nn.Module]] = {layer: [] for layer in layers}
     for module in model.modules():
         for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -248,11 +251,3 @@ def _obstacle(model: nn.Module, layers: list[nn.Parameter], names: dict[Tensor, 
         if layer is not owner.weight and layer is not owner.bias:
             return f"{names[layer]} isn't the weight or bias of its {type(owner).__name__}"
     return ""
-
-
-def _resolve(method: Literal["auto", "hooks", "passes"], obstacle: str) -> tuple[Literal["hooks", "passes"], str]:
-    if method != "auto":
-        return method, "as asked for"
-    if obstacle:
-        return "passes", obstacle
-    return "hooks", "every layer belongs to one nn.Linear or nn.Conv module"

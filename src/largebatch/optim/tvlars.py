@@ -1,10 +1,10 @@
-"""TVLARS: LARS whose trust ratio starts high and falls along a sigmoid of time, in place of a warm-up."""
+"""TVLARS: LARS whose trust ratio starts high and falls along a sigmoid of time, instead of a warm-up."""
 
 from __future__ import annotations
 
 import math
 import sys
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +14,11 @@ from largebatch.optim.lars import LarsFamily
 from largebatch.optim.options import Group, check_non_negative, options_of
 
 
-@overload
-def phi(step: float, lmbda: float, alpha: float, delay: float, gamma_min: float) -> float: ...
+def phi(step: Any, lmbda: float, alpha: float, delay: float, gamma_min: float) -> Any:
+    """Return ``1 / (alpha + exp(lmbda * (step - delay))) + gamma_min`` (arXiv 2309.14053, section 4), for any ``step``.
 
-
-@overload
-def phi(step: Tensor, lmbda: float, alpha: float, delay: float, gamma_min: float) -> Tensor: ...
-
-
-def phi(step: float | Tensor, lmbda: float, alpha: float, delay: float, gamma_min: float) -> float | Tensor:
-    """``1 / (alpha + exp(lmbda * (step - delay))) + gamma_min`` (arXiv 2309.14053, section 4), for any ``step``.
-
-    Falls from at most ``1/alpha + gamma_min`` to ``gamma_min``; half-way at ``delay + ln(alpha)/lmbda``. Of a tensor of
-    steps, the tensor of values: on its device, in its type if that is floating-point, else in fp64.
+    It falls from at most ``1/alpha + gamma_min`` to ``gamma_min``; half-way at ``delay + ln(alpha)/lmbda``. A tensor of
+    steps gives a tensor of values: on its device, in its type if that is floating-point, else in fp64.
     """
     if isinstance(step, Tensor):
         return _phi_of_tensor(step, lmbda, alpha, delay, gamma_min)
@@ -34,7 +26,7 @@ def phi(step: float | Tensor, lmbda: float, alpha: float, delay: float, gamma_mi
     if exponent > 0:  # the formula's fraction multiplied by exp(-exponent), which can't overflow
         decayed = math.exp(-exponent)
         return decayed / (1 + alpha * decayed) + gamma_min
-    # Without alpha, the fraction long before the delay is beyond any float.
+    # With alpha = 0, the fraction long before the delay is larger than any float.
     return 1 / max(alpha + math.exp(exponent), sys.float_info.min) + gamma_min
 
 
@@ -63,10 +55,10 @@ class TVLARS(LarsFamily):
 
     Args:
         lmbda: steepness of the decay, per optimizer step. 1e-3 in the program.
-        alpha: the fraction is below ``1/alpha``. 1 keeps phi at or below LARS's rate (with no floor); the program has
-            0.1.
-        delay: the paper's d_e, here in optimizer steps. The program has none.
-        gamma_min: phi's floor. The paper has one; the program has none.
+        alpha: the fraction is below ``1/alpha``. With 1 and no floor, phi is at most 1 and so the learning rate at
+            most LARS's; the program has 0.1.
+        delay: the paper's d_e, here in optimizer steps. The program has no delay.
+        gamma_min: phi's floor, as in the paper. The program has no floor.
         params, lr, and all others: as in ``LARS``.
 
     Raises:
@@ -100,8 +92,8 @@ class TVLARS(LarsFamily):
         fused: bool | None = None,
         capturable: bool = False,
     ) -> None:
-        # step is t, the optimizer steps taken. In the groups because it belongs to no parameter (one that has no
-        # gradient for a while doesn't stop the clock), and because state_dict carries what is in a group.
+        # step is t, the optimizer steps taken. It is in the groups because state_dict carries them, and because the
+        # clock belongs to no parameter: it goes on while a parameter has no gradient.
         super().__init__(params, options_of(locals()) | {"step": 0})
 
     def add_param_group(self, param_group: Group) -> None:
@@ -110,10 +102,9 @@ class TVLARS(LarsFamily):
             step = self.param_groups[0]["step"]
             param_group.setdefault("step", step.clone() if isinstance(step, Tensor) else step)
         super().add_param_group(param_group)
-        _set_clock(self.param_groups[-1])
 
     def phi(self, step: Any) -> Any:
-        """phi at optimizer step ``step`` (1 is the first), before or after it, with the first group's options.
+        """Return phi at optimizer step ``step`` (1 is the first), past or future, with the first group's options.
 
         Args:
             step: a number, or a tensor of any shape.
@@ -128,24 +119,15 @@ class TVLARS(LarsFamily):
         for name in ("lmbda", "alpha", "delay", "gamma_min"):
             check_non_negative(name, group[name])
 
-    def _coefficient(self, group: Group) -> float:
-        _set_clock(group)  # torch.compile traces every step as a capturable one
-        group["step"] += 1  # in place where it is a tensor
-        coefficient: float = group["trust_coefficient"] * _group_phi(group["step"], group)
-        return coefficient
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            _set_clock(group)
-
-
-def _set_clock(group: Group) -> None:
-    """A graph that is replayed has to find the time on the device; otherwise it is a Python int."""
-    if group["capturable"] and group["params"]:
-        group["step"] = torch.as_tensor(group["step"], dtype=torch.float32, device=group["params"][0].device)
-    elif isinstance(group["step"], Tensor):
-        group["step"] = int(group["step"])
+    def _coefficient(self, group: Group) -> Any:
+        # A graph that is replayed reads t from the device; otherwise t is a Python int. Checked at each step, because
+        # torch.compile sets capturable while it traces, and a loaded state may come from another device.
+        if group["capturable"] and group["params"]:
+            group["step"] = torch.as_tensor(group["step"], dtype=torch.float32, device=group["params"][0].device)
+        elif isinstance(group["step"], Tensor):
+            group["step"] = int(group["step"])
+        group["step"] += 1  # in place if it is a tensor
+        return group["trust_coefficient"] * _group_phi(group["step"], group)
 
 
 def _group_phi(step: Any, group: Group) -> Any:

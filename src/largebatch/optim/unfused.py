@@ -1,0 +1,172 @@
+"""The update equations in torch's operations over lists of tensors; no value is read back from the device.
+
+The equations stand in three places, which must agree: here, in ``fused_cpu.cpp`` and in ``fused_cuda_kernels.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from largebatch.optim.numbers import LambNumbers, LarsNumbers
+from largebatch.optim.part import HALF, Part, only
+
+
+def lars(part: Part, numbers: LarsNumbers) -> Tensor:
+    """Update a part in place by the equation of ``LARS``. ``part.state`` is the momentum buffers, or an empty list.
+
+    Returns:
+        fp32 of shape [3, adapted parameters] on their device: weight norm, gradient norm, trust ratio.
+    """
+    weights, gradients = _at_least_float32(part.weights), _at_least_float32(part.gradients)
+    if numbers.maximize:
+        gradients = list(torch._foreach_neg(gradients))
+    directions = gradients  # g' = g + weight_decay * w
+    if any(part.decayed):
+        sums = torch._foreach_add(
+            only(gradients, part.decayed), only(weights, part.decayed), alpha=numbers.weight_decay
+        )
+        directions = _replaced(gradients, part.decayed, sums)
+    measured = torch.empty(3, 0, device=weights[0].device)
+    if any(part.adapted):  # g' *= q
+        layers = only(directions, part.adapted)
+        measured = _lars_ratios(only(weights, part.adapted), only(gradients, part.adapted), layers, part, numbers)
+        if numbers.maximize or all(only(part.decayed, part.adapted)):  # new tensors, not p.grad
+            torch._foreach_mul_(layers, measured[2].unbind())
+        else:
+            directions = _replaced(directions, part.adapted, torch._foreach_mul(layers, measured[2].unbind()))
+    if numbers.lr_in_momentum:
+        directions = list(torch._foreach_mul(directions, numbers.lr))
+    (buffers,) = part.state
+    if buffers:  # v = momentum * v + q * g'
+        torch._foreach_mul_(buffers, numbers.momentum)
+        torch._foreach_add_(buffers, directions)
+        if numbers.nesterov:
+            directions = list(torch._foreach_add(directions, buffers, alpha=numbers.momentum))
+        else:
+            directions = buffers
+    _subtract_(part.weights, directions, 1.0 if numbers.lr_in_momentum else numbers.lr)
+    return measured.float()
+
+
+def _lars_ratios(
+    weights: list[Tensor], gradients: list[Tensor], directions: list[Tensor], part: Part, numbers: LarsNumbers
+) -> Tensor:
+    """Return [3, layers]: ``||w||``, ``||g||`` and ``q = coefficient * ||w|| / (denominator + eps)``, limited."""
+    weight_norm, gradient_norm, direction_norm = _norms([weights, gradients, directions], part.shards)
+    denominator = direction_norm if part.given_norms is None else part.given_norms.to(weight_norm)
+    if numbers.sum_of_norms:
+        decays = [numbers.weight_decay * decayed for decayed in only(part.decayed, part.adapted)]
+        penalty = torch.stack(torch._foreach_mul(weight_norm.unbind(), decays))  # a tensor of them can't be captured
+        denominator = (gradient_norm if part.given_norms is None else denominator) + penalty
+    numerator, limited = _clipped(weight_norm, numbers.norm_clip), _clipped(denominator, numbers.norm_clip)
+    ratio = _one_where_zero(numbers.coefficient * numerator / (limited + numbers.eps), weight_norm, denominator)
+    if numbers.larc:
+        ratio = ratio / numbers.lr
+    return torch.stack([weight_norm, gradient_norm, _clipped(ratio, numbers.max_ratio)])
+
+
+def lamb(part: Part, numbers: LambNumbers) -> Tensor:
+    """Update a part in place by the equation of ``LAMB``; the result is as in ``lars``.
+
+    ``part.state`` is both moments, and the step counts where these are tensors, else an empty list.
+    """
+    weights, gradients = _at_least_float32(part.weights), _at_least_float32(part.gradients)
+    if numbers.maximize:
+        gradients = list(torch._foreach_neg(gradients))
+    exp_avgs, exp_avg_sqs, steps = part.state
+    torch._foreach_lerp_(exp_avgs, gradients, 1 - numbers.beta1)  # m = beta1 * m + (1 - beta1) * g
+    torch._foreach_mul_(exp_avg_sqs, numbers.beta2)  # v = beta2 * v + (1 - beta2) * g^2
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - numbers.beta2)
+    correction1: Any = numbers.correction1
+    correction2: Any = numbers.correction2
+    if steps:
+        taken = torch.stack(steps)
+        correction1, correction2 = (_correction(beta, taken).unbind() for beta in (numbers.beta1, numbers.beta2))
+    denominators = list(torch._foreach_div(exp_avg_sqs, correction2))  # u = m_hat / (sqrt(v_hat) + eps)
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, numbers.eps)
+    directions = list(torch._foreach_div(exp_avgs, correction1))
+    torch._foreach_div_(directions, denominators)
+    if any(part.decayed):  # u += weight_decay * w
+        decayed = only(directions, part.decayed)
+        torch._foreach_add_(decayed, only(weights, part.decayed), alpha=numbers.weight_decay)
+    measured = torch.empty(3, 0, device=weights[0].device)
+    if any(part.adapted):  # u *= min(z(||w||) / ||u||, max_ratio)
+        layers = only(directions, part.adapted)
+        lists = [only(weights, part.adapted), only(gradients, part.adapted), layers]
+        weight_norm, gradient_norm, direction_norm = _norms(lists, part.shards)
+        ratio = _clipped(weight_norm, numbers.norm_clip) / direction_norm
+        ratio = _clipped(_one_where_zero(ratio, weight_norm, direction_norm), numbers.max_ratio)
+        measured = torch.stack([weight_norm, gradient_norm, ratio])
+        torch._foreach_mul_(layers, ratio.unbind())
+    _subtract_(part.weights, directions, numbers.lr)
+    return measured.float()
+
+
+def _correction(beta: float, steps: Tensor) -> Tensor:
+    """Return ``1 - beta^t`` without the cancellation that fp32 has where ``beta^t`` is near 1."""
+    return -torch.expm1(steps * (math.log(beta) if beta else -math.inf))
+
+
+# -- lists of tensors
+
+
+def _at_least_float32(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors, in fp32 if they are fp16 or bf16."""
+    return [tensor.float() for tensor in tensors] if tensors[0].dtype in HALF else tensors
+
+
+def _replaced(tensors: list[Tensor], wanted: Sequence[bool], others: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``tensors`` with the wanted ones replaced by ``others``, in order."""
+    following = iter(others)
+    return [next(following) if yes else tensor for tensor, yes in zip(tensors, wanted, strict=True)]
+
+
+def _subtract_(weights: list[Tensor], moves: list[Tensor], lr: Any) -> None:
+    """Compute ``weight -= lr * move``; ``lr`` is a number or a 0-dimensional tensor."""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(weights, torch._foreach_mul(moves, lr))
+    else:
+        torch._foreach_add_(weights, moves, alpha=-lr)
+
+
+def _norms(lists: Sequence[list[Tensor]], shards: tuple[Any, ...]) -> Tensor:
+    """Return the L2 norms of whole layers, of shape [lists, layers]; each list has one tensor per layer."""
+    tensors = list(chain.from_iterable(lists))
+    if tensors[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        values = _norms_by_pieces(tensors)
+    else:
+        values = torch.stack(torch._foreach_norm(tensors))
+    if shards:
+        squares = values.double().square()
+        for process_group in shards:
+            dist.all_reduce(squares, group=process_group)
+        values = squares.sqrt()
+    return values.view(len(lists), -1)
+
+
+def _norms_by_pieces(tensors: list[Tensor]) -> Tensor:
+    """Sum pieces in fp64: the error of torch's norm on CPU grows with the elements, 8e-7 at 2^17, 8e-5 at 2^22."""
+    pieces = [torch.split(tensor.flatten(), 1 << 17) if tensor.numel() > 1 << 17 else (tensor,) for tensor in tensors]
+    values = torch.stack(torch._foreach_norm(list(chain.from_iterable(pieces))))
+    if len(values) == len(tensors):
+        return values
+    lengths = torch.tensor([len(own) for own in pieces])
+    return torch.segment_reduce(values.double().square(), "sum", lengths=lengths).sqrt()
+
+
+def _clipped(values: Tensor, limit: float) -> Tensor:
+    """Return ``min(value, limit)``; NaN stays NaN. Infinity is no limit."""
+    return values if limit == math.inf else values.clamp(max=limit)
+
+
+def _one_where_zero(ratio: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return the trust ratio, 1 where either norm is 0."""
+    return torch.where((numerator == 0) | (denominator == 0), 1.0, ratio)
