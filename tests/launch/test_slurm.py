@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -153,6 +154,15 @@ def test_nodes_meet_on_the_first_one_at_a_port_of_the_job() -> None:
     assert len(endpoints) == 2
     assert "--standalone" in torchrun_arguments(for_slurm("cluster.processes=2").cluster, Place("7", 0, ["node1"], 0))
     assert torchrun_arguments(for_slurm().cluster, Place("7", 0, ["node1"], 0)) == []
+
+
+def test_the_package_is_what_a_job_gets_a_copy_of(tmp_path: Path) -> None:
+    copy = copy_code(tmp_path)
+    code = "import largebatch.launch.slurm_task as task; print(task.__file__)"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env={"PYTHONPATH": str(copy)}, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str(copy / "largebatch" / "launch" / "slurm_task.py")
+    assert (copy / "largebatch" / "training" / "worker.py").exists()
 
 
 def test_the_copied_code_is_the_package_and_is_named_by_its_content(

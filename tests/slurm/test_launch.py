@@ -111,7 +111,7 @@ def test_a_run_is_a_job_and_its_command_comes_back_at_once(submit: Submit, clust
     assert "is in SLURM's queue already" in submit(*TINY, "epochs=1").stdout
     wait_for_state(run, "finished")
     assert status(run)["node"] in ("node1", "node2")
-    assert (tmp_path / "runs" / ".code" / status(run)["code"] / "largebatch" / "train.py").exists()
+    assert (tmp_path / "runs" / ".code" / status(run)["code"] / "largebatch" / "training" / "worker.py").exists()
     again = submit(*TINY, "epochs=1")
     assert again.returncode == 0
     assert "finished before; not repeated" in again.stdout

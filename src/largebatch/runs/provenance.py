@@ -14,7 +14,7 @@ from typing import Any
 
 from largebatch.runs.folder import read_json
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 _GIT_STATE = "git.json"  # beside a copied package
 
 
