@@ -20,14 +20,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Launch, environment, start
 from hydra.core.config_store import ConfigStore
-from runs import finish, parameters, timeless
-from test_resume import is_alive, worker_pid
+from runs import finish, is_alive, parameters, timeless, worker_pid
 
 from largebatch.config.schema import Config
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.devices import worker_environment
-from largebatch.launch.interrupts import noted_signals
-from largebatch.launch.packing import runs_at_a_time
+from largebatch.launch.packing import noted_signals, runs_at_a_time
 from largebatch.launch.plan import PlannedRun, make_plan
 from largebatch.runs.folder import read_json
 from largebatch.runs.metrics import read_rows
@@ -124,8 +122,8 @@ def test_a_terminal_shows_how_each_run_is_doing(undisturbed: tuple[dict[str, Pat
         assert any(re.match(moving, line) for line in lines), sent
         accuracy = f"{100 * read_json(run / 'summary.json')['test/accuracy']:.2f} %"
         assert f"[{number}/2] finished, test accuracy {accuracy}" in lines
-    assert "0 of 2 done, 2 at work" in lines
-    assert lines.index(f"[1/2] {runs['tvlars s0']}  (optimizer=tvlars)") < lines.index("0 of 2 done, 2 at work")
+    assert "0 of 2 done, 2 running" in lines
+    assert lines.index(f"[1/2] {runs['tvlars s0']}  (optimizer=tvlars)") < lines.index("0 of 2 done, 2 running")
 
 
 def test_runs_that_ctrl_c_stopped_are_completed_by_the_same_command(
@@ -199,7 +197,7 @@ def test_a_run_that_another_launcher_works_on_is_left_alone(tmp_path: Path, laun
         before = read_json(theirs / "status.json")
         result = launch("-m", *TINY, "eval_every=1000", "cases=[{steps:4000},{seed:1,steps:4}]", "cluster.parallel=2")
         assert result.returncode == 0, result.stderr
-        assert f"error: [1/2] {theirs} is being worked on by pid {before['pid']} on " in result.stderr
+        assert f"error: [1/2] {theirs}: pid {before['pid']} on " in result.stderr
         assert "[2/2] finished" in result.stdout
         assert other.poll() is None
         after = read_json(theirs / "status.json")

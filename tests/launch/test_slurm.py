@@ -1,4 +1,4 @@
-"""``cluster=slurm`` as far as it needs no cluster: what sbatch would be given, keys, the copied code, states."""
+"""``cluster=slurm`` without a cluster: sbatch's script, keys, the copied code, states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from largebatch.launch.slurm_task import Place, torchrun_arguments
 from largebatch.runs import provenance
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import copy_code, copy_of_code
-from largebatch.runs.slurm_queue import has_it
+from largebatch.runs.slurm_queue import claim_by_slurm
 from largebatch.runs.table import run_rows
 
 
@@ -139,7 +139,7 @@ def test_a_grid_is_an_array_for_each_request_and_none_is_larger_than_allowed() -
 
 def test_without_sbatch_nothing_is_begun(tmp_path: Path) -> None:
     plan = [planned(for_slurm(f"runs_dir={tmp_path}/runs"), "a")]
-    with pytest.raises(UserError, match="no sbatch here; run this on a login node"):
+    with pytest.raises(UserError, match="no sbatch here. Fix: run this on a login node"):
         submit_plan(plan)
     assert not (tmp_path / "runs").exists()
 
@@ -222,6 +222,6 @@ def test_rows_are_joined_with_what_slurm_says_in_one_call(tmp_path: Path, no_slu
 def test_a_run_that_is_being_submitted_is_left_alone_until_its_launcher_is_surely_dead(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.update_status(state="queued", cluster="slurm")
-    assert has_it(folder.read_status()) == "is being submitted to SLURM by another launcher"
+    assert claim_by_slurm(folder.read_status()) == "is being submitted to SLURM by another launcher"
     folder.status.write_text(json.dumps(folder.read_status() | {"updated": 0}))
-    assert has_it(folder.read_status()) == ""
+    assert claim_by_slurm(folder.read_status()) == ""

@@ -293,7 +293,7 @@ def test_cancelled_runs_are_saved_and_shown_as_such(submit: Submit, cluster: Clu
     result = largebatch(cluster, tmp_path, "cancel", "runs")
     assert result.returncode == 0, result.stderr
     assert f"{first.name}: cancelled after step {status(first)['step']} of 400" in result.stdout
-    assert f"{second.name}: cancelled, it hadn't begun" in result.stdout
+    assert f"{second.name}: cancelled before it started" in result.stdout
     assert [row["state"] for row in rows_as_listed(cluster, tmp_path)] == ["preempted"] * 2
     assert cluster.run("squeue", "--noheader").stdout == ""
 
@@ -334,7 +334,7 @@ def test_a_refused_part_of_a_grid_leaves_nothing_in_the_queue(submit: Submit, cl
     assert wait_until(lambda: cluster.run("squeue", "--noheader").stdout == "", 10)
     run = the_run_of_a_job(tmp_path)  # of the first part; it was submitted, and taken back
     assert status(run)["state"] == "failed"
-    assert "wasn't submitted: SLURM refused 1 run(s): sbatch: error: invalid partition" in status(run)["message"]
+    assert "not submitted: SLURM refused 1 run(s): sbatch: error: invalid partition" in status(run)["message"]
 
 
 def test_a_grid_is_several_arrays_where_the_site_allows_none_as_long_and_keeps_no_accounts(

@@ -90,7 +90,7 @@ def test_an_agent_s_runs_are_the_sweep_s_and_a_finished_one_is_not_repeated(tmp_
     assert of(again, "val/accuracy") == of(first, "val/accuracy")
     assert again.summary["val/accuracy"] == first.summary["val/accuracy"]
     assert (again.exit_code, again.config["resolved"]) == (0, first.config["resolved"])
-    assert result.stdout.count("the sweep was given the figures of") == 1
+    assert result.stdout.count("logged the metrics of") == 1
 
     assert of_run[diverged.config["resolved"]["run"]].state() == "diverged"
     assert diverged.exit_code == 1  # for the search a failed run is a bad one; its best figure isn't its value
@@ -178,8 +178,8 @@ def test_the_whole_configuration_of_a_preempted_run_is_that_run() -> None:
     ("command", "says"),
     [
         (["-m", "seed=0,1"], "-m: a W&B agent takes one run at a time"),
-        (["cluster=slurm"], "cluster=slurm: a W&B agent would take the run as over"),
-        (["tracker=none"], "a W&B sweep needs its runs' figures"),
+        (["cluster=slurm"], "cluster=slurm: a W&B agent would count a submitted run as finished"),
+        (["tracker=none"], "a W&B sweep needs its runs' metrics"),
     ],
 )
 def test_what_an_agent_can_t_do_is_refused_before_it_begins(tmp_path: Path, command: list[str], says: str) -> None:
