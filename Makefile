@@ -19,13 +19,13 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
 
-demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs, under two minutes
+demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs in under two minutes
 	$(BIN)/python launch.py -m sweeps=demo
 
 test: install ## run all tests but SLURM's, two files at a time with a thread each
 	LARGEBATCH_SLURM=skip OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slurm: install ## run those, on a private cluster that it brings up (Debian, root)
+test-slurm: install ## run SLURM's tests on a private cluster (Debian, root)
 	$(BIN)/python tests/tools/private_slurm/cluster.py install
 	LARGEBATCH_SLURM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
@@ -34,7 +34,7 @@ lint: install ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-bench ## print the benchmarks' ratios, measured side by side (half an hour)
+bench: $(VENV)/.installed-bench ## print the benchmarks' tables (half an hour)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean: ## remove the environment and caches; runs and data stay

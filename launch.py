@@ -1,4 +1,4 @@
-"""The one entry point: Hydra composes, the plan is made, the plan is carried out.
+"""Entry point of training: compose the configurations with Hydra, plan the runs, run them.
 
 python launch.py optimizer=tvlars batch_size=1024
 python launch.py -m optimizer=lars,lamb,tvlars seed=0,1,2
@@ -37,23 +37,23 @@ _job: list[Composed] = []
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def compose(tree: DictConfig) -> None:
-    """Called by Hydra for a run, in this process: only collects."""
+    """Collect a run's configuration; Hydra calls this function in this process."""
     job = HydraConfig.get()
     overrides = tuple(override.removeprefix("++") for override in job.overrides.task)
     _job.append(Composed(overrides, plain(tree), job.runtime.choices.get("sweeps"), multirun=False))
 
 
 def composed_jobs(arguments: list[str]) -> list[Composed]:
-    """Return what Hydra makes of the command line; empty after ``--help`` and the like.
+    """Return the configurations of the command line; empty after ``--help`` and similar flags.
 
     Raises:
-        UserError: if it can't be composed.
+        UserError: Hydra can't compose the command line.
     """
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
-    # Hydra copies its store for each group that it lists and each job that it composes: half of --help's time.
+    # Hydra copies its store for each listed group and each composed job, which takes half of --help's time.
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message can be ours
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
     flags = [override for override in overrides if override.startswith("-")]
     try:
@@ -62,7 +62,7 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
         if not set(flags) & {"-sc", "--shell-completion"}:
             sys.argv[1:] = [a if a.startswith("-") or "=" not in a else by_force([a], CONF)[0] for a in arguments]
         with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch:
-            os.environ["LARGEBATCH_SCRATCH"] = scratch  # for the files that Hydra insists on
+            os.environ["LARGEBATCH_SCRATCH"] = scratch  # for Hydra's own files
             compose()
         if _job and len(overrides) < len(arguments):
             raise UserError(
@@ -102,9 +102,9 @@ def main() -> int:
             return 0
         plan = make_plan(jobs)
         code = show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
-    except KeyboardInterrupt:  # nothing was at work
+    except KeyboardInterrupt:  # no run was running
         return 130
-    except BrokenPipeError:  # who read what is said has gone, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except UserError as error:
@@ -113,7 +113,7 @@ def main() -> int:
     if code == 128 + signal.SIGUSR2 and agent_run_id():
         sweep_agent.give_back(plan[0])
     if code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
-        signal.raise_signal(code - 128)  # the runs are saved; who asked sees that it was this that ended us
+        signal.raise_signal(code - 128)  # the runs are saved; the parent process sees the signal
     return code
 
 

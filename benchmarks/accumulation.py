@@ -1,12 +1,12 @@
-"""What accumulation costs: the program's step in 1, 2 and 4 micro-batches, and a loop written by hand in 4.
+"""Cost of accumulation: the program's step in 1, 2 and 4 micro-batches, and a hand-written loop in 4.
 
-ResNet-18 on random images of 32x32, LARS, a global batch of 512. Everything takes turns in one process, the order
-reversed every other time; medians [quartiles]; ratios, of turns in the same repeat, last.
-`python benchmarks/accumulation.py [--device cuda] [--precision auto] [--repeats 11]`
+ResNet-18 on random images of 32x32, LARS, a global batch of 512. All turns alternate in one process, in reversed order
+every other repeat; medians [quartiles]; ratios of turns in the same repeat last.
+`python benchmarks/accumulation.py [--device cuda] [--precision auto] [--repeats 11] [--smallest]`
 
-The program's step is `step.gradient` and `step.update` on the batches that its loop takes; the hand-written one calls
-the same model, augmentation, loss and optimizer in the same arithmetic. All compute in the arithmetic that the program
-chooses for the whole batch. A turn is some steps after one that isn't counted.
+The program's step is `phase.gradient` and `phase.update` on the batches of its loop. The hand-written loop calls the same
+model, augmentation, loss and optimizer. All use the arithmetic that the program chooses for the whole batch. A turn is
+some steps after an uncounted step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import tempfile
 import warnings
 from pathlib import Path
@@ -22,8 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for a run; read when torch is loaded
 
 import torch
-from largebatch.training.step import gradient, update
-from tabulate import tabulate
+from shared import parsed, print_table, quartiles
 from torch.nn import functional as F
 from training_step import (
     IMAGES,
@@ -43,24 +41,23 @@ from largebatch.data.augment import augmented
 from largebatch.data.draws import draw
 from largebatch.data.transfer import to_device
 from largebatch.machine import distributed
-from largebatch.training.profile import Profile
-from largebatch.training.state import Run, Training
-from largebatch.training.worker import batches_from
+from largebatch.training.phase import MainPhase
 
 ACCUMULATIONS = (1, 2, 4)
 BY_HAND = 4
 
 
-def programs_steps(run: Run, training: Training) -> Steps:
-    batches, profile = batches_from(run, training.step), Profile(None, run.device, run.steps)
+def programs_steps(phase: MainPhase) -> Steps:
+    batches = phase.batches()
     while True:
-        training.step += 1
-        gradient(run, training, batches, profile)
-        update(training, None, 0, profile)
+        phase.training.step += 1
+        phase.gradient(batches)
+        phase.update(None)
         yield
 
 
-def steps_by_hand(run: Run, training: Training) -> Steps:
+def steps_by_hand(phase: MainPhase) -> Steps:
+    run, training = phase.run, phase.training
     network, optimizer, pixels, labels = training.network, training.optimizer, *pixels_and_labels(run)
     mean, std = torch.tensor(run.data.mean, device=run.device), torch.tensor(run.data.std, device=run.device)
     batch, size, generator = run.batch.global_batch, run.batch.micro_batch, torch.Generator().manual_seed(0)
@@ -88,13 +85,13 @@ def steps_by_hand(run: Run, training: Training) -> Steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU; 2 by default")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; 2 by default")
     parser.add_argument("--stem", choices=("imagenet", "cifar"), default="imagenet")
     parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32", help="fp32 by default")
-    parser.add_argument("--batch", type=int, default=512, help="images a step, in all; 512 by default")
-    parser.add_argument("--steps", type=int, help="that are counted of a turn; 2 by default, on a GPU 100")
-    parser.add_argument("--repeats", type=int, default=11, help="at least 2; 11 by default")
-    given = parser.parse_args()
+    parser.add_argument("--batch", type=int, default=512, help="images a step; 512 by default")
+    parser.add_argument("--steps", type=int, help="counted steps of a turn; 2 by default, on a GPU 100")
+    parser.add_argument("--repeats", type=int, default=11, help="11 by default")
+    given = parsed(parser, batch=8, steps=1, repeats=1)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(given.threads)
     *_, device = distributed.start(given.device)
@@ -107,21 +104,19 @@ def main() -> None:
         for number in (*ACCUMULATIONS, "by hand"):
             accumulation = BY_HAND if number == "by hand" else number
             config = configuration(*overrides, f"micro_batch={given.batch // accumulation}")
-            begun = set_up_run(config, Path(folder) / str(number), device, arithmetic)
-            arithmetic = begun[0].arithmetic
+            phase = set_up_run(config, Path(folder) / str(number), device, arithmetic)
+            arithmetic = phase.run.arithmetic
             way = steps_by_hand if number == "by hand" else programs_steps
-            turns[name_of(number, given.batch)] = timed(lambda way=way, begun=begun: way(*begun), steps, device)
+            turns[name_of(number, given.batch)] = timed(lambda way=way, phase=phase: way(phase), steps, device)
         seconds = interleaved(turns, given.repeats)
 
     where = torch.cuda.get_device_name() if given.device == "cuda" else f"cpu, {given.threads} threads"
     print(f"{where}, torch {torch.__version__}, python {platform.python_version()}; {given.stem} stem, {arithmetic}\n")
     table = []
     for name, of_turns in seconds.items():
-        low, median, high = (1000 * q / steps for q in statistics.quantiles(of_turns, method="inclusive"))
+        low, median, high = (1000 * q / steps for q in quartiles(of_turns))
         table.append([name, f"{median:.1f} [{low:.1f}-{high:.1f}]", f"{1000 * given.batch / median:,.0f}"])
-    aligned = ("left", "right", "right")
-    print(tabulate(table, ["", "ms a step", "images/s"], tablefmt="github", disable_numparse=True, colalign=aligned))
-    print()
+    print_table(["", "ms a step", "images/s"], table)
     whole, *parted = (name_of(number, given.batch) for number in ACCUMULATIONS)
     for name in parted:
         print(f"{name} takes {ratio(seconds, name, whole):.3f} x the whole batch at once")

@@ -1,7 +1,7 @@
-"""What a checkpoint costs training: written in the background, and written while training waits.
+"""Cost of a checkpoint for training: written in the background, or while training waits.
 
 ResNet-18 with momentum, 89.5 MB. Interleaved; medians; ratios last.
-`python benchmarks/checkpoint.py [--device cuda] [--folder ON_THE_DISK_IN_QUESTION]`
+`python benchmarks/checkpoint.py [--device cuda] [--folder ON_THE_DISK_IN_QUESTION] [--smallest]`
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import parsed, print_table
 from torch.nn import functional as F
 
 from largebatch.models.resnet import resnet
@@ -52,7 +53,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(training: Training, writer: CheckpointWriter, folder: Path, repeat: int) -> dict[str, float]:
-    """One of each, in an order that alternates."""
+    """Measure each part once, in reversed order every other repeat."""
     found: dict[str, float] = {}
 
     def alone() -> None:
@@ -77,11 +78,11 @@ def measure(training: Training, writer: CheckpointWriter, folder: Path, repeat: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU; 2 by default")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; 2 by default")
     parser.add_argument("--batch", type=int, default=64, help="images a step; 64 by default")
     parser.add_argument("--repeats", type=int, default=15, help="15 by default")
-    parser.add_argument("--folder", type=Path, help="where to write; the system's temporary folder by default")
-    given = parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="folder to write to; the system's temporary folder by default")
+    given = parsed(parser, batch=2, repeats=1)
     torch.set_num_threads(given.threads)
     training = Training(torch.device(given.device), given.batch)
     training.step()
@@ -93,13 +94,12 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (Path(folder) / "background").glob("*.pt")) / 2
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     print(f"{size / 1e6:.1f} MB, {given.device}, {given.threads} threads, {given.batch} images a step\n")
-    print(f"{'the first save in the background, which allocates':50} {1000 * first:7.1f} ms")
-    for name, value in medians.items():
-        print(f"{name:50} {1000 * value:7.1f} ms")
+    times = {"the first save in the background, which allocates": first} | medians
+    print_table(["", "ms"], [[name, f"{1000 * value:.1f}"] for name, value in times.items()])
     stall = medians["a save in the background: training waits"]
     synchronous = medians["a save while training waits for the disk"]
     longer = statistics.median(row["a step during the write"] - row["a step"] for row in rows)
-    print(f"\na save in the background stops training for {stall / synchronous:.2f} x one that waits for the disk")
+    print(f"a save in the background stops training for {stall / synchronous:.2f} x one that waits for the disk")
     print(f"a step during the write takes {1 + longer / medians['a step']:.2f} x one without")
     print(f"both together cost training {(stall + longer) / synchronous:.2f} x a save that waits for the disk")
 

@@ -1,12 +1,13 @@
-"""What augmented batches cost on CPU: ours beside the PIL pipeline, torchvision v2 and kornia, in images a second.
+"""Speed of augmented batches on CPU: ours beside the PIL pipeline, torchvision v2 and kornia, in images a second.
 
-Everything takes turns in one process, the order reversed every other time; medians [quartiles]; ratios last.
-`python benchmarks/input_pipeline.py [--sizes 32 64] [--repeats 11] [--tables two_views] [--out FILE.json]`
+All turns alternate in one process, in reversed order every other repeat; medians [quartiles]; ratios last.
+`python benchmarks/input_pipeline.py [--sizes 32 64] [--repeats 11] [--tables two_views] [--out FILE.json]
+[--smallest]`
 
-Images are random and in memory, so nothing is decoded. A turn of ours is a few batches in this process, the drawing of
-random numbers included. A turn of a DataLoader is an epoch of some batches more, timed from the arrival of the last of
-these to the end of the epoch: its workers, which live on, are busy all that time, and idle in the others' turns. The
-limit is the conversion of the same bytes from uint8 to float32.
+Images are random and in memory, so nothing is decoded. A turn of ours is a few batches in this process, with their
+random draws. A turn of a DataLoader is an epoch with some more batches, timed from the arrival of the last of these to
+the epoch's end: its persistent workers are busy all the time, and idle in other turns. The limit is the conversion of
+the same bytes from uint8 to float32.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import os
 import platform
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from tabulate import tabulate
+from shared import parsed, print_table, quartiles
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
@@ -41,38 +41,39 @@ from torchvision.transforms import functional, v2
 from largebatch.data import augment, augment_cpu
 from largebatch.data.draws import draw
 
-BATCH, WORKERS = 512, 2
+WORKERS = 2
 IMAGES = 20_000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PADDING, ROTATION = 4, 15
-RUN_IN = 4  # batches of a loader before those that are timed: what two workers have begun by then
+RUN_IN = 4  # uncounted batches of a loader: two workers have started as many by then
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
 YARDSTICK = f"PIL per image, {WORKERS} workers"
 LIMIT = "limit: uint8 to float32"
 
-Turn = Callable[[], float]  # gives its seconds
-Batch = Callable[[Tensor], object]  # of indices int64 [BATCH]
+Turn = Callable[[], float]  # returns its seconds
+Batch = Callable[[Tensor], object]  # of indices int64 [batch]
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """The same images twice: [N, S, S, 3] as PIL wants them and [N, 3, S, S]."""
+    """The same images twice, [N, S, S, 3] for PIL and [N, 3, S, S], and the batch size."""
 
     for_pil: np.ndarray[Any, Any]
     planes: Tensor
+    batch: int
 
     @staticmethod
-    def random(side: int) -> Pixels:
+    def random(side: int, batch: int) -> Pixels:
         pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, side, side, 3), dtype=np.uint8)
-        return Pixels(pixels, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+        return Pixels(pixels, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), batch)
 
 
 # -- turns
 
 
 class PerImage(Dataset[Any]):
-    """Each image through ``transform``, as a PIL image or as a tensor."""
+    """Images after ``transform``, which gets a PIL image or a tensor."""
 
     def __init__(self, pixels: Pixels, transform: Callable[[Any], Any], pil: bool) -> None:
         self.pixels, self.transform, self.pil = pixels, transform, pil
@@ -87,8 +88,8 @@ class PerImage(Dataset[Any]):
 def loader_turn(pixels: Pixels, transform: Callable[[Any], Any], *, workers: int, batches: int, pil: bool) -> Turn:
     data = PerImage(pixels, transform, pil)
     run_in = RUN_IN if workers else 0
-    sampler = RandomSampler(data, num_samples=(run_in + batches) * BATCH)
-    loader = DataLoader(data, BATCH, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+    sampler = RandomSampler(data, num_samples=(run_in + batches) * pixels.batch)
+    loader = DataLoader(data, pixels.batch, sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
 
     def turn() -> float:
         arriving = iter(loader)
@@ -102,10 +103,10 @@ def loader_turn(pixels: Pixels, transform: Callable[[Any], Any], *, workers: int
     return turn
 
 
-def batches_turn(make: Batch, batches: int) -> Turn:
+def batches_turn(pixels: Pixels, make: Batch, batches: int) -> Turn:
     def turn() -> float:
         begin = time.perf_counter()
-        for indices in torch.randperm(IMAGES)[: batches * BATCH].split(BATCH):
+        for indices in torch.randperm(IMAGES)[: batches * pixels.batch].split(pixels.batch):
             make(indices)
         return time.perf_counter() - begin
 
@@ -115,7 +116,7 @@ def batches_turn(make: Batch, batches: int) -> Turn:
 # -- classification: crop, flip, rotation
 
 
-def classification_turns(pixels: Pixels, side: int, batches: int) -> dict[str, Turn]:
+def classification_turns(pixels: Pixels, side: int, batches: int, with_compile: bool) -> dict[str, Turn]:
     crop = [transforms.RandomCrop(side, padding=PADDING), transforms.RandomHorizontalFlip()]
     chain = [*crop, transforms.RandomRotation(ROTATION), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     on_pil = transforms.Compose(chain)
@@ -135,20 +136,21 @@ def classification_turns(pixels: Pixels, side: int, batches: int) -> dict[str, T
         chain = K.AugmentationSequential(
             *moved, K.Normalize(torch.tensor(MEAN), torch.tensor(STD)), data_keys=["input"]
         )
-        turns["kornia batched"] = batches_turn(lambda indices: chain(as_unit(pixels, indices)), batches)
+        turns["kornia batched"] = batches_turn(pixels, lambda indices: chain(as_unit(pixels, indices)), batches)
 
     generator = torch.Generator().manual_seed(0)
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
 
     def ours(way: Callable[..., Tensor], rotation: float = ROTATION) -> Turn:
         def make(indices: Tensor) -> Tensor:
-            draws = draw(generator, BATCH, padding=PADDING, flip=True, rotation=rotation, side=side)
+            draws = draw(generator, pixels.batch, padding=PADDING, flip=True, rotation=rotation, side=side)
             return way(pixels.planes, indices, draws, mean, std)
 
-        return batches_turn(make, batches)
+        return batches_turn(pixels, make, batches)
 
     turns["ours, torch eager"] = ours(augment.augmented_torch)
-    turns["ours, torch.compile"] = ours(torch.compile(augment.augmented_torch, dynamic=False))
+    if with_compile:
+        turns["ours, torch.compile"] = ours(torch.compile(augment.augmented_torch, dynamic=False))
     if no_kernel := augment_cpu.why_not():
         print(f"ours in C++ is left out: {no_kernel}\n")
     else:
@@ -158,9 +160,9 @@ def classification_turns(pixels: Pixels, side: int, batches: int) -> dict[str, T
 
 
 def limit_turn(pixels: Pixels, batches: int) -> Turn:
-    images = pixels.planes[:BATCH]
+    images = pixels.planes[: pixels.batch]
     result = torch.empty(images.shape)
-    return batches_turn(lambda indices: result.copy_(images), batches)
+    return batches_turn(pixels, lambda indices: result.copy_(images), batches)
 
 
 def has_kornia() -> bool:
@@ -175,29 +177,29 @@ def as_unit(pixels: Pixels, indices: Tensor) -> Tensor:
 
 
 def differing_pixels(pixels: Pixels, side: int) -> float:
-    """The share of a batch's pixels that are not those of the PIL chain with the same parameters."""
-    options = {"padding": PADDING, "flip": True, "rotation": ROTATION, "side": side}
-    table = draw(torch.Generator().manual_seed(1), BATCH, **options)
-    again = torch.Generator().manual_seed(1)  # for the angles, which are drawn after corners and flips
-    torch.randint(0, 2 * PADDING + 1, (2, BATCH), generator=again)
-    torch.rand(BATCH, generator=again)
-    angles = ((2 * torch.rand(BATCH, generator=again, dtype=torch.float64) - 1) * ROTATION).tolist()
+    """Return the share of a batch's pixels that differ from the PIL chain's with the same parameters."""
+    batch, options = pixels.batch, {"padding": PADDING, "flip": True, "rotation": ROTATION, "side": side}
+    table = draw(torch.Generator().manual_seed(1), batch, **options)
+    again = torch.Generator().manual_seed(1)  # for the angles, drawn after corners and flips
+    torch.randint(0, 2 * PADDING + 1, (2, batch), generator=again)
+    torch.rand(batch, generator=again)
+    angles = ((2 * torch.rand(batch, generator=again, dtype=torch.float64) - 1) * ROTATION).tolist()
 
-    ours = augment.augmented(pixels.planes, torch.arange(BATCH), table, torch.zeros(3), torch.full((3,), 1 / 255))
+    ours = augment.augmented(pixels.planes, torch.arange(batch), table, torch.zeros(3), torch.full((3,), 1 / 255))
     differing = 0
     for i, (top, left, flip, *_) in enumerate(table.table.tolist()):
         image = functional.pad(Image.fromarray(pixels.for_pil[i]), PADDING)
         image = functional.crop(image, top, left, side, side)
         image = functional.rotate(functional.hflip(image) if flip else image, angles[i])
         differing += int((ours[i].permute(1, 2, 0).round().numpy() != np.asarray(image)).any(2).sum())
-    return differing / (BATCH * side**2)
+    return differing / (batch * side**2)
 
 
 # -- two views: resized crop, flip, colours, blur, solarisation
 
 
 def pil_view(side: int, blur: float, solarize: float) -> Callable[[Image.Image], Tensor]:
-    """The published view of Barlow Twins, with its probabilities of blur and solarisation."""
+    """Return the published view of Barlow Twins with these probabilities of blur and solarisation."""
 
     def blurred(image: Image.Image) -> Image.Image:
         if random.random() >= blur:
@@ -232,7 +234,7 @@ def kornia_view(side: int, blur: float, solarize: float) -> Callable[[Tensor], T
 
 
 def two_views_turns(pixels: Pixels, side: int, batches: int) -> dict[str, Turn]:
-    from largebatch.data import views, views_cpu
+    from largebatch.data import view_draws, views, views_cpu
 
     def both(
         make_view: Callable[[int, float, float], Callable[[Any], Tensor]],
@@ -248,17 +250,17 @@ def two_views_turns(pixels: Pixels, side: int, batches: int) -> dict[str, Turn]:
     }
     if has_kornia():
         in_kornia = both(kornia_view)
-        turns["kornia batched"] = batches_turn(lambda indices: in_kornia(as_unit(pixels, indices)), batches)
+        turns["kornia batched"] = batches_turn(pixels, lambda indices: in_kornia(as_unit(pixels, indices)), batches)
 
     generator = torch.Generator().manual_seed(0)
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
 
     def ours(way: Callable[..., Tensor]) -> Turn:
         def make(indices: Tensor) -> list[Tensor]:
-            draws = [views.draw(generator, BATCH, side, view) for view in views.VIEWS]
+            draws = [view_draws.draw(generator, pixels.batch, side, view) for view in view_draws.VIEWS]
             return [way(pixels.planes, indices, one, mean, std) for one in draws]
 
-        return batches_turn(make, batches)
+        return batches_turn(pixels, make, batches)
 
     turns["ours, torch eager"] = ours(views.view_torch)
     if no_kernel := views_cpu.why_not():
@@ -272,7 +274,7 @@ def two_views_turns(pixels: Pixels, side: int, batches: int) -> dict[str, Turn]:
 
 
 def interleaved(turns: dict[str, Turn], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each turn, after one that isn't counted."""
+    """Return the seconds of each turn, after an uncounted turn."""
     for turn in turns.values():
         turn()
     seconds: dict[str, list[float]] = {name: [] for name in turns}
@@ -286,32 +288,31 @@ def interleaved(turns: dict[str, Turn], repeats: int) -> dict[str, list[float]]:
 
 
 def rows(turns: dict[str, Turn], repeats: int, images: int) -> list[dict[str, Any]]:
-    """Images a second, as quartiles, of turns of ``images`` each, and their ratios."""
+    """Return quartiles of images a second, for turns of ``images`` images, and ratios."""
     seconds = interleaved(turns, repeats)
-    rates = {
-        name: statistics.quantiles([images / one for one in of_turns], method="inclusive")
-        for name, of_turns in seconds.items()
-    }
+    rates = {name: quartiles([images / one for one in of_turns]) for name, of_turns in seconds.items()}
     return [
         {
             "pipeline": name,
-            "images_per_second": quartiles,
-            "against_pil": quartiles[1] / rates[YARDSTICK][1],
-            "of_the_limit": quartiles[1] / rates[LIMIT][1],
+            "images_per_second": found,
+            "against_pil": found[1] / rates[YARDSTICK][1],
+            "of_the_limit": found[1] / rates[LIMIT][1],
         }
-        for name, quartiles in rates.items()
+        for name, found in rates.items()
     ]
 
 
-def classification_rows(side: int, repeats: int, batches: int = 8) -> dict[str, Any]:
-    pixels = Pixels.random(side)
-    found = rows(classification_turns(pixels, side, batches), repeats, batches * BATCH)
+def classification_rows(side: int, given: argparse.Namespace, batches: int = 8) -> dict[str, Any]:
+    pixels = Pixels.random(side, given.batch)
+    turns = classification_turns(pixels, side, batches, with_compile=not given.smallest)
+    found = rows(turns, given.repeats, batches * given.batch)
     return {"rows": found, "differing_pixels": differing_pixels(pixels, side)}
 
 
-def two_views_rows(side: int, repeats: int, batches: int = 4) -> dict[str, Any]:
-    """Of images; each becomes two views. The limit is for one of them."""
-    return {"rows": rows(two_views_turns(Pixels.random(side), side, batches), repeats, batches * BATCH)}
+def two_views_rows(side: int, given: argparse.Namespace, batches: int = 4) -> dict[str, Any]:
+    """Return rates of images, each with two views; the limit converts one view."""
+    turns = two_views_turns(Pixels.random(side, given.batch), side, batches)
+    return {"rows": rows(turns, given.repeats, batches * given.batch)}
 
 
 def show(title: str, result: dict[str, Any]) -> None:
@@ -325,8 +326,7 @@ def show(title: str, result: dict[str, Any]) -> None:
         ]
         for row in result["rows"]
     ]
-    aligned = ("left", "right", "right", "right")
-    print(tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=aligned), "\n")
+    print_table(headers, table)
     if "differing_pixels" in result:
         print(
             f"Pixels that differ from the PIL chain's at equal parameters: {100 * result['differing_pixels']:.3f} %\n"
@@ -338,22 +338,25 @@ TABLES = {"classification": classification_rows, "two_views": two_views_rows}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="of the images, in pixels")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[32, 64], help="image sizes in pixels; 32 64 by default"
+    )
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--threads", type=int, default=2, help="of this process; 2 by default")
-    parser.add_argument("--repeats", type=int, default=11, help="at least 2; 11 by default")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    given = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=2, help="threads of this process; 2 by default")
+    parser.add_argument("--repeats", type=int, default=11, help="11 by default")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--batch", type=int, default=512, help="images of a batch; 512 by default")
+    given = parsed(parser, sizes=[8], batch=4, repeats=1)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(given.threads)
     about = {"cores": os.cpu_count(), "threads": given.threads, "python": platform.python_version()}
-    about |= {"torch": torch.__version__, "date": str(date.today()), "batch": BATCH, "repeats": given.repeats}
+    about |= {"torch": torch.__version__, "date": str(date.today()), "batch": given.batch, "repeats": given.repeats}
     print(", ".join(f"{key} {value}" for key, value in about.items()), "\n")
     found: dict[str, Any] = dict(about)
     for name in given.tables:
         found[name] = {}
         for side in given.sizes:
-            found[name][side] = TABLES[name](side, given.repeats)
+            found[name][side] = TABLES[name](side, given)
             show(f"{name.replace('_', ' ')}, {side}x{side}", found[name][side])
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""What launching costs: a large grid's plan, runs two at a time against one after the other, the launcher's part of a
-run, and the status of many runs.
+"""Cost of launching: a large grid's plan, parallel runs, the launcher's part of a run, the status of many runs.
 
-Ratios are of medians, taken in turns. `python benchmarks/launching.py [repeats]`
+Medians of alternating turns. `python benchmarks/launching.py [--repeats 3] [--smallest]`
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -17,15 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from shared import parsed, print_table
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
-RUNS = 12
-# Some seconds of training each, beside the worker's start.
-GRID = (
-    "-m", f"seed=range({RUNS})", "steps=60", "eval_every=20", "batch_size=128", "tracker=none", "cluster.threads=1",
-)  # fmt: skip
+# Runs of some seconds of training.
+GRID = ("-m", "steps=60", "eval_every=20", "batch_size=128", "tracker=none", "cluster.threads=1")
 SHORT = ("tracker=none", "steps=1", "eval_every=1000", "cluster.threads=1")
-LARGE = ("-m", "seed=range(250)", "optimizer=lars,tvlars", "batch_size=256,512", "dry_run=true")
+LARGE = ("-m", "optimizer=lars,tvlars", "batch_size=256,512", "dry_run=true")  # four runs a seed
 
 
 def seconds(*command: str) -> float:
@@ -38,26 +37,27 @@ def launch(folder: Path, *overrides: str) -> float:
     return seconds(PYTHON, str(ROOT / "launch.py"), *overrides, f"runs_dir={folder}")
 
 
-def packing(folder: Path, repeat: int) -> tuple[float, float]:
-    """Seconds of the grid one run after the other, and two at a time."""
-    alone = launch(folder / f"alone-{repeat}", *GRID, "cluster.parallel=1")
-    return alone, launch(folder / f"packed-{repeat}", *GRID, "cluster.parallel=2")
+def packing(folder: Path, repeat: int, runs: int) -> tuple[float, float]:
+    """Return the grid's seconds, one run after the other and two at a time."""
+    grid = (*GRID, f"seed=range({runs})")
+    alone = launch(folder / f"alone-{repeat}", *grid, "cluster.parallel=1")
+    return alone, launch(folder / f"packed-{repeat}", *grid, "cluster.parallel=2")
 
 
-def overhead(folder: Path, repeat: int) -> float:
-    """Seconds that the launcher, its start included, adds to each run of a grid of four over bare workers of them."""
+def overhead(folder: Path, repeat: int, runs: int) -> float:
+    """Return the seconds that the launcher, its start included, adds to each run of a grid over a bare worker."""
     grid = folder / f"grid-{repeat}"
-    by_launcher = launch(grid, "-m", "seed=range(4)", *SHORT)
+    by_launcher = launch(grid, "-m", f"seed=range({runs})", *SHORT)
     for run in grid.glob("digits-*"):
         for name in ("checkpoints", "metrics.jsonl", "summary.json"):
             path = run / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     bare = sum(seconds(PYTHON, "-m", "largebatch.training.worker", str(run)) for run in sorted(grid.glob("digits-*")))
-    return (by_launcher - bare) / 4
+    return (by_launcher - bare) / runs
 
 
 def many_runs(folder: Path, count: int) -> None:
-    """Copies of a finished run; a third of them say that they are at work, whose lock is looked at then."""
+    """Copy a finished run; a third of the copies are marked as running, so that their locks are checked."""
     launch(folder / "one", *SHORT)
     (run,) = (folder / "one").glob("digits-*")
     shutil.rmtree(run / "checkpoints")
@@ -70,24 +70,36 @@ def many_runs(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=3, help="3 by default")
+    parser.add_argument("--planned", type=int, default=1000, help="runs in the dry run; 1,000 by default")
+    parser.add_argument("--runs", type=int, default=12, help="runs of the grid that runs; 12 by default")
+    parser.add_argument(
+        "--short-runs", type=int, default=4, help="runs of one step, for the launcher's part; 4 by default"
+    )
+    parser.add_argument("--listed", type=int, default=1000, help="runs that status lists; 1,000 by default")
+    given = parsed(parser, repeats=1, planned=4, runs=1, short_runs=1, listed=3)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        planned = launch(folder / "none", *LARGE)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the largest child, the only one yet
-        print(f"the dry run of a grid of 1,000 {planned:.1f} s, {peak:.0f} MiB", flush=True)
-        times = [packing(folder, repeat) for repeat in range(repeats)]
+        planned = launch(folder / "none", *LARGE, f"seed=range({given.planned // 4})")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the only child so far
+        times = [packing(folder, repeat, given.runs) for repeat in range(given.repeats)]
         alone, packed = (statistics.median(column) for column in zip(*times, strict=True))
-        ratio = statistics.median(b / a for a, b in times)
-        print(f"{RUNS} runs one after the other {alone:.1f} s, two at a time {packed:.1f} s: {ratio:.2f}", flush=True)
-        added = statistics.median(overhead(folder, repeat) for repeat in range(repeats))
-        print(f"the launcher adds {added:.2f} s to a run, beside its worker", flush=True)
-        many_runs(folder, 1000)
-        listed = statistics.median(
-            seconds(PYTHON, "-m", "largebatch.cli", "status", str(folder / "many")) for _ in range(5)
-        )
-        print(f"largebatch status of 1,000 runs {listed:.2f} s", flush=True)
+        added = statistics.median(overhead(folder, repeat, given.short_runs) for repeat in range(given.repeats))
+        many_runs(folder, given.listed)
+        status = (PYTHON, "-m", "largebatch.cli", "status", str(folder / "many"))
+        listed = statistics.median(seconds(*status) for _ in range(5))
+    rows = {
+        f"dry run of a grid of {given.planned:,}": f"{planned:.1f}",
+        f"{given.runs} runs, one after the other": f"{alone:.1f}",
+        f"{given.runs} runs, two at a time": f"{packed:.1f}",
+        "added to a run by the launcher, beside its worker": f"{added:.2f}",
+        f"largebatch status of {given.listed:,} runs": f"{listed:.2f}",
+    }
+    print_table(["", "s"], list(rows.items()))
+    print(f"the dry run's peak memory is {peak:.0f} MiB")
+    print(f"two at a time takes {statistics.median(b / a for a, b in times):.2f} x one after the other")
 
 
 if __name__ == "__main__":

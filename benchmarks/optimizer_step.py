@@ -1,10 +1,11 @@
-"""What an optimizer's step costs: ours beside torch's, timm's and pytorch_optimizer's, on real parameter shapes.
+"""Cost of an optimizer's step: ours beside torch's, timm's and pytorch_optimizer's, on real parameter shapes.
 
-Everything runs interleaved in one process, the order reversed every other repeat; medians [quartiles]; ratios last.
-`python benchmarks/optimizer_step.py [--device cuda] [--models resnet18 resnet50] [--repeats 11] [--out FILE.json]`
+All steps alternate in one process, in reversed order every other repeat; medians [quartiles]; ratios last.
+`python benchmarks/optimizer_step.py [--device cuda] [--models resnet18 resnet50] [--repeats 11] [--out FILE.json]
+[--smallest]`
 
-The byte limit is the least traffic to memory that a step needs, at the bandwidth of an in-place addition of 1 GiB
-arrays, which takes its turn among the optimizers. Bytes a parameter in fp32: SGD reads weight, gradient and momentum
+The byte limit is the least memory traffic of a step, at the bandwidth of an in-place addition of 1 GiB arrays, which
+alternates with the optimizers. Bytes a parameter in fp32: SGD reads weight, gradient and momentum
 and writes two of them (20); LARS must read weight and gradient once more, for the norms (28); AdamW has a second
 moment (28); LAMB reads weight and moments again after their norms are known (40). A layer that stays in the cache
 between its two passes goes below the limit.
@@ -18,7 +19,6 @@ import importlib.util
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +36,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for 
 import timm.optim
 import torch
 import torchvision
-from tabulate import tabulate
+from shared import parsed, print_table, quartiles
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -47,13 +47,13 @@ from largebatch import optim
 WARM_UP = 3
 STATISTICS_EVERY = 20  # steps between two rows of layers.parquet, the default of tracker.layers_every
 ADDITION = "in-place addition of 1 GiB arrays"  # the clock of the byte limit
-ADDITION_ELEMENTS, ADDITION_BYTES = 1 << 28, 12  # fp32; read two, write one
+ADDITION_BYTES = 12  # an element in fp32; read two, write one
 
 BYTES = {"SGD": 20, "LARS": 28, "AdamW": 28, "LAMB": 40}  # a parameter, by family
 YARDSTICK = {"SGD": "torch SGD, fused", "LARS": "torch SGD, fused", "AdamW": "torch AdamW, fused"}
 YARDSTICK["LAMB"] = YARDSTICK["AdamW"]
 
-# The very first fused step of each optimizer, in a process that has torch warm. Prints a name and seconds a line.
+# First fused step of each optimizer, in a process with torch warm. Prints a name and seconds a line.
 FIRST_STEPS = """
 import sys, time, torch, warnings
 from largebatch import optim
@@ -79,7 +79,7 @@ Make = Callable[[list[Parameter]], Optimizer]
 
 @dataclass
 class Candidate:
-    """An optimizer over parameters of its own. ``gradients`` are restored before each step if a step changes them."""
+    """An optimizer with its own parameters. ``gradients`` are restored before each step if a step changes them."""
 
     family: str
     parameters: list[Parameter]
@@ -87,7 +87,7 @@ class Candidate:
     gradients: list[Tensor] | None = None
 
     def prepare(self) -> None:
-        """What a step needs and is not timed."""
+        """Prepare a step; not timed."""
         if self.gradients is not None:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad.copy_(gradient)
@@ -99,7 +99,7 @@ class Candidate:
 
 
 def contestants() -> dict[str, tuple[str, Make]]:
-    """By name: the family and how to make it. Weight decay everywhere, else each library's defaults."""
+    """Return family and constructor by name. All have weight decay, else each library's defaults."""
     shared = {"lr": 1e-3, "weight_decay": 5e-4}
     momentum = {**shared, "momentum": 0.9}
     forms = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
@@ -131,7 +131,7 @@ def contestants() -> dict[str, tuple[str, Make]]:
 
 
 def candidates(model: str, device: str) -> dict[str, Candidate]:
-    """All contestants on the shapes of ``model``, warm: three steps taken, state made, kernels compiled."""
+    """Return all contestants on the shapes of ``model`` after three steps, with state and compiled kernels."""
     shapes = [parameter.shape for parameter in getattr(torchvision.models, model)().parameters()]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator).mul_(0.05).to(device) for shape in shapes]
@@ -145,7 +145,7 @@ def candidates(model: str, device: str) -> dict[str, Candidate]:
         candidate.prepare()
         try:
             candidate.optimizer.step()
-        except UserWarning as no_fused_step:  # no compiler, say
+        except UserWarning as no_fused_step:  # without a compiler, for example
             print(f"{name} is left out: {no_fused_step}\n")
             continue
         if not all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True)):
@@ -161,7 +161,7 @@ def candidates(model: str, device: str) -> dict[str, Candidate]:
 
 
 def seconds(action: Callable[[], object], device: str) -> float:
-    """From the first kernel's launch to the last one's end."""
+    """Return the seconds from the first kernel's launch to the last kernel's end."""
     if device == "cuda":
         started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -175,9 +175,9 @@ def seconds(action: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def interleaved(warm: dict[str, Candidate], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step, of each ``layer_stats()`` and of the addition."""
-    total, summand = torch.ones(ADDITION_ELEMENTS, device=device), torch.ones(ADDITION_ELEMENTS, device=device)
+def interleaved(warm: dict[str, Candidate], repeats: int, elements: int, device: str) -> dict[str, list[float]]:
+    """Return the seconds of each step, each ``layer_stats()`` and the addition of ``elements`` fp32 numbers."""
+    total, summand = torch.ones(elements, device=device), torch.ones(elements, device=device)
     actions: dict[str, Callable[[], object]] = {ADDITION: lambda: total.add_(summand)}
     actions[ADDITION]()
     for name, candidate in warm.items():
@@ -197,7 +197,7 @@ def interleaved(warm: dict[str, Candidate], repeats: int, device: str) -> dict[s
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher, without those that only look at a tensor in another way."""
+    """Counts the operations that reach the dispatcher, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Dispatched(TorchDispatchMode):
 
 
 def dispatched(candidate: Candidate) -> dict[str, int]:
-    """Of one step. Our fused kernels are called without torch's dispatcher and aren't among them.
+    """Count the operations of one step. Our fused kernels bypass torch's dispatcher and aren't counted.
 
     Some scalars are on the host even when training on a device: the step counters of AdamW's unfused forms.
     """
@@ -222,7 +222,7 @@ def dispatched(candidate: Candidate) -> dict[str, int]:
 
 
 def cuda_calls(action: Callable[[], object]) -> dict[str, int]:
-    """Kernels launched and waits for the device, as torch.profiler sees the CUDA runtime being called."""
+    """Count kernel launches and waits for the device, by torch.profiler's calls of the CUDA runtime."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
@@ -237,7 +237,7 @@ def cuda_calls(action: Callable[[], object]) -> dict[str, int]:
 
 
 def profiled(candidate: Candidate) -> dict[str, int]:
-    """Of one step; the profiler's own waiting is taken off."""
+    """Count the calls of one step, without the profiler's own."""
     candidate.prepare()
     torch.cuda.synchronize()
     of_nothing, of_step = cuda_calls(lambda: None), cuda_calls(candidate.optimizer.step)
@@ -245,7 +245,7 @@ def profiled(candidate: Candidate) -> dict[str, int]:
 
 
 def first_steps(device: str, threads: int) -> dict[str, dict[str, float]]:
-    """Seconds of the fused forms' very first step, in a fresh process with an empty and with a filled cache."""
+    """Return the seconds of the fused forms' first step in a fresh process, with an empty and a filled cache."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ,
@@ -267,23 +267,22 @@ def first_steps(device: str, threads: int) -> dict[str, dict[str, float]]:
 # -- reporting
 
 
-def measure(model: str, device: str, repeats: int) -> dict[str, Any]:
+def measure(model: str, device: str, repeats: int, elements: int) -> dict[str, Any]:
     warm = candidates(model, device)
-    times = interleaved(warm, repeats, device)
-    quartiles = {name: statistics.quantiles(values, method="inclusive") for name, values in times.items()}
-    bandwidth = ADDITION_BYTES * ADDITION_ELEMENTS / quartiles[ADDITION][1]
+    times = {name: quartiles(values) for name, values in interleaved(warm, repeats, elements, device).items()}
+    bandwidth = ADDITION_BYTES * elements / times[ADDITION][1]
     weights = next(iter(warm.values())).parameters
     count = sum(weight.numel() for weight in weights)
     rows = []
     for name, candidate in warm.items():
-        median = quartiles[name][1]
+        median = times[name][1]
         rows.append(
             {
                 "optimizer": name,
                 "family": candidate.family,
-                "seconds": quartiles[name],
+                "seconds": times[name],
                 "against": YARDSTICK[candidate.family],
-                "ratio": median / quartiles[YARDSTICK[candidate.family]][1],
+                "ratio": median / times[YARDSTICK[candidate.family]][1],
                 "byte_limit_ratio": median * bandwidth / (BYTES[candidate.family] * count),
                 **dispatched(candidate),
                 **(profiled(candidate) if device == "cuda" else {}),
@@ -292,11 +291,11 @@ def measure(model: str, device: str, repeats: int) -> dict[str, Any]:
     statistics_rows = [
         {
             "optimizer": name,
-            "seconds": quartiles[f"{name}: layer_stats()"],
-            "part_of_steps": quartiles[f"{name}: layer_stats()"][1] / (STATISTICS_EVERY * quartiles[name][1]),
+            "seconds": times[f"{name}: layer_stats()"],
+            "part_of_steps": times[f"{name}: layer_stats()"][1] / (STATISTICS_EVERY * times[name][1]),
         }
         for name in warm
-        if f"{name}: layer_stats()" in quartiles
+        if f"{name}: layer_stats()" in times
     ]
     altering = [name for name, candidate in warm.items() if candidate.gradients is not None]
     return {
@@ -309,8 +308,8 @@ def measure(model: str, device: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def milliseconds(quartiles: list[float]) -> str:
-    low, median, high = (f"{1000 * value:.0f}" if value >= 0.1 else f"{1000 * value:.3g}" for value in quartiles)
+def milliseconds(times: list[float]) -> str:
+    low, median, high = (f"{1000 * value:.0f}" if value >= 0.1 else f"{1000 * value:.3g}" for value in times)
     return f"{median} [{low}-{high}]"
 
 
@@ -329,22 +328,19 @@ def show(model: str, result: dict[str, Any], device: str) -> None:
         ]
         for row in result["rows"]
     ]
-    aligned = ("left", "left", *["right"] * (len(headers) - 2))
-    print(tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=aligned), "\n")
+    print_table(headers, table, left=2)
     if result["altering"]:
         print(f"Gradients altered by a step, and restored before it, untimed: {', '.join(result['altering'])}\n")
     table = [
         [row["optimizer"], milliseconds(row["seconds"]), f"{100 * row['part_of_steps']:.2f} %"]
         for row in result["layer_statistics"]
     ]
-    headers = ["layer_stats() of", "ms", f"of the steps, once every {STATISTICS_EVERY}"]
-    print(tabulate(table, headers, tablefmt="github", disable_numparse=True), "\n")
+    print_table(["layer_stats() of", "ms", f"of the steps, once every {STATISTICS_EVERY}"], table, left=2)
 
 
 def show_first_steps(found: dict[str, dict[str, float]]) -> None:
     table = [[f"{cache} cache", *(f"{time:.2f}" for time in times.values())] for cache, times in found.items()]
-    headers = ["first fused step, fresh process, s", *next(iter(found.values()))]
-    print(tabulate(table, headers, tablefmt="github", disable_numparse=True), "\n")
+    print_table(["first fused step, fresh process, s", *next(iter(found.values()))], table)
 
 
 def device_name(device: str) -> str:
@@ -358,13 +354,14 @@ def device_name(device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU; 2 by default")
-    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"], help="names that torchvision knows")
-    parser.add_argument("--repeats", type=int, default=11, help="at least 2; 11 by default")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    given = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; 2 by default")
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"], help="torchvision's names")
+    parser.add_argument("--repeats", type=int, default=11, help="11 by default")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--elements", type=int, default=1 << 28, help="elements of each added array; 2^28 by default")
+    given = parsed(parser, models=["squeezenet1_1"], repeats=1, elements=1 << 16)
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("error", ".*fused=True")  # our optimizers take another step instead, and say so
+    warnings.filterwarnings("error", ".*fused=True")  # our optimizers warn when they take another step
     torch.set_num_threads(given.threads)
     about = {"device": device_name(given.device), "threads": given.threads, "python": platform.python_version()}
     about |= {"torch": torch.__version__, "date": str(date.today()), "repeats": given.repeats}
@@ -373,7 +370,7 @@ def main() -> None:
     if found["first_steps"]:
         show_first_steps(found["first_steps"])
     for model in given.models:
-        found["models"][model] = measure(model, given.device, given.repeats)
+        found["models"][model] = measure(model, given.device, given.repeats, given.elements)
         show(model, found["models"][model], given.device)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")

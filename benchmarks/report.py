@@ -1,8 +1,8 @@
-"""How long `largebatch report` takes for many runs, and how large its page is.
+"""Time of `largebatch report` for many runs, and size of its page.
 
-Writes N run folders of the real files (configurations that the launcher composed, metric rows and layers by the
-recorder's own classes, the layers of a ResNet-18), then times the real command.
-`python benchmarks/report.py [N] [--keep FOLDER]`
+Writes N run folders with real files (configurations from the launcher, metrics rows and layer statistics by the
+recorder's classes, for the layers of a ResNet-18), then times the real command.
+`python benchmarks/report.py [N] [--keep FOLDER] [--smallest]`
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from shared import parsed, print_table
 
 from largebatch.config.identity import run_name
-from largebatch.config.schema import Config, from_composed, to_yaml
+from largebatch.config.schema import defaults, from_composed, to_yaml
 from largebatch.launch.composition import compose_grid
 from largebatch.models.resnet import resnet
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import MetricsLog, Row, read_rows, write_table
-from largebatch.tracking.layers import COLUMNS, LayerLog
+from largebatch.tracking.layers import LayerLog
 from largebatch.tracking.recorder import summarise
+from largebatch.tracking.rows import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, ROWS, LAYER_ROWS = 100, 200, 500
@@ -59,13 +62,13 @@ def write_run(runs_dir: Path, config: Config, layers: list[str]) -> None:
         "device": "cpu (x86_64)", "test_images": 10000, "git_commit": "0" * 40, "git_dirty": False,
         "versions": {"python": "3.11.7", "torch": torch.__version__},
     }  # fmt: skip
-    summary = summarise(found, facts) | {"state": "finished", "step": steps, "wall_seconds": 600.0}
+    summary = facts | summarise(found) | {"state": "finished", "step": steps, "wall_seconds": 600.0}
     folder.summary.write_text(json.dumps(summary, indent=1))
     folder.update_status(state="finished", message="", step=steps, steps=steps)
 
 
 def rows(config: Config, draw: random.Random, epoch_steps: int) -> list[Row]:
-    """``ROWS`` rows: of each epoch a training row and an evaluation."""
+    """Return ``ROWS`` rows: a training row and an evaluation for each epoch."""
     best = draw.uniform(0.85, 0.95)
     found = []
     for i in range(1, ROWS + 1):
@@ -96,11 +99,11 @@ def write_layers(folder: RunFolder, layers: list[str], steps: int, draw: random.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times `largebatch report` on made-up runs.")
+    parser = argparse.ArgumentParser(description="Time `largebatch report` on generated runs.")
     parser.add_argument("runs", type=int, nargs="?", default=500, help="at most 640; default: 500")
-    parser.add_argument("--keep", type=Path, help="write the runs here and leave them")
-    options = parser.parse_args()
-    ConfigStore.instance().store(name="schema", node=Config)
+    parser.add_argument("--keep", type=Path, help="write the runs here and keep them")
+    options = parsed(parser, runs=2)
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
     layers = [name for name, weight in resnet("resnet18", 10).named_parameters() if weight.ndim > 1]
     with tempfile.TemporaryDirectory() as temporary:
         runs_dir = (options.keep or Path(temporary)) / "runs"
@@ -108,13 +111,14 @@ def main() -> None:
             write_run(runs_dir, from_composed(job.tree), layers)
         size = sum(path.stat().st_size for path in runs_dir.rglob("*")) / 1e6
         print(f"{options.runs} runs of {ROWS} metric rows, {len(layers)} layers at {LAYER_ROWS} steps: {size:,.0f} MB")
-        print("| format | seconds | MB |\n|---|---|---|")
+        table = []
         for kind in ("html", "md", "csv", "parquet"):
             out = Path(temporary) / f"report.{kind}"
             command = [sys.executable, "-m", "largebatch.cli", "report", str(runs_dir), "--out", str(out)]
             started = time.perf_counter()
             subprocess.run(command, check=True, capture_output=True)
-            print(f"| {kind} | {time.perf_counter() - started:.1f} | {out.stat().st_size / 1e6:.2f} |")
+            table.append([kind, f"{time.perf_counter() - started:.1f}", f"{out.stat().st_size / 1e6:.2f}"])
+        print_table(["format", "seconds", "MB"], table)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         print(f"peak memory of the largest: {peak:,.0f} MiB")
 

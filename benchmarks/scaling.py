@@ -1,11 +1,13 @@
-"""What processes bring: two of one thread against one of one thread and one of two, at the same global batch.
+"""Speed-up by processes: two of one thread against one of one thread and one of two, at the same global batch.
 
-The program itself (`python launch.py ...`), ResNet-18 on random images of 32x32, LARS; runs take turns, the order
-reversed every other time. The figure of a run is the median of `perf/images_per_second` over the rows of its
-`metrics.jsonl` after four steps of warm-up; printed are medians [quartiles] over repeats, and ratios last, of runs in
-the same repeat. The limit is two runs at once that have nothing to do with each other, each of half the batch: cores
-may share more than memory. `python benchmarks/scaling.py [--precision fp32 auto] [--repeats 5]`; with `--device cuda`
-it is two GPUs against one, without that limit.
+The program itself (`python launch.py ...`), ResNet-18 on random images of 32x32, LARS. Runs alternate, in reversed
+order every other repeat. A run's speed is the median of `perf/images_per_second` over the rows of its `metrics.jsonl`
+after four steps of warm-up. The tables have medians [quartiles] over repeats, and ratios of runs in the same repeat
+last. The limit is two independent runs at once, each of half the batch: cores may share more than memory.
+`python benchmarks/scaling.py [--precision fp32 auto] [--repeats 5] [--smallest]`
+
+With `--device cuda` it compares two GPUs with one, without that limit. `--smallest` runs only the limit and two
+processes.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tabulate import tabulate
+from shared import parsed, print_table, quartiles
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 4  # steps; the program itself leaves out the first
+WARM_UP = 4  # steps; the program itself skips the first
 ROWS_EVERY = 2  # steps
 # name: runs at once, processes of each, threads of each
 WAYS = {
@@ -37,7 +39,7 @@ WAYS = {
 
 
 def images_per_second(given: argparse.Namespace, precision: str, way: tuple[int, int, int], runs: Path) -> float:
-    """Of all runs of a way, from their own rows. Ends the benchmark with the program's words if one fails."""
+    """Return the speed of all runs of a way, from their rows. Exits with the program's output if a run fails."""
     at_once, processes, threads = way
     command = [
         sys.executable, str(ROOT / "launch.py"), "dataset=synthetic", "dataset.train_size=10000",
@@ -67,8 +69,8 @@ def median_rate(metrics: Path) -> float:
 
 
 def measure(given: argparse.Namespace, precision: str) -> dict[str, list[float]]:
-    """Images a second of each way, one a repeat."""
-    ways = WAYS[given.device]
+    """Return images a second of each way, one a repeat."""
+    ways = {name: WAYS[given.device][name] for name in given.ways}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(given.repeats):
         for name in list(ways) if repeat % 2 == 0 else reversed(ways):
@@ -80,10 +82,9 @@ def measure(given: argparse.Namespace, precision: str) -> dict[str, list[float]]
 def show(precision: str, rates: dict[str, list[float]]) -> None:
     table = []
     for name, values in rates.items():
-        low, median, high = statistics.quantiles(values, method="inclusive")
+        low, median, high = quartiles(values)
         table.append([name, f"{median:,.0f} [{low:,.0f}-{high:,.0f}]"])
-    headers = [f"precision={precision}", "images/s"]
-    print(tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=("left", "right")), "\n")
+    print_table([f"precision={precision}", "images/s"], table)
     *others, last = rates
     for other in others:
         factor = statistics.median(a / b for a, b in zip(rates[last], rates[other], strict=True))
@@ -96,13 +97,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--stem", choices=("imagenet", "cifar"), default="imagenet")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "auto"), default=["fp32"])
-    parser.add_argument("--batch", type=int, help="images a step, in all; 256 by default, on GPUs 4096")
-    parser.add_argument("--steps", type=int, help="that are counted of a run; 8 by default, on GPUs 400")
-    parser.add_argument("--repeats", type=int, default=5, help="at least 2; 5 by default")
-    given = parser.parse_args()
+    parser.add_argument("--batch", type=int, help="images a step; 256 by default, on GPUs 4096")
+    parser.add_argument("--steps", type=int, help="counted steps of a run; 8 by default, on GPUs 400")
+    parser.add_argument("--repeats", type=int, default=5, help="5 by default")
+    given = parsed(parser, batch=8, steps=2, repeats=1)
     on_gpus = given.device == "cuda"
     given.batch = given.batch or (4096 if on_gpus else 256)
     given.steps = given.steps or (400 if on_gpus else 8)
+    given.ways = list(WAYS[given.device])[-2 if given.smallest else 0 :]
     print(f"{given.device}, {os.cpu_count()} cores, {given.stem} stem, batch {given.batch}, {given.repeats} repeats\n")
     for precision in given.precision:
         show(precision, measure(given, precision))

@@ -1,10 +1,11 @@
-"""What starting costs: the launcher's answers, and a fresh worker process a run against training in place.
+"""Cost of starting: the launcher's answers, and a fresh worker process a run against training in place.
 
-Interleaved in one go; medians; ratios last. `python benchmarks/start_up.py [repeats]`
+Turns alternate; medians; ratios last. `python benchmarks/start_up.py [--repeats 5] [--smallest]`
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -13,15 +14,24 @@ import tempfile
 import time
 from pathlib import Path
 
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from shared import parsed, print_table
+
+from largebatch.config.schema import defaults
+from largebatch.launch.composition import compose_grid
+from largebatch.launch.local import claim
+from largebatch.launch.plan import make_plan
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 RUN = ("tracker=none", "steps=1", "eval_every=1000")
 
-# Two runs in one process: the second finds everything imported. Prints its seconds.
+# Two runs in one process; the second needs no imports. Prints its seconds.
 IN_PLACE = """
 import sys, time
 from largebatch.training import worker
-train.die_with_parent = lambda: None
+worker.die_with_parent = lambda: None
 worker.main([sys.argv[1]])
 started = time.perf_counter()
 worker.main([sys.argv[2]])
@@ -35,18 +45,17 @@ def seconds(*command: str, cwd: Path) -> float:
     return time.perf_counter() - started
 
 
-def frozen_run(folder: Path, seed: int) -> Path:
-    """A run folder as the launcher leaves it to a worker."""
-    command = [PYTHON, str(ROOT / "launch.py"), *RUN, f"seed={seed}", f"runs_dir={folder}"]
-    subprocess.run(command, capture_output=True, check=True)
-    (run,) = folder.glob(f"*-s{seed}-*")
-    for name in ("checkpoints/step-00000001.pt", "metrics.jsonl", "summary.json"):
-        (run / name).unlink()
-    return run
+def frozen_runs(folder: Path) -> list[Path]:
+    """Return three run folders as the launcher prepares them for workers."""
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
+    plan = make_plan(compose_grid([*RUN, "seed=1,2,3", f"runs_dir={folder}"], ROOT / "conf"))
+    for run in plan:
+        assert claim(run) is None
+    return [run.folder.path for run in plan]
 
 
 def measure(folder: Path, repeat: int) -> dict[str, float]:
-    worker, first, second = (frozen_run(folder / str(repeat), seed) for seed in (1, 2, 3))
+    worker, first, second = frozen_runs(folder / str(repeat))
     in_place = [PYTHON, "-c", IN_PLACE, str(first), str(second)]
     printed = subprocess.run(in_place, capture_output=True, text=True, check=True).stdout
     launch = str(ROOT / "launch.py")
@@ -61,15 +70,17 @@ def measure(folder: Path, repeat: int) -> dict[str, float]:
 
 
 def main() -> None:
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=5, help="5 by default")
+    given = parsed(parser, repeats=1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(Path(folder), repeat) for repeat in range(repeats)]
+        rows = [measure(Path(folder), repeat) for repeat in range(given.repeats)]
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    for name, value in medians.items():
-        print(f"{name:36} {value:6.2f} s   {value / medians['import torch']:5.2f} x import torch")
+    table = [[name, f"{value:.2f}", f"{value / medians['import torch']:.2f}"] for name, value in medians.items()]
+    print_table(["", "s", "x import torch"], table)
     spared = medians["a run of one step, fresh worker"] - medians["a run of one step, in place"]
-    print(f"training in place would spare {spared:.2f} s a run, {spared / medians['import torch']:.2f} x import torch")
+    print(f"training in place would save {spared:.2f} s a run, {spared / medians['import torch']:.2f} x import torch")
 
 
 if __name__ == "__main__":

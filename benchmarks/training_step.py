@@ -1,22 +1,23 @@
-"""What a training step costs from end to end: the program's loop, a bare one, and one as published programs have it.
+"""Cost of a training step from end to end: the program's loop, a bare loop, and a loop as in published programs.
 
-ResNet-18 on random images of 32x32. Everything takes turns in one process, the order reversed every other time; medians
-[quartiles]; ratios, of turns in the same repeat, last.
-`python benchmarks/training_step.py [--stem both] [--device cuda] [--precision auto] [--repeats 9] [--out FILE.json]`
+ResNet-18 on random images of 32x32. All turns alternate in one process, in reversed order every other repeat; medians
+[quartiles]; ratios of turns in the same repeat last.
+`python benchmarks/training_step.py [--stem both] [--device cuda] [--precision auto] [--repeats 9] [--out FILE.json]
+[--smallest]`
 
-A turn is some steps after one that isn't counted, to the end of the last one's work on the device.
+A turn is some steps after an uncounted step, to the end of the last step's work on the device.
 
 - `largebatch` is `largebatch.training.loop.loop` after `set_up`, continued from turn to turn: data, augmentation,
-  forward and backward, LARS, schedule, metrics of every tenth step and of a turn's last one, layer statistics every
-  twentieth, the files of both. The end of its time is where the evaluation after its last step begins; there are no
+  forward and backward, LARS, schedule, metrics of every tenth step and of a turn's last step, layer statistics every
+  twentieth step, and their files. Its time ends when the evaluation after its last step starts; it saves no
   checkpoints.
 - `bare loop` calls the same model, augmentation, loss and optimizer in the same arithmetic, and nothing else.
-- `as published` takes each image through PIL transforms in a DataLoader of two workers (`--workers`), computes in
-  fp32, steps a LARS that goes from tensor to tensor and reads its norms, and reads loss and accuracy every step. Its
-  workers live for an epoch. A turn is part of one, with more batches to come, so that they have as much to do as in a
-  long one; starting them is given apart. All threads wait passively, which such programs don't ask for, and which helps
-  them here.
-- `model alone` is forward and backward of one batch that is there: the limit.
+- `as published` applies PIL transforms to each image in a DataLoader of two workers (`--workers`), computes in fp32,
+  steps a LARS that loops over tensors and reads their norms, and reads loss and accuracy every step. Its workers live
+  for an epoch. A turn is part of an epoch with more batches to come, so that workers are as busy as in a long epoch;
+  the time to start them is printed separately. All threads wait passively, which published programs don't request and
+  which helps them here.
+- `model alone` is forward and backward of one fixed batch: the limit.
 """
 
 from __future__ import annotations
@@ -43,17 +44,19 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from PIL import Image
-from tabulate import tabulate
+from shared import parsed, print_table, quartiles
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from largebatch.config.schema import Config, from_composed
+from largebatch.config.schema import Config, defaults, from_composed
 from largebatch.data.augment import augmented
 from largebatch.data.draws import draw
 from largebatch.data.transfer import to_device
+from largebatch.launch.composition import by_force
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic
 from largebatch.models.build import build_model
@@ -62,9 +65,10 @@ from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
 from largebatch.training.clock import StepClock
 from largebatch.training.facts import gather_facts
-from largebatch.training.loop import loop
+from largebatch.training.loop import Session, loop
+from largebatch.training.phase import MainPhase
 from largebatch.training.set_up import set_up
-from largebatch.training.state import Run, Training
+from largebatch.training.state import Run
 from largebatch.training.stop import StepBoundary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,13 +76,13 @@ IMAGES, SIDE, CLASSES = 20_000, 32, 10
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PADDING, ROTATION = 4, 15
 LR, DECAY, MOMENTUM, TRUST = 0.1, 5e-4, 0.9, 1e-3
-AHEAD = 2  # batches that each worker of a DataLoader makes before they are asked for
+AHEAD = 2  # batches that each worker of a DataLoader prefetches
 
 OURS, OURS_FP32, BARE, PUBLISHED = "largebatch", "largebatch, precision=fp32", "bare loop", "as published"
 ALONE = "limit: model alone"
 
-Turn = Callable[[], float]  # gives its seconds
-Steps = Generator[None, None, None]  # takes a training step each time
+Turn = Callable[[], float]  # returns its seconds
+Steps = Generator[None, None, None]  # each next() is a training step
 
 
 # -- turns
@@ -90,7 +94,7 @@ def finish(device: torch.device) -> None:
 
 
 def timed(begin: Callable[[], Steps], steps: int, device: torch.device) -> Turn:
-    """Turns of ``steps`` steps after one that isn't counted, of what ``begin`` starts anew."""
+    """Return a turn: ``begin`` starts, takes an uncounted step, and then ``steps`` timed steps."""
 
     def turn() -> float:
         with contextlib.closing(begin()) as taken:
@@ -106,7 +110,7 @@ def timed(begin: Callable[[], Steps], steps: int, device: torch.device) -> Turn:
 
 
 def interleaved(turns: dict[str, Turn], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each turn, after one that isn't counted."""
+    """Return the seconds of each turn, after an uncounted turn."""
     for turn in turns.values():
         turn()
     seconds: dict[str, list[float]] = {name: [] for name in turns}
@@ -117,7 +121,7 @@ def interleaved(turns: dict[str, Turn], repeats: int) -> dict[str, list[float]]:
 
 
 def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
-    """How many times as long as ``other`` the turns of ``one`` took: the median over repeats."""
+    """Return the median over repeats of the time of ``one`` divided by that of ``other``."""
     return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
@@ -125,20 +129,18 @@ def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
 
 
 def configuration(*overrides: str) -> Config:
-    """What ``python launch.py`` would make of ``overrides``, on images like this benchmark's and with nothing beside
-    the steps."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    """Return the configuration of ``python launch.py`` with ``overrides``, for steps on this benchmark's images."""
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
     sizes = ["dataset=synthetic", f"dataset.train_size={IMAGES}", "dataset.test_size=2", f"dataset.image_size={SIDE}"]
     method = ["model=resnet18", "optimizer=lars", f"optimizer.lr={LR}", "tracker=none", "steps=1000000000"]
     rare = ["eval_every=1000000000", "checkpoint.every_seconds=1e9"]
+    changes = by_force([*sizes, *method, *rare, *overrides], ROOT / "conf")
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        return from_composed(compose(config_name="config", overrides=[*sizes, *method, *rare, *overrides]))
+        return from_composed(compose(config_name="config", overrides=changes))
 
 
-def set_up_run(
-    config: Config, path: Path, device: torch.device, arithmetic: Arithmetic | None = None
-) -> tuple[Run, Training]:
-    """A run at step 0, with its folder at ``path``; in ``arithmetic``, or what the program chooses."""
+def set_up_run(config: Config, path: Path, device: torch.device, arithmetic: Arithmetic | None = None) -> MainPhase:
+    """Return a run at step 0 with its folder at ``path``; ``arithmetic`` by default as the program chooses."""
     path.mkdir()
     folder = RunFolder(path)
     saved = None if arithmetic is None else {"arithmetic": asdict(arithmetic)}
@@ -146,7 +148,7 @@ def set_up_run(
 
 
 class Stopwatch(StepClock):
-    """Also the ``seconds`` from the end of a loop's first step to its first pause, the device waited for."""
+    """Measures the ``seconds`` from the end of a loop's first step to its first pause, after waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(0.0, device)
@@ -166,18 +168,20 @@ class Stopwatch(StepClock):
             yield
 
 
-def program_turn(run: Run, training: Training, steps: int) -> Turn:
+def program_turn(phase: MainPhase, steps: int) -> Turn:
+    run, training = phase.run, phase.training
     console = Console(run.folder.log, speaking=False)
-    recorder = Recorder(run.config, run.folder, 0, gather_facts(run, training.model), console)
+    facts = gather_facts(run, training.model, phase.total_steps)
+    recorder = Recorder(run.config, run.folder, 0, facts, console)
 
     def turn() -> float:
         stopwatch = Stopwatch(run.device)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        part = replace(run, steps=training.step + 1 + steps)
+        phase.run = replace(run, steps=training.step + 1 + steps)
         saving = run.config.checkpoint
         boundary = StepBoundary(saving.every_seconds, saving.every_steps, rank=0)
-        _, state, message = loop(part, training, recorder, None, stopwatch, console, boundary)
-        for number, handler in handlers.items():  # the boundary has its own, which ask it to stop
+        state, message = loop(phase, Session(recorder, None, stopwatch, console, boundary))
+        for number, handler in handlers.items():  # the boundary has set its own handlers
             signal.signal(number, handler)
         if state == "preempted":
             raise KeyboardInterrupt
@@ -191,7 +195,8 @@ def program_turn(run: Run, training: Training, steps: int) -> Turn:
 # -- what it is compared with
 
 
-def bare_loop(run: Run, training: Training) -> Steps:
+def bare_loop(phase: MainPhase) -> Steps:
+    run, training = phase.run, phase.training
     network, optimizer, pixels, labels = training.network, training.optimizer, *pixels_and_labels(run)
     mean, std = torch.tensor(run.data.mean, device=run.device), torch.tensor(run.data.std, device=run.device)
     batch, generator = run.batch.global_batch, torch.Generator().manual_seed(0)
@@ -214,11 +219,12 @@ def bare_loop(run: Run, training: Training) -> Steps:
 
 
 def pixels_and_labels(run: Run) -> tuple[Tensor, Tensor]:
-    """Of the training set, on the run's device."""
+    """Return the training set's pixels and labels on the run's device."""
     return run.data.train.images.pixels.to(run.device), run.data.train.labels.to(run.device)
 
 
-def model_alone(run: Run, training: Training) -> Steps:
+def model_alone(phase: MainPhase) -> Steps:
+    run, training = phase.run, phase.training
     pixels, labels = pixels_and_labels(run)
     images = (pixels[: run.batch.global_batch] / 255).to(memory_format=run.arithmetic.memory_format)
     answers = labels[: run.batch.global_batch]
@@ -232,7 +238,7 @@ def model_alone(run: Run, training: Training) -> Steps:
 
 
 class PILImages(Dataset[Any]):
-    """As torchvision's CIFAR-10: an array, and a PIL image of it when it is asked for."""
+    """Images as in torchvision's CIFAR-10: an array, and a PIL image for each item."""
 
     def __init__(self) -> None:
         random = np.random.default_rng(0)
@@ -250,7 +256,7 @@ class PILImages(Dataset[Any]):
 
 
 class Published:
-    """A training as published programs write it."""
+    """Training as in published programs."""
 
     def __init__(self, config: Config, steps: int, workers: int, device: torch.device) -> None:
         self.device, self.batch = device, config.batch_size
@@ -302,26 +308,25 @@ def measure(stem: str, given: argparse.Namespace, device: torch.device, folder: 
     steps = given.steps or (200 if given.device == "cuda" else 4)
     overrides = [f"model.stem={stem}", f"batch_size={batch}", f"compile={str(given.compile).lower()}"]
     config = configuration(*overrides, f"precision={given.precision}")
-    run, training = set_up_run(config, folder / "auto", device)
-    run_fp32, training_fp32 = set_up_run(configuration(*overrides, "precision=fp32"), folder / "fp32", device)
-    bare = set_up_run(config, folder / "bare", device, run.arithmetic)
-    alone = set_up_run(config, folder / "alone", device, run.arithmetic)
+    ours = set_up_run(config, folder / "auto", device)
+    ours_fp32 = set_up_run(configuration(*overrides, "precision=fp32"), folder / "fp32", device)
+    bare = set_up_run(config, folder / "bare", device, ours.run.arithmetic)
+    alone = set_up_run(config, folder / "alone", device, ours.run.arithmetic)
     published = Published(config, steps, given.workers, device)
     turns = {
-        OURS: program_turn(run, training, steps),
-        BARE: timed(lambda: bare_loop(*bare), steps, device),
+        OURS: program_turn(ours, steps),
+        BARE: timed(lambda: bare_loop(bare), steps, device),
         PUBLISHED: timed(published.epoch, steps, device),
-        OURS_FP32: program_turn(run_fp32, training_fp32, steps),
-        ALONE: timed(lambda: model_alone(*alone), steps, device),
+        OURS_FP32: program_turn(ours_fp32, steps),
+        ALONE: timed(lambda: model_alone(alone), steps, device),
     }
     seconds = interleaved(turns, given.repeats)
     return {
         "batch": batch,
         "steps": steps,
-        "arithmetic": {OURS: str(run.arithmetic), OURS_FP32: str(run_fp32.arithmetic)},
+        "arithmetic": {OURS: str(ours.run.arithmetic), OURS_FP32: str(ours_fp32.run.arithmetic)},
         "images_per_second": {
-            name: statistics.quantiles([steps * batch / one for one in of_turns], method="inclusive")
-            for name, of_turns in seconds.items()
+            name: quartiles([steps * batch / one for one in of_turns]) for name, of_turns in seconds.items()
         },
         "seconds_to_first_batch": statistics.median(published.seconds_to_first_batch),
         "ratios": {
@@ -337,12 +342,11 @@ def show(stem: str, result: dict[str, Any]) -> None:
     arithmetic = "; ".join(f"{name}: {value}" for name, value in result["arithmetic"].items())
     print(f"{stem} stem, batch {result['batch']}, turns of {result['steps']} steps; {arithmetic}\n")
     table = [
-        [name, "{1:,.0f} [{0:,.0f}-{2:,.0f}]".format(*quartiles), f"{1000 * result['batch'] / quartiles[1]:.1f}"]
-        for name, quartiles in result["images_per_second"].items()
+        [name, "{1:,.0f} [{0:,.0f}-{2:,.0f}]".format(*rates), f"{1000 * result['batch'] / rates[1]:.1f}"]
+        for name, rates in result["images_per_second"].items()
     ]
-    aligned = ("left", "right", "right")
-    print(tabulate(table, ["", "images/s", "ms a step"], tablefmt="github", disable_numparse=True, colalign=aligned))
-    print(f"\nnot counted: the published program's first batch, {result['seconds_to_first_batch']:.2f} s an epoch\n")
+    print_table(["", "images/s", "ms a step"], table)
+    print(f"not counted: the published program's first batch, {result['seconds_to_first_batch']:.2f} s an epoch\n")
     for name, value in result["ratios"].items():
         print(f"{name:48} {value:.3f}")
     print()
@@ -351,16 +355,18 @@ def show(stem: str, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU; 2 by default")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads; 2 by default")
     parser.add_argument("--stem", choices=("imagenet", "cifar", "both"), default="imagenet")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto by default")
-    parser.add_argument("--workers", type=int, default=2, help="of the published program's loader; 2 by default")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="workers of the published program's loader; 2 by default"
+    )
     parser.add_argument("--batch", type=int, help="images a step; 512 by default, with the CIFAR stem on CPU 64")
-    parser.add_argument("--steps", type=int, help="that are counted of a turn; 4 by default, on a GPU 200")
-    parser.add_argument("--repeats", type=int, default=9, help="at least 2; 9 by default")
-    parser.add_argument("--compile", action="store_true", help="the models, as compile=true; not the published one")
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    given = parser.parse_args()
+    parser.add_argument("--steps", type=int, help="counted steps of a turn; 4 by default, on a GPU 200")
+    parser.add_argument("--repeats", type=int, default=9, help="9 by default")
+    parser.add_argument("--compile", action="store_true", help="compile the models, except the published program's")
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    given = parsed(parser, batch=8, steps=1, repeats=1, workers=1, precision="fp32")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(given.threads)
     *_, device = distributed.start(given.device)

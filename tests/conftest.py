@@ -1,4 +1,4 @@
-"""What all tests share: starting the real program, and configurations made as the launcher makes them."""
+"""Helpers of all tests: the real program, and configurations as the launcher makes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from largebatch.config.schema import Config, defaults, from_composed
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What is compiled and measured while other tests run isn't what the user's own runs shall find.
+# Keep what tests compile and measure apart from the user's cache.
 os.environ["LARGEBATCH_CACHE"] = str(ROOT / ".pytest_cache" / "largebatch")
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,7 +32,7 @@ TINY = (
 
 
 def environment() -> dict[str, str]:
-    """The tests' environment without what a user may have set for W&B, on CPU."""
+    """Return the tests' environment without GPUs and the user's settings of W&B and Hydra."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "HYDRA_"))}
     return {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
@@ -46,7 +46,7 @@ def start(*overrides: str, cwd: Path, **popen: object) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """Run ``python launch.py`` with overrides in an empty folder, so that runs are in ``tmp_path/runs``."""
+    """Return a function that runs ``python launch.py`` in an empty folder; runs are in ``tmp_path/runs``."""
 
     def run(*overrides: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "launch.py"), *overrides]
@@ -58,7 +58,7 @@ def launch(tmp_path: Path) -> Launch:
 
 
 def configuration(*overrides: str) -> Config:
-    """The configuration that ``python launch.py`` makes of overrides, without its own process."""
+    """Return the configuration that ``python launch.py`` makes of overrides, without a new process."""
     presets = tuple(o for o in overrides if o[0] in "+~" or (ROOT / "conf" / o.partition("=")[0]).is_dir())
     tree = OmegaConf.create(_composed(presets))
     values = [override for override in overrides if override not in presets]
@@ -69,7 +69,7 @@ def configuration(*overrides: str) -> Config:
 
 @functools.cache
 def _composed(presets: tuple[str, ...]) -> str:
-    """As YAML; a tenth of a second, which most of the suite's thousand configurations needn't take again."""
+    """Return the composed configuration as YAML. Composing takes 0.1 s, and the suite has a thousand configurations."""
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
         return OmegaConf.to_yaml(compose(config_name="config", overrides=list(presets)))

@@ -1,4 +1,4 @@
-"""The ``largebatch`` command: looking at runs, and ending them. Training is started with ``python launch.py``."""
+"""The ``largebatch`` command shows, cancels and compares runs. ``python launch.py`` starts them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from largebatch.errors import UserError
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.table import find_run, find_runs
 
-Commands = Any  # what argparse makes of add_subparsers has no public name
-_RUN = "a run's folder, or the beginning of its name or of its last eight digits"
+Commands = Any  # argparse has no public name for the type of add_subparsers()
+_RUN = "a run's folder, or the beginning of its name or last eight digits"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="largebatch", description="Look at runs; `python launch.py` starts them.")
+    description = "Show and cancel runs; `python launch.py` starts them."
+    parser = argparse.ArgumentParser(prog="largebatch", description=description)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_status(commands)
     _add_logs(commands)
@@ -36,16 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # who read what is said has gone, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def _add_status(commands: Commands) -> None:
-    status = commands.add_parser("status", help="how runs stand: state, step, test accuracy, job, what they said last")
+    status = commands.add_parser("status", help="show states, steps, test accuracies, jobs and last log lines")
     _add_runs(status)
-    status.add_argument("--json", action="store_true", help="one JSON list instead of the table")
-    status.add_argument("--watch", action="store_true", help="keep looking until no run is queued or running")
+    status.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
+    status.add_argument("--watch", action="store_true", help="update until no run is queued or running")
     status.set_defaults(run=_status)
 
 
@@ -63,9 +64,9 @@ def _add_dashboard(commands: Commands) -> None:
     dashboard = commands.add_parser("dashboard", help="write or update a W&B project's saved view and its report")
     dashboard.add_argument("--entity", required=True, help="W&B user or team")
     dashboard.add_argument("--project", default="largebatch", help="W&B project; default: largebatch")
-    dashboard.add_argument("--name", default="large batch", help="of view and report; another name is another one")
-    dashboard.add_argument("--runs", metavar="RUNS_DIR", type=Path, help="put these runs' table into the report")
-    dashboard.add_argument("--print", action="store_true", help="print what would be saved as JSON; needs no network")
+    dashboard.add_argument("--name", default="large batch", help="name of view and report; each name has its own")
+    dashboard.add_argument("--runs", metavar="RUNS_DIR", type=Path, help="add a table of these runs to the report")
+    dashboard.add_argument("--print", action="store_true", help="print view and report as JSON; needs no network")
     dashboard.set_defaults(run=_dashboard)
 
 
@@ -73,7 +74,8 @@ def _dashboard(options: argparse.Namespace) -> int:
     try:
         import wandb_workspaces  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError("dashboards need wandb-workspaces: pip install 'wandb-workspaces>=0.4.13,<0.5'") from None
+        problem = "wandb-workspaces is missing. Fix: pip install 'wandb-workspaces>=0.4.13,<0.5'"
+        raise UserError(f"dashboard: {problem}") from None
     from largebatch.report import dashboard, dashboard_report, saved_view
 
     where = options.entity, options.project, options.name
@@ -90,10 +92,10 @@ def _dashboard(options: argparse.Namespace) -> int:
 
 
 def _add_logs(commands: Commands) -> None:
-    logs = commands.add_parser("logs", help="what a run has said")
+    logs = commands.add_parser("logs", help="print a run's log")
     logs.add_argument("wanted", metavar="RUN", help=_RUN)
-    logs.add_argument("-n", "--lines", type=int, help="only so many, from the end")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+    logs.add_argument("-n", "--lines", type=int, help="print only the last LINES lines")
+    logs.add_argument("-f", "--follow", action="store_true", help="print new lines until the run has ended")
     _add_runs_dir(logs)
     logs.set_defaults(run=_logs)
 
@@ -106,8 +108,8 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _add_cancel(commands: Commands) -> None:
-    cancel = commands.add_parser("cancel", help="have runs save and end, on SLURM or on this machine")
-    cancel.add_argument("runs", nargs="+", metavar="RUN", help=f"{_RUN}; or a folder of runs, for all of them")
+    cancel = commands.add_parser("cancel", help="stop runs after they have saved, on SLURM or on this machine")
+    cancel.add_argument("runs", nargs="+", metavar="RUN", help=f"{_RUN}; or a folder of runs")
     _add_runs_dir(cancel)
     cancel.set_defaults(run=_cancel)
 
@@ -119,15 +121,15 @@ def _cancel(options: argparse.Namespace) -> int:
 
 
 def _add_report(commands: Commands) -> None:
-    report = commands.add_parser("report", help="compare the runs of a folder: a page, Markdown, CSV or Parquet")
+    report = commands.add_parser("report", help="compare the runs of a folder: HTML page, Markdown, CSV or Parquet")
     report.add_argument("runs_dir", nargs="?", default="runs", type=Path, help="default: runs")
-    report.add_argument("--out", help="file to write, - to print; default: report.html, and md and csv are printed")
+    report.add_argument("--out", help="file, or - to print; default: report.html, or print md and csv")
     report.add_argument(
-        "--format", choices=("html", "md", "csv", "parquet"), help="default: by --out's ending, or html"
+        "--format", choices=("html", "md", "csv", "parquet"), help="default: by the ending of --out, else html"
     )
-    report.add_argument("--target", type=float, help="accuracy in 0..1 that the page counts the steps to")
+    report.add_argument("--target", type=float, help="accuracy in 0..1; the page shows the steps to reach it")
     report.add_argument(
-        "--by", action="append", default=[], metavar="KEY", help="a key whose values make rows of their own"
+        "--by", action="append", default=[], metavar="KEY", help="give each value of this key its own row"
     )
     report.set_defaults(run=_report)
 
@@ -140,20 +142,18 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _add_runs(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "runs", nargs="*", metavar="RUN", help=f"a folder of runs (default: that of --runs-dir), or {_RUN}"
-    )
+    command.add_argument("runs", nargs="*", metavar="RUN", help=f"a folder of runs (default: --runs-dir), or {_RUN}")
     _add_runs_dir(command)
 
 
 def _add_runs_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--runs-dir", default="runs", type=Path, help="the folder where names are looked for (default: runs)"
+        "--runs-dir", default="runs", type=Path, help="folder of the runs that names refer to (default: runs)"
     )
 
 
 def _named(options: argparse.Namespace) -> list[RunFolder]:
-    """The runs that a command's arguments name, each once."""
+    """Return the runs that the arguments name, each once."""
     wanted = options.runs or [str(options.runs_dir)]
     return list({run.path: run for each in wanted for run in find_runs(each, options.runs_dir)}.values())
 

@@ -1,4 +1,4 @@
-"""Several runs at a time, with the real program: outcomes, stopping, GPUs and cores divided, and what is seen of it."""
+"""Several runs at a time, with the real program: outcomes, stopping, shares of GPUs and cores, and output."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Launch, environment, start
 from hydra.core.config_store import ConfigStore
-from runs import finish, parameters, timeless
-from test_resume import is_alive, worker_pid
+from runs import finish, is_alive, parameters, timeless, worker_pid
 
 from largebatch.config.schema import Config
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.devices import worker_environment
-from largebatch.launch.interrupts import noted_signals
-from largebatch.launch.packing import runs_at_a_time
+from largebatch.launch.packing import noted_signals, runs_at_a_time
 from largebatch.launch.plan import PlannedRun, make_plan
 from largebatch.runs.folder import read_json
 from largebatch.runs.metrics import read_rows
 
-# Two runs of some seconds each, at once.
+# Two runs at a time, some seconds each.
 LONG = (
     "-m", *TINY, "steps=400", "eval_every=20", "checkpoint.every_steps=40", "optimizer=tvlars,lars",
     "cluster.parallel=2", "cluster.threads=1",
@@ -40,22 +38,22 @@ LONG = (
 
 
 def until(condition: Callable[[], bool], launcher: subprocess.Popen[str], seconds: float = 100) -> None:
-    """Wait while ``launcher`` is at work."""
+    """Wait for ``condition``; fail if ``launcher`` ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert launcher.poll() is None, "it ended before that"
-        assert time.monotonic() < deadline, "it never came to that"
+        assert launcher.poll() is None, "the launcher ended first"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.01)
 
 
 def runs_in(folder: Path) -> dict[str, Path]:
-    """The run folders by their optimizer and seed."""
+    """Return the run folders by their optimizer and seed."""
     found = (folder / "runs").iterdir()
     return {re.sub(r".*-clf-(\w+)-.*-(s\d+)-.*", r"\1 \2", run.name): run for run in found}
 
 
-def came_to(folder: Path, step: int, runs: int) -> bool:
-    """Whether so many runs have a metrics row at or after ``step``."""
+def reached(folder: Path, step: int, runs: int) -> bool:
+    """Return True if this number of runs have a metrics row at or after ``step``."""
     logs = [read_rows(path) for path in folder.glob("runs/*/metrics.jsonl")]
     return sum(any(row["step"] >= step for row in rows) for rows in logs) == runs
 
@@ -64,7 +62,7 @@ def came_to(folder: Path, step: int, runs: int) -> bool:
 
 
 def test_one_of_four_runs_fails_and_the_others_finish(launch: Launch, tmp_path: Path) -> None:
-    # What fails, 40 steps of warm-up in a training of 9, is found out by the worker alone.
+    # Only the worker notices the error, 40 steps of warm-up in a training of 9 steps.
     cases = "cases=[{seed:0,steps:6},{seed:3,steps:9,schedule:warmup_cosine},{seed:1,steps:7},{seed:2,steps:8}]"
     result = launch("-m", *TINY, cases, "cluster.parallel=2")
     assert result.returncode == 2
@@ -74,7 +72,7 @@ def test_one_of_four_runs_fails_and_the_others_finish(launch: Launch, tmp_path: 
     assert [line.split()[:2] for line in table] == [
         ["seed=0", "steps=6"], ["seed=3", "steps=9"], ["seed=1", "steps=7"], ["seed=2", "steps=8"],
     ]  # fmt: skip
-    assert "after step" not in result.stdout  # what a run says is in its log alone
+    assert "after step" not in result.stdout  # only the log has it
 
     runs = runs_in(tmp_path)
     assert sorted(runs) == ["lars s0", "lars s1", "lars s2"]
@@ -88,12 +86,12 @@ def test_one_of_four_runs_fails_and_the_others_finish(launch: Launch, tmp_path: 
         assert f"{100 * summary['test/accuracy']:.2f} %" in next(line for line in table if f"steps={steps}" in line)
 
 
-# Undisturbed under a terminal; stopped; killed; beside another launcher.
+# In a terminal; stopped; killed; beside another launcher.
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], str]:
-    """Both runs of ``LONG``, which nothing stopped, and what a terminal of 200 columns was sent meanwhile."""
+    """Run ``LONG`` to its end. Return both runs and the output to a terminal of 200 columns."""
     folder = tmp_path_factory.mktemp("undisturbed")
     terminal, program_side = pty.openpty()
     fcntl.ioctl(program_side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
@@ -107,14 +105,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Pat
     try:
         while part := os.read(terminal, 1 << 16):
             sent += part
-    except OSError:  # how a terminal says that nobody has its other side any more
+    except OSError:  # the other side of the terminal is closed
         pass
     os.close(terminal)
     assert launcher.wait() == 0, sent.decode()
     return runs_in(folder), sent.decode()
 
 
-def test_a_terminal_shows_how_each_run_is_doing(undisturbed: tuple[dict[str, Path], str]) -> None:
+def test_a_terminal_shows_the_progress_of_each_run(undisturbed: tuple[dict[str, Path], str]) -> None:
     runs, sent = undisturbed
     lines = [line.strip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent))]
     for number, optimizer in ((1, "tvlars"), (2, "lars")):
@@ -124,15 +122,15 @@ def test_a_terminal_shows_how_each_run_is_doing(undisturbed: tuple[dict[str, Pat
         assert any(re.match(moving, line) for line in lines), sent
         accuracy = f"{100 * read_json(run / 'summary.json')['test/accuracy']:.2f} %"
         assert f"[{number}/2] finished, test accuracy {accuracy}" in lines
-    assert "0 of 2 done, 2 at work" in lines
-    assert lines.index(f"[1/2] {runs['tvlars s0']}  (optimizer=tvlars)") < lines.index("0 of 2 done, 2 at work")
+    assert "0 of 2 done, 2 running" in lines
+    assert lines.index(f"[1/2] {runs['tvlars s0']}  (optimizer=tvlars)") < lines.index("0 of 2 done, 2 running")
 
 
-def test_runs_that_ctrl_c_stopped_are_completed_by_the_same_command(
+def test_the_same_command_completes_runs_that_ctrl_c_stopped(
     tmp_path: Path, undisturbed: tuple[dict[str, Path], str]
 ) -> None:
     launcher = start(*LONG, cwd=tmp_path)
-    until(lambda: came_to(tmp_path, 20, runs=2), launcher)
+    until(lambda: reached(tmp_path, 20, runs=2), launcher)
     stopped = runs_in(tmp_path)
     workers = [worker_pid(run) for run in stopped.values()]
     launcher.send_signal(signal.SIGINT)
@@ -142,7 +140,7 @@ def test_runs_that_ctrl_c_stopped_are_completed_by_the_same_command(
     assert all(f"{run.name}" in out.partition("the same command resumes")[2] for run in stopped.values())
     for run in stopped.values():
         status = read_json(run / "status.json")
-        assert (status["state"], status["message"]) == ("preempted", "")  # it saved, and said so itself
+        assert (status["state"], status["message"]) == ("preempted", "")  # the worker itself saved and wrote the state
         assert status["step"] < 400
         assert list(run.glob("checkpoints/*.pt"))
 
@@ -155,7 +153,7 @@ def test_runs_that_ctrl_c_stopped_are_completed_by_the_same_command(
         assert timeless(run) == timeless(whole[name])
 
 
-def test_a_second_ctrl_c_ends_all_runs_amid_their_step(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_stops_all_runs_within_their_step(tmp_path: Path) -> None:
     # A step takes a minute.
     slow = ("dataset.image_size=64", "dataset.train_size=4096", "batch_size=4096", "micro_batch=32", "seed=0,1")
     launcher = start("-m", *TINY, *slow, "cluster.parallel=2", "cluster.threads=1", cwd=tmp_path)
@@ -172,10 +170,10 @@ def test_a_second_ctrl_c_ends_all_runs_amid_their_step(tmp_path: Path) -> None:
     for run in runs_in(tmp_path).values():
         status = read_json(run / "status.json")
         assert (status["state"], status["message"]) == ("preempted", "stopped by Ctrl-C")
-        assert not list(run.glob("checkpoints/*.pt"))  # which stopping after the step would have left
+        assert not list(run.glob("checkpoints/*.pt"))  # stopping after the step would leave one
 
 
-def test_signals_are_noted_where_raising_them_would_cut_something_in_two() -> None:
+def test_signals_are_collected_instead_of_raised() -> None:
     with noted_signals() as came:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGUSR2)
@@ -185,21 +183,21 @@ def test_signals_are_noted_where_raising_them_would_cut_something_in_two() -> No
 
 
 def workers_that_train(folder: Path) -> list[int]:
-    """The workers that have come to their first step: from there on SIGTERM doesn't end them but asks them to stop."""
+    """Return the workers that handle SIGTERM, which they do from their first step."""
     workers = [read_json(path).get("pid") for path in folder.glob("runs/*/status.json")]
     caught = {pid: re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text()) for pid in workers if pid}
     return [pid for pid, mask in caught.items() if mask and int(mask[1], 16) >> (signal.SIGTERM - 1) & 1]
 
 
-def test_a_run_that_another_launcher_works_on_is_left_alone(tmp_path: Path, launch: Launch) -> None:
+def test_a_run_of_another_launcher_is_left_alone(tmp_path: Path, launch: Launch) -> None:
     other = start(*TINY, "steps=4000", "eval_every=1000", cwd=tmp_path)
     try:
-        until(lambda: came_to(tmp_path, 2, runs=1), other)
+        until(lambda: reached(tmp_path, 2, runs=1), other)
         (theirs,) = runs_in(tmp_path).values()
         before = read_json(theirs / "status.json")
         result = launch("-m", *TINY, "eval_every=1000", "cases=[{steps:4000},{seed:1,steps:4}]", "cluster.parallel=2")
         assert result.returncode == 0, result.stderr
-        assert f"error: [1/2] {theirs} is being worked on by pid {before['pid']} on " in result.stderr
+        assert f"error: [1/2] {theirs}: pid {before['pid']} on " in result.stderr
         assert "[2/2] finished" in result.stdout
         assert other.poll() is None
         after = read_json(theirs / "status.json")
@@ -209,7 +207,7 @@ def test_a_run_that_another_launcher_works_on_is_left_alone(tmp_path: Path, laun
         other.communicate(timeout=60)
 
 
-# GPUs that the environment names; no worker lives long enough to look for them.
+# GPUs named by the environment; the tests end before a worker looks for them.
 
 
 def planned(*overrides: str) -> list[PlannedRun]:
@@ -238,7 +236,7 @@ def test_runs_at_a_time(monkeypatch: pytest.MonkeyPatch, overrides: list[str], a
     assert runs_at_a_time(planned(*overrides)) == at_a_time
 
 
-def test_cores_are_divided_over_runs_and_their_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_divided_by_runs_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     (run,) = planned("cluster.device=cpu", "cluster.processes=2")
     cores = len(os.sched_getaffinity(0))
@@ -260,7 +258,7 @@ def test_cores_are_divided_over_runs_and_their_processes(monkeypatch: pytest.Mon
         (["cases=[{seed:0,cluster.device:cpu},{seed:1,cluster.device:cuda}]", "cluster.parallel=2"], ["", "0,1,2,3"]),
     ],
 )
-def test_runs_at_work_at_once_share_no_gpu(tmp_path: Path, overrides: list[str], at_once: list[str]) -> None:
+def test_parallel_runs_share_no_gpu(tmp_path: Path, overrides: list[str], at_once: list[str]) -> None:
     launcher = subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), "-m", *TINY, *overrides],
         cwd=tmp_path, env={**environment(), "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, stdout=subprocess.DEVNULL, text=True,
@@ -269,15 +267,15 @@ def test_runs_at_work_at_once_share_no_gpu(tmp_path: Path, overrides: list[str],
         until(lambda: len(gpus_of_children(launcher.pid)) == 2, launcher)
         assert sorted(gpus_of_children(launcher.pid)) == at_once
     finally:
-        launcher.kill()  # and so its workers
+        launcher.kill()  # its workers end with it
         launcher.wait()
 
 
 def gpus_of_children(parent: int) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of the workers that a launcher has started."""
+    """Return CUDA_VISIBLE_DEVICES of a launcher's workers."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
             of = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             if of == parent and b"largebatch.training.worker" in (process / "cmdline").read_bytes():
                 variables = (process / "environ").read_text().split("\0")

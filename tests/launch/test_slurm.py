@@ -1,4 +1,4 @@
-"""``cluster=slurm`` as far as it needs no cluster: what sbatch would be given, keys, the copied code, states."""
+"""``cluster=slurm`` without a cluster: sbatch's script, keys, the copied code, states."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from largebatch.launch.slurm_task import Place, torchrun_arguments
 from largebatch.runs import provenance
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import copy_code, copy_of_code
-from largebatch.runs.slurm_queue import has_it
+from largebatch.runs.slurm_queue import claim_by_slurm
 from largebatch.runs.table import run_rows
 
 
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine without SLURM's commands; the folder where a test may put its own."""
+    """Hide SLURM's commands. Return a folder on PATH for the test's own commands."""
     commands = tmp_path / "bin"
     commands.mkdir()
     monkeypatch.setenv("PATH", f"{commands}:/bin")
@@ -45,7 +45,7 @@ def planned(config: Config, name: str) -> PlannedRun:
     return PlannedRun(config, RunFolder(Path(config.runs_dir) / name), "")
 
 
-def test_sbatch_is_given_what_the_keys_say(tmp_path: Path) -> None:
+def test_sbatch_s_script_follows_from_the_keys(tmp_path: Path) -> None:
     config = for_slurm(
         f"runs_dir={tmp_path}/my runs", "cluster.partition=gpu", "cluster.account=lab", "cluster.qos=long",
         "cluster.constraint=a100", "cluster.nodes=2", "cluster.gpus_per_node=4", "cluster.cpus_per_node=32",
@@ -91,7 +91,7 @@ def test_sbatch_is_given_what_the_keys_say(tmp_path: Path) -> None:
     ]
 
 
-def test_processes_are_one_a_gpu_or_as_given() -> None:
+def test_processes_are_one_a_gpu_by_default() -> None:
     for overrides, processes, device in (
         ((), 1, "cpu"),
         (("cluster.nodes=2", "cluster.gpus_per_node=4"), 8, "cuda"),
@@ -104,7 +104,7 @@ def test_processes_are_one_a_gpu_or_as_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (("cluster=local", "cluster.partition=gpu"), "cluster.partition=gpu: only cluster=slurm has it"),
         (("cluster=local", "cluster.nodes=2"), "cluster.nodes=2: only cluster=slurm has it"),
@@ -122,12 +122,12 @@ def test_processes_are_one_a_gpu_or_as_given() -> None:
         (("cluster.nodes=3",), "batch_size=16 can't be divided over 3 processes"),
     ],
 )
-def test_keys_that_cannot_be_are_refused(overrides: tuple[str, ...], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_invalid_keys_are_refused(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         for_slurm(*overrides)
 
 
-def test_a_grid_is_an_array_for_each_request_and_none_is_larger_than_allowed() -> None:
+def test_each_request_has_arrays_of_at_most_the_allowed_size() -> None:
     small, large = for_slurm(), for_slurm("cluster.memory_gb=64")
     plan = [planned(small if number % 2 else large, str(number)) for number in range(10)]
     arrays = arrays_of(plan, 3)
@@ -137,14 +137,14 @@ def test_a_grid_is_an_array_for_each_request_and_none_is_larger_than_allowed() -
     assert [array.cluster.memory_gb for array in arrays] == [64, 64, None, None]
 
 
-def test_without_sbatch_nothing_is_begun(tmp_path: Path) -> None:
+def test_without_sbatch_no_folder_is_made(tmp_path: Path) -> None:
     plan = [planned(for_slurm(f"runs_dir={tmp_path}/runs"), "a")]
-    with pytest.raises(UserError, match="no sbatch here; run this on a login node"):
+    with pytest.raises(UserError, match=r"no sbatch here\. Fix: run this on a login node"):
         submit_plan(plan)
     assert not (tmp_path / "runs").exists()
 
 
-def test_nodes_meet_on_the_first_one_at_a_port_of_the_job() -> None:
+def test_nodes_meet_on_the_first_node_at_the_job_s_port() -> None:
     cluster = for_slurm("cluster.nodes=2", "cluster.processes_per_node=2").cluster
     first, second = (torchrun_arguments(cluster, Place(f"7_{n}", 1, ["node1", "node2"], 3)) for n in (0, 1))
     assert "--nnodes=2" in first
@@ -156,7 +156,7 @@ def test_nodes_meet_on_the_first_one_at_a_port_of_the_job() -> None:
     assert torchrun_arguments(for_slurm().cluster, Place("7", 0, ["node1"], 0)) == []
 
 
-def test_the_package_is_what_a_job_gets_a_copy_of(tmp_path: Path) -> None:
+def test_the_copied_code_is_the_whole_package(tmp_path: Path) -> None:
     copy = copy_code(tmp_path)
     code = "import largebatch.launch.slurm_task as task; print(task.__file__)"
     command = [sys.executable, "-c", code]
@@ -165,9 +165,7 @@ def test_the_package_is_what_a_job_gets_a_copy_of(tmp_path: Path) -> None:
     assert (copy / "largebatch" / "training" / "worker.py").exists()
 
 
-def test_the_copied_code_is_the_package_and_is_named_by_its_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_copied_code_is_named_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "largebatch"
     (package / "optim").mkdir(parents=True)
     (package / "__init__.py").write_text("here = True\n")
@@ -188,8 +186,8 @@ def test_the_copied_code_is_the_package_and_is_named_by_its_content(
     assert {path.name for path in (tmp_path / "code").iterdir()} == {copy.name for copy in copies}
 
 
-def squeue_that_says(commands: Path, *lines: str) -> Path:
-    """A ``squeue`` in the folder ``commands``; the file that counts its calls."""
+def fake_squeue(commands: Path, *lines: str) -> Path:
+    """Make a ``squeue`` that prints ``lines``. Return the file that counts its calls."""
     calls = commands / "calls"
     text = "\n".join(("#!/bin/sh", f"echo called >>{calls}", *(f"echo '{line}'" for line in lines)))
     (commands / "squeue").write_text(text + "\n")
@@ -197,8 +195,8 @@ def squeue_that_says(commands: Path, *lines: str) -> Path:
     return calls
 
 
-def test_rows_are_joined_with_what_slurm_says_in_one_call(tmp_path: Path, no_slurm: Path) -> None:
-    calls = squeue_that_says(
+def test_rows_are_joined_with_slurm_s_states_in_one_call(tmp_path: Path, no_slurm: Path) -> None:
+    calls = fake_squeue(
         no_slurm, "7_0|RUNNING|None", "7_1|PENDING|Resources", "7_2|TIMEOUT|TimeLimit", "7_3|CANCELLED|None",
         "7_4|COMPLETED|None", "7_5|PENDING|BeginTime",
     )  # fmt: skip
@@ -219,9 +217,9 @@ def test_rows_are_joined_with_what_slurm_says_in_one_call(tmp_path: Path, no_slu
     assert calls.read_text() == "called\n"
 
 
-def test_a_run_that_is_being_submitted_is_left_alone_until_its_launcher_is_surely_dead(tmp_path: Path) -> None:
+def test_a_run_in_submission_is_left_alone_until_its_launcher_must_be_dead(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.update_status(state="queued", cluster="slurm")
-    assert has_it(folder.read_status()) == "is being submitted to SLURM by another launcher"
+    assert claim_by_slurm(folder.read_status()) == "is being submitted to SLURM by another launcher"
     folder.status.write_text(json.dumps(folder.read_status() | {"updated": 0}))
-    assert has_it(folder.read_status()) == ""
+    assert claim_by_slurm(folder.read_status()) == ""

@@ -22,7 +22,7 @@ with folder.hold():
 """
 
 
-def test_a_run_is_held_by_one_process_and_free_when_that_is_killed(tmp_path: Path) -> None:
+def test_one_process_holds_a_run_and_killing_it_releases_the_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     command = [sys.executable, "-c", HOLDER, str(folder.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -37,7 +37,7 @@ def test_a_run_is_held_by_one_process_and_free_when_that_is_killed(tmp_path: Pat
         pass
 
 
-def test_status_is_merged(tmp_path: Path) -> None:
+def test_status_updates_are_merged(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert folder.state() is None
     folder.update_status(state="queued", steps=5)
@@ -47,13 +47,13 @@ def test_status_is_merged(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_metrics_of_a_resumed_run_have_no_row_twice_and_none_missing(tmp_path: Path) -> None:
+def test_metrics_of_a_resumed_run_have_each_row_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)
     for step in (1, 2, 3):
         log.write({"step": step, "train/loss": 1.0 / step})
     log.close()
-    path.write_text(path.read_text() + '{"step": 4, "train/lo')  # the crash cut this one off
+    path.write_text(path.read_text() + '{"step": 4, "train/lo')  # cut off by a crash
     log = MetricsLog(path, 2)
     for step in (3, 4):
         log.write({"step": step, "train/loss": 1.0 / step})
@@ -61,7 +61,7 @@ def test_metrics_of_a_resumed_run_have_no_row_twice_and_none_missing(tmp_path: P
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
 
 
-def test_metrics_keep_to_json_and_become_a_table(tmp_path: Path) -> None:
+def test_metrics_are_valid_json_and_become_a_table(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)

@@ -1,4 +1,4 @@
-"""Looking at runs and ending them: ``largebatch status``, ``logs`` and ``cancel``, and what a dry run says of them."""
+"""``largebatch status``, ``logs`` and ``cancel``, and the estimates of a dry run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from largebatch.runs.metrics import newest
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LARGEBATCH = [sys.executable, "-m", "largebatch.cli"]
-# A run of ten seconds and more.
+# A run of more than ten seconds.
 LONG = (*TINY, "steps=4000", "eval_every=100", "checkpoint.every_steps=1000000")
 
 
 @pytest.fixture
 def largebatch(tmp_path: Path) -> Command:
-    """Run ``largebatch`` in the folder that has ``runs/``."""
+    """Return a function that runs ``largebatch`` in the folder of ``runs/``."""
 
     def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -37,16 +37,16 @@ def largebatch(tmp_path: Path) -> Command:
     return run
 
 
-def a_run(folder: Path, name: str, said: str = "", **status: object) -> RunFolder:
-    """A run's folder with what ``status`` says of it."""
+def a_run(folder: Path, name: str, log: str = "", **status: object) -> RunFolder:
+    """Make a run's folder with this log and status."""
     run = RunFolder(folder / "runs" / name)
     run.path.mkdir(parents=True)
     run.update_status(**{"state": "finished", "message": "", "cluster": "local", **status})
-    run.log.write_text(said)
+    run.log.write_text(log)
     return run
 
 
-def test_runs_are_listed_with_how_they_stand_and_what_they_said(tmp_path: Path, largebatch: Command) -> None:
+def test_status_lists_states_and_last_log_lines(tmp_path: Path, largebatch: Command) -> None:
     a_run(tmp_path, "digits-a-11111111", state="finished", step=8, steps=8)
     preempted = a_run(
         tmp_path, "digits-b-12222222", "begins\nstep 3/8  train/loss 0.5\n", state="preempted", step=3, steps=8
@@ -57,7 +57,8 @@ def test_runs_are_listed_with_how_they_stand_and_what_they_said(tmp_path: Path, 
     (tmp_path / "runs" / "not-a-run").mkdir()
     listed = largebatch("status")
     lines = [re.split(r"\s{2,}", line) for line in listed.stdout.splitlines()]
-    assert lines[2:6] == [
+    assert lines[0] == ["run", "state", "step", "of", "test"]
+    assert lines[1:5] == [
         ["digits-a-11111111", "finished", "8", "8", "-"],
         ["digits-b-12222222", "preempted", "3", "8", "25.00 %", "step 3/8", "train/loss 0.5"],
         ["digits-c-33333333", "interrupted", "5", "8", "-"],
@@ -68,11 +69,19 @@ def test_runs_are_listed_with_how_they_stand_and_what_they_said(tmp_path: Path, 
     assert [row["log"] for row in rows] == ["", "step 3/8  train/loss 0.5", "", ""]
 
 
+def test_piped_tables_have_one_whole_line_a_run(tmp_path: Path, largebatch: Command) -> None:
+    message = "a long message " * 40
+    a_run(tmp_path, "digits-a-11111111", state="failed", message=f"{message}\nsecond line")
+    lines = largebatch("status").stdout.splitlines()
+    assert len(lines) == 4
+    assert f"{message} second line" in lines[1]
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [("status.json", '{"state": "fin'), ("status.json", "[1]"), ("summary.json", "\xff"), ("metrics.jsonl", "half\n")],
 )
-def test_a_folder_with_damaged_files_is_named_among_the_others(
+def test_status_lists_a_folder_with_a_damaged_file_as_unreadable(
     tmp_path: Path, largebatch: Command, file: str, content: str
 ) -> None:
     a_run(tmp_path, "good-11111111")
@@ -84,7 +93,7 @@ def test_a_folder_with_damaged_files_is_named_among_the_others(
     assert re.search(rf"bad-22222222 +unreadable.*{file}", listed.stdout)
 
 
-def test_runs_are_named_by_the_beginning_of_name_or_digits(tmp_path: Path, largebatch: Command) -> None:
+def test_a_run_is_found_by_the_beginning_of_its_name_or_digits(tmp_path: Path, largebatch: Command) -> None:
     for name in ("digits-lars-s0-1a111111", "digits-lars-s1-1b222222", "cifar10-lamb-s0-3c333333"):
         a_run(tmp_path, name, f"this is {name}\nits end\n")
     for wanted in ("cifar", "3c3", "runs/cifar10", "runs/3c", "runs/cifar10-lamb-s0-3c333333"):
@@ -94,18 +103,18 @@ def test_runs_are_named_by_the_beginning_of_name_or_digits(tmp_path: Path, large
     assert len(json.loads(largebatch("status", "digits", "1a", "--json").stdout)) == 2
     several, none = largebatch("logs", "digits"), largebatch("status", "imagenet")
     assert several.returncode == none.returncode == 2
-    assert "digits: means 2 runs; give more of the name, or its last digits" in several.stderr
+    assert "digits: matches 2 runs. Fix: give more of the name or digits" in several.stderr
     assert "error:   digits-lars-s1-1b222222" in several.stderr
     assert none.stderr == (
-        "error: imagenet: no run in runs whose name, or whose last eight digits, begin so; "
-        "`largebatch status runs` lists them\n"
+        "error: imagenet: no run in runs has a name or last eight digits with this beginning. "
+        "Fix: `largebatch status runs` lists the runs\n"
     )
     nowhere = largebatch("cancel", "elsewhere/1a")
     assert nowhere.returncode == 2
     assert "elsewhere is not a folder" in nowhere.stderr
 
 
-def test_slurm_s_log_is_shown_where_the_run_has_said_nothing(tmp_path: Path, largebatch: Command) -> None:
+def test_logs_prints_slurm_s_log_if_the_run_has_none(tmp_path: Path, largebatch: Command) -> None:
     a_run(tmp_path, "digits-11111111", state="failed", cluster="slurm", job_id="12_3")
     assert largebatch("logs", "digits").returncode == 2
     (tmp_path / "runs" / ".slurm").mkdir()
@@ -123,13 +132,11 @@ def wait_for_step(folder: Path, step: int) -> RunFolder:
             if (newest(path, "step") or 0) >= step:
                 return RunFolder(path.parent)
         time.sleep(0.05)
-    raise AssertionError("the run didn't come to that step")
+    raise AssertionError("the run didn't reach that step")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_cancelled_run_saves_and_the_same_command_goes_on(
-    tmp_path: Path, largebatch: Command, processes: int
-) -> None:
+def test_a_cancelled_run_saves_and_can_be_resumed(tmp_path: Path, largebatch: Command, processes: int) -> None:
     launcher = start(*LONG, f"cluster.processes={processes}", cwd=tmp_path)
     run = wait_for_step(tmp_path, 20)
     followed = subprocess.Popen(
@@ -156,11 +163,11 @@ def test_a_cancelled_run_saves_and_the_same_command_goes_on(
     assert re.search(rf"{run.name} preempted +cancelled; the same command resumes", last[-2])
     assert last[-1] == "1 run(s): 1 preempted"
     again = largebatch("cancel", "runs")
-    assert again.stdout == f"{run.name}: not at work; preempted\n"
+    assert again.stdout == f"{run.name}: not running; preempted\n"
 
 
-def test_a_terminal_is_shown_runs_at_work_until_none_is(tmp_path: Path) -> None:
-    done, at_work = a_run(tmp_path, "digits-a-11111111"), a_run(tmp_path, "digits-b-22222222", state="queued")
+def test_watching_in_a_terminal_ends_when_no_run_is_open(tmp_path: Path) -> None:
+    done, queued = a_run(tmp_path, "digits-a-11111111"), a_run(tmp_path, "digits-b-22222222", state="queued")
     terminal, program_side = pty.openpty()
     watcher = subprocess.Popen(
         [*LARGEBATCH, "status", "--watch"], cwd=tmp_path, env={**environment(), "TERM": "xterm", "COLUMNS": "120"},
@@ -171,24 +178,24 @@ def test_a_terminal_is_shown_runs_at_work_until_none_is(tmp_path: Path) -> None:
     try:
         while part := os.read(terminal, 1 << 16):
             sent += part
-            if b"queued" in sent:  # it was seen
-                at_work.update_status(state="finished")
-    except OSError:  # how a terminal says that nobody has its other side any more
+            if b"queued" in sent:  # the table has shown it
+                queued.update_status(state="finished")
+    except OSError:  # the other side of the terminal is closed
         pass
     os.close(terminal)
     assert watcher.wait(30) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", sent.decode())
     first = text.partition("1 finished, 1 queued")[2]
-    assert first.index(at_work.name) < first.index(done.name)  # what is at work comes first
+    assert first.index(queued.name) < first.index(done.name)  # open runs come first
     assert text.rstrip().endswith("2 run(s): 2 finished")
 
 
-def test_a_dry_run_says_how_the_runs_stand_and_how_long_they_may_take(launch: Launch, tmp_path: Path) -> None:
+def test_a_dry_run_prints_states_and_an_estimate_of_the_time(launch: Launch, tmp_path: Path) -> None:
     grid = ("-m", *TINY, "seed=0,1", "steps=8")
     before = launch(*grid, "dry_run=true").stdout.splitlines()
     assert before[:2] == [
         "2 run(s): 2 new; nothing is started (dry_run=true)",
-        "no finished run of these data sets, models and modes tells how long they take",
+        "no finished run of these data sets, models and modes to estimate the time from",
     ]
     assert launch(*TINY, "seed=0", "steps=8").returncode == 0
     (finished,) = tmp_path.glob("runs/*/summary.json")
@@ -197,7 +204,7 @@ def test_a_dry_run_says_how_the_runs_stand_and_how_long_they_may_take(launch: La
     after = launch(*grid, "dry_run=true").stdout.splitlines()
     assert after[:2] == [
         "2 run(s): 1 finished, 1 new; nothing is started (dry_run=true)",
-        "about 4.0 device-hours to go, by the finished runs nearest to them",
+        "about 4.0 device-hours to go, estimated from the nearest finished runs",
     ]
     longer = launch("-m", *TINY, "seed=0,1", "steps=16", "batch_size=8,16", "dry_run=true").stdout.splitlines()
     assert longer[1].startswith("about 24.0 device-hours to go")  # 2 * (8 + 4): images count

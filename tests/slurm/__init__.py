@@ -1,1 +1,1 @@
-"""A real SLURM for tests: ``cluster.py`` brings it up on this machine, and the tests here run on it."""
+"""Tests on a real SLURM, which ``tests/tools/private_slurm/cluster.py`` starts on this machine."""

@@ -1,6 +1,7 @@
-"""One real SLURM for all tests here.
+"""One real SLURM for all tests in this folder.
 
-``LARGEBATCH_SLURM=required`` makes an error of what else skips them; ``skip`` leaves them out, as ``make test`` does.
+Without SLURM the tests are skipped; ``LARGEBATCH_SLURM=required`` makes that an error. ``LARGEBATCH_SLURM=skip`` skips
+them always, as ``make test`` does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from private_slurm.packages import ClusterError
 def _machine() -> None:
     wanted = os.environ.get("LARGEBATCH_SLURM")
     if wanted == "skip":
-        pytest.skip("needs SLURM; make test-slurm brings one up")
+        pytest.skip("needs SLURM; make test-slurm installs it")
     try:
         check_machine()
     except ClusterError as error:
@@ -33,17 +34,17 @@ def _machine() -> None:
 
 @pytest.fixture(scope="session")
 def cluster(_machine: None) -> Iterator[Cluster]:
-    """Two nodes of 4 CPUs and 2 fake GPUs each, with accounting; partitions ``high`` (the default) and ``low``."""
+    """Start two nodes of 4 CPUs and 2 fake GPUs, with accounting; partitions ``high`` (the default) and ``low``."""
     with place() as (folder, port), Cluster(folder, port=port) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
 def place() -> Iterator[tuple[Path, int]]:
-    """A new folder and free ports for a cluster, beside those of tests that run at the same time.
+    """Return a new folder and free ports for a cluster, beside those of other tests that run now.
 
-    The ports are held by a lock that the system drops with this process. It names the folder, so that the next tests
-    find and end a cluster whose own were killed. The logs of one that didn't start stay until then.
+    A lock holds the ports; the system releases it with this process. The lock's file names the folder, so that later
+    tests stop the cluster of a killed test. The logs of a cluster that didn't start stay until then.
     """
     for port in range(16817, 32000, 100):
         with Path(f"/run/largebatch-slurm-{port}").open("a+") as lock:
@@ -58,7 +59,7 @@ def place() -> Iterator[tuple[Path, int]]:
             lock.truncate(0)
             if any(is_taken(each) for each in range(port, port + 100)):
                 continue
-            # pytest's own folders have too long a path for sockets.
+            # The paths of pytest's own folders are too long for sockets.
             folder = tempfile.mkdtemp(prefix="largebatch-slurm-", dir="/tmp")
             lock.write(folder)
             lock.flush()

@@ -1,4 +1,4 @@
-"""``cluster=slurm`` on the real cluster: jobs and arrays, several nodes, signals, requeues, and what goes wrong."""
+"""``cluster=slurm`` on a real cluster: jobs and arrays, several nodes, signals, requeues, and failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Submit = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def submit(cluster: Cluster, tmp_path: Path) -> Submit:
-    """Run ``python launch.py`` for the cluster in an empty folder, by default from this checkout."""
+    """Return a function that runs ``python launch.py`` for a cluster in an empty folder, from any checkout."""
 
     usual = cluster
 
@@ -45,11 +45,11 @@ def submit(cluster: Cluster, tmp_path: Path) -> Submit:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The long run, on this machine and without a break."""
+    """Run the long run on this machine, without interruption."""
     return train_in(tmp_path_factory.mktemp("undisturbed") / "here", *LONG, "cluster.threads=1")
 
 
-PAIR = (*LONG, "epochs=40", "eval_every=20")  # for two processes, which take longer
+PAIR = (*LONG, "epochs=40", "eval_every=20")  # shorter, because two processes take longer
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def undisturbed_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def status(run: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((run / "status.json").read_text())
-    return told
+    found: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return found
 
 
 def job_of(run: Path) -> str:
@@ -72,7 +72,7 @@ def the_run_of_a_job(folder: Path) -> Path:
 
 
 def wait_for_state(run: Path, state: str, seconds: float = 120) -> None:
-    assert wait_until(lambda: status(run)["state"] == state, seconds), told_by(run)
+    assert wait_until(lambda: status(run)["state"] == state, seconds), describe(run)
 
 
 def wait_for_step(run: Path, step: int, seconds: float = 90) -> None:
@@ -80,10 +80,10 @@ def wait_for_step(run: Path, step: int, seconds: float = 90) -> None:
         rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
         return bool(rows) and rows[-1]["step"] >= step
 
-    assert wait_until(reached, seconds), told_by(run)
+    assert wait_until(reached, seconds), describe(run)
 
 
-def told_by(run: Path) -> str:
+def describe(run: Path) -> str:
     logs = [*run.glob("log.txt"), *sorted((run.parent / ".slurm").glob("*_log.*"))]
     return "\n".join([str(status(run)), *(f"{log}:\n{log.read_text()[-2000:]}" for log in logs)])
 
@@ -103,7 +103,7 @@ def assert_same(run: Path, reference: Path) -> None:
     assert timeless(run) == timeless(reference)
 
 
-def test_a_run_is_a_job_and_its_command_comes_back_at_once(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+def test_a_run_is_a_job_and_its_command_returns_at_once(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
     result = submit(*TINY, "epochs=1")
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / next(line.split()[1] for line in result.stdout.splitlines() if "as job" in line)
@@ -118,20 +118,20 @@ def test_a_run_is_a_job_and_its_command_comes_back_at_once(submit: Submit, clust
     assert "nothing to submit" in again.stdout
 
 
-def test_a_grid_is_one_array_that_is_watched_to_its_end(submit: Submit, tmp_path: Path) -> None:
+def test_a_grid_is_one_array_and_can_be_watched_to_its_end(submit: Submit, tmp_path: Path) -> None:
     result = submit("-m", *TINY, "epochs=1", "seed=0,1,2,3", "cluster.array_parallelism=2", "cluster.wait=true")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "4 runs as array" in result.stdout
     assert "at most 2 at a time" in result.stdout
-    told = [status(run) for run in (tmp_path / "runs").glob("synthetic-*")]
-    assert [one["state"] for one in told] == ["finished"] * 4
-    (array,) = {one["job_id"].partition("_")[0] for one in told}
-    assert sorted(one["job_id"] for one in told) == [f"{array}_{number}" for number in range(4)]
-    spans = [(one["started"], one["ended"]) for one in told]
+    found = [status(run) for run in (tmp_path / "runs").glob("synthetic-*")]
+    assert [one["state"] for one in found] == ["finished"] * 4
+    (array,) = {one["job_id"].partition("_")[0] for one in found}
+    assert sorted(one["job_id"] for one in found) == [f"{array}_{number}" for number in range(4)]
+    spans = [(one["started"], one["ended"]) for one in found]
     assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) <= 2
 
 
-def test_two_nodes_of_two_processes_train_what_one_process_does(submit: Submit, tmp_path: Path) -> None:
+def test_two_nodes_of_two_processes_train_the_same_as_one_process(submit: Submit, tmp_path: Path) -> None:
     alone = train_in(tmp_path / "alone", *TINY, "epochs=2")
     assert submit(*TINY, "epochs=2", "cluster.nodes=2", "cluster.processes_per_node=2").returncode == 0
     run = the_run_of_a_job(tmp_path)
@@ -142,24 +142,24 @@ def test_two_nodes_of_two_processes_train_what_one_process_does(submit: Submit, 
 
 
 @pytest.mark.parametrize("name", ["USR2", "TERM"])
-def test_a_signalled_run_is_requeued_and_ends_as_if_undisturbed(
+def test_a_signalled_run_is_requeued_and_equals_an_undisturbed_run(
     submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed: Path, name: str
 ) -> None:
     assert submit(*LONG).returncode == 0
     run = the_run_of_a_job(tmp_path)
     wait_for_step(run, 20)
     assert cluster.run("scancel", f"--signal={name}", job_of(run)).returncode == 0
-    assert wait_until(lambda: status(run)["state"] == "preempted", 20), told_by(run)
+    assert wait_until(lambda: status(run)["state"] == "preempted", 20), describe(run)
     stopped_after = status(run)["step"]
     assert stopped_after < 400
-    assert wait_until(lambda: status(run)["message"] == "requeued, 1 of 100", 10), told_by(run)
+    assert wait_until(lambda: status(run)["message"] == "requeued, 1 of 100", 10), describe(run)
     wait_for_state(run, "finished")
     assert status(run)["restarts"] == 1
     assert f"resumed after step {stopped_after} of 400" in (run / "log.txt").read_text()
     assert_same(run, undisturbed)
 
 
-def test_processes_under_torchrun_are_requeued_and_end_as_if_undisturbed(
+def test_processes_under_torchrun_are_requeued_and_equal_an_undisturbed_run(
     submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed_pair: Path
 ) -> None:
     assert submit(*PAIR, "cluster.nodes=2").returncode == 0
@@ -171,7 +171,7 @@ def test_processes_under_torchrun_are_requeued_and_end_as_if_undisturbed(
     assert_same(run, undisturbed_pair)
 
 
-def test_no_more_requeues_than_allowed(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+def test_requeues_stop_at_the_limit(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
     assert submit(*LONG, "cluster.max_requeues=0").returncode == 0
     run = the_run_of_a_job(tmp_path)
     wait_for_step(run, 2)
@@ -180,7 +180,7 @@ def test_no_more_requeues_than_allowed(submit: Submit, cluster: Cluster, tmp_pat
     assert wait_until(lambda: "max_requeues=0 is reached; the same command" in status(run)["message"], 10)
 
 
-def test_a_killed_worker_is_a_failure_that_the_same_command_mends(
+def test_the_same_command_resumes_a_run_whose_worker_was_killed(
     submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed: Path
 ) -> None:
     submit(*LONG)
@@ -194,22 +194,22 @@ def test_a_killed_worker_is_a_failure_that_the_same_command_mends(
     assert_same(run, undisturbed)
 
 
-def test_a_killed_worker_of_several_is_named_and_not_those_that_lost_it(submit: Submit, tmp_path: Path) -> None:
+def test_the_message_names_the_killed_worker_of_several(submit: Submit, tmp_path: Path) -> None:
     submit(*LONG, "cluster.nodes=2")
     run = the_run_of_a_job(tmp_path)
     wait_for_step(run, 2)
     os.kill(status(run)["pid"], signal.SIGKILL)
     expected = f"the worker on {status(run)['host']} was ended by SIGKILL; see"
-    assert wait_until(lambda: status(run)["message"].startswith(expected), 30), told_by(run)
+    assert wait_until(lambda: status(run)["message"].startswith(expected), 30), describe(run)
     assert status(run)["state"] == "failed"
 
 
-def test_a_job_that_was_killed_is_not_shown_as_running(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+def test_a_killed_job_is_shown_as_failed(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
     submit(*LONG)
     run = the_run_of_a_job(tmp_path)
     wait_for_step(run, 2)
     task = int(Path(f"/proc/{status(run)['pid']}/stat").read_text().split()[3])
-    os.kill(task, signal.SIGKILL)  # as when memory runs out: nobody is left to say anything
+    os.kill(task, signal.SIGKILL)  # as when memory runs out: no process is left to write the status
 
     def shown() -> str:
         (row,) = rows_as_listed(cluster, tmp_path)
@@ -218,7 +218,7 @@ def test_a_job_that_was_killed_is_not_shown_as_running(submit: Submit, cluster: 
     assert wait_until(lambda: shown().startswith(f"failed: SLURM ended job {job_of(run)}: "), 30), shown()
 
 
-def test_a_run_of_a_lost_node_goes_on_elsewhere(
+def test_a_run_of_a_lost_node_resumes_on_another_node(
     submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed: Path
 ) -> None:
     submit(*LONG)
@@ -236,20 +236,20 @@ def test_a_run_of_a_lost_node_goes_on_elsewhere(
 
 
 @pytest.mark.parametrize("noticed_by", ["workers", "SLURM"])
-def test_a_run_that_lost_one_of_its_nodes_goes_on(
+def test_a_run_that_lost_one_of_its_nodes_resumes(
     submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed_pair: Path, noticed_by: str
 ) -> None:
     assert submit(*PAIR, "checkpoint.every_steps=10", "cluster.nodes=2").returncode == 0
     run = the_run_of_a_job(tmp_path)
     wait_for_step(run, 20)
-    cluster.kill_node("node2", jobs=noticed_by == "workers")  # else its daemon alone, and its worker trains on
+    cluster.kill_node("node2", jobs=noticed_by == "workers")  # else only its daemon, and its worker continues
     try:
         if noticed_by == "SLURM":
             cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
         else:
             waits = "node2: lost; waiting for SLURM to requeue the job"
-            assert wait_until(lambda: status(run)["message"] == waits, 60), told_by(run)
-        assert wait_until(lambda: cluster.node_states()["node2"].startswith("down"), 90), told_by(run)
+            assert wait_until(lambda: status(run)["message"] == waits, 60), describe(run)
+        assert wait_until(lambda: cluster.node_states()["node2"].startswith("down"), 90), describe(run)
     finally:
         cluster.start_node("node2")
     wait_for_state(run, "finished")
@@ -257,7 +257,7 @@ def test_a_run_that_lost_one_of_its_nodes_goes_on(
     assert_same(run, undisturbed_pair)
 
 
-def test_edits_while_a_run_is_queued_change_nothing(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+def test_edits_while_a_run_is_queued_do_not_affect_it(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     for name in ("conf", "sweeps", "src"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -271,7 +271,7 @@ def test_edits_while_a_run_is_queued_change_nothing(submit: Submit, cluster: Clu
 
 
 @pytest.mark.parametrize("grid", [("seed=0",), ("-m", "seed=0,1")])
-def test_a_wrong_partition_is_one_message_in_slurm_s_words(submit: Submit, tmp_path: Path, grid: tuple[str]) -> None:
+def test_a_wrong_partition_is_an_error_in_slurm_s_words(submit: Submit, tmp_path: Path, grid: tuple[str]) -> None:
     result = submit(*TINY, *grid, "cluster.partition=none")
     assert result.returncode == 2
     assert "invalid partition specified: none" in result.stderr
@@ -286,21 +286,19 @@ def largebatch(cluster: Cluster, folder: Path, *arguments: str) -> subprocess.Co
     )  # fmt: skip
 
 
-def test_cancelled_runs_are_saved_and_shown_as_such(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+def test_cancelled_runs_are_saved_and_shown_as_preempted(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
     submit("-m", *LONG, "seed=0,1", "cluster.array_parallelism=1")
     first, second = sorted((tmp_path / "runs").glob("synthetic-*"), key=lambda run: job_of(run))
     wait_for_step(first, 2)
     result = largebatch(cluster, tmp_path, "cancel", "runs")
     assert result.returncode == 0, result.stderr
     assert f"{first.name}: cancelled after step {status(first)['step']} of 400" in result.stdout
-    assert f"{second.name}: cancelled, it hadn't begun" in result.stdout
+    assert f"{second.name}: cancelled before it started" in result.stdout
     assert [row["state"] for row in rows_as_listed(cluster, tmp_path)] == ["preempted"] * 2
     assert cluster.run("squeue", "--noheader").stdout == ""
 
 
-def test_a_node_without_scontrol_says_that_the_same_command_goes_on(
-    submit: Submit, cluster: Cluster, tmp_path: Path
-) -> None:
+def test_a_node_without_scontrol_tells_the_user_to_resume(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
     for name in ("bash", "env", "srun", "python3"):
@@ -311,10 +309,10 @@ def test_a_node_without_scontrol_says_that_the_same_command_goes_on(
     cluster.run("scancel", "--signal=USR2", job_of(run))
     wait_for_state(run, "preempted")
     why = f"{status(run)['node']} has no scontrol to requeue the job with; the same command resumes"
-    assert wait_until(lambda: status(run)["message"].startswith(why), 20), told_by(run)
+    assert wait_until(lambda: status(run)["message"].startswith(why), 20), describe(run)
 
 
-def test_a_full_queue_is_one_message_in_slurm_s_words(tmp_path: Path, submit: Submit) -> None:
+def test_a_full_queue_is_an_error_in_slurm_s_words(tmp_path: Path, submit: Submit) -> None:
     with place() as (folder, port), Cluster(folder, port=port, nodes=1, accounting=False, max_jobs=2) as cluster:
         assert submit(*TINY, "seed=0", "+cluster.options.hold=true", cluster=cluster).returncode == 0
         result = submit("-m", *TINY, "seed=1,2", cluster=cluster)
@@ -332,14 +330,12 @@ def test_a_refused_part_of_a_grid_leaves_nothing_in_the_queue(submit: Submit, cl
     assert "invalid partition specified: none" in result.stderr
     assert "no run of this plan is in the queue" in result.stderr
     assert wait_until(lambda: cluster.run("squeue", "--noheader").stdout == "", 10)
-    run = the_run_of_a_job(tmp_path)  # of the first part; it was submitted, and taken back
+    run = the_run_of_a_job(tmp_path)  # of the first part, which was submitted and withdrawn
     assert status(run)["state"] == "failed"
-    assert "wasn't submitted: SLURM refused 1 run(s): sbatch: error: invalid partition" in status(run)["message"]
+    assert "not submitted: SLURM refused 1 run(s): sbatch: error: invalid partition" in status(run)["message"]
 
 
-def test_a_grid_is_several_arrays_where_the_site_allows_none_as_long_and_keeps_no_accounts(
-    tmp_path: Path, submit: Submit
-) -> None:
+def test_a_grid_longer_than_the_site_allows_is_several_arrays(tmp_path: Path, submit: Submit) -> None:
     small = {"nodes": 1, "accounting": False, "max_array_size": 2}
     with place() as (folder, port), Cluster(folder, port=port, **small) as cluster:
         result = submit("-m", *TINY, "epochs=1", "seed=0,1,2", "cluster.wait=true", cluster=cluster)
@@ -349,7 +345,7 @@ def test_a_grid_is_several_arrays_where_the_site_allows_none_as_long_and_keeps_n
     assert [status(run)["state"] for run in (tmp_path / "runs").glob("synthetic-*")] == ["finished"] * 3
 
 
-def test_the_same_command_on_this_machine_continues_what_a_job_began(
+def test_a_run_of_a_job_can_be_resumed_on_this_machine(
     submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed: Path
 ) -> None:
     submit(*LONG)

@@ -1,6 +1,6 @@
-"""``micro_batch=auto``: finding what fits, and steps that run out of memory. Memory is made short by ``ulimit -v``.
+"""``micro_batch=auto``: the search for a size that fits, and steps that run out of memory (by ``ulimit -v``).
 
-Started by test_memory.py.
+test_memory.py starts these tests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from largebatch.training.stop import StepBoundary
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
-# A pass of the whole batch keeps some 400 MiB: one map of 512 x 32 x 32 x 32 takes 64.
+# A pass of the whole batch needs about 400 MiB; one map of 512 x 32 x 32 x 32 takes 64 MiB.
 WIDE = (
     "dataset=synthetic", "dataset.train_size=512", "dataset.test_size=512", "dataset.image_size=32",
     "dataset.num_classes=4", "model.norm=batch", "batch_size=512", "tracker=none", "steps=1",
@@ -42,7 +42,7 @@ WIDE = (
 
 @contextmanager
 def memory_left(size: int) -> Iterator[None]:
-    """Let this process take only ``size`` bytes more."""
+    """Let this process allocate only ``size`` more bytes."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + size, before[1]))
@@ -60,7 +60,7 @@ def a_run(folder: Path, *overrides: str) -> MainPhase:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Threads of so small a network wait for each other longest, where other work has the cores."""
+    """Use one thread: with other work on the cores, threads of a small network mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,7 +71,7 @@ def one_gradient(phase: MainPhase) -> torch.Tensor | None:
     return phase.gradient(phase.batches())
 
 
-def test_a_failed_allocation_is_told_from_other_errors() -> None:
+def test_a_failed_allocation_is_distinguished_from_other_errors() -> None:
     with memory_left(64 * MIB), pytest.raises(RuntimeError) as failed:
         torch.empty(1 << 30)
     assert is_out_of_memory(failed.value)
@@ -80,18 +80,18 @@ def test_a_failed_allocation_is_told_from_other_errors() -> None:
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
-def test_free_memory_knows_the_process_s_own_limit() -> None:
+def test_free_memory_respects_the_process_s_own_limit() -> None:
     assert 0 < free_memory(CPU) == pytest.approx(host_memory(), rel=0.2)
     with memory_left(300 * MIB):
         assert host_memory() == pytest.approx(300 * MIB, abs=20 * MIB)
 
 
-def test_the_whole_share_is_taken_where_it_fits(tmp_path: Path) -> None:
+def test_the_whole_share_is_used_if_it_fits(tmp_path: Path) -> None:
     run = a_run(tmp_path, "micro_batch=auto").run
     assert (run.batch.micro_batch, run.batch.accumulation) == (512, 1)
 
 
-def test_what_is_found_in_little_memory_fits_there(tmp_path: Path) -> None:
+def test_the_size_found_in_little_memory_fits(tmp_path: Path) -> None:
     with memory_left(300 * MIB):
         phase = a_run(tmp_path, "micro_batch=auto")
         run = phase.run
@@ -101,8 +101,8 @@ def test_what_is_found_in_little_memory_fits_there(tmp_path: Path) -> None:
     assert phase.run == run
 
 
-def test_a_step_that_runs_out_of_memory_is_taken_again_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    """Gradients, running statistics and totals equal those of a run that had the smaller micro-batches at once."""
+def test_a_step_that_runs_out_of_memory_is_repeated_exactly(tmp_path: Path) -> None:
+    """Gradients, running statistics and totals equal those of a run with the smaller micro-batches."""
     phase = a_run(tmp_path / "short", "micro_batch=auto")
     assert phase.run.batch.micro_batch == 512
     tried = []
@@ -130,11 +130,11 @@ def assert_same_gradients_and_statistics(one: Training, other: Training) -> None
         assert torch.equal(ours, theirs)
 
 
-# Two views of an image take twice the memory of one.
+# Two views of an image take twice the memory of one view.
 FEWER = ("mode=bt", "dataset.train_size=256", "batch_size=256")
 
 
-def test_so_is_a_step_of_barlow_twins(tmp_path: Path) -> None:
+def test_a_barlow_twins_step_that_runs_out_of_memory_is_repeated_exactly(tmp_path: Path) -> None:
     phase = a_run(tmp_path / "short", *FEWER, "micro_batch=auto")
     assert phase.run.batch.micro_batch == 256
     tried, finite = [], None
@@ -152,7 +152,7 @@ def test_so_is_a_step_of_barlow_twins(tmp_path: Path) -> None:
     assert_same_gradients_and_statistics(phase.training, plain.training)
 
 
-def test_the_probe_takes_the_micro_batches_that_pretraining_came_to(tmp_path: Path) -> None:
+def test_the_probe_uses_the_micro_batches_of_pretraining(tmp_path: Path) -> None:
     probe = ("mode.eval_batch_size=256", "mode.eval_epochs=1", "mode.lr_backbone=0.01", "mode.knn_every=0")
     phase = a_run(tmp_path, *FEWER, *probe, "micro_batch=auto")
     with Console(tmp_path / "log.txt", speaking=False) as console, memory_left(150 * MIB):
@@ -171,10 +171,10 @@ def test_without_auto_the_error_is_raised(tmp_path: Path) -> None:
         one_gradient(phase)
 
 
-def test_evaluation_takes_smaller_batches_where_memory_is_short(tmp_path: Path) -> None:
+def test_evaluation_uses_smaller_batches_if_memory_is_short(tmp_path: Path) -> None:
     phase = a_run(tmp_path, "micro_batch=auto")
     expected = phase.evaluate()
-    with memory_left(100 * MIB):  # not so little that oneDNN finds no page for its code: that it doesn't get over
+    with memory_left(100 * MIB):  # enough for oneDNN's code, without which it fails for good
         assert phase.evaluate() == pytest.approx(expected, rel=1e-5)
 
 
@@ -198,8 +198,8 @@ def test_host_memory_does_not_grow_over_2000_steps(tmp_path: Path, one_thread: N
     assert resident[1] - resident[0] < 4 * MIB
 
 
-def test_a_process_that_runs_out_of_memory_takes_the_others_along(tmp_path: Path) -> None:
-    """Rank 1 of two runs short at the second step; both go on with half, and the run ends well."""
+def test_all_processes_follow_one_that_runs_out_of_memory(tmp_path: Path) -> None:
+    """Rank 1 of two runs out of memory at step 2; both continue with half the micro-batch, and the run finishes."""
     script = ROOT / "tests" / "tools" / "short_of_memory.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     path = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests"))

@@ -1,7 +1,8 @@
-"""Starting runs in a folder of their own, and what is in the run folder afterwards."""
+"""Runs of the real program in folders of their own, and the files that they leave."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ TIMES = ("wall_seconds", "perf/images_per_second", "perf/step_ms")
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
+    """Return the model's parameters in the newest checkpoint."""
     newest = sorted((run / "checkpoints").glob("step-*.pt"))[-1]
     state: dict[str, torch.Tensor] = torch.load(newest, weights_only=True)["model"]
     return state
@@ -26,17 +28,32 @@ def the_run(folder: Path) -> Path:
 
 
 def timeless(run: Path) -> list[dict[str, Any]]:
+    """Return the metrics rows without measured times."""
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(run / "metrics.jsonl")]
 
 
 def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a launcher that must succeed. Return its standard output."""
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 0, out + errors
     return out
 
 
 def train_in(folder: Path, *overrides: str) -> Path:
-    """Carry a run out in a new folder; its run folder."""
+    """Run the program in a new folder. Return the run's folder."""
     folder.mkdir()
     finish(start(*overrides, cwd=folder))
     return the_run(folder)
+
+
+def worker_pid(run: Path) -> int:
+    pid: int = json.loads((run / "status.json").read_text())["pid"]
+    return pid
+
+
+def is_alive(pid: int) -> bool:
+    """Return False if the process has ended, or is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,4 +1,4 @@
-"""One rank of a run in which rank 1 has little memory left from its second step on. Started by in_little_memory.py."""
+"""One rank of a run. Rank 1 has little memory from its second step. in_little_memory.py starts it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEW = ("steps=4", "micro_batch=auto", "model.norm=group")
 
 
 def limit_from_the_second_step_on() -> None:
-    """As when another program takes the memory: at the time when step 2's images are asked for."""
+    """Limit the memory when step 2 requests its images, as if another program took it."""
     asked = batches.global_batches
 
     def steps(*arguments: object) -> object:

@@ -90,7 +90,7 @@ def test_an_agent_runs_in_its_w_and_b_runs_and_does_not_repeat_a_finished_run(tm
     assert of(again, "val/accuracy") == of(first, "val/accuracy")
     assert again.summary["val/accuracy"] == first.summary["val/accuracy"]
     assert (again.exit_code, again.config["resolved"]) == (0, first.config["resolved"])
-    assert result.stdout.count("the W&B sweep got the metrics of") == 1
+    assert result.stdout.count("logged the metrics of") == 1
 
     assert of_run[diverged.config["resolved"]["run"]].state() == "diverged"
     assert diverged.exit_code == 1  # so that the search doesn't take its best value before the divergence
@@ -178,8 +178,8 @@ def test_the_whole_configuration_of_a_preempted_run_gives_the_same_run() -> None
     ("command", "says"),
     [
         (["-m", "seed=0,1"], "-m: a W&B agent takes one run at a time"),
-        (["cluster=slurm"], "cluster=slurm: a W&B agent would take the run as over"),
-        (["tracker=none"], "a W&B sweep needs its runs' figures"),
+        (["cluster=slurm"], "cluster=slurm: a W&B agent would count a submitted run as finished"),
+        (["tracker=none"], "a W&B sweep needs its runs' metrics"),
     ],
 )
 def test_unsupported_agent_commands_fail_before_the_run(tmp_path: Path, command: list[str], says: str) -> None:

@@ -1,1 +1,1 @@
-"""From composed configurations to finished runs: ``plan`` decides what, ``local`` carries out. Imports no torch."""
+"""From composed configurations to runs: ``plan`` makes the plan, ``grid`` runs it. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Points drawn from intervals: a search that is a grid, whose runs are all known before the first one starts."""
+"""Points drawn from intervals: a search whose runs are all known before the first one starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from largebatch.errors import UserError
 
 @dataclass(frozen=True)
 class Interval:
-    """An axis without values of its own: ``interval(low,high)``, in ``tag(log,...)`` or ``int(...)`` if so written."""
+    """An axis ``interval(low,high)``, perhaps inside ``tag(log,...)`` or ``int(...)``."""
 
     key: str
     low: float
@@ -21,16 +21,16 @@ class Interval:
     whole: bool
 
     def at(self, part: float) -> str:
-        """The override at ``part`` = 0..1 of the way, to four digits."""
+        """Return the override at ``part`` in 0..1 of the interval, rounded to four digits."""
         value = self.low * (self.high / self.low) ** part if self.log else self.low + (self.high - self.low) * part
         return f"{self.key}={round(value) if self.whole else format(value, '.4g')}"
 
 
 def interval_of(override: Override) -> Interval:
-    """The axis that an override like ``optimizer.lr=tag(log,interval(0.1,10))`` is.
+    """Return the axis of an override like ``optimizer.lr=tag(log,interval(0.1,10))``.
 
     Raises:
-        UserError: when it is empty, or logarithmic from zero or below.
+        UserError: the interval is empty, or logarithmic with a start of zero or below.
     """
     sweep = override.value()
     assert isinstance(sweep, IntervalSweep)
@@ -45,10 +45,10 @@ def interval_of(override: Override) -> Interval:
 
 
 def drawn(intervals: Sequence[Interval], trials: int) -> list[list[str]]:
-    """The overrides of ``trials`` points of the Halton sequence, each with one override for each of ``intervals``.
+    """Return the overrides of ``trials`` points, a list of one override for each interval.
 
-    It fills the space evenly, with any number of points, and has no seed: the same command names the same runs, and
-    more trials add to those that are there.
+    The points are the Halton sequence: it fills the space evenly for any number of points and has no seed. The same
+    command gives the same runs, and more trials extend them.
     """
     from scipy.stats import qmc
 

@@ -1,4 +1,4 @@
-"""How long the runs of a plan will take, going by those that have finished in the same folder."""
+"""Estimate of a plan's time, from finished runs in the same folder."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from typing import Any
 from largebatch.config.schema import Config
 from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
+from largebatch.runs.folder import DONE
 from largebatch.runs.table import list_runs
 
 Summary = dict[str, Any]
 
 
 def estimated(runs: Sequence[PlannedRun]) -> str:
-    """The device-hours that ``runs`` have before them, in words; a device is a GPU, or on CPU a process.
+    """Describe the device-hours that ``runs`` still need; a device is a GPU, or on CPU a process.
 
-    Each goes by the finished run of the same data set, model, mode and kind of device that is nearest to it: of its
-    optimizer if there is one, and of the nearest batch size and length. What counts is that run's wall time an image
-    of the main training, start-up and evaluation included.
+    Each estimate scales the nearest finished run of the same data set, model, mode and kind of device: preferably of
+    the same optimizer, then of the nearest batch size and length. It counts that run's wall time per training image,
+    which includes start-up and evaluation.
     """
     if not runs:
         return ""
     hours = [found for run in runs if (found := _device_hours(run)) is not None]
     if not hours:
-        return "no finished run of these data sets, models and modes tells how long they take"
-    which = "" if len(hours) == len(runs) else f" for {len(hours)} of them; nothing finished tells of the others"
-    return f"about {_in_words(sum(hours))} to go, by the finished runs nearest to them{which}"
+        return "no finished run of these data sets, models and modes to estimate the time from"
+    which = "" if len(hours) == len(runs) else f" for {len(hours)} of them; no finished run to estimate the rest from"
+    return f"about {_in_words(sum(hours))} to go, estimated from the nearest finished runs{which}"
 
 
 def _device_hours(run: PlannedRun) -> float | None:
@@ -40,19 +41,19 @@ def _device_hours(run: PlannedRun) -> float | None:
     nearest = min(finished, key=lambda one: (one[0] != config.optimizer.name, _distance(one[1], config)))[1]
     seconds = nearest["wall_seconds"] * _images(config, nearest) / _images_done(nearest)
     status = run.folder.read_status()
-    done = 0.0 if status.get("state") in ("finished", "diverged") else (status.get("step") or 0)  # else it is repeated
+    done = 0.0 if status.get("state") in DONE else (status.get("step") or 0)  # a run with an outcome is repeated
     return float(seconds * nearest["processes"] * (1 - done / status["steps"] if done else 1) / 3600)
 
 
 @functools.cache
 def _finished(runs_dir: Path, kind: str, on_gpu: bool) -> list[tuple[str, Summary]]:
-    """Optimizer and summary of the finished runs of one kind."""
+    """Return optimizer and summary of the finished runs of one kind."""
     found = []
     for folder in list_runs(runs_dir):
         if folder.name.startswith(kind + "-"):
             try:
                 summary = folder.read_summary()
-            except UserError:  # `status` names such folders
+            except UserError:  # `largebatch status` names such folders
                 continue
             complete = summary.get("state") == "finished" and summary.get("wall_seconds") and summary.get("steps")
             if complete and on_gpu != str(summary["device"]).startswith("cpu"):
@@ -61,23 +62,23 @@ def _finished(runs_dir: Path, kind: str, on_gpu: bool) -> list[tuple[str, Summar
 
 
 def _kind(name: str) -> str:
-    """Data set, model and mode, from a run folder's name."""
+    """Return data set, model and mode from a run folder's name."""
     return "-".join(name.split("-")[:3])
 
 
 def _distance(summary: Summary, config: Config) -> float:
-    """In factors of batch size and of length."""
+    """Return the distance in the logarithms of batch size and training images."""
     batch, length = summary["global_batch"] / config.batch_size, _images_done(summary) / _images(config, summary)
     return abs(math.log(batch)) + abs(math.log(length))
 
 
 def _images_done(summary: Summary) -> int:
-    """Without those of a probe, which follow from them."""
+    """Return the number of training images, without those of a probe."""
     return int(summary.get("pretraining_steps") or summary["steps"]) * int(summary["global_batch"])
 
 
 def _images(config: Config, summary: Summary) -> int:
-    """That a run will take, its data set having as many as that of a finished one."""
+    """Return the number of images that a run will train on, with the data set's size from a finished run."""
     steps = config.steps or (config.epochs or 0) * (summary["train_images"] // config.batch_size)
     return max(1, steps) * config.batch_size
 

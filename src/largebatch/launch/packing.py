@@ -1,11 +1,12 @@
-"""The runs of a plan on this machine, as many at a time as there are devices for."""
+"""The runs of a plan on this machine, as many at a time as fit on its devices."""
 
 from __future__ import annotations
 
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from largebatch.launch.devices import chosen_gpus, worker_environment
 from largebatch.launch.local import Outcome, Started, conclude, start, stop
@@ -13,13 +14,15 @@ from largebatch.launch.plan import PlannedRun
 from largebatch.launch.view import PlanView
 
 _POLL_SECONDS = 0.05
+# Ctrl-C; SIGTERM from an agent or supervisor; SIGUSR2 from SLURM before a time limit.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class StoppedByUser(Exception):
-    """A signal asked to stop; the runs that it names were at work, are stopped and can be resumed.
+    """A signal stopped the runs that the message names; they can be resumed.
 
     Attributes:
-        number: of the signal.
+        number: the signal's number.
     """
 
     def __init__(self, runs: str, number: int) -> None:
@@ -27,76 +30,83 @@ class StoppedByUser(Exception):
         self.number = number
 
 
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Collect the numbers of signals that ask to stop, instead of raising KeyboardInterrupt.
+
+    An exception at any point could lose a worker that has just started, or leave a lock of ``subprocess`` taken.
+    """
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in _STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def runs_at_a_time(plan: Sequence[PlannedRun]) -> int:
-    """``cluster.parallel`` where it is given; else as many as there are GPUs for, or one on CPU. At most all."""
-    gpus = len({gpu for chosen in _gpus_by_choice(plan).values() for gpu in chosen})
+    """Return ``cluster.parallel``, by default as many runs as fit on the GPUs, or one on CPU; at most all runs."""
     needed = [_gpus(run) for run in plan if _gpus(run)]
-    most = gpus // min(needed) if needed else 1
+    most = len(_gpus_of(plan)) // min(needed) if needed else 1
     return max(1, min(plan[0].config.cluster.parallel or most, len(plan)))
 
 
-def carry_out(plan: Sequence[PlannedRun], view: PlanView, asked: list[int]) -> list[Outcome]:
-    """Start the runs in their order, each as soon as there are devices for it; one that fails leaves the others alone.
+def carry_out(plan: Sequence[PlannedRun], view: PlanView, received: list[int]) -> list[Outcome]:
+    """Run the plan in order. Each run starts as soon as its devices are free; a failed run doesn't stop the others.
 
     Args:
-        asked: the signals that ask to stop, as they come; another Ctrl-C then doesn't wait for a step's end.
+        received: signals from ``noted_signals``. The first stops all runs after their step, another Ctrl-C at once.
 
     Raises:
-        StoppedByUser: after such a signal, once no process of any run is left.
+        StoppedByUser: after such a signal, when no process of any run is left.
     """
     parallel = runs_at_a_time(plan)
     waiting, outcomes = deque(plan), []
-    by_choice = _gpus_by_choice(plan)
-    free = list(dict.fromkeys(gpu for chosen in by_choice.values() for gpu in chosen))
-    working: list[tuple[Started, list[str]]] = []  # with their GPUs
-    while (waiting or working) and not asked:
-        while waiting and len(working) < parallel:
-            gpus = _gpus_for(waiting[0], by_choice, free)
+    free = _gpus_of(plan)
+    running: list[tuple[Started, list[str]]] = []  # with their GPUs
+    while (waiting or running) and not received:
+        while waiting and len(running) < parallel:
+            gpus = _gpus_for(waiting[0], free)
             if gpus is None:
                 break
             run = waiting.popleft()
             view.begins(run)
-            free = [gpu for gpu in free if gpu not in gpus]
             started = start(run, worker_environment(run.config.cluster, gpus, parallel), speaking=parallel == 1)
             if isinstance(started, Started):
-                working.append((started, gpus))
+                free = [gpu for gpu in free if gpu not in gpus]
+                running.append((started, gpus))
             else:
-                free += gpus
                 outcomes.append(started)
                 view.ended(started)
-        view.look([started for started, _ in working])
+        view.look([started for started, _ in running])
         time.sleep(_POLL_SECONDS)
-        for one in [one for one in working if one[0].child.poll() is not None]:
-            working.remove(one)
+        for one in [one for one in running if one[0].child.poll() is not None]:
+            running.remove(one)
             free += one[1]
             outcomes.append(conclude(one[0]))
             view.ended(outcomes[-1])
-    if not waiting and not working:
+    if not waiting and not running:
         return outcomes
-    at_work = [started for started, _ in working]
-    if at_work:
-        view.stopping(len(at_work))
-        stop(at_work, at_once=lambda: signal.SIGINT in asked[1:])
-    raise StoppedByUser(" and ".join(one.run.folder.name for one in at_work) or "where it was", asked[0])
+    stopped = [started for started, _ in running]
+    if stopped:
+        view.stopping(len(stopped))
+        stop(stopped, at_once=lambda: signal.SIGINT in received[1:])
+    raise StoppedByUser(" and ".join(one.run.folder.name for one in stopped) or "the rest of the grid", received[0])
 
 
-def _gpus_for(run: PlannedRun, by_choice: dict[str, list[str]], free: list[str]) -> list[str] | None:
-    """Free GPUs for ``run``: none of them on CPU; None where it has to wait."""
-    own = [gpu for gpu in by_choice.get(_choice(run), []) if gpu in free]
+def _gpus_of(plan: Sequence[PlannedRun]) -> list[str]:
+    """Return the GPUs that any run of the plan may use."""
+    return list(dict.fromkeys(gpu for run in plan for gpu in chosen_gpus(run.config.cluster)))
+
+
+def _gpus_for(run: PlannedRun, free: list[str]) -> list[str] | None:
+    """Return free GPUs for ``run``, an empty list on CPU; None if the run has to wait."""
+    own = [gpu for gpu in chosen_gpus(run.config.cluster) if gpu in free]
     return own[: _gpus(run)] if len(own) >= _gpus(run) else None
 
 
 def _gpus(run: PlannedRun) -> int:
-    """How many GPUs a run needs."""
+    """Return the number of GPUs that a run needs."""
     cluster = run.config.cluster
     return (cluster.processes or 1) if cluster.device == "cuda" else 0
-
-
-def _choice(run: PlannedRun) -> str:
-    return str(run.config.cluster.devices)
-
-
-def _gpus_by_choice(plan: Sequence[PlannedRun]) -> dict[str, list[str]]:
-    """The GPUs that runs may have, by their ``cluster.devices``; the machine is asked once for each of these."""
-    clusters = {_choice(run): run.config.cluster for run in plan if _gpus(run)}
-    return {choice: chosen_gpus(cluster) for choice, cluster in clusters.items()}

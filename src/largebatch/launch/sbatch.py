@@ -1,6 +1,6 @@
-"""``sbatch`` that doesn't wait where the queue is full: ``python -m largebatch.launch.sbatch SCRIPT``.
+"""``sbatch`` that fails at once if the queue is full: ``python -m largebatch.launch.sbatch SCRIPT``.
 
-sbatch itself tries for two minutes, and says so only where nobody reads it: submitit collects what it says.
+sbatch itself retries for two minutes; the user doesn't see its message, because submitit captures it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-_TRIES_AGAIN = "sleeping and retrying"
+_RETRIES = "sleeping and retrying"
 
 
 def main(arguments: list[str]) -> int:
@@ -16,8 +16,8 @@ def main(arguments: list[str]) -> int:
         assert sbatch.stdout is not None
         assert sbatch.stderr is not None
         for line in sbatch.stderr:
-            print(line.replace(f", {_TRIES_AGAIN}", ""), end="", file=sys.stderr)
-            if _TRIES_AGAIN in line:  # it was refused, so nothing is in the queue
+            print(line.replace(f", {_RETRIES}", ""), end="", file=sys.stderr)
+            if _RETRIES in line:  # SLURM refused the job, so the queue has nothing of it
                 sbatch.kill()
                 return 1
         print(sbatch.stdout.read(), end="")

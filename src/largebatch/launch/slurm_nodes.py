@@ -1,4 +1,4 @@
-"""Whether the other nodes of a job are still there: each keeps a file of beats where the others can read it."""
+"""Heartbeats of a job's nodes: files in a shared folder that show which nodes are lost."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import time
 from pathlib import Path
 
 _BEAT_SECONDS = 5.0
-_SILENCE_SECONDS = 20.0  # without a beat, after which a node is lost; a file server may show one late
+_SILENCE_SECONDS = 20.0  # a node without a beat for so long is lost; file servers show a beat late
 _LOOK_SECONDS = 0.5
 
 
 class Heartbeat:
-    """This node's file of beats, which is there while its part of a job is at work, and the other nodes'.
+    """This node's heartbeat file, and those of the job's other nodes.
 
-    A node that is lost leaves a file in which no beat is added; one whose part has ended, well or not, leaves none.
+    A lost node's file stays and gets no new beat. A node whose task has ended, well or not, has removed its file.
 
     Args:
-        folder: of the files, in a file system that all nodes share.
-        start: the job's number and its restarts, which no other start has.
-        node: this one's number among ``hosts``, the names of all.
+        folder: the files' folder, on a file system that all nodes share.
+        start: the job's number and number of restarts, unique to each start.
+        node: this node's index in ``hosts``.
+        hosts: names of all nodes.
     """
 
     def __init__(self, folder: Path, start: str, node: int, hosts: list[str]) -> None:
@@ -27,7 +28,7 @@ class Heartbeat:
         self._beats, self._last = 0, float("-inf")
 
     def beat(self) -> None:
-        """Say that this node is there, if it is time to."""
+        """Write a beat if five seconds have passed since the last one."""
         if self._others and time.monotonic() - self._last >= _BEAT_SECONDS:
             self._beats, self._last = self._beats + 1, time.monotonic()
             self._own.write_text(str(self._beats))
@@ -36,7 +37,7 @@ class Heartbeat:
         self._own.unlink(missing_ok=True)
 
     def lost_nodes(self) -> list[str]:
-        """The nodes that neither go on beating nor have ended; takes until that is certain."""
+        """Return the lost nodes, after waiting up to 20 seconds for each node's next beat or end."""
         first = {host: _read(file) for host, file in self._others.items()}
         silent, until = [host for host, beats in first.items() if beats], time.monotonic() + _SILENCE_SECONDS
         while silent and time.monotonic() < until:
@@ -46,7 +47,7 @@ class Heartbeat:
 
 
 def _read(file: Path) -> str:
-    """Empty where the node has ended, or hasn't begun."""
+    """Return the beats; empty if the node's task has ended or not started."""
     try:
         return file.read_text()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""What SLURM starts, once on every node of a job: the run's workers, and what follows from how they end.
+"""The task that SLURM starts once on every node of a job: it starts the run's workers and handles their end.
 
-The workers are the children of one child process here: torchrun, or the only worker itself. A signal (SIGUSR2 before
-a time limit, SIGTERM at a preemption) reaches every process of the job. Workers save and end; torchrun and others
-ignore it, by a disposition that is inherited; this process waits, and has the job requeued.
+Its one child is torchrun with the workers, or a single worker. A signal (SIGUSR2 before a time limit, SIGTERM at a
+preemption) reaches every process of the job. Workers save and end. torchrun and others ignore the signal, by an
+inherited disposition. This process waits for the child, and has the job requeued.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from largebatch.config.schema import ClusterConfig, load_config
 from largebatch.errors import UserError
 from largebatch.launch.devices import thread_environment
 from largebatch.launch.slurm_nodes import Heartbeat
-from largebatch.machine.process import LAUNCHER_PID, die_with_parent
+from largebatch.launch.worker_process import how_it_ended, start_worker
+from largebatch.machine.process import die_with_parent
 from largebatch.runs.folder import DONE, RESUMES, RunBusyError, RunFolder
 from largebatch.runs.slurm_queue import ask, slurm_states
 
 _SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 _POLL_SECONDS = 0.2
-_FORWARD_SECONDS = 2.0  # between signals to workers, of which some may not have been ready for the first
-_REQUEUE_SECONDS = 10.0  # kept of cluster.signal_seconds for requeueing
-_MEET_SECONDS = 300  # for all nodes to be there
+_FORWARD_SECONDS = 2.0  # between signals to workers; a worker may have missed the first
+_REQUEUE_SECONDS = 10.0  # part of cluster.signal_seconds that is left for requeueing
+_MEET_SECONDS = 300  # for all nodes to join
 _LAST_WORDS_SECONDS = 5.0
-_NODE_FAILURE_SECONDS = 900.0  # in which SLURM finds out that a node is down; by default it takes 300
-_LOST_NODE_SECONDS = 120.0  # until a file server gives up the lock of a node that is gone
+_NODE_FAILURE_SECONDS = 900.0  # SLURM notices a lost node within them; 300 by default
+_LOST_NODE_SECONDS = 120.0  # until a file server releases the lock of a lost node
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in which job this process is."""
+    """This task's job and node."""
 
     job_id: str  # 12, or 12_3 in an array
     node: int
@@ -49,44 +49,43 @@ class Place:
 
 
 def carry_out_run(path: str) -> None:
-    """Bring the run in folder ``path`` as far as it gets in this job. Exits with 1 or 2 where it failed."""
-    asked: list[int] = []  # the signals that came
+    """Run or resume the run in folder ``path`` until its end, or until a signal stops this job.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-
+    Raises:
+        SystemExit: the run failed, with 1, or with 2 if the user can fix it.
+    """
+    received: list[int] = []  # signals
     for number in _SIGNALS:
-        signal.signal(number, note)
+        signal.signal(number, lambda number, _: received.append(number))
     folder, place = RunFolder(path), _place()
     cluster = load_config(folder.config).cluster
-    if len(place.hosts) != cluster.nodes:  # a wrong guess would have the nodes wait for each other
-        message = f"cluster.nodes={cluster.nodes}, but SLURM gave {', '.join(place.hosts)} for it"
+    if len(place.hosts) != cluster.nodes:  # else the nodes would wait for each other
+        message = f"cluster.nodes={cluster.nodes}: SLURM gave {', '.join(place.hosts)}"
         folder.update_status(state="failed", message=message, exit_code=2)
         raise SystemExit(2)
     if place.node == 0 and not _take(folder, place):
         return
-    if folder.state() in DONE:  # what another node has found is true on this one
+    if folder.state() in DONE:  # node 0 has found the same
         return
     logged = folder.log.stat().st_size if folder.log.exists() else 0
     heartbeat = Heartbeat(folder.path.parent / ".slurm", f"{place.job_id}_{place.restarts}", place.node, place.hosts)
     child = _start(folder, cluster, place)
-    _wait(child, asked, cluster.signal_seconds, heartbeat)
+    _wait(child, received, cluster.signal_seconds, heartbeat)
     heartbeat.end()
-    if child.returncode and not asked:
+    if child.returncode and not received:
         if lost := heartbeat.lost_nodes():
-            _wait_for_requeue(folder, place, lost, asked)
+            _wait_for_requeue(folder, place, lost, received)
         else:
             _fail(folder, cluster, place, child.returncode, logged)
-    _conclude(folder, cluster, place, asked)
+    _conclude(folder, cluster, place, received)
 
 
 def torchrun_arguments(cluster: ClusterConfig, place: Place) -> list[str]:
-    """Of ``python``, before the worker's; none where one process is all. The nodes meet on the first host."""
+    """Return arguments of ``python`` before the worker's; empty for one process. The nodes meet on the first host."""
     if cluster.processes == 1:
         return []
     arguments = ["-m", "torch.distributed.run", "--max-restarts=0", f"--nproc-per-node={cluster.processes_per_node}"]
-    # Handled by torchrun itself they would end the workers.
-    arguments.append("--signals-to-handle=SIGINT")
+    arguments.append("--signals-to-handle=SIGINT")  # by default torchrun ends the workers at other signals
     if cluster.nodes == 1:
         return [*arguments, "--standalone"]  # the system picks a free port
     return [
@@ -107,15 +106,15 @@ def _place() -> Place:
 
 
 def _port(job_id: str) -> int:
-    """From 20000 to 32000, below those that systems give out; of an array's jobs on one node each has another."""
+    """Return a port in 20000..32000, below those that systems assign. Jobs of an array on one node differ in it."""
     return 20000 + zlib.crc32(job_id.encode()) % 12000
 
 
 def _take(folder: RunFolder, place: Place) -> bool:
-    """Write down who carries the run out; False where it is done.
+    """Write this job into the run's status. Return False if the run is done.
 
     Raises:
-        SystemExit: where another process has it. Its status is that one's.
+        SystemExit: another process works on the run; the status stays as that process wrote it.
     """
     try:
         with folder.hold(patience=_LOST_NODE_SECONDS if place.restarts else 5):
@@ -134,17 +133,10 @@ def _take(folder: RunFolder, place: Place) -> bool:
 def _start(folder: RunFolder, cluster: ClusterConfig, place: Place) -> subprocess.Popen[bytes]:
     processes = cluster.processes_per_node or 1
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1
-    environment = {**os.environ, **thread_environment(cluster.threads, processes, int(cores))}
-    environment[LAUNCHER_PID] = str(os.getpid())
+    environment = thread_environment(cluster.threads, processes, int(cores))
     if cluster.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    worker = ["-m", "largebatch.training.worker", str(folder.path)]
-    command = [sys.executable, *torchrun_arguments(cluster, place), *worker]
-    with folder.log.open("ab") as log:
-        return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True,
-            preexec_fn=_ignore_signals,
-        )  # fmt: skip
+    return start_worker(folder, torchrun_arguments(cluster, place), environment, _ignore_signals)
 
 
 def _ignore_signals() -> None:
@@ -153,22 +145,22 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _wait(child: subprocess.Popen[bytes], asked: list[int], signal_seconds: int, heartbeat: Heartbeat) -> None:
-    """Until the child ends, which a signal makes it do; shortly before the time limit kills the job, without it.
+def _wait(child: subprocess.Popen[bytes], received: list[int], signal_seconds: int, heartbeat: Heartbeat) -> None:
+    """Wait for the child's end. Forward signals to the workers; kill them shortly before SLURM's time limit.
 
-    It polls, because a handler that came within ``Popen.wait`` would find its lock taken.
+    It polls: a signal handler during ``Popen.wait`` would find the lock of ``Popen`` taken.
     """
     end = forwarded = 0.0
     while child.poll() is None:
         heartbeat.beat()
         now = time.monotonic()
-        if asked and now - forwarded >= _FORWARD_SECONDS:
+        if received and now - forwarded >= _FORWARD_SECONDS:
             end, forwarded = end or now + max(signal_seconds - _REQUEUE_SECONDS, signal_seconds / 2), now
             for pid in _descendants(child.pid):
                 if _handles(pid, signal.SIGUSR2):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGUSR2)
-        if signal.SIGUSR2 in asked and now >= end:
+        if signal.SIGUSR2 in received and now >= end:
             for pid in [child.pid, *_descendants(child.pid)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -185,7 +177,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _handles(pid: int, number: signal.Signals) -> bool:
-    """Whether the process has a handler for a signal, and would neither ignore it nor die of it."""
+    """Return True if the process has a handler for the signal."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
@@ -193,20 +185,20 @@ def _handles(pid: int, number: signal.Signals) -> bool:
     return False
 
 
-def _wait_for_requeue(folder: RunFolder, place: Place, lost: list[str], asked: list[int]) -> None:
-    """Stay, after workers have failed because they lost a node's, until SLURM requeues the job for the same reason.
+def _wait_for_requeue(folder: RunFolder, place: Place, lost: list[str], received: list[int]) -> None:
+    """Wait until SLURM requeues the job, after workers have failed because a node was lost.
 
-    SLURM notices minutes later. A failure said before would end the job for good, and a requeue asked for before could
-    be given the same node again.
+    SLURM notices the loss minutes later. Failing before would end the job, and requeueing before could bring the same
+    node again.
     """
     status = folder.read_status()
     if (status.get("job_id"), status.get("restarts")) != (place.job_id, place.restarts):
-        raise SystemExit(1)  # this node is the one that was lost to the others: the job has begun anew without it
+        raise SystemExit(1)  # this node was lost to the others, and the job has restarted without it
     names, until = " and ".join(lost), time.monotonic() + _NODE_FAILURE_SECONDS
     folder.update_status(state="preempted", message=f"{names}: lost; waiting for SLURM to requeue the job")
-    while not asked and time.monotonic() < until:
+    while not received and time.monotonic() < until:
         time.sleep(_POLL_SECONDS)
-    if not asked:
+    if not received:
         message = (
             f"{names}: lost, and SLURM didn't requeue the job within {_NODE_FAILURE_SECONDS / 60:.0f} min; {RESUMES}"
         )
@@ -215,16 +207,12 @@ def _wait_for_requeue(folder: RunFolder, place: Place, lost: list[str], asked: l
 
 
 def _fail(folder: RunFolder, cluster: ClusterConfig, place: Place, code: int, logged: int) -> None:
-    """Say how the child failed where no worker has said it, or only that it lost another one; exit likewise."""
-    if code == 2 and folder.is_held():  # taken by another launcher in the moment between; the status is that one's
+    """Write the reason of the failure into the status, if no worker has, or only a worker that lost another. Exit."""
+    if code == 2 and folder.is_held():  # another launcher has started the run since, and owns the status
         raise SystemExit(2)
     status = folder.read_status()
-    where, how = place.hosts[place.node], f"ended with exit code {code}"
-    if code < 0:
-        how = f"was ended by {signal.Signals(-code).name}"
     killed = _killed_worker(folder.log, logged)
-    if killed:
-        where, how = killed
+    where, how = killed or (place.hosts[place.node], how_it_ended(code))
     if status["state"] in ("queued", "running") or (killed and status["state"] == "failed"):
         before = ""
         if status["state"] == "queued" and not killed:
@@ -234,48 +222,48 @@ def _fail(folder: RunFolder, cluster: ClusterConfig, place: Place, code: int, lo
         message = f"the worker on {where} {how}{before}; see {folder.log}; {RESUMES}"
         folder.update_status(state="failed", message=message, exit_code=1, ended=time.time())
     if cluster.nodes > 1:
-        time.sleep(_LAST_WORDS_SECONDS)  # SLURM ends the other nodes' tasks with this one, and theirs may be the cause
+        time.sleep(_LAST_WORDS_SECONDS)  # SLURM then ends the other nodes' tasks, which may know the cause
     raise SystemExit(folder.read_status().get("exit_code") or 1)
 
 
 def _killed_worker(log: Path, logged: int) -> tuple[str, str] | None:
-    """Host and end of a worker that a signal ended, from what torchrun wrote after the first ``logged`` bytes."""
+    """Return host and end of a worker that a signal ended, from torchrun's lines after the first ``logged`` bytes."""
     with log.open("rb") as lines:
         lines.seek(logged)
         text = lines.read().decode(errors="replace")
     for host, number in re.findall(r"^ *host +: (\S+)\n.*\n *exitcode +: -(\d+)", text, re.MULTILINE):
-        if int(number) != signal.SIGTERM:  # by which torchrun ends the others
-            return host, f"was ended by {signal.Signals(int(number)).name}"
+        if int(number) != signal.SIGTERM:  # torchrun ends the other workers by it
+            return host, how_it_ended(-int(number))
     return None
 
 
-def _conclude(folder: RunFolder, cluster: ClusterConfig, place: Place, asked: list[int]) -> None:
-    """What follows from the state that the workers left. The child ended well, or after a signal."""
+def _conclude(folder: RunFolder, cluster: ClusterConfig, place: Place, received: list[int]) -> None:
+    """Requeue or fail by the state that the workers left. The child ended well, or after a signal."""
     if place.node != 0:
         return
     state = folder.state()
-    for _ in range(50):  # a file server may show another node's last words late
-        if asked or state not in ("queued", "running"):
+    for _ in range(50):  # a file server may show another node's status late
+        if received or state not in ("queued", "running"):
             break
         time.sleep(_POLL_SECONDS)
         state = folder.state()
-    if state == "preempted" or (asked and state in ("queued", "running")):
-        _requeue(folder, cluster, place, asked)
+    if state == "preempted" or (received and state in ("queued", "running")):
+        _requeue(folder, cluster, place, received)
     elif state not in DONE:
         raise SystemExit(folder.read_status().get("exit_code") or 1)
 
 
-def _requeue(folder: RunFolder, cluster: ClusterConfig, place: Place, asked: list[int]) -> None:
-    """Have the same job continue the run, unless SLURM ends or requeues it itself, or it was requeued often enough."""
-    if not asked:  # somebody stopped the worker by hand
+def _requeue(folder: RunFolder, cluster: ClusterConfig, place: Place, received: list[int]) -> None:
+    """Requeue the job, unless SLURM ends or requeues it itself, or ``cluster.max_requeues`` is reached."""
+    if not received:  # the user stopped the worker by hand
         return
     if place.restarts >= cluster.max_requeues:
         why = f"cluster.max_requeues={cluster.max_requeues} is reached"
     elif shutil.which("scontrol") is None:
         why = f"{place.hosts[place.node]} has no scontrol to requeue the job with"
     else:
-        if not _still_ours(place.job_id, signal.SIGUSR2 in asked):
-            folder.update_status(state="preempted", message="SLURM ended the job; if it doesn't requeue it, " + RESUMES)
+        if not _still_ours(place.job_id, signal.SIGUSR2 in received):
+            folder.update_status(state="preempted", message=f"SLURM ended the job; if it isn't requeued, {RESUMES}")
             return
         folder.update_status(state="preempted", message=f"requeued, {place.restarts + 1} of {cluster.max_requeues}")
         why = _scontrol_requeue(place.job_id)
@@ -285,7 +273,7 @@ def _requeue(folder: RunFolder, cluster: ClusterConfig, place: Place, asked: lis
 
 
 def _still_ours(job_id: str, otherwise: bool) -> bool:
-    """Whether SLURM would have the job run on: not if its user cancelled it, or SLURM requeues it itself."""
+    """Return False if the user cancelled the job, or SLURM requeues it; ``otherwise`` if SLURM doesn't know."""
     with contextlib.suppress(UserError):
         job = slurm_states([job_id]).get(job_id)
         if job is not None:
@@ -294,7 +282,7 @@ def _still_ours(job_id: str, otherwise: bool) -> bool:
 
 
 def _scontrol_requeue(job_id: str) -> str:
-    """Empty, or why it could not be."""
+    """Requeue the job; return the reason if that fails."""
     try:
         answer = ask("scontrol", "requeue", job_id)
     except UserError as error:

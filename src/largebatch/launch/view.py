@@ -1,37 +1,54 @@
-"""What the user sees while a plan is carried out: a table that moves in a terminal, plain lines elsewhere."""
+"""The plan in the terminal: a live table, or plain lines in a pipe; and the table of the plan's runs."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from largebatch.launch.local import Outcome, Started
 from largebatch.launch.plan import PlannedRun
 from largebatch.runs.metrics import newest
-from largebatch.runs.table import duration, run_row
+from largebatch.runs.table import Row, print_rows, run_rows
+from largebatch.runs.text_table import rich_table
 
 if TYPE_CHECKING:
     from rich.live import Live
 
-_LOOK_SECONDS = 1.0  # between looks at the folders of the runs at work
+_LOOK_SECONDS = 1.0  # between looks at the folders of running runs
 _PLAIN_EVERY_SECONDS = 30.0
+_COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
+
+
+def plan_rows(plan: Sequence[PlannedRun]) -> list[Row]:
+    """Return a row for each run of the plan; a run without a folder is new."""
+    known = {row["run"]: row for row in run_rows(run.folder for run in plan if run.folder.path.exists())}
+    rows = []
+    for run in plan:
+        found = {key: value for key, value in known.get(run.folder.name, {}).items() if value is not None}
+        rows.append({"state": "new"} | found | {"label": run.label, "folder": str(run.folder.path)})
+    return rows
+
+
+def print_plan(rows: Sequence[Row]) -> None:
+    print()
+    print_rows(rows, {key: heading for key, heading in _COLUMNS.items() if len(rows) > 1 or key != "label"})
 
 
 class PlanView:
-    """Says what begins and ends, and how the runs at work are doing where they don't say it themselves.
+    """Prints the start and the outcome of each run, and the progress of parallel runs.
 
     Args:
-        parallel: runs at a time. A run alone speaks for itself.
+        parallel: runs at a time. A single run prints its own progress.
     """
 
     def __init__(self, plan: Sequence[PlannedRun], parallel: int) -> None:
-        self._numbers = {run.folder.name: number for number, run in enumerate(plan, start=1)}
+        self._numbers = {run.folder.name: f"[{number}/{len(plan)}]" for number, run in enumerate(plan, start=1)}
         self._parallel = parallel
         self._ended = 0
-        self._began: dict[str, tuple[float, int]] = {}  # when a run was first seen at work, and its step then
-        self._looked = self._spoke = time.monotonic()
+        self._began: dict[str, tuple[float, int]] = {}  # time and step of the first look at each run
+        self._looked = self._printed = time.monotonic()
         self._live: Live | None = None
         if parallel > 1 and sys.stdout.isatty():
             from rich.live import Live
@@ -40,76 +57,76 @@ class PlanView:
             self._live.start()
 
     def begins(self, run: PlannedRun) -> None:
-        self._say(f"{self._number(run)} {run.folder.path}" + (f"  ({run.label})" if run.label else ""))
+        self._print(f"{self._numbers[run.folder.name]} {run.folder.path}" + (f"  ({run.label})" if run.label else ""))
 
     def ended(self, outcome: Outcome) -> None:
         self._ended += 1
-        where = "     " if self._parallel == 1 else self._number(outcome.run)
+        number = self._numbers[outcome.run.folder.name]
         if outcome.state in ("failed", "busy"):
-            which = "" if self._parallel == 1 else f"{self._number(outcome.run)} "
-            self._say(f"error: {which}{outcome.message}", error=True)
-        elif outcome.skipped:
-            self._say(f"{where} {outcome.state} before; not repeated (rerun=true repeats it)")
-        else:
-            accuracy = run_row(outcome.run.folder)["test/accuracy"]
-            figure = f", test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
-            self._say(f"{where} {outcome.state}{figure}{f': {outcome.message}' if outcome.message else ''}")
+            which = "" if self._parallel == 1 else f"{number} "
+            self._print(f"error: {which}{outcome.message}", error=True)
+            return
+        where = "     " if self._parallel == 1 else number
+        if outcome.skipped:
+            self._print(f"{where} {outcome.state} before; not repeated (rerun=true repeats it)")
+            return
+        accuracy = run_rows([outcome.run.folder])[0]["test/accuracy"]
+        result = f", test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
+        self._print(f"{where} {outcome.state}{result}{f': {outcome.message}' if outcome.message else ''}")
 
-    def look(self, working: Sequence[Started]) -> None:
-        """Show how the runs at work are doing, now and then."""
+    def look(self, running: Sequence[Started]) -> None:
+        """Show the progress of parallel runs: every second in a terminal, every half minute in a pipe."""
         now = time.monotonic()
         if self._parallel == 1 or now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
         if self._live:
-            self._live.update(self._table(working))
-        elif now - self._spoke >= _PLAIN_EVERY_SECONDS:
-            self._spoke = now
-            for started in working:
-                self._say(f"{self._number(started.run)} " + "  ".join(filter(None, self._progress(started).values())))
+            rows = [[self._number(one), one.run.label or one.run.folder.name, *self._progress(one)] for one in running]
+            title = f"{self._ended} of {len(self._numbers)} done, {len(running)} running"
+            self._live.update(rich_table(["", "run", "state", "step", "accuracy", ""], rows, cut=1, title=title))
+        elif now - self._printed >= _PLAIN_EVERY_SECONDS:
+            self._printed = now
+            for one in running:
+                self._print(f"{self._number(one)} " + "  ".join(filter(None, self._progress(one))))
 
-    def stopping(self, working: int) -> None:
-        what = "this step" if working == 1 else f"the step that each of {working} runs is in"
-        self._say(f"\nstopping after {what}; Ctrl-C again stops at once")
+    def stopping(self, running: int) -> None:
+        what = "this step" if running == 1 else f"the current step of {running} runs"
+        self._print(f"\nstopping after {what}; Ctrl-C again stops at once")
 
     def close(self) -> None:
         if self._live:
             self._live.stop()
             self._live = None
 
-    def _number(self, run: PlannedRun) -> str:
-        return f"[{self._numbers[run.folder.name]}/{len(self._numbers)}]"
+    def _number(self, started: Started) -> str:
+        return self._numbers[started.run.folder.name]
 
-    def _progress(self, started: Started) -> dict[str, str]:
-        """How a run is doing, in words."""
+    def _progress(self, started: Started) -> list[str]:
+        """Return state, step, accuracy and remaining time; empty strings if unknown."""
         folder = started.run.folder
         status = folder.read_status()
         step, steps = status.get("step") or 0, status.get("steps") or 0
         began, first = self._began.setdefault(folder.name, (time.monotonic(), step))
         accuracy = newest(folder.metrics, "test/accuracy", "train/accuracy")
         taken = time.monotonic() - began
-        left = duration(taken / (step - first) * (steps - step)) + " left" if step > first else ""
-        return {
-            "state": str(status.get("state")),
-            "step": f"step {step:,} of {steps:,}" if steps else "",
-            "accuracy": f"{100 * accuracy:.2f} %" if accuracy is not None else "",
-            "left": left,
-        }
+        return [
+            str(status.get("state")),
+            f"step {step:,} of {steps:,}" if steps else "",
+            f"{100 * accuracy:.2f} %" if accuracy is not None else "",
+            _duration(taken / (step - first) * (steps - step)) + " left" if step > first else "",
+        ]
 
-    def _table(self, working: Sequence[Started]) -> Any:
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, title_justify="left")
-        table.title = f"{self._ended} of {len(self._numbers)} done, {len(working)} at work"
-        for heading in ("", "run", "state", "step", "accuracy", ""):
-            table.add_column(heading)
-        for started in working:
-            name = started.run.label or started.run.folder.name
-            table.add_row(self._number(started.run), name, *self._progress(started).values())
-        return table
-
-    def _say(self, line: str, *, error: bool = False) -> None:
+    def _print(self, line: str, *, error: bool = False) -> None:
         if self._live:
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """Return a length of time in two units: ``"3 h 05 min"``, ``"4 min 10 s"``, ``"12 s"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

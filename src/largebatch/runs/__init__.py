@@ -1,1 +1,1 @@
-"""Run folders seen from outside: status, metrics, logs, cancelling. Never torch."""
+"""Run folders from outside: status, metrics, logs, cancelling. Never imports torch."""

@@ -1,4 +1,4 @@
-"""Ending runs that are queued or at work, so that the same command goes on with them later."""
+"""``largebatch cancel``: runs save and stop, on SLURM or on this machine."""
 
 from __future__ import annotations
 
@@ -15,28 +15,24 @@ from largebatch.errors import UserError
 from largebatch.runs.folder import RESUMES, RunBusyError, RunFolder
 from largebatch.runs.slurm_queue import ask, jobs_of, slurm_states
 
-_PATIENCE_SECONDS = 60.0  # for the step that a run is in, and for SLURM, which waits 30 s before it kills
+_PATIENCE_SECONDS = 60.0  # a run finishes its step, and SLURM waits 30 s before it kills
 _POLL_SECONDS = 0.2
 _ASK_SLURM_SECONDS = 1.0
 
 
 def cancel(folders: Sequence[RunFolder]) -> int:
-    """Have runs save and end: SLURM's by ``scancel``, this machine's by a signal. Says of each how that went.
+    """Stop runs after they have saved, SLURM's by ``scancel`` and this machine's by SIGTERM. Print each outcome.
 
     Returns:
-        0 when none is at work any more, 1 when one still is.
+        0 if no run is running any more, else 1.
 
     Raises:
-        UserError: when SLURM refuses, or doesn't answer.
+        UserError: SLURM refuses or doesn't answer.
     """
     statuses = {folder: folder.read_status() for folder in folders}
     queued = {str(job) for job, at in jobs_of(statuses.values()).items() if not at.ended}
     of_slurm = {f: str(s["job_id"]) for f, s in statuses.items() if str(s.get("job_id")) in queued}
-    here = [
-        folder
-        for folder in folders
-        if folder not in of_slurm and folder.is_held() and _is_here(folder, statuses[folder])
-    ]
+    here = [f for f, s in statuses.items() if f not in of_slurm and f.is_held() and _is_here(f, s)]
     if of_slurm:
         answer = ask("scancel", *of_slurm.values())
         if answer.returncode != 0:
@@ -44,17 +40,21 @@ def cancel(folders: Sequence[RunFolder]) -> int:
     for folder in here:
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(statuses[folder]["pid"], signal.SIGTERM)
-    until = time.monotonic() + _PATIENCE_SECONDS
-    left = _wait_for_jobs(of_slurm, until) + _wait_for_locks([*of_slurm, *here], until)
+    left = _wait([*of_slurm, *here], of_slurm)
+    elsewhere = False
     for folder in folders:
-        asked = folder in of_slurm or folder in here
-        print(f"{folder.name}: {_outcome(folder, asked=asked, at_work=folder in left)}", flush=True)
-    elsewhere = any(folder not in of_slurm and folder not in here and folder.is_held() for folder in folders)
+        if folder in of_slurm or folder in here:
+            outcome = _outcome(folder, is_running=folder in left)
+        elif folder.is_held():
+            outcome, elsewhere = f"not running here: {folder.held_by()}", True
+        else:
+            outcome = f"not running; {folder.state()}"
+        print(f"{folder.name}: {outcome}", flush=True)
     return 1 if left or elsewhere else 0
 
 
 def _is_here(folder: RunFolder, status: dict[str, Any]) -> bool:
-    """Whether the worker is this machine's: the process of the status, unless that has ended and left its number."""
+    """Return True if the status names a process of this machine that still works on the run."""
     if status.get("host") != socket.gethostname() or "pid" not in status:
         return False
     try:
@@ -63,32 +63,27 @@ def _is_here(folder: RunFolder, status: dict[str, Any]) -> bool:
         return False
 
 
-def _wait_for_jobs(jobs: dict[RunFolder, str], until: float) -> list[RunFolder]:
-    """The runs whose jobs go on for all that."""
-    while jobs:
+def _wait(folders: list[RunFolder], jobs: dict[RunFolder, str]) -> list[RunFolder]:
+    """Wait until the runs' locks are free and their jobs have ended. Return the runs for which the time is up."""
+
+    def running() -> list[RunFolder]:
         states = slurm_states(jobs.values())
-        jobs = {folder: job for folder, job in jobs.items() if job in states and not states[job].ended}
-        if time.monotonic() > until:
-            break
-        time.sleep(_ASK_SLURM_SECONDS if jobs else 0)
-    return list(jobs)
+        ended = {folder for folder, job in jobs.items() if job not in states or states[job].ended}
+        return [folder for folder in folders if folder.is_held() or (folder in jobs and folder not in ended)]
+
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while (left := running()) and time.monotonic() < until:
+        time.sleep(_ASK_SLURM_SECONDS if jobs else _POLL_SECONDS)
+    return left
 
 
-def _wait_for_locks(folders: list[RunFolder], until: float) -> list[RunFolder]:
-    while (held := [folder for folder in folders if folder.is_held()]) and time.monotonic() < until:
-        time.sleep(_POLL_SECONDS)
-    return held
-
-
-def _outcome(folder: RunFolder, *, asked: bool, at_work: bool) -> str:
-    """What became of a run, in words. One that never began, or was killed, gets a state that says so."""
-    if not asked:
-        return f"not at work here: {folder.held_by()}" if folder.is_held() else f"not at work; {folder.state()}"
-    if at_work:
-        return f"still at work after {_PATIENCE_SECONDS:.0f} s; it ends after its step"
+def _outcome(folder: RunFolder, *, is_running: bool) -> str:
+    """Describe a cancelled run. The state of a run that never started, or was killed, becomes ``preempted``."""
+    if is_running:
+        return f"still running after {_PATIENCE_SECONDS:.0f} s; it stops after its step"
     with contextlib.suppress(RunBusyError), folder.hold():
         if folder.state() in ("queued", "running", "preempted"):
             folder.update_status(state="preempted", message=f"cancelled; {RESUMES}", ended=time.time())
     status = folder.read_status()
-    step = f" after step {status['step']} of {status['steps']}" if status.get("steps") else ", it hadn't begun"
+    step = f" after step {status['step']} of {status['steps']}" if status.get("steps") else " before it started"
     return f"cancelled{step}" if status["state"] == "preempted" else f"had {status['state']}"

@@ -1,6 +1,6 @@
-"""A run's folder: what is where, what state the run is in, and who works on it.
+"""A run's folder: its files, the run's state, and the lock of the process that works on it.
 
-Everything is written to a temporary file and renamed, so a reader never sees half a file.
+Files are written under a temporary name and renamed, so that readers never see half a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import IO, Any
 from largebatch.errors import UserError
 
 STATES = ("queued", "running", "preempted", "finished", "diverged", "failed")
-DONE = ("finished", "diverged")  # outcomes: not repeated unless asked for
+DONE = ("finished", "diverged")  # outcomes: such runs are skipped
 RESUMES = "the same command resumes the run from its last checkpoint"
 
 
@@ -33,7 +33,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """Paths and status of one run folder. Cheap: opens nothing until asked."""
+    """Paths and status of a run. Reads files only in methods."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -54,32 +54,32 @@ class RunFolder:
         return self.path.name
 
     def read_status(self) -> dict[str, Any]:
-        """The status, or ``{}`` where there is none yet."""
+        """Return the status, or ``{}`` if there is none yet."""
         return read_json(self.status)
 
     def read_summary(self) -> dict[str, Any]:
         return read_json(self.summary)
 
     def update_status(self, **changes: Any) -> None:
-        """Merge ``changes`` into the status and stamp the time."""
+        """Merge ``changes`` and the time into the status."""
         status = {**self.read_status(), **changes, "updated": time.time()}
         write_atomic(self.status, json.dumps(status, indent=1) + "\n")
 
     def state(self) -> str | None:
-        """One of ``STATES``, or None where no run was ever planned. ``running`` may be stale: see ``is_held``."""
+        """Return one of ``STATES``, or None without a status. ``running`` may be stale: see ``is_held``."""
         return self.read_status().get("state")
 
     @contextmanager
     def hold(self, patience: float = 0.0) -> Iterator[None]:
-        """Work on this run alone, on this host and on others that share the file system.
+        """Hold the run's lock against processes of this host and of hosts that share the file system.
 
-        ``patience``: seconds to try for; who asks ``is_held`` has the lock for a moment.
+        The lock is the operating system's (POSIX record lock): it ends with its process, and children don't inherit it.
 
-        The lock is the operating system's (POSIX record lock), so it is gone with its process, however that ended, and
-        isn't inherited by children.
+        Args:
+            patience: seconds to try; ``is_held`` takes the lock for a moment too.
 
         Raises:
-            RunBusyError: when another process holds it; the message names its pid and host.
+            RunBusyError: another process holds the lock; the message names its pid and host.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "lock").open("w") as handle:
@@ -91,8 +91,8 @@ class RunFolder:
             yield
 
     def is_held(self) -> bool:
-        """Whether some other process works on this run now. Never call it in the process that holds the lock: closing
-        any handle of the file would release the lock."""
+        """Return True if another process holds the lock. The holder must not call it: closing any handle of the file
+        releases the lock."""
         lock = self.path / "lock"
         if not lock.exists():
             return False
@@ -100,44 +100,45 @@ class RunFolder:
             return not _lock(handle)
 
     def held_by(self) -> str:
+        """Describe the process that works on the run, for error messages."""
         status = self.read_status()
         where = f"pid {status['pid']} on {status['host']}" if "pid" in status else "another process"
-        return f"{self.path} is being worked on by {where}; stop that one first, or wait for it"
+        return f"{self.path}: {where} works on this run. Fix: stop that process or wait"
 
 
 def _lock(handle: IO[str]) -> bool:
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the two ways in which systems say that it is taken
+    except (BlockingIOError, PermissionError):  # systems differ in the error for a taken lock
         return False
     return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, or ``{}`` where there is no file.
+    """Return the object in a file, or ``{}`` if there is no file.
 
     Raises:
-        UserError: when it holds something else; the project's own files are never half written.
+        UserError: the file holds something else; the project never writes half a file.
     """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UserError(f"{path}: isn't JSON ({error}); mend or remove it") from None
+        raise UserError(f"{path}: not JSON ({error}). Fix: correct or remove the file") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object; mend or remove it")
+        raise UserError(f"{path}: no JSON object. Fix: correct or remove the file")
     return value
 
 
 def read_tail(path: Path, most: int) -> list[str]:
-    """The complete lines in the last ``most`` bytes of a file, without reading the others; none where there is none."""
+    """Return the complete lines in the last ``most`` bytes of a file; an empty list if there is no file."""
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             start = max(file.tell() - most, 0)
             file.seek(start)
-            lines = file.read().split(b"\n")[:-1]  # what follows the last newline is an unfinished line
+            lines = file.read().split(b"\n")[:-1]  # the text after the last newline is an unfinished line
     except FileNotFoundError:
         return []
     return [line.decode(errors="replace") for line in lines[1 if start else 0 :]]

@@ -1,4 +1,4 @@
-"""What a run has said, and what it says on."""
+"""``largebatch logs``: a run's log, and its new lines."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.table import run_rows
 
 _POLL_SECONDS = 0.5
-_STATE_SECONDS = 5.0  # between looks at the run's state, for which SLURM may have to be asked
+_STATE_SECONDS = 5.0  # between looks at the run's state, which may ask SLURM
 
 
 def show_log(folder: RunFolder, lines: int | None, *, follow: bool) -> None:
-    """Print a run's log, or what SLURM wrote of its job where the run itself has said nothing.
+    """Print a run's log, or SLURM's logs of its job if the run's own log is empty.
 
     Args:
-        lines: only so many from its end.
-        follow: go on printing until the run is neither queued nor running.
+        lines: print only the last ``lines``.
+        follow: print new lines until the run is neither queued nor running.
 
     Raises:
-        UserError: when there is nothing to print, and nothing to wait for.
+        UserError: there is no log yet, and ``follow`` is False.
     """
     logs = _logs(folder)
     if not logs and not follow:
-        raise UserError(f"{folder.path}: nothing is logged yet; its state: {folder.state()}")
+        raise UserError(f"{folder.path}: no log yet; the run is {folder.state()}")
     for log in logs:
         if log != folder.log:
             print(f"==> {log}")
@@ -36,7 +36,7 @@ def show_log(folder: RunFolder, lines: int | None, *, follow: bool) -> None:
 
 
 def _logs(folder: RunFolder) -> list[Path]:
-    """The run's own log; else SLURM's of its job, which have what went wrong before the run could say it."""
+    """Return the run's own log, or else SLURM's logs, which hold failures from before the run started."""
     candidates = [folder.log]
     if not _has_text(folder.log) and (job := folder.read_status().get("job_id")):
         candidates = sorted((folder.path.parent / ".slurm").glob(f"{job}_*_log.*"))
@@ -48,17 +48,16 @@ def _has_text(path: Path) -> bool:
 
 
 def _follow(folder: RunFolder, position: int) -> None:
-    looked, goes_on = 0.0, True
-    while goes_on:
+    looked, is_open = 0.0, True
+    while is_open:
         if time.monotonic() - looked >= _STATE_SECONDS:
             looked = time.monotonic()
-            (row,) = run_rows([folder])
-            goes_on = row["state"] in ("queued", "running")
+            is_open = run_rows([folder])[0]["state"] in ("queued", "running")
         if folder.log.exists():
             with folder.log.open("rb") as log:
                 log.seek(position)
-                said = log.read()
-            position += len(said)
-            print(said.decode(errors="replace"), end="", flush=True)
-        if goes_on:
+                new = log.read()
+            position += len(new)
+            print(new.decode(errors="replace"), end="", flush=True)
+        if is_open:
             time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``, one object a row, flushed as it is written; and the same as a table at the end."""
+"""``metrics.jsonl``: one JSON object a row, flushed after each; and a Parquet table of the rows at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
-from largebatch.runs.folder import read_tail
+from largebatch.runs.folder import read_tail, write_atomic
 
 Row = dict[str, Any]
 _TAIL = 1 << 15  # bytes: some hundred rows
@@ -19,16 +19,13 @@ class MetricsLog:
     """Appends rows to a JSONL file.
 
     Args:
-        path: the file; rows that are there already are kept up to ``step`` and dropped after it, because a resumed run
-            writes those again.
-        step: the optimizer step that the run continues from; a run from 0 writes its row of step 0 anew too.
+        path: the file. Its rows after ``step`` are removed, because a resumed run writes them again.
+        step: last optimizer step before a resumed run; 0 removes all rows.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [row for row in read_rows(path) if row["step"] <= step] if step > 0 else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(_line(row) for row in kept))
-        os.replace(temporary, path)
+        write_atomic(path, "".join(_line(row) for row in kept))
         self._file = path.open("a")
 
     def write(self, row: Row) -> None:
@@ -40,28 +37,27 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All complete rows; a last line that a crash cut off is left out. Empty where there is no file."""
+    """Return all rows but a last one that a crash cut off; an empty list if there is no file."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is an unfinished row
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def newest(path: Path, *names: str) -> float | None:
-    """The newest value among the last rows of the first of ``names`` that they have, without reading the others.
+    """Return the newest value of the first of ``names`` in the last rows, without reading the other rows.
 
     Raises:
-        UserError: when one of them isn't JSON.
+        UserError: a row isn't JSON.
     """
     try:
         rows = [json.loads(line) for line in reversed(read_tail(path, _TAIL))]
     except ValueError as error:
-        raise UserError(f"{path}: has a row that isn't JSON ({error})") from None
+        raise UserError(f"{path}: a row isn't JSON ({error}). Fix: correct or remove the row") from None
     return next((row[name] for name in names for row in rows if row.get(name) is not None), None)
 
 
 def write_table(rows: list[Row], path: Path) -> None:
-    """Parquet with one column a name, in order of first appearance; null where a row has no such figure."""
+    """Write Parquet with a column for each name, in order of first appearance; null if a row lacks the name."""
     import pyarrow
     import pyarrow.parquet
 
@@ -73,6 +69,6 @@ def write_table(rows: list[Row], path: Path) -> None:
 
 
 def _line(row: Row) -> str:
-    # NaN and infinity have no JSON form: null, and the run's state says that it diverged.
+    # JSON has no NaN and no infinity: null, and the run's state is diverged.
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite) + "\n"

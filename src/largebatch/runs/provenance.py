@@ -1,4 +1,4 @@
-"""Which code runs: the commit of a checkout, and the copy of the package that a queued job runs."""
+"""The code of a run: its git commit, and the copy of the package that a queued job runs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 from largebatch.runs.folder import read_json
 
-PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent.parent  # src/largebatch
 _GIT_STATE = "git.json"  # beside a copied package
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the code that runs, and whether it was changed since; nothing outside a git checkout.
+    """Return the commit and whether the code has changes; None outside a git checkout.
 
-    Of a copied package, as it was when it was copied.
+    A copied package has the state of its checkout when it was copied.
     """
     copied = read_json(PACKAGE.parent / _GIT_STATE)
     if copied:
@@ -31,9 +31,9 @@ def git_state() -> dict[str, Any]:
 
 
 def copy_of_code(folder: Path) -> Path:
-    """``folder/HASH``, where the package's copy belongs; to be put on PYTHONPATH.
+    """Return ``folder/HASH``, the copy's path, for PYTHONPATH.
 
-    HASH is sixteen hex digits over the names and contents of all files: the same code is copied once.
+    HASH is sixteen hex digits over the names and contents of all files, so that the same code has one copy.
     """
     return folder / _hash_of_code()
 
@@ -48,13 +48,13 @@ def _hash_of_code() -> str:
 
 
 def copy_code(folder: Path) -> Path:
-    """Copy the package's files to ``copy_of_code(folder)``, unless they are there."""
+    """Copy the package's files to ``copy_of_code(folder)``, if that doesn't exist."""
     copy = copy_of_code(folder)
     if copy.exists():
         return copy
     folder.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(dir=folder, prefix=".copying-"))
-    half.chmod(0o755)  # a project's folder may be shared
+    half.chmod(0o755)  # other users of a shared folder can read it
     shutil.copytree(PACKAGE, half / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     (half / _GIT_STATE).write_text(json.dumps(git_state()) + "\n")
     try:
@@ -69,6 +69,6 @@ def copy_code(folder: Path) -> Path:
 def _git(*arguments: str) -> str | None:
     try:
         answer = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git on this machine
+    except FileNotFoundError:  # git isn't installed
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None

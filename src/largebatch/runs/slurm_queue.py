@@ -1,4 +1,4 @@
-"""What SLURM says of its jobs. Needs neither accounting nor submitit."""
+"""States of SLURM's jobs, by its commands; needs neither accounting nor submitit."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _ENDED = (
     "REVOKED", "UNKNOWN",
 )  # fmt: skip
 _PATIENCE_SECONDS = 20.0
-_SUBMITTING_SECONDS = 600.0  # after which a launcher that never wrote down a job's number is taken for dead
+_SUBMITTING_SECONDS = 600.0  # a launcher that hasn't written a job's number by then is dead
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job, or an element of an array, as SLURM sees it."""
+    """A job, or an element of an array."""
 
     state: str  # SLURM's word: PENDING, RUNNING, TIMEOUT, ...
-    reason: str = ""  # why it waits, or how it ended, where SLURM says
+    reason: str = ""  # SLURM's reason for waiting, or for the end
 
     @property
     def ended(self) -> bool:
@@ -35,13 +35,13 @@ Jobs = Mapping[str, Job]  # by their numbers, as 12 or 12_3
 
 
 def slurm_states(job_ids: Iterable[str]) -> dict[str, Job]:
-    """SLURM's view of jobs, of as many as it knows: one call of ``squeue``, and one of ``sacct`` for those it forgot.
+    """Return the jobs that SLURM knows: one call of ``squeue``, and one of ``sacct`` for the jobs it forgot.
 
     Args:
         job_ids: as ``12``, or ``12_3`` for an element of an array.
 
     Raises:
-        UserError: when SLURM doesn't answer, in its words.
+        UserError: SLURM doesn't answer; with its words.
     """
     wanted = set(job_ids)
     if not wanted or shutil.which("squeue") is None:
@@ -59,22 +59,22 @@ def slurm_states(job_ids: Iterable[str]) -> dict[str, Job]:
 
 
 def jobs_of(statuses: Iterable[Mapping[str, Any]]) -> dict[str, Job]:
-    """The same for the jobs of runs that haven't ended by their own word; UNKNOWN where SLURM has forgotten them."""
-    job_ids = [job for status in statuses if (job := _job_of(status))]
+    """Return the jobs of runs without an outcome; a job that SLURM has forgotten is UNKNOWN."""
+    job_ids = [str(status["job_id"]) for status in statuses if _is_open(status) and status.get("job_id")]
     if shutil.which("squeue") is None:
         return {}
     return dict.fromkeys(job_ids, Job("UNKNOWN")) | slurm_states(job_ids)
 
 
-def has_it(status: Mapping[str, Any], jobs: Jobs | None = None) -> str:
-    """Which job has the run of this ``status``, in words; empty where none has. ``jobs``: what was asked before."""
-    if status.get("cluster") != "slurm" or status.get("state") not in ("queued", "running", "preempted"):
+def claim_by_slurm(status: Mapping[str, Any], jobs: Jobs | None = None) -> str:
+    """Describe the job that has the run of this ``status``; empty if there is none. ``jobs``: known already."""
+    if not _is_open(status):
         return ""
-    job_id = _job_of(status)
-    if job_id is None:
+    if not status.get("job_id"):
         fresh = time.time() - status.get("updated", 0) < _SUBMITTING_SECONDS
         return "is being submitted to SLURM by another launcher" if fresh and status["state"] == "queued" else ""
-    if jobs is None or job_id not in jobs:  # or it came after the others were asked for
+    job_id = str(status["job_id"])
+    if jobs is None or job_id not in jobs:  # a newer job than the known ones
         jobs = slurm_states([job_id])
     job = jobs.get(job_id)
     return "" if job is None or job.ended else f"is in SLURM's queue already: job {job_id}, {job.state}"
@@ -84,28 +84,25 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
     """Run one of SLURM's commands.
 
     Raises:
-        UserError: when it doesn't answer, or isn't there.
+        UserError: the command doesn't answer, or doesn't exist.
     """
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{command[0]}: SLURM didn't answer within {_PATIENCE_SECONDS:.0f} s; try again later"
-        ) from None
+        problem = f"SLURM didn't answer within {_PATIENCE_SECONDS:.0f} s. Fix: try again later"
+        raise UserError(f"{command[0]}: {problem}") from None
     except OSError as error:
         raise UserError(f"{command[0]}: {error.strerror}") from None
 
 
-def _job_of(status: Mapping[str, Any]) -> str | None:
-    open_ended = status.get("cluster") == "slurm" and status.get("state") in ("queued", "running", "preempted")
-    job_id = status.get("job_id")
-    return str(job_id) if open_ended and job_id else None
+def _is_open(status: Mapping[str, Any]) -> bool:
+    return status.get("cluster") == "slurm" and status.get("state") in ("queued", "running", "preempted")
 
 
 def _parse(listing: str, wanted: set[str]) -> dict[str, Job]:
     found = {}
     for line in listing.splitlines():
         job_id, state, reason = line.strip().split("|", 2)
-        if job_id in wanted:  # "CANCELLED by 0" is how accounting says it
+        if job_id in wanted:  # accounting writes "CANCELLED by 0"
             found[job_id] = Job(state.split()[0], reason if reason not in ("None", "0:0") else "")
     return found

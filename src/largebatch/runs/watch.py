@@ -1,111 +1,108 @@
-"""How runs stand: once, or over and over until none is at work."""
+"""``largebatch status``: the states of runs, once or until all runs have ended."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from largebatch.errors import UserError
 from largebatch.runs.folder import RunFolder
-from largebatch.runs.table import Row, counted, format_table, run_row, run_rows
+from largebatch.runs.table import Columns, Row, counted, print_rows, run_rows, table_cells
+from largebatch.runs.text_table import rich_table
 
 if TYPE_CHECKING:
     from rich.console import Group
 
+OPEN = ("queued", "running")  # states that change without the user
 _LOOK_SECONDS = 2.0
-_OPEN = ("queued", "running")  # what goes on by itself
 _COLUMNS = {
     "run": "run", "state": "state", "step": "step", "steps": "of", "test/accuracy": "test", "job": "job",
-    "node": "node", "said": "",
+    "node": "node", "news": "",
 }  # fmt: skip
 
 
 def show_status(folders: Sequence[RunFolder], *, as_json: bool) -> None:
-    """Print a row for each run, and how many there are in each state."""
+    """Print a row for each run, and the number of runs in each state."""
     rows = _rows(folders)
     if as_json:
         print(json.dumps(rows, indent=1))
+    elif rows:
+        print_rows(*_table(rows))
+        print(f"\n{_headline(rows)}")
     else:
-        print(f"{_table(rows)}\n\n{_headline(rows)}" if rows else "no runs")
+        print("no runs")
 
 
 def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
-    """Show the same until no run is queued or running: in a terminal in place, elsewhere a line for each change.
+    """Show states until no run is queued or running: a live table in a terminal, else a line for each change.
 
     Args:
-        find: the runs, among them those that came since it was last called.
+        find: returns the runs, with those added since its last call.
     """
     if sys.stdout.isatty():
-        _watch_in_place(find)
+        from rich.live import Live
+
+        with Live(screen=True, auto_refresh=False) as live:
+            for rows in looks(lambda: _rows(find()), _LOOK_SECONDS):
+                live.update(_screen(rows), refresh=True)
         show_status(find(), as_json=False)
         return
-    told: dict[str, str] = {}
-    while True:
-        rows = _rows(find())
+    states: dict[str, str] = {}
+    for rows in looks(lambda: _rows(find()), _LOOK_SECONDS):
         for row in rows:
-            if told.get(row["run"]) != row["state"]:
-                told[row["run"]] = row["state"]
-                print(f"{time.strftime('%H:%M:%S')} {row['run']} {row['state']}  {_said(row)}".rstrip(), flush=True)
-        if not _goes_on(rows):
-            print(_headline(rows), flush=True)
+            if states.get(row["run"]) != row["state"]:
+                states[row["run"]] = row["state"]
+                print(f"{time.strftime('%H:%M:%S')} {row['run']} {row['state']}  {_news(row)}".rstrip(), flush=True)
+    print(_headline(rows), flush=True)
+
+
+def looks(look: Callable[[], list[Row]], seconds: float) -> Iterator[list[Row]]:
+    """Yield the rows that ``look`` returns, every ``seconds`` until no run is queued or running."""
+    while True:
+        rows = look()
+        yield rows
+        if not any(row["state"] in OPEN for row in rows):
             return
-        time.sleep(_LOOK_SECONDS)
-
-
-def _watch_in_place(find: Callable[[], Sequence[RunFolder]]) -> None:
-    from rich.live import Live
-
-    with Live(screen=True, auto_refresh=False) as live:
-        while True:
-            rows = _rows(find())
-            live.update(_screen(rows), refresh=True)
-            if not _goes_on(rows):
-                return
-            time.sleep(_LOOK_SECONDS)
+        time.sleep(seconds)
 
 
 def _screen(rows: list[Row]) -> Group:
-    """Runs at work first, as many lines as the terminal has."""
+    """Return the table with running runs first; rich shows as many rows as fit."""
     from rich.console import Group
     from rich.text import Text
 
     order = {"running": 0, "queued": 1}
-    ordered = sorted(rows, key=lambda row: order.get(row["state"], 2))
-    lines = [_headline(rows), "", *_table(ordered).splitlines()]
-    return Group(*(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
+    ordered, columns = _table(sorted(rows, key=lambda row: order.get(row["state"], 2)))
+    return Group(Text(_headline(rows)), "", rich_table(list(columns.values()), table_cells(ordered, columns)))
 
 
 def _rows(folders: Sequence[RunFolder]) -> list[Row]:
     try:
         return run_rows(folders)
     except UserError as error:
-        print(f"warning: states are without SLURM's view: {error}", file=sys.stderr)
-        return [run_row(folder) for folder in folders]
-
-
-def _goes_on(rows: list[Row]) -> bool:
-    return any(row["state"] in _OPEN for row in rows)
+        print(f"warning: states without SLURM's view: {error}", file=sys.stderr)
+        return run_rows(folders, ask_slurm=False)
 
 
 def _headline(rows: list[Row]) -> str:
     return f"{len(rows)} run(s): {counted(rows)}"
 
 
-def _table(rows: list[Row]) -> str:
-    shown = [row | {"said": _said(row)} for row in rows]
-    return format_table(shown, {key: heading for key, heading in _COLUMNS.items() if _wanted(key, shown)})
+def _table(rows: list[Row]) -> tuple[list[Row], Columns]:
+    """Return rows and columns, without SLURM's columns if no run has a job."""
+    columns = {
+        key: heading
+        for key, heading in _COLUMNS.items()
+        if key not in ("job", "node") or any(row.get(key) is not None for row in rows)
+    }
+    return [row | {"news": _news(row)} for row in rows], columns
 
 
-def _wanted(key: str, rows: list[Row]) -> bool:
-    """The columns of SLURM's jobs are there where there are jobs."""
-    return key not in ("job", "node") or any(row.get(key) is not None for row in rows)
-
-
-def _said(row: Row) -> str:
-    """Why a run is in its state, or else the last thing that it said, unless it has nothing more to say."""
+def _news(row: Row) -> str:
+    """Return the reason for a run's state, or else the last line of its log if it has no outcome."""
     if row["message"] or row["state"] in ("finished", "diverged"):
         return str(row["message"])
     return str(row.get("log") or "")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from largebatch.runs.folder import write_atomic
+from largebatch.runs.text_table import plain_table
 
 _WARM_UP = 3  # steps: allocations, chosen convolution algorithms, compilation
 _STEPS = 10
@@ -75,11 +76,9 @@ class Profile:
         return [f"profiled {profiled} step(s); trace in {self._folder / 'trace.json.gz'}", *table.splitlines()]
 
     def _table(self, total: float, steps: int) -> str:
-        from tabulate import tabulate
-
         seconds = self._seconds | {"other": total - sum(self._seconds.values()), "all": total}
-        rows = [(name, 1000 * spent / steps, f"{spent / total:.1%}") for name, spent in seconds.items()]
-        return tabulate(rows, headers=("phase", "ms a step", "share"), floatfmt=".2f")
+        rows = [(name, f"{1000 * spent / steps:.2f}", f"{spent / total:.1%}") for name, spent in seconds.items()]
+        return plain_table(("phase", "ms a step", "share"), rows)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -1,1 +1,1 @@
-"""A real SLURM for tests: ``cluster.py`` brings it up on this machine, and the tests here run on it."""
+"""A real SLURM for tests, which ``cluster.py`` starts on this machine."""

@@ -1,4 +1,4 @@
-"""A private, real SLURM on this machine, from Debian packages; for tests. Needs root, but no systemd or cgroups.
+"""A private, real SLURM on this machine, from Debian packages, for tests. Requires root, but no systemd or cgroups.
 
     python tests/tools/private_slurm/cluster.py install
     python tests/tools/private_slurm/cluster.py up /tmp/cluster   # then: export SLURM_CONF=/tmp/cluster/etc/slurm.conf
@@ -7,8 +7,8 @@
 
 or, in Python, ``with Cluster("/tmp/cluster", nodes=2) as cluster: cluster.run("srun", "hostname")``.
 
-Each node is a slurmd with a hostname of its own; ``settings.py`` says what a cluster can be made of. All is in the one
-folder, but for marked lines in ``/etc/hosts`` while it runs. Two clusters side by side need different ports.
+Each node is a slurmd with its own hostname; ``settings.py`` lists a cluster's settings. All files are in one folder,
+except marked lines in ``/etc/hosts`` while the cluster runs. Two clusters at a time need different ports.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _FOLDERS = ("etc", "run", "log", "munge", "slurmctld", "spool", "gpus", "databas
 
 
 class Cluster:
-    """The cluster in folder ``state``, with the fields of ``Settings``.
+    """A cluster in folder ``state``, with the fields of ``Settings``.
 
-    Entering it as a context starts it, leaving it stops it; the folder with its logs stays.
+    As a context manager it starts and stops; the folder with its logs stays.
     """
 
     def __init__(self, state: str | Path, **settings: int) -> None:
@@ -51,7 +51,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What SLURM's commands, and programs that call them, need in their environment to use this cluster."""
+        """Return the environment variables with which SLURM's commands use this cluster."""
         return {"SLURM_CONF": f"{self.state}/etc/slurm.conf"}
 
     def __enter__(self) -> Cluster:
@@ -62,24 +62,24 @@ class Cluster:
         self.stop()
 
     def start(self) -> bool:
-        """Start it with no jobs and an empty accounting database; False where it runs already.
+        """Start without jobs and with an empty accounting database. Return False if the cluster runs already.
 
-        What an earlier cluster in this folder left behind when it was cut off is ended first.
+        Processes of an earlier, killed cluster in this folder are ended first.
 
         Raises:
-            ClusterError: something is missing, taken or not allowed, or a daemon doesn't come up.
+            ClusterError: something is missing, taken or not allowed, or a daemon doesn't start.
         """
         check_machine(self.settings.accounting)
         check(self.state, self.settings)
         with self._hold():
             if daemon(self.state, "slurmctld") is not None and self._started_as() != self._described():
-                raise ClusterError(f"{self.state}: runs with other settings; stop it first")
+                raise ClusterError(f"{self.state}: runs with other settings. Fix: stop it first")
             if None not in self.daemons().values() and wait_until(self._takes_jobs, 10):
                 return False
             self._end()
             for port in self.settings.ports:
                 if is_taken(port):
-                    raise ClusterError(f"port {port} is taken, by another cluster maybe; choose another --port")
+                    raise ClusterError(f"port {port} is taken, perhaps by another cluster. Fix: choose another --port")
             self._lay_out()
             try:
                 add_names(self.state, zip(self.settings.addresses, self.settings.node_names, strict=True))
@@ -90,36 +90,36 @@ class Cluster:
             return True
 
     def stop(self) -> bool:
-        """End every process of it at once, jobs included; False where there was none."""
+        """End every process at once, jobs included. Return False if there was none."""
         if not (self.state / "cluster.json").exists():
             return False
         with self._hold():
             return self._end()
 
     def run(self, *command: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
-        """Run a command on this cluster, as outside of any job."""
+        """Run a command on this cluster, outside of any job."""
         return daemons.run(self.state, *command, timeout=timeout)
 
     def daemons(self) -> dict[str, int | None]:
-        """Each daemon's process number, None where it isn't running."""
+        """Return each daemon's process number, None if it isn't running."""
         names = ["munged", *(["mariadbd", "slurmdbd"] if self.settings.accounting else []), "slurmctld"]
         return {name: daemon(self.state, name) for name in [*names, *self.settings.node_names]}
 
     def node_states(self) -> dict[str, str]:
-        """``{"node1": "idle", ...}`` as SLURM sees the nodes; empty where it doesn't run."""
+        """Return SLURM's states of the nodes, ``{"node1": "idle", ...}``; empty if SLURM doesn't run."""
         return daemons.node_states(self.state)
 
     def kill_node(self, node: str, jobs: bool = True) -> None:
-        """Kill a node's slurmd, and with ``jobs`` whatever it started, as when a machine loses power.
+        """Kill a node's slurmd, and with ``jobs`` all its processes, as when a machine loses power.
 
-        When SLURM notices, and requeues the node's jobs: see ``node_timeout`` of ``Settings``.
+        SLURM notices and requeues the node's jobs after ``node_timeout`` of ``Settings``.
         """
         if jobs:
             kill_node_processes(self.state, node)
         kill_daemon(self.state, node)
 
     def start_node(self, node: str) -> None:
-        """Start a killed node's slurmd again, and wait until the node takes jobs."""
+        """Start a killed node's slurmd again, and wait until the node accepts jobs."""
         if daemon(self.state, node) is None:
             daemons.start_slurmd(self.state, node)
         daemons.wait_for_node(self.state, node)
@@ -130,10 +130,10 @@ class Cluster:
 
     @contextmanager
     def _hold(self) -> Iterator[None]:
-        """Let nobody else start or stop this cluster meanwhile; the system lets go when the process ends."""
+        """Lock the starting and stopping of this cluster; the lock ends with the process."""
         file = self.state / "cluster.lock"
         if self.state.is_dir() and any(self.state.iterdir()) and not file.exists():
-            raise ClusterError(f"{self.state}: isn't empty, and no cluster's folder; give a new one")
+            raise ClusterError(f"{self.state}: not empty, and not a cluster's folder. Fix: give a new folder")
         self.state.mkdir(parents=True, exist_ok=True)
         with file.open("w") as lock:
 
@@ -145,7 +145,7 @@ class Cluster:
                 return True
 
             if not wait_until(taken, 180):
-                raise ClusterError(f"{self.state}: another process has been starting or stopping it for 180 s")
+                raise ClusterError(f"{self.state}: another process has held the lock for 180 s")
             yield
 
     def _lay_out(self) -> None:
@@ -165,7 +165,7 @@ class Cluster:
         return file.read_text() if file.exists() else ""
 
     def _end(self) -> bool:
-        """By what is in the folder, whatever this object's settings are. Whether anything ran."""
+        """End the processes that the folder names, whatever the settings. Return True if any ran."""
         names = [file.stem for file in (self.state / "run").glob("*.pid")]
         ran = any(daemon(self.state, name) is not None for name in names)
         end_daemon(self.state, "slurmctld", 10)  # first, so that it starts no job elsewhere
@@ -179,9 +179,9 @@ class Cluster:
 
 
 def is_taken(port: int) -> bool:
-    """Whether a program listens on a port of this machine."""
+    """Return True if a program listens on a port of this machine."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an ended one's connections don't count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an ended program don't count
         try:
             probe.bind(("", port))
         except OSError:
@@ -190,17 +190,17 @@ def is_taken(port: int) -> bool:
 
 
 def check_machine(accounting: bool = True) -> None:
-    """Raise ClusterError where no cluster can be brought up, saying why and what to do."""
+    """Raise ClusterError if no cluster can start here."""
     if missing := missing_programs(accounting):
         raise ClusterError(missing)
     if os.geteuid() != 0:
-        raise ClusterError("needs root, for hostnames of the nodes' own")
+        raise ClusterError("needs root, to give each node its own hostname")
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True, check=False).returncode != 0:
-        raise ClusterError("unshare --uts isn't allowed here, for hostnames of the nodes' own: needs CAP_SYS_ADMIN")
+        raise ClusterError("unshare --uts: not allowed here. Fix: give CAP_SYS_ADMIN, for the nodes' hostnames")
 
 
 def main() -> int:
-    """The command line; 0 when done (``status``: when everything runs), else 1 and one line that says why."""
+    """Run a command. Return 0 if it succeeds (``status``: if all daemons run), else 1."""
     given = _parse()
     try:
         if given.command == "install":
@@ -220,7 +220,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A private, real SLURM on this machine, for tests.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("install", help="install the Debian packages")
-    for name, text in (("up", "start it"), ("down", "stop it, with its jobs"), ("status", "say what runs")):
+    for name, text in (("up", "start it"), ("down", "stop it, with its jobs"), ("status", "list the daemons")):
         commands.add_parser(name, help=text).add_argument("state", type=Path, metavar="STATE_DIR")
     for field in _FIELDS:
         commands.choices["up"].add_argument(
@@ -237,7 +237,7 @@ def _up(cluster: Cluster) -> int:
 
 
 def _down(cluster: Cluster) -> int:
-    print(f"stopped; logs are in {cluster.state}/log" if cluster.stop() else f"nothing runs in {cluster.state}")
+    print(f"stopped; logs are in {cluster.state}/log" if cluster.stop() else f"no cluster runs in {cluster.state}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The programs of a cluster, each started in the foreground and waited for until it answers."""
+"""Start of a cluster's daemons, each in the foreground; the starter waits for its first answer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from private_slurm.packages import PATH, ClusterError
 from private_slurm.processes import daemon, start_daemon, wait_until
 from private_slurm.settings import DATABASE_SOCKET, Settings
 
-# A node takes jobs, or would if it had room.
+# States of a node that accepts jobs, now or when it has room.
 READY = {"idle", "mix", "alloc", "comp", "plnd"}
 
-# In memory, which takes a tenth of the time and is gone with the server; on disk where nothing may be mounted.
+# In memory, which takes a tenth of the time and ends with the server; on disk if mounting isn't allowed.
 _NEW_DATABASE = """
 mount -t tmpfs tmpfs "$0"
 mariadb-install-db --skip-test-db $1 && shift && exec "$@"
@@ -23,7 +23,7 @@ mariadb-install-db --skip-test-db $1 && shift && exec "$@"
 
 
 def run(state: Path, *command: str, timeout: float = 30) -> subprocess.CompletedProcess[str]:
-    """Run a command on the cluster in ``state``, as outside of any job."""
+    """Run a command on the cluster in ``state``, outside of any job."""
     outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
     return subprocess.run(
         command, env=outside | {"SLURM_CONF": f"{state}/etc/slurm.conf"}, stdin=subprocess.DEVNULL,
@@ -32,7 +32,7 @@ def run(state: Path, *command: str, timeout: float = 30) -> subprocess.Completed
 
 
 def node_states(state: Path) -> dict[str, str]:
-    """``{"node1": "idle", ...}`` as slurmctld sees the nodes; empty where it doesn't answer."""
+    """Return slurmctld's states of the nodes, ``{"node1": "idle", ...}``; empty if it doesn't answer."""
     if daemon(state, "slurmctld") is None:
         return {}
     # Not by "sinfo --states=idle", which lists drained nodes too.
@@ -41,7 +41,7 @@ def node_states(state: Path) -> dict[str, str]:
 
 
 def start_all(state: Path, settings: Settings) -> None:
-    """Start everything in an empty folder that has its configuration files; come back when nodes take jobs."""
+    """Start all daemons in a folder with configuration files only, and wait until the nodes accept jobs."""
     _start_munged(state)
     if settings.accounting:
         _start_mariadbd(state)
@@ -69,7 +69,7 @@ def _start_munged(state: Path) -> None:
     key = munge / "key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
-    command = ["munged", "--foreground", "--force"]  # a socket in a closed folder is what is wanted here
+    command = ["munged", "--foreground", "--force"]  # accept a socket in a private folder
     for option, file in (("key-file", "key"), ("socket", "socket"), ("pid-file", "pid"), ("seed-file", "seed")):
         command.append(f"--{option}={munge}/{file}")
     start_daemon(state, "munged", command, _environment(state))
@@ -77,13 +77,13 @@ def _start_munged(state: Path) -> None:
 
 
 def _start_mariadbd(state: Path) -> None:
-    # In /tmp it would remove other servers' temporary tables when it starts.
+    # With /tmp as --tmpdir it would remove other servers' temporary tables.
     places = [f"--datadir={state}/database", f"--tmpdir={state}/tmp"]
     options = ["--no-defaults", "--user=root", *places, "--innodb-log-file-size=8M"]
     server = [
         "mariadbd", *options, f"--socket={state}/{DATABASE_SOCKET}", f"--pid-file={state}/run/mariadbd.own",
         "--skip-networking",
-        # What slurmdbd asks for; and nothing need be on disk before it is answered.
+        # slurmdbd's requirements, and commits that don't wait for the disk.
         "--innodb-lock-wait-timeout=900", "--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0",
     ]  # fmt: skip
     in_memory = ["unshare", "--mount", "sh", "-c", _NEW_DATABASE, f"{state}/database", " ".join(options)]
@@ -92,14 +92,14 @@ def _start_mariadbd(state: Path) -> None:
 
 
 def _start_slurmdbd(state: Path) -> None:
-    # It finds its configuration beside SLURM_CONF; the name is what it is known by as this cluster's.
+    # It finds its configuration beside SLURM_CONF. The process's name identifies it as this cluster's.
     command = ["bash", "-c", 'exec -a "slurmdbd of $0" slurmdbd -D', f"{state}/"]
     start_daemon(state, "slurmdbd", command, _environment(state) | {"MYSQL_UNIX_PORT": f"{state}/{DATABASE_SOCKET}"})
     _wait_for(state, "slurmdbd", lambda: _answers(state, "sacctmgr", "--noheader", "list", "cluster"), 60)
 
 
 def _environment(state: Path) -> dict[str, str]:
-    """Nothing of the caller's: jobs get what slurmd has."""
+    """Return a fixed environment, because jobs inherit slurmd's."""
     return {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "SLURM_CONF": f"{state}/etc/slurm.conf"}
 
 
@@ -113,7 +113,7 @@ def _wait_for(state: Path, name: str, ready: Callable[[], bool], seconds: float)
     log = state / "log" / f"{name}.log"
     lines = log.read_text(errors="replace").splitlines()
     what = f"doesn't answer after {seconds:.0f} s" if not in_time else "ended"
-    last = next((line for line in reversed(lines) if "fatal" in line or "rror" in line), "nothing said")
+    last = next((line for line in reversed(lines) if "fatal" in line or "rror" in line), "no message")
     raise ClusterError(f"{name} {what}: {last} (see {log})")
 
 
@@ -125,7 +125,7 @@ def _answers(state: Path, *command: str) -> bool:
 
 
 def _greets(path: Path) -> bool:
-    """Whether a server sends something to who connects."""
+    """Return True if a server sends something to a new connection."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(5)
         try:

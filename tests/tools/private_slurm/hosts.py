@@ -1,4 +1,4 @@
-"""The nodes' names in ``/etc/hosts``: lines that end in the cluster's folder, put there and taken away again."""
+"""The nodes' names in ``/etc/hosts``: lines that end in the cluster's folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOSTS = Path("/etc/hosts")
 
 
 def add_names(state: Path, names: Iterable[tuple[str, str]]) -> None:
-    """Add ``(address, name)`` pairs, in place of what this cluster had there."""
+    """Replace this cluster's lines by ``(address, name)`` pairs."""
     with _locked() as file:
         lines = _others(file, state)
         _rewrite(file, [*lines, *(f"{address} {name} {_mark(state)}\n" for address, name in names)])
@@ -38,7 +38,7 @@ def _others(file: TextIO, state: Path) -> list[str]:
 
 
 def _rewrite(file: TextIO, lines: list[str]) -> None:
-    """In place: in a container the file is a mount that can't be replaced. Never empty on the way."""
+    """Rewrite in place, because a container's file is a mount; the file is never empty meanwhile."""
     file.seek(0)
     file.write("".join(lines))
     file.truncate()

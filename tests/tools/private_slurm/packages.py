@@ -1,4 +1,4 @@
-"""The programs a cluster consists of, and the Debian packages they come from."""
+"""A cluster's programs and their Debian packages."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ _PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "s
 _ACCOUNTING_PACKAGES = {
     "slurmdbd": "slurmdbd", "mariadb-install-db": "mariadb-server-core", "my_print_defaults": "mariadb-client-core",
 }  # fmt: skip
-# Debian asks this file whether a package may start its services; 101 is no.
+# Debian runs this file before a package starts its services; exit code 101 forbids it.
 _POLICY = Path("/usr/sbin/policy-rc.d")
 
 
 class ClusterError(Exception):
-    """What keeps a cluster from running, in one line that says what to do."""
+    """A cluster can't run; one line with the reason and the fix."""
 
 
 def missing_programs(accounting: bool = True) -> str:
-    """``""`` where all programs are installed, else one line with the packages and how to install them."""
+    """Return one line with the missing packages and their installation; empty if all are there."""
     needed = _PACKAGES | (_ACCOUNTING_PACKAGES if accounting else {})
     missing = [package for program, package in needed.items() if shutil.which(program, path=PATH) is None]
-    return f"SLURM isn't installed, {' '.join(missing)} missing: run {INSTALL}" if missing else ""
+    return f"SLURM isn't installed, {' '.join(missing)} missing. Fix: run {INSTALL}" if missing else ""
 
 
 def install() -> None:
-    """Install the Debian packages, without letting their services start a cluster of the machine's own.
+    """Install the Debian packages without starting their services.
 
     Raises:
-        ClusterError: not root, no apt-get, or apt-get failed; with its last line.
+        ClusterError: not root, no apt-get, or apt-get failed; with apt-get's last line.
     """
     if os.geteuid() != 0:
         raise ClusterError("installing packages needs root")
     if shutil.which("apt-get", path=PATH) is None:
-        raise ClusterError(f"no apt-get here: install {' '.join((_PACKAGES | _ACCOUNTING_PACKAGES).values())} by hand")
+        raise ClusterError(
+            f"no apt-get here. Fix: install {' '.join((_PACKAGES | _ACCOUNTING_PACKAGES).values())} by hand"
+        )
     no_policy = not _POLICY.exists()
     if no_policy:
         _POLICY.write_text("#!/bin/sh\nexit 101\n")

@@ -1,7 +1,7 @@
-"""Which processes are a cluster's own; starting, finding and ending them.
+"""The start, search and end of a cluster's processes.
 
-A daemon's pid file counts only while ``/proc/PID/cmdline`` still names the cluster's folder, so that a number which the
-system has given to another process meanwhile is never signalled.
+A daemon's pid file counts only while ``/proc/PID/cmdline`` names the cluster's folder, so that another process with the
+same number is never signalled.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from private_slurm.packages import ClusterError
 
-# The pid file is there before the daemon begins: what exec puts in the shell's place keeps its number.
+# The shell writes the pid file first; exec keeps the process number.
 _START = 'echo $$ >"$0" && exec "$@"'
 _LOOK_EVERY = 0.02  # seconds
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether ``condition`` came true within ``seconds`` by the clock."""
+    """Wait for ``condition``. Return False if it isn't true within ``seconds``."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -32,9 +32,9 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def start_daemon(state: Path, name: str, command: Iterable[str], environment: Mapping[str, str]) -> None:
-    """Start a program in the foreground of a session of its own; no child of ours, so that the system reaps it.
+    """Start a program in a session of its own; it is no child of this process, so that the system reaps it.
 
-    What it says goes to ``log/NAME.log``, its number to ``run/NAME.pid``.
+    Its output goes to ``log/NAME.log``, its number to ``run/NAME.pid``.
     """
     pid_file = state / "run" / f"{name}.pid"
     pid_file.unlink(missing_ok=True)
@@ -48,7 +48,7 @@ def start_daemon(state: Path, name: str, command: Iterable[str], environment: Ma
 
 
 def daemon(state: Path, name: str) -> int | None:
-    """The number of a running daemon of this cluster, if it runs."""
+    """Return the process number of a daemon of this cluster, None if it isn't running."""
     try:
         pid = int((state / "run" / f"{name}.pid").read_text())
         return pid if f"{state}/".encode() in _command(pid) else None
@@ -57,7 +57,7 @@ def daemon(state: Path, name: str) -> int | None:
 
 
 def end_daemon(state: Path, name: str, seconds: float) -> None:
-    """Ask a daemon to end, and kill it where it hasn't after ``seconds``; with what it was just running."""
+    """Terminate a daemon and its process group; kill them after ``seconds``."""
     if (pid := daemon(state, name)) is not None:
         for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 10.0)):
             with contextlib.suppress(ProcessLookupError):
@@ -67,7 +67,7 @@ def end_daemon(state: Path, name: str, seconds: float) -> None:
 
 
 def kill_daemon(state: Path, name: str) -> None:
-    """Kill a daemon without asking."""
+    """Kill a daemon at once."""
     if (pid := daemon(state, name)) is not None:
         _send(pid, signal.SIGKILL)
         wait_until(lambda: daemon(state, name) is None, 10)
@@ -75,17 +75,16 @@ def kill_daemon(state: Path, name: str) -> None:
 
 
 def kill_node_processes(state: Path, name: str) -> None:
-    """Pull a node's plug: kill its slurmd and all that it started, which shares its hostname's namespace."""
+    """Kill a node's slurmd and all its processes, which share its hostname's namespace."""
     pid = daemon(state, name)
     with _held_namespaces([] if pid is None else [pid]) as namespaces:
         _kill_all(lambda: [pid for pid in _all_processes() if _namespace(pid) in namespaces])
 
 
 def kill_job_processes(configuration: Path) -> None:
-    """Kill what is left of jobs whose slurmd is gone, and what shares their hostname's namespace.
+    """Kill the processes of jobs whose slurmd has ended, and those that share their hostname's namespace.
 
-    They are known by the cluster's configuration and a job's number in their environment: a shell in which a user
-    merely set ``SLURM_CONF`` has no job.
+    Their environment has the cluster's configuration and a job's number; a user's shell with ``SLURM_CONF`` has no job.
     """
 
     def of_jobs() -> list[int]:
@@ -107,14 +106,14 @@ def _is_of_a_job(pid: int, configuration: Path) -> bool:
 
 @contextlib.contextmanager
 def _held_namespaces(pids: Iterable[int]) -> Iterator[set[int | None]]:
-    """The hostnames' namespaces of processes, but never the machine's, in which a node is for a moment when it starts.
+    """Return the hostnames' namespaces of processes, except the machine's, where a starting node is for a moment.
 
-    They are kept open meanwhile: another cluster's node would get the number of one that is gone.
+    They stay open meanwhile, so that another cluster's node can't get the number of a closed namespace.
     """
     with contextlib.ExitStack() as held:
         namespaces: set[int | None] = set()
         for pid in pids:
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # the process has ended
                 namespace = held.enter_context(open(f"/proc/{pid}/ns/uts", "rb"))
                 namespaces.add(os.fstat(namespace.fileno()).st_ino)
         yield namespaces - {None, _namespace(os.getpid()), _namespace(1)}
@@ -123,15 +122,15 @@ def _held_namespaces(pids: Iterable[int]) -> Iterator[set[int | None]]:
 def _namespace(pid: int) -> int | None:
     try:
         return os.stat(f"/proc/{pid}/ns/uts").st_ino
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return None
 
 
 def _command(pid: int) -> bytes:
-    """The command line; empty for what has ended and isn't reaped yet."""
+    """Return the command line; empty for a zombie."""
     file, end = Path(f"/proc/{pid}/cmdline"), time.monotonic() + 1
     while not (command := file.read_bytes()) and not _has_ended(pid) and time.monotonic() < end:
-        time.sleep(0.001)  # empty too for a moment while exec puts a program in another's place
+        time.sleep(0.001)  # empty for a moment during exec too
     return command
 
 
@@ -144,7 +143,7 @@ def _all_processes() -> list[int]:
 
 
 def _kill_all(left: Callable[[], list[int]]) -> None:
-    """Kill and look again until none is left: a process may start another while we read the list."""
+    """Kill until no process is left; a process may start another while the list is read."""
 
     def none_left() -> bool:
         pids = left()

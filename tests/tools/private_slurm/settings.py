@@ -1,4 +1,4 @@
-"""What a cluster is made of, and SLURM's configuration files for it."""
+"""A cluster's settings, and SLURM's configuration files for them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from private_slurm.packages import ClusterError
 
 DATABASE_SOCKET = "run/mariadbd.sock"
-# 107 bytes are a unix socket's longest path; SLURM's longest here is spool/node10/node10_12345678.4294967292.
+# A unix socket's path has at most 107 bytes; SLURM's longest is spool/node10/node10_12345678.4294967292.
 _LONGEST_FOLDER = 60
-# What SLURM's own files can't hold unquoted, or take for a pattern.
+# Other characters need quotes in SLURM's files, or are patterns there.
 _ALLOWED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-")
 
 
@@ -21,16 +21,16 @@ _ALLOWED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345
 class Settings:
     """A cluster of ``nodes`` machines named node1, node2, ..., each with these ``cpus``, ``gpus`` and ``memory`` (MB).
 
-    None of that need be there: SLURM schedules what the configuration says, and GPUs are fake (jobs see
-    ``CUDA_VISIBLE_DEVICES``, and no device). All nodes share this machine's files, ports and processes.
+    The machine may have less: SLURM schedules by its configuration, and GPUs are fake (jobs get
+    ``CUDA_VISIBLE_DEVICES``, but no device). All nodes share this machine's files, ports and processes.
 
-    ``port`` is the first of the ports taken: ``port`` for slurmctld, +1 for slurmdbd, +2, +3, ... for the nodes.
-    ``grace`` is how long (seconds) a job of partition ``low`` lives on once partition ``high`` wants its place;
-    ``preempt_send_user_signal`` whether it gets the signal asked for by ``--signal`` then, besides SIGTERM.
-    ``max_array_size`` is SLURM's limit of the same name (its default is 1001): array indices stay below it.
-    ``max_jobs`` is how many jobs the queue holds (SLURM's MaxJobCount); further ones are refused.
-    ``node_timeout``: a node that doesn't answer for as many seconds is down, and its jobs are requeued. SLURM takes
-    some 20 s more to be sure; ``scontrol update NodeName=node1 State=DOWN Reason=test`` spares a test the wait.
+    ``port``: first of the ports: ``port`` for slurmctld, +1 for slurmdbd, +2, +3, ... for the nodes.
+    ``grace``: seconds that a job of partition ``low`` continues after partition ``high`` needs its node.
+    ``preempt_send_user_signal``: the job then gets the signal of ``--signal`` too, besides SIGTERM.
+    ``max_array_size``: SLURM's MaxArraySize (1001 by default); array indices stay below it.
+    ``max_jobs``: SLURM's MaxJobCount; SLURM refuses further jobs.
+    ``node_timeout``: seconds without an answer after which a node is down and its jobs are requeued. SLURM takes about
+    20 s more; ``scontrol update NodeName=node1 State=DOWN Reason=test`` saves a test the wait.
     """
 
     nodes: int = 2
@@ -63,15 +63,15 @@ class Settings:
 
 
 def check(state: Path, settings: Settings) -> None:
-    """Say what can't work before anything is written.
+    """Check folder and settings before anything is written.
 
     Raises:
-        ClusterError: with the value and what is allowed.
+        ClusterError: with the value and the allowed values.
     """
     if len(str(state)) > _LONGEST_FOLDER:
-        raise ClusterError(f"{state}: {len(str(state))} characters; sockets in it allow at most {_LONGEST_FOLDER}")
+        raise ClusterError(f"{state}: too long for sockets in it; allowed: at most {_LONGEST_FOLDER} characters")
     if not set(str(state)) <= _ALLOWED:
-        raise ClusterError(f"{state}: only letters, digits and / . _ - may be in the path")
+        raise ClusterError(f"{state}: allowed: only letters, digits and / . _ -")
     for name, least, most in (
         ("nodes", 1, 99), ("cpus", 1, 1024), ("gpus", 0, 64), ("memory", 256, 1 << 24), ("port", 1024, 65000),
         ("grace", 0, 3600), ("max_array_size", 1, 4000000), ("max_jobs", 2, 1000000), ("node_timeout", 5, 3600),
@@ -81,11 +81,11 @@ def check(state: Path, settings: Settings) -> None:
 
 
 def write_configuration(state: Path, settings: Settings) -> None:
-    """Write slurm.conf into ``state/etc``, and beside it the files that SLURM looks for there."""
+    """Write slurm.conf and the files beside it into ``state/etc``."""
     etc = state / "etc"
     (etc / "slurm.conf").write_text("".join(f"{line}\n" for line in _slurm_conf(state, settings)))
     (etc / "cgroup.conf").write_text("CgroupAutomount=no\n")
-    # slurmd counts no GPU without a File, and a File must be a device: any.
+    # slurmd requires a device as the File of a GPU; any device works.
     for number in range(settings.gpus):
         (state / "gpus" / f"gpu{number}").symlink_to("/dev/null")
     gpus = [f"NodeName={_list(settings.node_names)} Name=gpu File={state}/gpus/gpu{n}\n" for n in range(settings.gpus)]
@@ -101,11 +101,11 @@ def _slurm_conf(state: Path, settings: Settings) -> Iterator[str]:
     yield f"SlurmctldHost={socket.gethostname().split('.')[0]}(127.0.0.1)"
     yield f"SlurmctldPort={settings.port}"
     yield "SlurmUser=root"
-    # A requeued job waits for cred_expire before it starts again; 5 is the least that SLURM takes.
+    # A requeued job waits for cred_expire before it starts again; SLURM requires at least 5.
     yield f"AuthInfo=socket={state}/munge/socket,cred_expire=5"
     yield f"StateSaveLocation={state}/slurmctld"
     yield f"SlurmdSpoolDir={state}/spool/%n"
-    yield f"SlurmdLogFile={state}/log/%n.steps.log"  # without it job steps have nowhere to speak
+    yield f"SlurmdLogFile={state}/log/%n.steps.log"  # else job steps have no log
     yield f"SlurmctldPidFile={state}/run/slurmctld.own"
     yield f"SlurmdPidFile={state}/run/%n.own"
     yield "MailProg=/bin/true"
@@ -114,14 +114,14 @@ def _slurm_conf(state: Path, settings: Settings) -> Iterator[str]:
     yield "TaskPlugin=task/none"
     yield "MpiDefault=none"
     yield "PropagateResourceLimits=NONE"
-    # Nothing is waited for longer than it must be.
+    # The shortest possible waits.
     yield "SchedulerParameters=batch_sched_delay=0,sched_min_interval=200000,sched_interval=2,bf_interval=2"
     yield "KillWait=5"
     yield "CompleteWait=0"
     yield "InactiveLimit=0"
     yield f"SlurmdTimeout={settings.node_timeout}"
     yield "ReturnToService=2"
-    # Numbers of two clusters on one machine should differ: jobs derive ports from theirs.
+    # Two clusters on one machine need different job numbers, because jobs derive ports from them.
     yield f"FirstJobId={random.randrange(1_000_000, 9_000_000)}"
     yield f"MaxArraySize={settings.max_array_size}"
     yield f"MaxJobCount={settings.max_jobs}"
