@@ -126,7 +126,7 @@ def test_a_changed_source_is_decoded_again(tmp_path, alter):
     start(folder_config(root))
     alter(root)
     again, lines = start(folder_config(root))
-    assert any("is of other files or settings: it is made anew" in line for line in lines)
+    assert any("is of other files or settings: it is written again" in line for line in lines)
     fresh = shutil.copytree(root, tmp_path / "fresh", ignore=shutil.ignore_patterns(".largebatch"))
     assert same(content(again), content(start(folder_config(fresh))[0]))
     assert start(folder_config(root))[1] == []
@@ -178,7 +178,7 @@ def test_a_damaged_file_is_written_again(tmp_path, damage):
     first = content(start(folder_config(tmp_path))[0])
     DAMAGES[damage](cache_of(tmp_path))
     second, lines = start(folder_config(tmp_path))
-    assert any("it is made anew" in line for line in lines)
+    assert any("it is written again" in line for line in lines)
     assert same(first, content(second))
     assert start(folder_config(tmp_path))[1] == []
 
@@ -190,7 +190,7 @@ def test_a_damaged_list_of_unreadable_images_is_written_again(tmp_path, monkeypa
     (kept,) = (tmp_path / ".largebatch").glob("*.json")
     for damaged in (b"", b"[1]", b'{"fingerprint": ', kept.read_bytes().replace(b"[]", b"7"), b"\xff\xfe"):
         kept.write_bytes(damaged)
-        assert any("it is made anew" in line for line in start(folder_config(tmp_path))[1])
+        assert any("it is written again" in line for line in start(folder_config(tmp_path))[1])
 
 
 @pytest.mark.parametrize("name", MAKERS)

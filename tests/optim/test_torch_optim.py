@@ -181,7 +181,7 @@ def test_phi_advances_while_a_parameter_has_no_gradient():
 
 
 def test_lamb_corrects_the_bias_of_each_parameters_own_moments():
-    """As in AdamW, the first gradient has the same effect at any step."""
+    """The first gradient has the same effect at any step, as in AdamW."""
     early, late = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(3, 3))
     optimizer = LAMB([early, late], lr=0.1)
     early.grad = torch.full((3, 3), 2.0)

@@ -315,7 +315,7 @@ def test_sum_of_norms_with_layers_that_are_not_decayed():
 )
 @pytest.mark.filterwarnings("error")
 def test_backward_through_an_overwritten_weight_raises(kind, way):
-    """As with torch.optim.SGD, autograd detects the update, fused or not."""
+    """Autograd detects the update, fused or not, as with torch.optim.SGD."""
     needs_cpp_compiler()
     weight = torch.nn.Parameter(torch.ones(2, 2))
     inputs = torch.ones(2, 2, requires_grad=True)

@@ -118,7 +118,7 @@ def _read_or_write(
         return _read(path, read)  # another process may have written it meanwhile
     except Stale as stale:
         if str(stale):
-            say(f"{path} {stale}: it is made anew")
+            say(f"{path} {stale}: it is written again")
         say(f"{doing}; later starts read the result from {path}")
     _write(path, write)
     try:

@@ -26,9 +26,6 @@ class Draws:
     padding: int
     table: Tensor
 
-    def __len__(self) -> int:
-        return len(self.table)
-
     def __getitem__(self, part: slice) -> Draws:
         return Draws(self.padding, self.table[part])
 

@@ -26,11 +26,15 @@ def load_imagefolder(config: DatasetConfig, say: Say) -> tuple[Split, Split, tup
     root, size = Path(config.root), config.image_size
     if size is None:
         raise UserError(f"dataset.image_size=null: dataset={config.name} needs the side in pixels to resize images to")
-    train_folder, test_folder = _trees(root, config.name)
-    train = _class_files(train_folder)
-    test = _class_files(test_folder)
-    if len(train) < 2:
-        raise UserError(f"{train_folder} has {len(train)} class folder; it needs at least two")
+    train_folder, test_folder = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
+    for folder, name in ((train_folder, "train/"), (test_folder, "test/ or val/")):
+        if not folder.is_dir():
+            raise UserError(
+                f"dataset={config.name}: no {name} in dataset.root={root}; it must contain train/<class>/... and "
+                "test/<class>/... or val/<class>/..."
+            )
+    train = {name: _image_files(train_folder / name) for name in class_folders(train_folder, at_least=2)}
+    test = {name: _image_files(test_folder / name) for name in class_folders(test_folder)}
     unknown = [name for name in test if name not in train]
     if unknown:
         raise UserError(f"{test_folder / unknown[0]}: no such class in {train_folder}, which determines the classes")
@@ -43,30 +47,17 @@ def load_imagefolder(config: DatasetConfig, say: Say) -> tuple[Split, Split, tup
     return train_split, test_split, tuple(train)
 
 
-def _trees(root: Path, dataset: str) -> tuple[Path, Path]:
-    train, test, val = root / "train", root / "test", root / "val"
-    if not train.is_dir() or not (test.is_dir() or val.is_dir()):
-        missing = "train/" if not train.is_dir() else "test/ or val/"
-        raise UserError(
-            f"dataset={dataset}: no {missing} in dataset.root={root}; it must contain train/<class>/... and "
-            "test/<class>/... or val/<class>/..."
-        )
-    return train, test if test.is_dir() else val
-
-
-def _class_files(tree: Path) -> dict[str, list[str]]:
-    """Return the image files by class, both sorted."""
+def class_folders(tree: Path, at_least: int = 1) -> list[str]:
+    """Return the sorted names of the class folders in ``tree``; raise ``UserError`` if there are too few."""
     names = sorted(entry.name for entry in tree.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UserError(f"{tree} has no class folders")
-    files = {name: _image_files(tree / name) for name in names}
-    for name, found in files.items():
-        if not found:
-            raise UserError(f"{tree / name} has no images ({' '.join(EXTENSIONS)})")
-    return files
+    if len(names) < at_least:
+        raise UserError(f"{tree}: {len(names)} class folders found, at least {at_least} needed")
+    return names
 
 
 def _image_files(folder: Path) -> list[str]:
+    """Return the sorted image files below ``folder``; raise ``UserError`` if there are none."""
+
     def fail(error: OSError) -> None:
         raise error  # os.walk would ignore a folder that it can't read
 
@@ -74,4 +65,6 @@ def _image_files(folder: Path) -> list[str]:
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [f"{place}/{name}" for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
+    if not found:
+        raise UserError(f"{folder} has no images ({' '.join(EXTENSIONS)})")
     return sorted(found)

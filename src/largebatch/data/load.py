@@ -61,11 +61,7 @@ class Data:
 
 
 def load_data(
-    config: DatasetConfig,
-    seed: int,
-    device: torch.device = _CPU,
-    say: Say = lambda line: None,
-    processes_here: int = 1,
+    config: DatasetConfig, seed: int, device: torch.device = _CPU, say: Say = lambda line: None, processes_here: int = 1
 ) -> Data:
     """Load the data set ``config.name``; download it if that is allowed and needed.
 

@@ -46,13 +46,11 @@ def _stream_files(images: FileImages, index_lists: Iterable[Tensor], batch: int,
     )
     decoded = iter(loader)
     for indices in here:
-        yield torch.cat([_pixels(next(decoded)) for _ in torch.split(indices, _CHUNK)])
-
-
-def _pixels(result: Tensor | UserError) -> Tensor:
-    if isinstance(result, UserError):
-        raise result
-    return result
+        results = [next(decoded) for _ in torch.split(indices, _CHUNK)]
+        for result in results:
+            if isinstance(result, UserError):
+                raise result
+        yield torch.cat(results)
 
 
 @dataclass(frozen=True)

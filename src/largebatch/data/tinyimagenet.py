@@ -8,6 +8,7 @@ from pathlib import Path
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
 from largebatch.data.download import find_or_download
+from largebatch.data.imagefolder import class_folders
 from largebatch.data.split import Split, split_of_files
 from largebatch.errors import UserError
 
@@ -28,9 +29,7 @@ def load_tinyimagenet(config: DatasetConfig, say: Say) -> tuple[Split, Split, tu
         UserError: if files are missing, damaged or inconsistent.
     """
     folder = find_or_download(config, _FOLDER, ("train", _ANNOTATIONS, "val/images"), URL, MD5)
-    classes = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir() and entry.name[0] != ".")
-    if len(classes) < 2:
-        raise UserError(f"{folder / 'train'} has {len(classes)} class folders; it needs at least two")
+    classes = class_folders(folder / "train", at_least=2)
     label_of = {name: label for label, name in enumerate(classes)}
     train, test = (
         split_of_files(files, config.channels, config.image_size or _IMAGE_SIZE)

@@ -53,7 +53,7 @@ struct Sums {
   double weight = 0, gradient = 0, direction = 0;  // of squares
 };
 
-// Unlike std::min, a NaN stays one.
+// Unlike std::min, NaN stays NaN.
 double at_most(double value, double limit) { return value > limit ? limit : value; }
 
 // Calls measure(chunk) -> Sums, then conclude(tensor, its Sums), then update(chunk), block by block.

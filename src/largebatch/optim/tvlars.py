@@ -50,8 +50,8 @@ class TVLARS(LarsFamily):
         v  = momentum * v + q * g'
         w -= lr * v
 
-    phi acts where the adaptation acts: parameters of at most one dimension, unless ``adapt_1d``, and layers with a zero
-    norm keep ``q = 1`` without it.
+    phi acts on adapted parameters only. Parameters of at most one dimension, unless ``adapt_1d``, and layers with a
+    zero norm keep ``q = 1``.
 
     Args:
         lmbda: steepness of the decay, per optimizer step. 1e-3 in the program.
