@@ -4,9 +4,9 @@ ResNet-18 on random images of 32x32, LARS, a global batch of 512. All turns alte
 every other repeat; medians [quartiles]; ratios of turns in the same repeat last.
 `python benchmarks/accumulation.py [--device cuda] [--precision auto] [--repeats 11] [--smallest]`
 
-The program's step is `phase.gradient` and `phase.update` on the batches of its loop. The hand-written loop calls the same
-model, augmentation, loss and optimizer. All use the arithmetic that the program chooses for the whole batch. A turn is
-some steps after an uncounted step.
+The program's step is `phase.gradient` and `phase.update` on the batches of its loop. The hand-written loop calls the
+same model, augmentation, loss and optimizer. All use the arithmetic that the program chooses for the whole batch. A turn
+is some steps after an uncounted step.
 """
 
 from __future__ import annotations
