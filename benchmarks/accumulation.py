@@ -5,8 +5,8 @@ every other repeat; medians [quartiles]; ratios of turns in the same repeat last
 `python benchmarks/accumulation.py [--device cuda] [--precision auto] [--repeats 11] [--smallest]`
 
 The program's step is `phase.gradient` and `phase.update` on the batches of its loop. The hand-written loop calls the
-same model, augmentation, loss and optimizer. All use the arithmetic that the program chooses for the whole batch. A turn
-is some steps after an uncounted step.
+same model, augmentation, loss and optimizer. All use the arithmetic that the program chooses for the whole batch. A
+turn is some steps after an uncounted step.
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from datafiles import decoded, make_imagefolder
 
+from largebatch.config.batch import plan_batch
 from largebatch.config.datasets import DatasetConfig
-from largebatch.data import FileImages, MemoryImages, Split, eval_batches, train_batches
+from largebatch.data import BatchLoader, FileImages, MemoryImages, Split
 from largebatch.errors import UserError
 
+CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
 
@@ -46,21 +48,9 @@ def training(
     passes=1,
     **options,
 ):
-    batches = train_batches(
-        split,
-        config(**options),
-        MEAN,
-        STD,
-        batch_size=batch_size,
-        rank=rank,
-        processes=processes,
-        micro_batch=micro_batch,
-        seed=seed,
-        start_step=start_step,
-        device="cpu",
-        passes=passes,
-        **dict.fromkeys(how, True),
-    )
+    loader = BatchLoader(config(**options), MEAN, STD, CPU, rank, processes, "channels_last" in how)
+    plan = plan_batch(batch_size, processes, micro_batch)
+    batches = loader.train(split, plan, seed, start_step, 2 if "two_views" in how else 1, passes)
     count = passes * steps * batch_size // processes // micro_batch
     return list(itertools.islice(batches, count))
 
@@ -162,19 +152,8 @@ def test_equal_images_get_different_draws():
 
 def test_without_augmentation_images_are_only_normalised(in_memory):
     off = {"flip": False, "rotation": 0.0}
-    batches = train_batches(
-        in_memory,
-        DatasetConfig(name="x", crop_padding=0, **off),
-        MEAN,
-        STD,
-        batch_size=30,
-        rank=0,
-        processes=1,
-        micro_batch=30,
-        seed=0,
-        start_step=0,
-        device="cpu",
-    )
+    loader = BatchLoader(DatasetConfig(name="x", crop_padding=0, **off), MEAN, STD, CPU, rank=0, processes=1)
+    batches = loader.train(in_memory, plan_batch(30, 1, 30), seed=0, start_step=0)
     images, labels = next(iter(batches))
     assert torch.bincount(labels).tolist() == [10, 10, 10]
     pixels = (images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
@@ -196,8 +175,8 @@ def test_a_batch_larger_than_the_training_set_raises_before_the_first_batch(in_m
 
 
 def evaluation(split, rank, processes, batch, workers=0, chosen=None):
-    where = {"rank": rank, "processes": processes, "device": "cpu"}
-    return list(eval_batches(split, MEAN, STD, batch=batch, workers=workers, chosen=chosen, **where))
+    loader = BatchLoader(config(workers=workers), MEAN, STD, CPU, rank, processes)
+    return list(loader.evaluate(split, batch, chosen))
 
 
 @pytest.mark.parametrize("how", [(), ("two_views",)], ids=["plain", "two_views"])

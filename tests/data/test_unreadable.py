@@ -6,8 +6,9 @@ import pytest
 import torch
 from datafiles import decoded, make_imagefolder, make_tinyimagenet
 
+from largebatch.config.batch import plan_batch
 from largebatch.config.datasets import DatasetConfig
-from largebatch.data import load, load_data, train_batches
+from largebatch.data import BatchLoader, load, load_data
 from largebatch.errors import UserError
 
 BAD = ("train/cat/0.png", "train/eel/3.png", "test/dog/2.png")
@@ -113,10 +114,8 @@ def test_without_the_check_training_stops_at_an_unreadable_image(tmp_path, monke
     data = load_data(unchecked, 0, say=lines.append)
     assert not any("checking" in line for line in lines)
     assert not (root / ".largebatch").exists()
-    batches = train_batches(
-        data.train, unchecked, data.mean, data.std, batch_size=18, rank=0, processes=1, micro_batch=18, seed=0,
-        start_step=0, device="cpu",
-    )  # fmt: skip
+    loader = BatchLoader(unchecked, data.mean, data.std, torch.device("cpu"), rank=0, processes=1)
+    batches = loader.train(data.train, plan_batch(18, 1, None), seed=0, start_step=0)
     with pytest.raises(UserError, match=r"train/cat/0\.png"):
         next(batches)
 

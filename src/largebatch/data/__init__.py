@@ -1,19 +1,18 @@
 """Data sets, batched augmentation and the batches of a run."""
 
-from largebatch.data.batches import eval_batches, train_batches
+from largebatch.data.batches import BatchLoader
 from largebatch.data.images import FileImages, MemoryImages
 from largebatch.data.load import Data, load_data
 from largebatch.data.sampling import evaluation_share, steps_per_epoch
 from largebatch.data.split import Split
 
 __all__ = [
+    "BatchLoader",
     "Data",
     "FileImages",
     "MemoryImages",
     "Split",
-    "eval_batches",
     "evaluation_share",
     "load_data",
     "steps_per_epoch",
-    "train_batches",
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from largebatch.config.batch import BatchPlan
 from largebatch.config.datasets import DatasetConfig
-from largebatch.data import views
 from largebatch.data.augment import augmented
 from largebatch.data.draws import Draws, draw
 from largebatch.data.images import MemoryImages
@@ -17,141 +18,124 @@ from largebatch.data.sampling import evaluation_share, global_batches, steps_per
 from largebatch.data.split import Split
 from largebatch.data.stream import stream
 from largebatch.data.transfer import one_ahead, to_device
-from largebatch.data.view_draws import configured_views
+from largebatch.data.view_draws import ViewDraws, configured_views
+from largebatch.data.view_draws import draw as draw_view
+from largebatch.data.views import view
 from largebatch.seeding import derive_seed
 
 Batch = tuple[Tensor, Tensor]
 
 
-def train_batches(
-    split: Split,
-    config: DatasetConfig,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    *,
-    batch_size: int,
-    rank: int,
-    processes: int,
-    micro_batch: int,
-    seed: int,
-    start_step: int,
-    device: torch.device | str,
-    channels_last: bool = False,
-    two_views: bool = False,
-    passes: int = 1,
-) -> Generator[Batch]:
-    """Yield endless micro-batches of this rank from optimizer step ``start_step`` on, augmented and normalised.
+@dataclass(frozen=True)
+class BatchLoader:
+    """Batches of one rank on one device, augmented and normalised.
 
-    Each is (images float32 [micro_batch, C, S, S], labels int64 [micro_batch]) on ``device``; a step has
-    ``batch_size / processes / micro_batch`` of them. The global batch of a step is a slice of the epoch's order; rank r
-    takes its r-th part, and the micro-batches are pieces of that part. Random numbers are drawn for the whole global
-    batch, so an image gets the same draws with any number of processes, any accumulation, and after a resume.
-
-    Args:
-        start_step: number of the first step, from 0.
-        channels_last: the memory format of the images.
-        two_views: images are [2 * micro_batch, C, S, S], the first and then the second views of Barlow Twins, instead
-            of the crops, flips and rotations of ``config``.
-        passes: number of times that the micro-batches of a step are repeated.
-
-    Raises:
-        UserError: if ``batch_size`` is larger than ``split``; while iterating, if an image file can't be read.
+    Attributes:
+        config: augmentation, and the number of decoding processes.
+        mean, std: per channel, of pixels in 0..1.
+        channels_last: memory format of the images.
     """
-    steps_per_epoch(len(split), batch_size)  # raises now, not at the first batch
-    if batch_size % (processes * micro_batch):
-        raise ValueError(f"{batch_size=} isn't a multiple of {processes=} times {micro_batch=}")
-    where = torch.device(device)
-    statistics = to_device(torch.tensor(mean), where), to_device(torch.tensor(std), where)
-    share = batch_size // processes
-    parts = [slice(first, first + micro_batch) for first in range(0, share, micro_batch)]
 
-    def steps() -> Iterator[tuple[int, Tensor]]:
-        """Yield each step and this rank's indices."""
-        for step, indices in global_batches(len(split), batch_size, seed, start_step):
-            yield step, indices[rank * share : (rank + 1) * share]
+    config: DatasetConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    rank: int
+    processes: int
+    channels_last: bool = False
 
-    def augment(pixels: Tensor, indices: Tensor | None, draws: list[Any]) -> Tensor:
-        if not draws:
-            return augmented(pixels, indices, None, *statistics, channels_last=channels_last)
-        function = views.view if two_views else augmented
-        images = [function(pixels, indices, one, *statistics, channels_last=channels_last) for one in draws]
-        return torch.cat(images) if two_views else images[0]
+    def train(
+        self, split: Split, batch: BatchPlan, seed: int, start_step: int, views: int = 1, passes: int = 1
+    ) -> Generator[Batch]:
+        """Yield endless micro-batches from optimizer step ``start_step`` (from 0) on.
 
-    def batches() -> Generator[Batch]:
+        Each is (images float32 [views * micro_batch, C, S, S], labels int64 [micro_batch]). The global batch of a step
+        is a slice of the epoch's order; rank r takes its r-th part, and the micro-batches are pieces of that part.
+        Random numbers are drawn for the whole global batch, so an image gets the same draws with any number of
+        processes, any accumulation, and after a resume.
+
+        Args:
+            split: training images.
+            batch: division of the global batch.
+            seed: of order and augmentation.
+            views: 1: the configured crops, flips and rotations; 2: the first and then the second views of Barlow Twins.
+            passes: number of times that the micro-batches of a step are repeated.
+
+        Raises:
+            UserError: if the batch is larger than ``split``; while iterating, if an image file can't be read.
+        """
+        steps_per_epoch(len(split), batch.global_batch)  # raises now, not at the first batch
+        return self._train(split, batch, seed, start_step, views, passes)
+
+    def _train(
+        self, split: Split, batch: BatchPlan, seed: int, start_step: int, views: int, passes: int
+    ) -> Generator[Batch]:
+        share = slice(self.rank * batch.per_process, (self.rank + 1) * batch.per_process)
+        firsts = range(0, batch.per_process, batch.micro_batch)
+        parts = [slice(first, first + batch.micro_batch) for first in firsts] * passes
         # Decoding runs ahead of the loop below, so it has its own iterator over the same steps.
-        wanted = (indices[part] for _, indices in steps() for part in parts * passes)
-        pixels = _pixels(split, wanted, micro_batch, config.workers, where)
-        for step, indices in steps():
+        ahead = global_batches(len(split), batch.global_batch, seed, start_step)
+        wanted = (indices[share][part] for _, indices in ahead for part in parts)
+        pixels = self._pixels(split, wanted, batch.micro_batch)
+        for step, indices in global_batches(len(split), batch.global_batch, seed, start_step):
             generator = torch.Generator().manual_seed(derive_seed(seed, "augment", step))
-            drawn = _draw(generator, split, batch_size, config, two_views)
-            draws = [one[rank * share : (rank + 1) * share].to(where) for one in drawn]
-            labels = _labels(split, indices, where)
-            for part in parts * passes:
-                yield augment(*next(pixels), [one[part] for one in draws]), labels[part]
+            drawn = self._draw(generator, split, batch.global_batch, views)
+            draws = [of_view[share].to(self.device) for of_view in drawn]
+            labels = self._labels(split, indices[share])
+            for part in parts:
+                images, chosen = next(pixels)
+                seen = [self._augmented(images, chosen, of_view[part]) for of_view in draws]
+                if not seen:
+                    seen = [self._augmented(images, chosen, None)]
+                yield torch.cat(seen) if views > 1 else seen[0], labels[part]
 
-    return batches()
+    def evaluate(self, split: Split, size: int, chosen: Tensor | None = None) -> Iterator[Batch]:
+        """Yield this rank's share of the split, once: (images float32 [<= size, C, S, S], labels int64 [<= size]).
 
+        The shares are disjoint and complete. If sizes don't divide, ranks get different numbers of images, maybe none.
 
-def eval_batches(
-    split: Split,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    *,
-    rank: int,
-    processes: int,
-    batch: int,
-    device: torch.device | str,
-    workers: int,
-    channels_last: bool = False,
-    chosen: Tensor | None = None,
-) -> Iterator[Batch]:
-    """Yield this rank's share of the split, once, as (images float32 [<= batch, C, S, S], labels int64 [<= batch]).
+        Args:
+            chosen: indices on the CPU of the images to evaluate; None: all.
+        """
+        share = evaluation_share(len(split) if chosen is None else len(chosen), self.rank, self.processes)
+        if chosen is not None:
+            share = chosen[share]
+        parts = torch.split(share, size) if len(share) else ()
+        found = self._pixels(split, iter(parts), size)
+        for part, (pixels, indices) in zip(parts, found, strict=True):
+            yield self._augmented(pixels, indices, None), self._labels(split, part)
 
-    The shares are disjoint and complete. If sizes don't divide, ranks get different numbers of images, maybe none.
+    @functools.cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        return to_device(torch.tensor(self.mean), self.device), to_device(torch.tensor(self.std), self.device)
 
-    Args:
-        chosen: indices on the CPU of the images to evaluate; None: all.
-    """
-    where = torch.device(device)
-    statistics = to_device(torch.tensor(mean), where), to_device(torch.tensor(std), where)
-    share = evaluation_share(len(split) if chosen is None else len(chosen), rank, processes)
-    if chosen is not None:
-        share = chosen[share]
-    parts = torch.split(share, batch) if len(share) else ()
-    found = _pixels(split, iter(parts), batch, workers, where)
-    for part, (pixels, indices) in zip(parts, found, strict=True):
-        images = augmented(pixels, indices, None, *statistics, channels_last=channels_last)
-        yield images, _labels(split, part, where)
+    def _augmented(self, pixels: Tensor, indices: Tensor | None, draws: Draws | ViewDraws | None) -> Tensor:
+        if isinstance(draws, ViewDraws):
+            return view(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
+        return augmented(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
 
+    def _pixels(self, split: Split, wanted: Iterator[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield uint8 images on the device for each of ``wanted`` (int64 [n]): all and the indices, or the chosen.
 
-def _pixels(
-    split: Split, wanted: Iterator[Tensor], batch: int, workers: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield uint8 images on ``device`` for each of ``wanted`` (int64 [n]): all images and the indices, or the chosen.
+        The augmentation itself picks images that are on the device. Others are copied there one batch ahead.
+        """
+        images = split.images
+        if isinstance(images, MemoryImages) and images.pixels.device == self.device:
+            return ((images.pixels, to_device(indices, self.device)) for indices in wanted)
+        fetched = stream(images, wanted, batch=size, workers=self.config.workers)
+        return ((pixels, None) for pixels in one_ahead(fetched, self.device))
 
-    The augmentation itself picks images that are on the device. Others are copied there one batch ahead.
-    """
-    images = split.images
-    if isinstance(images, MemoryImages) and images.pixels.device == device:
-        return ((images.pixels, to_device(indices, device)) for indices in wanted)
-    fetched = stream(images, wanted, batch=batch, workers=workers)
-    return ((pixels, None) for pixels in one_ahead(fetched, device))
+    def _labels(self, split: Split, indices: Tensor) -> Tensor:
+        if split.labels.device == self.device:
+            return split.labels[to_device(indices, self.device)]
+        return to_device(split.labels[indices], self.device)
 
-
-def _labels(split: Split, indices: Tensor, device: torch.device) -> Tensor:
-    if split.labels.device == device:
-        return split.labels[to_device(indices, device)]
-    return to_device(split.labels[indices], device)
-
-
-def _draw(
-    generator: torch.Generator, split: Split, n: int, config: DatasetConfig, two_views: bool
-) -> list[Draws] | list[views.ViewDraws]:
-    """Return the draws for a global batch, one a view; an empty list without augmentation."""
-    side = split.images.image_size
-    if two_views:
-        return [views.draw(generator, n, side, view) for view in configured_views(config)]
-    padding, flip, rotation = config.crop_padding, config.flip, config.rotation
-    if padding == 0 and not flip and rotation == 0:
-        return []
-    return [draw(generator, n, padding=padding, flip=flip, rotation=rotation, side=side)]
+    def _draw(self, generator: torch.Generator, split: Split, n: int, views: int) -> list[Draws] | list[ViewDraws]:
+        """Return the draws for a global batch, one a view; an empty list without augmentation."""
+        config, side = self.config, split.images.image_size
+        if views > 1:
+            return [draw_view(generator, n, side, view) for view in configured_views(config)]
+        padding, flip, rotation = config.crop_padding, config.flip, config.rotation
+        if padding == 0 and not flip and rotation == 0:
+            return []
+        return [draw(generator, n, padding=padding, flip=flip, rotation=rotation, side=side)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from largebatch.data import Split, eval_batches, evaluation_share
+from largebatch.data import Split, evaluation_share
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.modes.bt import BarlowTwins
@@ -49,10 +49,7 @@ def without_gradient(
     """
     size = min(max(run.batch.micro_batch, _AT_ONCE[0]), _AT_ONCE[1])
     while True:
-        batches = eval_batches(
-            split, run.data.mean, run.data.std, rank=run.rank, processes=run.processes, batch=size, device=run.device,
-            workers=run.config.dataset.workers, channels_last=run.arithmetic.channels_last, chosen=chosen,
-        )  # fmt: skip
+        batches = run.loader.evaluate(split, size, chosen)
         try:
             with run.autocast:
                 return compute(batches)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from largebatch.data import train_batches
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.optim import CLARS, TVLARS
@@ -60,12 +59,10 @@ class MainPhase:
     def batches(self) -> Generator[tuple[Tensor, Tensor]]:
         """Yield this process's micro-batches after optimizer step ``training.step``."""
         run = self.run
-        return train_batches(
-            run.data.train, run.config.dataset, run.data.mean, run.data.std, batch_size=run.config.batch_size,
-            rank=run.rank, processes=run.processes, micro_batch=run.batch.micro_batch, seed=run.config.seed,
-            start_step=self.training.step, device=run.device, channels_last=run.arithmetic.channels_last,
-            two_views=run.config.mode.views == 2, passes=2 if run.exact and run.batch.accumulation > 1 else 1,
-        )  # fmt: skip
+        passes = 2 if run.exact and run.batch.accumulation > 1 else 1
+        return run.loader.train(
+            run.data.train, run.batch, run.config.seed, self.training.step, run.config.mode.views, passes
+        )
 
     def gradient(self, batches: Batches) -> Tensor | None:
         """Compute the gradient of the mean loss over a global batch; add the mode's counts to the totals.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.config.batch import BatchPlan, plan_small_batch
-from largebatch.data import train_batches
 from largebatch.data.sampling import global_batches
 from largebatch.machine import distributed
 from largebatch.modes import bt, clf
@@ -93,14 +92,10 @@ class ProbePhase(MainPhase):
         seed = derive_seed(run.config.seed, "probe")
         if self.frozen and not self.options.eval_augmentation:
             return self._feature_batches(seed)
-        dataset = run.config.dataset
+        loader = run.loader
         if not self.options.eval_augmentation:
-            dataset = replace(dataset, crop_padding=0, flip=False, rotation=0.0)
-        return train_batches(
-            run.data.train, dataset, run.data.mean, run.data.std, batch_size=batch.global_batch, rank=run.rank,
-            processes=run.processes, micro_batch=batch.micro_batch, seed=seed, start_step=self._step,
-            device=run.device, channels_last=run.arithmetic.channels_last,
-        )  # fmt: skip
+            loader = replace(loader, config=replace(loader.config, crop_padding=0, flip=False, rotation=0.0))
+        return loader.train(run.data.train, batch, seed, self._step)
 
     def _feature_batches(self, seed: int) -> Generator[tuple[Tensor, Tensor]]:
         run, batch = self.run, self.batch

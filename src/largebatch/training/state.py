@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from largebatch.config.batch import BatchPlan, plan_batch
 from largebatch.config.schema import Config
-from largebatch.data import Data
+from largebatch.data import BatchLoader, Data
 from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
@@ -56,6 +56,11 @@ class Run:
     def averages_afterwards(self) -> bool:
         """True if processes average their gradients after the backward pass, and not during it as DDP does."""
         return self.within_memory or self.exact
+
+    @property
+    def loader(self) -> BatchLoader:
+        data, last = self.data, self.arithmetic.channels_last
+        return BatchLoader(self.config.dataset, data.mean, data.std, self.device, self.rank, self.processes, last)
 
     def with_micro_batch(self, size: int) -> Run:
         return replace(self, batch=plan_batch(self.batch.global_batch, self.processes, size))
