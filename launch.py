@@ -66,7 +66,7 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
             compose()
         if _job and len(overrides) < len(arguments):
             raise UserError(
-                f"{' '.join(flags)}: not beside -m; a folder of presets is added by 'hydra.searchpath=[FOLDER]'"
+                f"{' '.join(flags)}: not allowed with -m. Fix: add presets with 'hydra.searchpath=[FOLDER]'"
             )
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if wants_traceback:
@@ -76,14 +76,14 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
 
 
 def show_configuration(arguments: list[str]) -> bool:
-    """Print the configuration of a run if ``--cfg job`` asks for it: exactly the keys of its choices.
+    """Print a run's configuration, with exactly the keys of its choices, and return True if ``--cfg job`` asks for it.
 
-    Hydra's own ``--cfg`` would print the presets, without the options that keep their defaults.
+    Hydra's own ``--cfg`` prints only the presets, without options that keep their defaults.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--cfg", "-c")
     parser.add_argument("--package", "-p", default="")
-    parser.add_argument("--resolve", action="store_true")  # it always is
+    parser.add_argument("--resolve", action="store_true")  # accepted; values are always resolved
     given, others = parser.parse_known_args(arguments)
     if given.cfg != "job" or set(_MULTIRUN) & set(others):
         return False
