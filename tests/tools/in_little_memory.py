@@ -182,7 +182,7 @@ def test_smaller_micro_batches_divide_the_share_and_hold_whole_groups(tmp_path: 
     run = a_run(tmp_path, "batch_size=360", "micro_batch=90").run
     assert smaller_micro_batch(run.batch, 1) == 45
     assert smaller_micro_batch(run.batch, 4) == 40
-    with pytest.raises(UserError, match="no smaller ones"):
+    with pytest.raises(UserError, match="the smallest size"):
         smaller_micro_batch(run.batch, 90)
 
 
@@ -209,5 +209,5 @@ def test_a_process_that_runs_out_of_memory_takes_the_others_along(tmp_path: Path
     )
     assert result.returncode == 0, result.stderr
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "out of memory at step 2: micro-batches of 128 from here on" in log
+    assert "out of memory at step 2: continuing with micro-batches of 128" in log
     assert "finished after step 4 of 4" in log

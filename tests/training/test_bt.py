@@ -131,7 +131,7 @@ def test_a_run_writes_status_summary_and_tables(whole: Path) -> None:
     projector = {"projector.first.weight", "projector.stages.0.linear.weight"}
     assert {row["layer"] for row in layers} == {f"backbone.conv{n}.weight" for n in (1, 2, 3, 4)} | projector
     assert all(row["weight_norm"] > 0 and row["gradient_norm"] > 0 for row in layers)
-    assert "its loss over the global batch, mode.exact=true; " in (whole / "log.txt").read_text()
+    assert "the loss over the global batch (mode.exact=true, " in (whole / "log.txt").read_text()
 
 
 def test_a_run_is_profiled_and_copied_to_wandb(whole: Path) -> None:
@@ -213,7 +213,7 @@ def test_without_exact_another_network_is_trained_and_the_log_names_it(tmp_path:
     run = train_in(tmp_path / "inexact", *GENTLE, "mode.exact=false", "cluster.processes=2")
     ours, theirs = parameters(run), parameters(undivided)
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in of_backbone(ours)) > 1e-3
-    assert "its loss of each micro-batch of 8 images by itself, mode.exact=false" in (run / "log.txt").read_text()
+    assert "the loss over each micro-batch of 8 images (mode.exact=false" in (run / "log.txt").read_text()
     assert status_of(run)["state"] == "finished"
 
 

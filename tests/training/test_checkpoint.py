@@ -300,7 +300,7 @@ def test_an_error_in_training_is_raised_with_a_note_on_the_missing_checkpoint(
     with pytest.raises(ZeroDivisionError) as caught:
         train_and_fail(tmp_path, STATE)
     (note,) = caught.value.__notes__
-    assert note.startswith("Besides, the last checkpoint is missing: OSError: ")
+    assert note.startswith("The last checkpoint is missing too: OSError: ")
     assert "step-00000001.pt" in note
 
 

@@ -1,1 +1,1 @@
-"""What happens in a worker process."""
+"""Training of one run in a worker process."""

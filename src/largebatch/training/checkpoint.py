@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written atomically in the background, the newest two kept, a damaged one passed over."""
+"""Checkpoints of a run: written atomically in the background; the newest two are kept."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ KEPT = 2
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, from a copy of the state that later steps can't change.
+    """Writer of checkpoints in a thread, from a copy of the state that later steps can't change.
 
-    Training waits for the copy alone: on a GPU for queueing it, because the thread waits for the device. Only when a
-    write is still going on at the next save is that waited for too. The copy's memory is used again by the next save,
-    so a writer holds as much host memory as a checkpoint has bytes, pinned where tensors are on a GPU.
+    Training waits only for the copy, and on a GPU only for queueing it: the thread waits for the device. If a write is
+    still running at the next save, training waits for it too. Saves reuse the copy's memory. A writer therefore holds
+    as much host memory as a checkpoint has bytes, pinned for tensors on a GPU.
 
-    What the thread raises, such as the ``OSError`` of a full disk, is raised by the next ``save`` or ``wait``, or on
-    leaving the context; where that is left by an exception, this one goes on and gets a note about the other.
-    Use it as a context, else an error of the last write is lost. The interpreter ends after a write, not in it.
+    The next ``save`` or ``wait``, or the end of the context, raises the thread's errors, such as the ``OSError`` of a
+    full disk. If an exception ends the context, that exception gets a note about the thread's error. Use the writer as
+    a context manager, else an error of the last write is lost. The interpreter exits only after a write.
 
     Args:
-        folder: the checkpoints, of one run and one writer at a time; what a killed writer left half written is removed.
-        device: where the model is. Tensors elsewhere can be in the state too.
+        folder: folder for the checkpoints of one run, with one writer at a time. Partial files of a killed writer are
+            removed.
+        device: device of the model. The state can have tensors on other devices too.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder = folder
         self._device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        self._buffers: list[Tensor] = []  # of bytes, one for each storage of the last state, in its order
+        self._buffers: list[Tensor] = []  # uint8 [bytes], one for each storage of the last state
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=_give_way)
         self._writing: Future[None] | None = None
         for leftover in folder.glob("step-*.tmp"):
@@ -57,23 +58,23 @@ class CheckpointWriter:
         except Exception as failure:
             if error is None:
                 raise
-            error.add_note(f"Besides, the last checkpoint is missing: {type(failure).__name__}: {failure}")
+            error.add_note(f"The last checkpoint is missing too: {type(failure).__name__}: {failure}")
         finally:
             self._thread.shutdown()
 
     def save(
         self, step: int, state: dict[str, Any], first: Callable[[], None] | None = None, best: Path | None = None
     ) -> None:
-        """Write ``state`` as it is now as the checkpoint after optimizer step ``step``.
+        """Write the present ``state`` as the checkpoint after optimizer step ``step``.
 
-        The copy keeps shapes, strides, and which tensors share memory: shared memory is copied and written once, and
-        as a whole, even where the state holds only a part of it. Tensors come back detached.
+        The copy keeps shapes, strides and shared memory. A shared storage is copied and written once, and completely
+        even if the state has only a part of it. Loaded tensors are detached.
 
         Args:
             step: optimizer steps done.
             state: tensors and plain values, in any nesting of dicts, lists and tuples.
-            first: what the thread is to write before: files that the checkpoint says are there.
-            best: a name under which this checkpoint stays, when later ones take its place.
+            first: called in the thread before the write, to write files that the checkpoint relies on.
+            best: path of a second name for this checkpoint, kept after newer checkpoints replace it.
         """
         self.wait()
         copied = self._copy({"step": step, **state})
@@ -84,25 +85,25 @@ class CheckpointWriter:
         self._writing = self._thread.submit(_write, self._folder, step, copied, done, first, best)
 
     def wait(self) -> None:
-        """Until everything saved is on disk."""
+        """Wait until all saved checkpoints are on disk."""
         if self._writing is not None:
-            wait_for([self._writing])  # interrupted here, the writer still knows that it is writing
+            wait_for([self._writing])  # before the reset: after an interrupt here, the writer can wait again
             writing, self._writing = self._writing, None
             writing.result()
 
     def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
-        """``state`` in host memory. The copies of tensors on the writer's GPU are only queued."""
+        """Return a copy of ``state`` in host memory. Copies of tensors on the writer's GPU are only queued."""
         old, self._buffers = self._buffers, []
         places: dict[int, Tensor] = {}  # the buffer of each storage
-        copies: dict[int, Any] = {}  # by the original's id, as deepcopy has it
+        copies: dict[int, Any] = {}  # by the original's id, as in deepcopy's memo
         for tensor in _tensors(state):
             storage = tensor.untyped_storage()
-            if storage._cdata not in places:  # what torch.save too tells storages apart by
+            if storage._cdata not in places:  # torch.save distinguishes storages in the same way
                 number = len(self._buffers)
                 buffer = _buffer(storage, old[number] if number < len(old) else None)
                 content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
                 if storage.device.type == "cpu":
-                    buffer.numpy()[:] = content.numpy()  # in one thread: torch's wait for each other on busy cores
+                    buffer.numpy()[:] = content.numpy()  # one thread: torch's threads wait for each other on busy cores
                 else:
                     buffer.copy_(content, non_blocking=storage.device == self._device)
                 places[storage._cdata] = buffer
@@ -111,27 +112,27 @@ class CheckpointWriter:
             copies[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(
                 host, tensor.storage_offset(), tensor.size(), tensor.stride()
             )
-        return copy.deepcopy(state, copies)  # what isn't in copies yet
+        return copy.deepcopy(state, copies)  # copies all that isn't in copies yet
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain values only) as the checkpoint after optimizer step ``step``, and wait for it.
+    """Write ``state`` (tensors and plain values only) as the checkpoint after optimizer step ``step``.
 
     Raises:
-        OSError: where it can't be written; what was there before is intact.
+        OSError: if the file can't be written. Earlier checkpoints stay intact.
     """
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     temporary = path.with_suffix(".tmp")
     try:
-        # Given a path rather than a Python file, torch writes without the interpreter's lock, which training needs.
+        # With a path instead of a Python file, torch writes without the interpreter's lock, which training needs.
         torch.save({"step": step, **state}, temporary)
         with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())  # so that the rename can't reach the disk before the content
+            os.fsync(handle.fileno())  # the content must reach the disk before the rename
         os.replace(temporary, path)
-    except RuntimeError as error:  # of torch's own file, which doesn't say why
+    except RuntimeError as error:  # from torch's file writer, without the cause
         free = shutil.disk_usage(folder).free
-        raise OSError(f"{path} can't be written ({error}); {free / 1e6:.0f} MB are free on its disk") from error
+        raise OSError(f"{path} can't be written ({error}); {free / 1e6:.0f} MB are free on the disk") from error
     finally:
         temporary.unlink(missing_ok=True)
     for old in _newest_first(folder)[KEPT:]:
@@ -139,12 +140,12 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load_newest(folder: Path, device: torch.device, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None. A damaged one is named through ``say`` and passed over."""
+    """Return the newest readable checkpoint, or None. Name damaged checkpoints through ``say`` and skip them."""
     for path in _newest_first(folder):
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            say(f"{path} can't be read ({error}); trying the one before")
+            say(f"{path} can't be read ({error}); trying the previous checkpoint")
             continue
         assert isinstance(state, dict)
         return state
@@ -156,8 +157,8 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _give_way() -> None:
-    """Let training have the processor first: a step during a write then takes a tenth longer and not half."""
-    if sys.platform == "linux":  # where a thread has a priority of its own
+    """Lower the thread's priority: a training step during a write then takes a tenth longer instead of half."""
+    if sys.platform == "linux":  # only on Linux does a thread have its own priority
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
@@ -179,7 +180,7 @@ def _write(
 
 
 def _keep(checkpoint: Path, name: Path) -> None:
-    """Give a file a second name, in place of what had it; where the file system has no second names, copy it."""
+    """Link ``checkpoint`` as ``name``, replacing that file. Copy it if the file system has no hard links."""
     temporary = name.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -190,7 +191,7 @@ def _keep(checkpoint: Path, name: Path) -> None:
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:
-    """Those that are a view of a storage and nothing more. Others (sparse, a subclass) are left to deepcopy."""
+    """Yield the tensors that are plain views of a storage; deepcopy copies others (sparse, subclasses)."""
     if type(state) in (Tensor, nn.Parameter):
         if state.layout is torch.strided and not (state.is_quantized or state.is_conj() or state.is_neg()):
             yield state
@@ -203,7 +204,7 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def _buffer(storage: torch.UntypedStorage, old: Tensor | None) -> Tensor:
-    """Host memory for ``storage``: [bytes], the last save's where it fits: fresh memory costs more than a copy."""
+    """Return host memory for ``storage``, uint8 [bytes]: ``old`` if it fits, as new memory costs more than a copy."""
     pinned = storage.device.type == "cuda"
     if old is not None and old.numel() == storage.nbytes() and old.is_pinned() == pinned:
         return old

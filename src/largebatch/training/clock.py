@@ -1,4 +1,4 @@
-"""Time spent training, apart from evaluation."""
+"""Time of a run, and speed of its steps without evaluations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 class StepClock:
-    """Wall time of a run over its interruptions, and the speed of the steps since the last look.
+    """Wall time of a run over its interruptions, and the speed of its latest steps.
 
     Args:
-        seconds_before: wall seconds that earlier parts of the run took.
-        device: waited for before a pause, because a GPU's work is only queued.
+        seconds_before: wall seconds of the run's earlier processes.
+        device: the device to wait for before a pause, because a GPU's work is only queued.
     """
 
     def __init__(self, seconds_before: float, device: torch.device) -> None:
@@ -23,7 +23,7 @@ class StepClock:
         self.restart()
 
     def restart(self) -> None:
-        """Measure speed from here on: what went before (the first step's set-up) isn't typical."""
+        """Measure speed from now on, without atypical time such as the first step's set-up."""
         self._mark, self._paused, self._steps = time.perf_counter(), 0.0, 0
 
     def step(self) -> None:
@@ -33,7 +33,7 @@ class StepClock:
         return time.perf_counter() - self._started
 
     def speed(self, batch_size: int) -> dict[str, float]:
-        """Images a second and milliseconds a step since the last call; empty when no step was timed."""
+        """Return images per second and milliseconds per step since the last call; empty without a step."""
         if self._steps == 0:
             return {}
         seconds = (time.perf_counter() - self._mark - self._paused) / self._steps

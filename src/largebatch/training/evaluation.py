@@ -1,4 +1,4 @@
-"""A classifier's metrics on the validation and test sets."""
+"""Metrics of a classifier on the validation and test sets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def classification_metrics(run: Run, model: nn.Module) -> dict[str, float]:
 
 
 def held_out(run: Run) -> Iterator[tuple[str, Split]]:
-    """Yield name and images of the validation set, if there is one, and of the test set."""
+    """Yield name and images of the validation set, if any, and of the test set."""
     if run.data.val is not None:
         yield "val", run.data.val
     yield "test", run.data.test

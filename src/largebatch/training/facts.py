@@ -1,4 +1,4 @@
-"""What a run resolved to: rate, batch, length, device, versions. Printed, stored in the summary and sent to W&B."""
+"""Facts of a run: resolved learning rate, batch, length, device, versions. For the log, the summary and W&B."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLACES = {"device": "on the device", "host": "in host memory", "files": "decode
 
 
 def gather_facts(run: Run, model: nn.Module, total_steps: int) -> Facts:
-    """Return what the configuration of a run resolved to, apart from its mode's own facts."""
+    """Return the resolved values of a run's configuration, without those specific to its mode."""
     config, data, batch, device = run.config, run.data, run.batch, run.device
     return {
         "lr": resolved_lr(config),
@@ -48,8 +48,9 @@ def gather_facts(run: Run, model: nn.Module, total_steps: int) -> Facts:
 
 
 def facts_in_words(config: Config, facts: Facts) -> list[str]:
+    """Return lines for the log: data and model, batch and length, optimizer and device."""
     held_out = f", {facts['val_images']:,} for validation" if facts["val_images"] else ""
-    skipped = f", {facts['skipped_images']:,} unreadable and left out" if facts["skipped_images"] else ""
+    skipped = f", {facts['skipped_images']:,} unreadable and skipped" if facts["skipped_images"] else ""
     noise = config.lr_scaling.noise_scale
     rule = config.lr_scaling.rule + (f", lr_scaling.noise_scale={noise:g}" if noise is not None else "")
     scaled = f" (optimizer.lr={config.optimizer.lr:g}, lr_scaling.rule={rule})"
@@ -59,7 +60,7 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
         f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test"
         f"{skipped}, {_PLACES[facts['data_location']]}; {config.model.name}: {facts['parameters']:,} parameters",
         f"batch {facts['global_batch']:,} = {facts['processes']} process(es) x {facts['accumulation']} micro-batch(es) "
-        f"of {facts['micro_batch']:,}; {facts['steps_per_epoch']:,} steps an epoch, {facts['steps']:,} in all",
+        f"of {facts['micro_batch']:,}; {facts['steps_per_epoch']:,} steps per epoch, {facts['steps']:,} in total",
         f"{config.optimizer.name}: lr {facts['lr']:g}{scaled}; schedule {config.schedule.name}; "
         f"{facts['precision']}{', channels last,' if facts['channels_last'] else ''} on {facts['device']}",
     ]
@@ -71,5 +72,5 @@ def _versions() -> dict[str, str]:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            continue  # an optional package that isn't there has no version
+            continue  # an optional package that isn't installed
     return found

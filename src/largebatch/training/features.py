@@ -1,4 +1,4 @@
-"""Features of a whole split from a frozen backbone, computed by all processes together."""
+"""Features of a split from a frozen backbone, computed by all processes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from largebatch.modes.bt import BarlowTwins
 from largebatch.training.micro_batch import release_memory
 from largebatch.training.state import Run
 
-_AT_ONCE = (256, 1024)  # images: a micro-batch that fits with gradients fits without, within these bounds
+_AT_ONCE = (256, 1024)  # bounds of the evaluation batch: a micro-batch that fits with gradients also fits without
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def split_features(run: Run, model: BarlowTwins, split: Split, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Features float32 [n, F] and labels int64 [n] of ``split`` without augmentation, in every process.
+    """Return features float32 [n, F] and labels int64 [n] of ``split`` without augmentation, in every process.
 
     Args:
         model: in evaluation mode.
-        most: of more images, so many are taken, evenly spaced.
+        most: number of evenly spaced images to take if ``split`` has more.
     """
     chosen = torch.arange(len(split))
     if most is not None and most < len(split):
@@ -44,8 +44,9 @@ def split_features(run: Run, model: BarlowTwins, split: Split, most: int | None 
 def without_gradient(
     run: Run, split: Split, compute: Callable[[Batches], Tensor], chosen: Tensor | None = None
 ) -> Tensor:
-    """``compute`` of this process's part of ``split``; with ``micro_batch=auto`` in smaller batches where memory is
-    short.
+    """Return ``compute`` of this process's part of ``split``.
+
+    With ``micro_batch=auto``, out of memory means another try with batches of half the size.
     """
     size = min(max(run.batch.micro_batch, _AT_ONCE[0]), _AT_ONCE[1])
     while True:

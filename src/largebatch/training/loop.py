@@ -1,4 +1,4 @@
-"""The training loop: step, log, evaluate, save, until there is a reason to end."""
+"""The training loop: step, log, evaluate, save."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from largebatch.training.stop import StepBoundary
 
 @dataclass(frozen=True)
 class Session:
-    """What serves a run while its process lives. Only rank 0 has a recorder and a writer."""
+    """Objects of a run in one process. Only rank 0 has a recorder and a writer."""
 
     recorder: Recorder | None
     writer: CheckpointWriter | None
@@ -32,10 +32,13 @@ class Session:
 
 
 def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
-    """Take the steps of a phase that are left. Returns the run's state and a message."""
+    """Take the remaining steps of a phase. Return the run's state and a message.
+
+    The state is ``finished``, ``diverged`` (a loss or metric that isn't finite) or ``preempted`` (asked to stop).
+    """
     training, profile, clock = phase.training, phase.profile, session.clock
     batches = phase.batches()
-    first_bad_step = torch.full((), math.inf, device=phase.run.device)  # whose loss was NaN or infinite
+    first_bad_step = torch.full((), math.inf, device=phase.run.device)  # first step with a NaN or infinite loss
     diverged, first_step = False, training.step + 1
 
     if training.step == phase.start and phase.evaluates_after(training.step):
@@ -47,7 +50,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         finite = phase.gradient(batches)
         if finite is None:
             session.console.say(
-                f"out of memory at step {step}: micro-batches of {phase.run.batch.micro_batch} from here on"
+                f"out of memory at step {step}: continuing with micro-batches of {phase.run.batch.micro_batch}"
             )
             training.step = step - 1
             batches = phase.batches()
@@ -70,7 +73,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         if not diverged and phase.evaluates_after(step):
             with clock.paused(), profile.phase("evaluation"):
                 metrics = phase.evaluate()
-            if not all(map(math.isfinite, metrics.values())):  # the weights show it before the next training loss does
+            if not all(map(math.isfinite, metrics.values())):  # before the next training loss shows it
                 diverged = True
                 first_bad_step.clamp_(max=step)
             is_best = _is_best(phase, metrics)
@@ -95,7 +98,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
 def _is_best(phase: MainPhase, metrics: dict[str, float]) -> bool:
     """Return True in every process if the model with these metrics is the best so far (``tracker.checkpoints``).
 
-    Validation accuracy decides. The test set chooses nothing, so without validation images no model is the best.
+    Validation accuracy decides. Without validation images no model is the best, because the test set must not decide.
     """
     accuracy = metrics.get("val/accuracy")
     if not phase.run.config.tracker.checkpoints or accuracy is None:
@@ -107,7 +110,7 @@ def _is_best(phase: MainPhase, metrics: dict[str, float]) -> bool:
 
 
 def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
-    """Save a checkpoint. Every process calls it; rank 0 writes, and has the totals of all processes afterwards."""
+    """Save a checkpoint. Every process calls this; rank 0 writes, and then holds the totals of all processes."""
     run, training = phase.run, phase.training
     totals = [training.totals, training.probe.totals] if training.probe else [training.totals]
     for tensor in totals:

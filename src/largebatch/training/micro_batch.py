@@ -1,4 +1,4 @@
-"""``micro_batch=auto``: the largest micro-batch that fits into memory, and a smaller one if it doesn't after all."""
+"""``micro_batch=auto``: find the largest micro-batch that fits into memory, and a smaller one when memory runs out."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from largebatch.machine.memory import free_memory, is_out_of_memory
 from largebatch.machine.precision import Arithmetic
 from largebatch.machine.trial import Image, trial_images, trial_pass
 
-_PART_TO_USE = 0.8  # of the host's free memory; leave room for other processes and uncounted memory
-_GRADIENTS = 2.0  # peak of a backward pass over what its forward pass saved: that, and the gradients on their way
+_PART_TO_USE = 0.8  # of the host's free memory; the rest is for other processes and uncounted memory
+_GRADIENTS = 2.0  # peak of a backward pass per saved byte of the forward pass: the byte and its gradient
 
 
 def smaller_micro_batch(batch: BatchPlan, together: int) -> int:
-    """Return half the size, or the next smaller that divides a process's share.
+    """Return half the micro-batch, or the next smaller size that divides a process's share.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no smaller size.
     """
     smaller = _sizes(batch, together, batch.micro_batch // 2)
     if not smaller:
         raise UserError(
-            f"out of memory with micro-batches of {batch.micro_batch} image(s), and there are no smaller ones; "
-            "use a smaller model, or a device with more memory"
+            f"micro_batch=auto: out of memory with micro-batches of {batch.micro_batch} image(s), the smallest size. "
+            "Fix: use a smaller model, or a device with more memory"
         )
     return smaller[0]
 
 
 def _sizes(batch: BatchPlan, together: int, most: int) -> list[int]:
-    """Return possible micro-batches of at most ``most`` images, largest first."""
+    """Return the possible micro-batches of at most ``most`` images, largest first."""
     return [n for n in range(most, 0, -1) if batch.per_process % n == 0 and n % together == 0]
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what a failed pass left, so that a smaller one finds room in one piece."""
+    """Free the memory of a failed pass, so that a smaller pass finds contiguous memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -53,10 +53,10 @@ class MicroBatchSearch:
 
     Attributes:
         batch: the division of the global batch over processes.
-        together: samples that one micro-batch must hold together.
+        together: number of samples that must be in one micro-batch; divides the micro-batch.
         image: shape of an image.
-        views: views of an image that pass at once.
-        kept_bytes: bytes that the mode keeps of all images of a process.
+        views: views of an image per pass.
+        kept_bytes: bytes that the mode keeps for all images of a process.
     """
 
     model: nn.Module
@@ -69,22 +69,22 @@ class MicroBatchSearch:
     kept_bytes: int
 
     def largest(self) -> int:
-        """Return the largest divisor of this process's share that fits, and that ``together`` divides.
+        """Return the largest divisor of this process's share that fits into memory and that ``together`` divides.
 
-        On a GPU a forward and backward pass of each size is tried, largest first, beside as much memory as gradients
-        and optimizer will take. The host's allocator doesn't tell when memory is short, so there it is computed: the
-        bytes that a pass keeps for its backward, by image, against the free memory.
+        On a GPU, try a forward and backward pass of each size, largest first, next to an allocation as large as
+        gradients and optimizer states. On the host, where allocations don't fail in time, compute the size: bytes per
+        image that a forward pass saves for its backward pass, against the free memory.
 
         Raises:
-            UserError: if not even the smallest fits.
+            UserError: if the smallest size doesn't fit.
         """
         sizes = _sizes(self.batch, self.together, self.batch.per_process)
         fits = self._fits if self.device.type == "cuda" else self._host_fits()
         largest = next(filter(fits, sizes), None)
         if largest is None:
             raise UserError(
-                f"micro_batch=auto: not even {sizes[-1]} image(s) at once fit into the memory of {self.device}; "
-                "use a smaller model, or a device with more memory"
+                f"micro_batch=auto: {sizes[-1]} image(s), the smallest size, don't fit into the memory of "
+                f"{self.device}. Fix: use a smaller model, or a device with more memory"
             )
         return largest
 
@@ -113,13 +113,13 @@ class MicroBatchSearch:
         return trial_images(self.image, n * self.views, self.arithmetic.memory_format, self.device)
 
     def _saved_bytes(self) -> float:
-        """Return the bytes that a forward pass saves for its backward, by image; parameters aside."""
+        """Return the bytes per image that a forward pass saves for its backward pass, without parameters."""
         few, more = (self._saved_by(n) for n in (2, 4))
         return max((more - few) / 2, 1.0)
 
     def _saved_by(self, n: int) -> int:
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
-        kept: list[Tensor] = []  # alive until counted, so that no storage is counted under another's address
+        kept: list[Tensor] = []  # alive until counted, so that no address is reused
 
         def keep(tensor: Tensor) -> Tensor:
             kept.append(tensor)
@@ -132,5 +132,5 @@ class MicroBatchSearch:
         return sum(size for pointer, size in storages.items() if pointer not in own)
 
     def _other_bytes(self) -> int:
-        """Return the bytes of gradients, an optimizer with two states a parameter, and what the mode keeps."""
+        """Return the bytes of gradients, of two optimizer states per parameter, and of the mode's ``kept_bytes``."""
         return 3 * sum(p.numel() * p.element_size() for p in self.model.parameters()) + self.kept_bytes

@@ -1,4 +1,4 @@
-"""From the configuration to a torch optimizer and its learning rate."""
+"""Construction of the torch optimizer, and its learning rate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from largebatch.errors import UserError, choices
 
 
 def _spare_compiler_import() -> None:
-    """Keep torch from importing torch.compile's machinery (2 s, a third of a short run) when an optimizer is made.
+    """Keep torch from importing torch.compile (2 s, a third of a short run) with the first optimizer.
 
-    ``torch.optim`` exempts some methods of ``Optimizer`` from compilation, and imports the compiler for that at their
-    first call. No optimizer is compiled here, so each method is marked as its own exempt form; where torch should come
-    to do this differently, the mark has no effect.
+    ``torch.optim`` exempts some methods of ``Optimizer`` from compilation, and imports the compiler at their first
+    call. No optimizer is compiled here, so this marks each method as already exempt. The mark has no effect in a torch
+    version that does this differently.
     """
     for method in vars(torch.optim.Optimizer).values():
         exempted = getattr(method, "__wrapped__", None)
@@ -37,10 +37,10 @@ def scaled_lr(config: Config, lr: float) -> float:
 
 
 def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> torch.optim.Optimizer:
-    """The optimizer over the model's trainable parameters, which carry their names.
+    """Return the optimizer over the model's named trainable parameters.
 
     Raises:
-        UserError: for a name that timm doesn't know, or options that the optimizer refuses.
+        UserError: if timm doesn't know the name, or the optimizer refuses an option.
     """
     _spare_compiler_import()
     given = config.optimizer
@@ -65,7 +65,7 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> t
 def _timm_optimizer(
     config: Config, model: nn.Module, parameters: list[Any], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Without ``lr_1d`` timm groups the parameters itself; its rule, no decay for biases and norms, is kept with it."""
+    """Return timm's optimizer. As in timm's own parameter groups, biases and norms have no decay with ``lr_1d`` too."""
     import timm.optim
 
     name = config.optimizer.name

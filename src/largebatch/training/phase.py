@@ -1,4 +1,4 @@
-"""The main training of a run: gradient, update and metrics of each optimizer step."""
+"""Main training of a run: gradient, update and metrics of each optimizer step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 class MainPhase:
     """Training with the mode's loss, from step 0 to ``run.steps``.
 
-    ``loop`` takes the steps. ``run`` is replaced by one with smaller micro-batches when memory runs out.
+    ``loop`` takes the steps. When memory runs out, ``run`` is replaced by a run with smaller micro-batches.
 
     Args:
         mode: module of ``largebatch.modes``.
@@ -50,11 +50,11 @@ class MainPhase:
 
     @property
     def total_steps(self) -> int:
-        """Number of the run's last optimizer step, with the phases that follow."""
+        """Number of the run's last optimizer step, over all phases."""
         return self.end
 
     def following(self) -> MainPhase | None:
-        """Return the next phase, if there is one."""
+        """Return the next phase, if any."""
         return None
 
     def batches(self) -> Generator[tuple[Tensor, Tensor]]:
@@ -68,14 +68,14 @@ class MainPhase:
         )  # fmt: skip
 
     def gradient(self, batches: Batches) -> Tensor | None:
-        """Compute the gradient of the mean loss over a global batch; add the mode's counts to the totals.
+        """Compute the gradient of the mean loss over a global batch, and add the mode's counts to the totals.
 
         Returns:
-            Whether every loss was finite, on the device: reading it here would wait for the device. None if memory ran
-            out in any process: nothing has changed then but ``run``, which has smaller micro-batches.
+            True if every loss was finite, as a bool tensor on the device, because reading it waits for the device. None
+            if any process ran out of memory. Then only ``run`` has changed: it has smaller micro-batches.
         """
         run, training = self.run, self.training
-        torch.manual_seed(derive_seed(run.config.seed, "step", training.step, run.rank))  # dropout; needs no saving
+        torch.manual_seed(derive_seed(run.config.seed, "step", training.step, run.rank))  # for dropout; needs no saving
         if not run.within_memory:
             losses_finite = self._forward_backward(batches)
             if run.averages_afterwards:
@@ -90,7 +90,7 @@ class MainPhase:
             if not is_out_of_memory(error):
                 raise
         if not distributed.any_process(finite is None):
-            # Not during the backward pass, as DDP does: the others would wait there for one that ran out of memory.
+            # Not during the backward pass, as in DDP: there, processes would wait for one that is out of memory.
             distributed.average_gradients(training.model)
             return finite
         training.optimizer.zero_grad(set_to_none=True)
@@ -104,7 +104,7 @@ class MainPhase:
         return None
 
     def _forward_backward(self, batches: Batches) -> Tensor:
-        """Add the gradient over this process's share of the batch. Returns whether every loss is finite."""
+        """Add the gradient over its share of the batch. Return True if every loss is finite (on the device)."""
         run, training, profile = self.run, self.training, self.profile
         training.replica.train()
         finite = torch.ones((), dtype=torch.bool, device=run.device)
@@ -122,14 +122,14 @@ class MainPhase:
         return finite
 
     def _without_sync(self, more_to_come: bool) -> contextlib.AbstractContextManager[None]:
-        """Let DDP average gradients over processes in the last micro-batch of a step only."""
+        """Make DDP average gradients over processes only in the last micro-batch of a step."""
         replica = self.training.replica
         if more_to_come and isinstance(replica, DistributedDataParallel):
             return replica.no_sync()
         return contextlib.nullcontext()
 
     def update(self, recorder: Recorder | None) -> None:
-        """Take one optimizer and schedule step; every ``tracker.layers_every`` steps record the layers' statistics."""
+        """Take one optimizer and schedule step. Record layer statistics every ``tracker.layers_every`` steps."""
         training, optimizer = self.training, self.training.optimizer
         every = self.run.config.tracker.layers_every
         due = recorder is not None and every > 0 and training.step % every == 0
@@ -148,11 +148,12 @@ class MainPhase:
         training.schedule.step()
 
     def position(self, step: int) -> dict[str, float]:
+        """Return step, epoch and number of training examples after ``step``."""
         run = self.run
         return {"step": step, "epoch": step / run.epoch_steps, "examples": step * run.config.batch_size}
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the learning rates of the next update, and TVLARS's factor phi."""
+        """Return the learning rates of the next update, and phi of TVLARS."""
         optimizer, config = self.training.optimizer, self.run.config.optimizer
         rates = {"optim/lr": optimizer.param_groups[0]["lr"]}
         if config.lr_1d is not None and len(optimizer.param_groups) > 1:
@@ -181,12 +182,12 @@ class MainPhase:
         return classification_metrics(self.run, self.training.model)
 
     def facts(self) -> Facts:
-        """Return what only this mode's runs resolve to."""
+        """Return the facts specific to the mode."""
         return {}
 
     def facts_in_words(self, facts: Facts) -> list[str]:
-        """Return lines for the log on ``facts``."""
+        """Return lines about ``facts`` for the log."""
         return []
 
     def close(self) -> None:
-        """Check what must hold at the end of the phase."""
+        """Check the state at the end of the phase."""

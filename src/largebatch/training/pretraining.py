@@ -1,4 +1,4 @@
-"""Barlow Twins' pre-training: the main phase of ``mode=bt``, whose features are evaluated and probed."""
+"""Pre-training with Barlow Twins, the main phase of ``mode=bt``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from largebatch.training.phase import Batches, MainPhase
 from largebatch.training.probe import ProbePhase, build_probe, probe_batch
 from largebatch.training.state import Run, Training
 
-_BANK = 100_000  # most training images among which nearest neighbours are searched
-_EMBEDDINGS = 1024  # most test images whose embeddings are checked for a collapse
+_BANK = 100_000  # largest number of training images to search for nearest neighbours
+_EMBEDDINGS = 1024  # largest number of test images for the collapse metrics
 
 
 class Pretraining(MainPhase):
@@ -68,10 +68,10 @@ class Pretraining(MainPhase):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the nearest-neighbour accuracy of frozen features, and metrics of a collapse of embeddings.
+        """Return the nearest-neighbour accuracy of frozen features, and collapse metrics of the embeddings.
 
-        The neighbours are training images, all or 100,000 evenly spaced ones, without augmentation. Embeddings are
-        those of up to 1,024 evenly spaced test images.
+        The neighbours are all training images, or 100,000 evenly spaced ones, without augmentation. The embeddings are
+        of up to 1,024 evenly spaced test images.
         """
         run, model, options = self.run, self.model, self.options
         distributed.share_buffers(model)
@@ -108,16 +108,14 @@ class Pretraining(MainPhase):
 
     def facts_in_words(self, facts: Facts) -> list[str]:
         if self.run.exact:
-            how = (
-                f"over the global batch, mode.exact=true; {in_words(facts['embedding_bytes'])} of embeddings a process"
-            )
+            how = f"the global batch (mode.exact=true, {in_words(facts['embedding_bytes'])} of embeddings per process)"
         else:
             how = (
-                f"of each micro-batch of {facts['loss_batch']:,} images by itself, mode.exact=false: not the loss of "
-                "the global batch if there is more than one"
+                f"each micro-batch of {facts['loss_batch']:,} images (mode.exact=false; with several micro-batches, "
+                "this isn't the loss over the global batch)"
             )
-        after = "fine-tuning" if self.options.lr_backbone else "a linear probe"
+        after = "fine-tuning" if self.options.lr_backbone else "linear probe"
         return [
-            f"Barlow Twins for {facts['pretraining_steps']:,} steps, its loss {how}; then {after} for "
+            f"Barlow Twins: {facts['pretraining_steps']:,} steps with the loss over {how}; then {after}: "
             f"{facts['probe_steps']:,} steps of batch {facts['probe_batch']:,}"
         ]

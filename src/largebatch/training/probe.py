@@ -1,4 +1,4 @@
-"""The phase that follows pre-training: a linear classifier on the frozen backbone (linear probe), or fine-tuning."""
+"""The phase after pre-training: a linear classifier on the frozen backbone (linear probe), or fine-tuning."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ from largebatch.training.phase import Batches, MainPhase
 from largebatch.training.profile import Profile
 from largebatch.training.state import ProbeState, Run, Training
 
-_MOMENTUM = 0.9  # the reference program's, as are the draws of the linear layer
-_DEVIATION = 0.01
+_MOMENTUM = 0.9  # as in the reference program
+_DEVIATION = 0.01  # of the linear layer's initial weights; as in the reference program
 
 
 def probe_batch(run: Run) -> BatchPlan:
-    """Return the division of the probe's batch: in micro-batches of at most those of pre-training."""
+    """Return the division of the probe's batch, in micro-batches no larger than in pre-training."""
     images = len(run.data.train)
     return plan_small_batch(bt.options(run.config).eval_batch_size, images, run.processes, run.batch.micro_batch)
 
 
 def build_probe(run: Run, model: BarlowTwins) -> ProbeState:
-    """Return the linear layer at its start (``N(0, 0.01)``, bias 0) and its optimizer, if asked for the backbone's."""
+    """Return the initial linear layer (weights ``N(0, 0.01)``, bias 0) and the optimizer.
+
+    With ``mode.lr_backbone`` above 0, the optimizer has the backbone's parameters too.
+    """
     options = bt.options(run.config)
     torch.manual_seed(derive_seed(run.config.seed, "probe", "head"))
     head = nn.Linear(model.features, run.data.num_classes)
@@ -51,10 +54,10 @@ def build_probe(run: Run, model: BarlowTwins) -> ProbeState:
 
 
 class ProbePhase(MainPhase):
-    """Training and evaluation of the probe; steps count on from pre-training.
+    """Training and evaluation of the probe. Its step numbers follow those of pre-training.
 
-    With ``mode.lr_backbone=0`` the backbone is in evaluation mode throughout and its features of the held-out sets are
-    computed once; without ``mode.eval_augmentation`` those of the training set too.
+    With ``mode.lr_backbone=0``, the backbone stays in evaluation mode, and the features of the held-out sets are
+    computed once. Without ``mode.eval_augmentation``, so are the features of the training set.
 
     Args:
         end: number of the last optimizer step.
@@ -74,7 +77,7 @@ class ProbePhase(MainPhase):
         self.frozen = not self.options.lr_backbone
         backbone = self.model.backbone.state_dict() if self.frozen else {}
         self._before = {name: tensor.clone() for name, tensor in backbone.items()}
-        # Features of the held-out sets, if they stay the same.
+        # Features of the held-out sets, constant with a frozen backbone.
         splits = dict(held_out(run)) if self.frozen else {}
         self._held_out = {name: split_features(run, self.model, split) for name, split in splits.items()}
 
@@ -84,11 +87,11 @@ class ProbePhase(MainPhase):
 
     @property
     def _step(self) -> int:
-        """Number of the probe's own optimizer step, from 1."""
+        """Number of the probe's optimizer step, from 1."""
         return self.training.step - self.start
 
     def batches(self) -> Generator[tuple[Tensor, Tensor]]:
-        """Yield this process's micro-batches: of features that are computed once, or of images."""
+        """Yield this process's micro-batches, of features if they are computed once, else of images."""
         run, batch = self.run, self.batch
         seed = derive_seed(run.config.seed, "probe")
         if self.frozen and not self.options.eval_augmentation:
@@ -111,7 +114,7 @@ class ProbePhase(MainPhase):
                 yield features[piece], labels[piece]
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        """Return logits of features, or of images."""
+        """Return logits of a micro-batch of ``batches``: of features or of images."""
         if self.frozen and not self.options.eval_augmentation:
             return cast(Tensor, self.probe.head(inputs))
         with torch.set_grad_enabled(not self.frozen), self.run.autocast:
@@ -134,7 +137,7 @@ class ProbePhase(MainPhase):
         return finite
 
     def update(self, recorder: Recorder | None) -> None:
-        """Take one optimizer step; the learning rates follow half a cosine, constant within an epoch."""
+        """Take one optimizer step. The learning rates follow half a cosine and are constant within an epoch."""
         epoch = (self._step - 1) // self.epoch_steps
         for group, lr in zip(self.probe.optimizer.param_groups, self.probe.lrs, strict=True):
             group["lr"] = lr * (1 + math.cos(math.pi * epoch / self.options.eval_epochs)) / 2
@@ -142,7 +145,7 @@ class ProbePhase(MainPhase):
         self.probe.optimizer.zero_grad(set_to_none=True)
 
     def position(self, step: int) -> dict[str, float]:
-        """Return step, epoch and examples, counted on from pre-training, and the probe's own epoch."""
+        """Return step, epoch and examples including pre-training, and the probe's epoch."""
         run, own = self.run, step - self.start
         epoch = own / self.epoch_steps
         return {
@@ -156,13 +159,13 @@ class ProbePhase(MainPhase):
         return {}
 
     def logs_after(self, step: int) -> bool:
-        return False  # training metrics are in the evaluation's row
+        return False  # the evaluation's row has the training metrics
 
     def evaluates_after(self, step: int) -> bool:
         return step > self.start and (step - self.start) % self.epoch_steps == 0
 
     def evaluate(self) -> dict[str, float]:
-        """Return the training metrics of the epoch, and if they are due those of the held-out sets."""
+        """Return the training metrics of the epoch, and the held-out sets' metrics if due."""
         totals = distributed.sum_over_processes(self.probe.totals).tolist()
         self.probe.totals.zero_()
         metrics = {name.replace("train/", "probe/"): value for name, value in clf.train_metrics(totals).items()}
@@ -176,10 +179,10 @@ class ProbePhase(MainPhase):
         return metrics
 
     def close(self) -> None:
-        """Check that a frozen backbone is what it was.
+        """Check that a frozen backbone hasn't changed.
 
         Raises:
-            RuntimeError: if it isn't.
+            RuntimeError: if it has changed.
         """
         for name, before in self._before.items():
             if not torch.equal(self.model.backbone.state_dict()[name], before):

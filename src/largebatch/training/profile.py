@@ -1,4 +1,4 @@
-"""Where a step's time goes: a trace for the usual viewers, and a table of shares."""
+"""Profile of training steps: a trace, and a table of the time of each phase."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ import torch
 
 from largebatch.runs.folder import write_atomic
 
-_WARM_UP = 3  # steps: allocations, chosen convolution algorithms, compilation
+_WARM_UP = 3  # steps; they include allocations, the choice of convolution algorithms and compilation
 _STEPS = 10
 PHASES = ("data", "forward", "backward", "optimizer", "logging", "evaluation", "checkpoint")
 
 
 class Profile:
-    """Profiles ten steps of a run after three of warm-up, or as many as there are.
+    """Profile of ten steps after three warm-up steps, or of fewer in a short run.
 
-    Leaves ``trace.json.gz`` (Perfetto, chrome://tracing) and ``shares.txt`` in ``folder``. The device is waited for at
-    the end of every phase of those steps, so that a phase is charged with its own work; steps take longer by that.
+    Writes ``trace.json.gz`` (for Perfetto, chrome://tracing) and ``shares.txt`` to ``folder``. At the end of every
+    profiled phase, waits for the device, so that each phase's time includes only its own work. This makes the profiled
+    steps slower.
 
     Args:
-        folder: None profiles nothing.
-        last_step: of the run.
+        folder: folder of the two files; None: no profile.
+        last_step: number of the run's last step.
     """
 
     def __init__(self, folder: Path | None, device: torch.device, last_step: int) -> None:
         self._folder, self._device, self._last_step = folder, device, last_step
         self._profiler: Any = None
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._begun = 0  # steps that were begun since the start
+        self._begun = 0  # steps since the start of the process
         self._started = 0.0
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """What is done inside is charged to ``name``, one of ``PHASES``."""
+        """Return a context that adds its time to ``name``, one of ``PHASES``."""
         return nullcontext() if self._profiler is None else self._measured(name)
 
     @contextmanager
@@ -59,7 +60,7 @@ class Profile:
             self._started = time.perf_counter()
 
     def after_step(self, step: int) -> list[str]:
-        """Lines that say where the time went and where the trace is, after the last profiled step; none before."""
+        """Return the table and the trace's path as lines for the log after the last profiled step, else no lines."""
         profiled = self._begun - _WARM_UP
         if self._profiler is None or (profiled < _STEPS and step < self._last_step):
             return []

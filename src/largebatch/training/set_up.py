@@ -1,4 +1,4 @@
-"""A run at step 0: first what machine and batch resolve to, then the run, once."""
+"""Construction of a run at step 0."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def set_up(
 ) -> MainPhase:
     """Return the main phase at step 0: data, model, optimizer and schedule, the same in every process.
 
-    All processes agree on what is measured here (the arithmetic, a micro-batch that fits). A run that resumes from
-    ``saved`` computes as it did.
+    All processes agree on the measured values (arithmetic, and a micro-batch that fits). A resumed run takes these
+    values from ``saved``.
     """
     data = load_data(config.dataset, config.seed, device, console.say, distributed.processes_here())
     mode, phase = MODES[config.mode.name]
@@ -67,7 +67,7 @@ def set_up(
         norms = SampleNorms(model, config.optimizer.samples_together, parameters=optimizer.layers)
         groups = f"{norms.sample_size} sample{'s' * (norms.sample_size > 1)} at a time"
         console.say(f"gradient norms of {groups} by {norms.method}: {norms.why}")
-        if norms.method == "passes":  # each backward pass is a group
+        if norms.method == "passes":  # one backward pass per group
             batch = plan_batch(config.batch_size, processes, norms.sample_size)
 
     run = Run(config, folder, rank, processes, device, data, batch, epoch_steps, steps, arithmetic)
@@ -85,7 +85,7 @@ def set_up(
 
 @dataclass(frozen=True)
 class _Decisions:
-    """Decisions about machine and batch, before there is a run."""
+    """Choice of the arithmetic and of ``micro_batch=auto``."""
 
     config: Config
     mode: ModuleType
@@ -97,7 +97,7 @@ class _Decisions:
     saved: Saved | None
 
     def arithmetic(self, say: Callable[[str], None]) -> Arithmetic:
-        """Return the arithmetic that a resumed run had, or the one that rank 0 chooses."""
+        """Return the arithmetic of the resumed run, or rank 0's choice."""
         if self.saved is not None:
             return Arithmetic(**self.saved["arithmetic"])
         chosen = None
@@ -111,7 +111,7 @@ class _Decisions:
         return chosen
 
     def micro_batch(self, arithmetic: Arithmetic) -> int:
-        """Return the micro-batch that a resumed run had, or the largest that fits in every process."""
+        """Return the micro-batch of the resumed run, or the largest that fits in every process."""
         if self.saved is not None:
             return int(self.saved["micro_batch"])
         config = self.config

@@ -1,4 +1,4 @@
-"""State of a run in one of its processes: what stays the same while it trains, and what changes."""
+"""State of a run in one process: the constant part, and the part that training changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from largebatch.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same, apart from ``batch``: with ``micro_batch=auto`` its micro-batches may become smaller."""
+    """Constant part of a run's state, except ``batch``: ``micro_batch=auto`` may make its micro-batches smaller."""
 
     config: Config
     folder: RunFolder
@@ -30,8 +30,8 @@ class Run:
     device: torch.device
     data: Data
     batch: BatchPlan
-    epoch_steps: int  # optimizer steps an epoch
-    steps: int  # of the main training, which in bt is the pre-training
+    epoch_steps: int  # optimizer steps per epoch
+    steps: int  # of the main training; with mode=bt, of the pre-training
     arithmetic: Arithmetic
 
     @property
@@ -40,21 +40,21 @@ class Run:
 
     @property
     def exact(self) -> bool:
-        """True if the loss is computed over the global batch, not as a mean over images (``mode.exact``)."""
+        """True if the loss is a function of the global batch and not a mean over images (``mode.exact``)."""
         return self.config.mode.loss_over_global_batch
 
     @property
     def within_memory(self) -> bool:
         """True if a step that runs out of memory is repeated with smaller micro-batches.
 
-        False with batch-norm statistics or a loss over several processes: sums in the forward pass tie them together.
+        False with batch-norm statistics or a loss over several processes: their forward passes wait for each other.
         """
         tied = self.processes > 1 and (self.config.sync_bn or self.exact)
         return self.config.micro_batch == "auto" and not tied
 
     @property
     def averages_afterwards(self) -> bool:
-        """True if processes average their gradients after the backward pass, and not during it as DDP does."""
+        """True if processes average their gradients after the backward pass, not during it as in DDP."""
         return self.within_memory or self.exact
 
     def with_micro_batch(self, size: int) -> Run:
@@ -63,11 +63,11 @@ class Run:
 
 @dataclass
 class ProbeState:
-    """The part of ``Training`` that follows pre-training."""
+    """State of the phase after pre-training."""
 
     head: nn.Linear
     optimizer: torch.optim.SGD
-    lrs: list[float]  # of the optimizer's groups, before their schedule
+    lrs: list[float]  # initial learning rates of the optimizer's groups
     totals: Tensor  # of this process, since the last logged row
 
     def state(self) -> dict[str, Any]:
@@ -82,18 +82,18 @@ class ProbeState:
 
 @dataclass
 class Training:
-    """What changes; ``state`` is the part that a checkpoint holds."""
+    """Changing part of a run's state. ``state`` returns the content of a checkpoint."""
 
     model: nn.Module
-    replica: nn.Module  # takes a micro-batch, with gradients averaged over the processes; with mode.exact the backbone
-    network: Callable[[Tensor], Tensor]  # the replica as training calls it, compiled or not
+    replica: nn.Module  # the model, or the backbone with mode.exact, with gradients averaged over processes
+    network: Callable[[Tensor], Tensor]  # the replica, compiled or not
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
-    norms: SampleNorms | None  # the norms that CLARS divides by
+    norms: SampleNorms | None  # gradient norms for CLARS
     totals: Tensor  # of this process, since the last logged row
-    probe: ProbeState | None = None  # what follows pre-training
+    probe: ProbeState | None = None  # only with mode=bt
     step: int = 0
-    seconds: float = 0.0  # wall time of the parts before this one
+    seconds: float = 0.0  # wall time of the run's earlier processes
     best: float = -math.inf  # validation accuracy of the best checkpoint
 
     def state(self, seconds: float) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Training:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
-        if rank == 0:  # the saved totals are those of all processes, and will be summed over all again
+        if rank == 0:  # saved totals are sums over processes, and will be summed again
             self.totals.copy_(saved["totals"])
         if self.probe:
             self.probe.load(saved["probe"], rank)

@@ -1,4 +1,4 @@
-"""Stopping and saving at the same step in every process."""
+"""Agreement of all processes on the steps at which to save and stop."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 
 class StepBoundary:
-    """Decides after each optimizer step whether to save and whether to stop, the same in every process.
+    """Decision after each optimizer step to save or to stop, the same in every process.
 
-    SIGINT, SIGTERM and SIGUSR2 (SLURM's, before a time limit) ask for a stop; the clock of rank 0, or the step count,
-    asks for a checkpoint. In a run of several processes the wishes are summed in the background during the following
-    step, so that no step waits for it; they take effect one step later.
+    SIGINT, SIGTERM and SIGUSR2 (from SLURM before a time limit) request a stop. The clock of rank 0, or the step count,
+    requests a checkpoint. Several processes sum their requests in the background during the next step, so that no step
+    waits. Requests therefore take effect one step later.
     """
 
     def __init__(self, every_seconds: float, every_steps: int | None, rank: int) -> None:
@@ -34,11 +34,11 @@ class StepBoundary:
         self.asked_to_stop = True
 
     def after_step(self, step: int) -> tuple[bool, bool]:
-        """Whether to stop now, and whether to save now, after ``step`` optimizer steps."""
+        """Return two values after ``step`` optimizer steps: True to stop now, and True to save now."""
         by_clock = self._clock_counts and time.monotonic() - self._saved_at >= self._every_seconds
         stop, save = self._agree(self.asked_to_stop, by_clock)
         if step - self._saved_step <= 1:
-            save = False  # a wish from before the last save
+            save = False  # a request from before the last save
         if self._every_steps is not None:
             save = step % self._every_steps == 0
         return stop, save or stop
@@ -50,8 +50,8 @@ class StepBoundary:
         if not dist.is_initialized():
             return stop, save
         arrived = self._in_flight
-        wishes = torch.tensor([stop, save], dtype=torch.int32)
-        self._in_flight = wishes, dist.all_reduce(wishes, async_op=True)
+        requests = torch.tensor([stop, save], dtype=torch.int32)
+        self._in_flight = requests, dist.all_reduce(requests, async_op=True)
         if arrived is None:
             return False, False
         arrived[1].wait()

@@ -1,7 +1,7 @@
-"""A worker's entry: ``python -m largebatch.training.worker RUN_DIR``.
+"""Entry point of a worker: ``python -m largebatch.training.worker RUN_DIR``.
 
-A worker reads nothing but the frozen ``config.yaml`` of its run folder. Alone, or as one rank of torchrun, it trains
-from the newest checkpoint (or from the start) to the end and writes the folder's files; rank 0 does the writing.
+A worker, alone or as one rank of torchrun, reads only the frozen ``config.yaml`` of its run folder. It trains from the
+newest checkpoint, or from the start, to the end. Rank 0 writes the folder's files.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from largebatch.training.stop import StepBoundary
 
 
 def train(config: Config, folder: RunFolder, rank: int, processes: int, device: torch.device, console: Console) -> None:
-    """Carry a run from where it stands to its end, a divergence or a request to stop."""
+    """Train a run from its newest checkpoint until it finishes, diverges or is asked to stop."""
     saved = load_newest(folder.checkpoints, device, console.say)
     phase: MainPhase | None = set_up(config, folder, rank, processes, device, console, saved)
     assert phase is not None
     run, training, total_steps = phase.run, phase.training, phase.total_steps
     if saved is not None:
         training.load(saved, rank)
-        saved = None  # or the device would hold it all the while
+        saved = None  # free the device's memory
         console.say(f"resumed after step {training.step} of {total_steps}")
     facts = gather_facts(run, training.model, total_steps) | phase.facts()
     for line in (*facts_in_words(config, facts), *phase.facts_in_words(facts)):
@@ -48,7 +48,7 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
     if rank == 0 and config.tracker.images and training.step == 0:
         batches = phase.batches()
         save_images(next(batches)[0], config.mode.views, run.data.mean, run.data.std, folder.images)
-        batches.close()  # also the processes that decode ahead
+        batches.close()  # stops the decoding processes too
     with contextlib.ExitStack() as stack:
         recorder, writer = None, None
         if rank == 0:
@@ -62,14 +62,14 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
             state, message = loop(phase, session)
             phase = phase.following()
         if writer:
-            writer.wait()  # before the status says that the run is over
+            writer.wait()  # before the status is final
         if recorder:
             recorder.finish(state, training.step, message, session.clock.elapsed())
     console.say(f"{state} after step {training.step} of {total_steps}{f': {message}' if message else ''}")
 
 
 def main(arguments: list[str]) -> int:
-    """Carry out the run of one folder. Exit code 0: ended as its state says; 1: failed; 2: the user can mend it."""
+    """Train the run of one folder. Return 0 if it ended without an error, 1 if it failed, 2 if the user can fix it."""
     die_with_parent()
     if launcher_is_gone():
         return 1
@@ -91,11 +91,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _work(config: Config, folder: RunFolder, rank: int, console: Console) -> int:
-    """Train, and say in the status how it went wrong if it did."""
+    """Train, and write an error to the status. Return the exit code."""
     if rank == 0:
         folder.update_status(state="running", started=time.time(), **this_process())
     try:
-        torch.backends.cudnn.benchmark = not config.deterministic  # all micro-batches have one shape
+        torch.backends.cudnn.benchmark = not config.deterministic  # all micro-batches have the same shape
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -115,7 +115,7 @@ def _work(config: Config, folder: RunFolder, rank: int, console: Console) -> int
 
 
 def _fail(folder: RunFolder, message: str, exit_code: int) -> int:
-    """The first rank to fail has the cause; what the others see is its consequence."""
+    """Write the failure to the status, unless another rank did: only the first failure is the cause."""
     if folder.state() != "failed":
         folder.update_status(state="failed", message=message, exit_code=exit_code, ended=time.time())
     return exit_code
