@@ -33,8 +33,7 @@ class CheckpointWriter:
     a context manager, else an error of the last write is lost. The interpreter exits only after a write.
 
     Args:
-        folder: folder for the checkpoints of one run, with one writer at a time. Partial files of a killed writer are
-            removed.
+        folder: folder of the run's checkpoints, for one writer. A killed writer's partial files are removed.
         device: device of the model. The state can have tensors on other devices too.
     """
 

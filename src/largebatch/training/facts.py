@@ -11,7 +11,7 @@ from torch import nn
 
 from largebatch.config.schema import Config
 from largebatch.runs.provenance import git_state
-from largebatch.training.optimization import resolved_lr, scaled_lr
+from largebatch.training.optimization import resolved_lr
 from largebatch.training.state import Run
 
 Facts = dict[str, Any]
@@ -55,7 +55,8 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
     rule = config.lr_scaling.rule + (f", lr_scaling.noise_scale={noise:g}" if noise is not None else "")
     scaled = f" (optimizer.lr={config.optimizer.lr:g}, lr_scaling.rule={rule})"
     if config.optimizer.lr_1d is not None:
-        scaled += f", {scaled_lr(config, config.optimizer.lr_1d):g} for biases and norm parameters"
+        lr_1d = config.lr_scaling.scaled(config.optimizer.lr_1d, config.batch_size)
+        scaled += f", {lr_1d:g} for biases and norm parameters"
     return [
         f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test"
         f"{skipped}, {_PLACES[facts['data_location']]}; {config.model.name}: {facts['parameters']:,} parameters",

@@ -44,10 +44,7 @@ def split_features(run: Run, model: BarlowTwins, split: Split, most: int | None 
 def without_gradient(
     run: Run, split: Split, compute: Callable[[Batches], Tensor], chosen: Tensor | None = None
 ) -> Tensor:
-    """Return ``compute`` of this process's part of ``split``.
-
-    With ``micro_batch=auto``, out of memory means another try with batches of half the size.
-    """
+    """Return ``compute`` of this process's part of ``split``. ``micro_batch=auto``: halve batches on out of memory."""
     size = min(max(run.batch.micro_batch, _AT_ONCE[0]), _AT_ONCE[1])
     while True:
         batches = eval_batches(

@@ -32,10 +32,7 @@ class Session:
 
 
 def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
-    """Take the remaining steps of a phase. Return the run's state and a message.
-
-    The state is ``finished``, ``diverged`` (a loss or metric that isn't finite) or ``preempted`` (asked to stop).
-    """
+    """Take the remaining steps of a phase. Return ``finished``, ``diverged`` or ``preempted``, and a message."""
     training, profile, clock = phase.training, phase.profile, session.clock
     batches = phase.batches()
     first_bad_step = torch.full((), math.inf, device=phase.run.device)  # first step with a NaN or infinite loss

@@ -28,12 +28,7 @@ def _spare_compiler_import() -> None:
 
 def resolved_lr(config: Config) -> float:
     """Return the full learning rate: ``optimizer.lr``, scaled to the batch size."""
-    return scaled_lr(config, config.optimizer.lr)
-
-
-def scaled_lr(config: Config, lr: float) -> float:
-    """Return ``lr`` scaled from ``lr_scaling.base_batch`` to ``batch_size``."""
-    return config.lr_scaling.scaled(lr, config.batch_size)
+    return config.lr_scaling.scaled(config.optimizer.lr, config.batch_size)
 
 
 def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> torch.optim.Optimizer:
@@ -50,7 +45,7 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> t
         many = [(name, p) for name, p in parameters if p.ndim > 1]
         parameters = [{"params": many}]
         if few:
-            parameters.append({"params": few, "lr": scaled_lr(config, given.lr_1d)})
+            parameters.append({"params": few, "lr": config.lr_scaling.scaled(given.lr_1d, config.batch_size)})
     options = given.arguments(config.batch_size, steps_per_epoch)
     try:
         if isinstance(given, TimmOptimizer):

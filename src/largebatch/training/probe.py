@@ -35,10 +35,7 @@ def probe_batch(run: Run) -> BatchPlan:
 
 
 def build_probe(run: Run, model: BarlowTwins) -> ProbeState:
-    """Return the initial linear layer (weights ``N(0, 0.01)``, bias 0) and the optimizer.
-
-    With ``mode.lr_backbone`` above 0, the optimizer has the backbone's parameters too.
-    """
+    """Return the initial linear layer (weights ``N(0, 0.01)``, bias 0) and optimizer, also of a trained backbone."""
     options = bt.options(run.config)
     torch.manual_seed(derive_seed(run.config.seed, "probe", "head"))
     head = nn.Linear(model.features, run.data.num_classes)
