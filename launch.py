@@ -1,4 +1,4 @@
-"""The one entry point: Hydra composes, the plan is made, the plan is carried out.
+"""Entry point: compose the configurations with Hydra, make the plan, run it.
 
 python launch.py optimizer=tvlars batch_size=1024
 python launch.py -m optimizer=lars,lamb,tvlars seed=0,1,2
@@ -37,23 +37,23 @@ _job: list[Composed] = []
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def compose(tree: DictConfig) -> None:
-    """Called by Hydra for a run, in this process: only collects."""
+    """Collect one composed run. Hydra calls this."""
     job = HydraConfig.get()
     overrides = tuple(override.removeprefix("++") for override in job.overrides.task)
     _job.append(Composed(overrides, plain(tree), job.runtime.choices.get("sweeps"), multirun=False))
 
 
 def composed_jobs(arguments: list[str]) -> list[Composed]:
-    """Return what Hydra makes of the command line; empty after ``--help`` and the like.
+    """Return the jobs that Hydra composes from the command line; none after ``--help`` and similar flags.
 
     Raises:
-        UserError: if it can't be composed.
+        UserError: if Hydra can't compose them.
     """
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
-    # Hydra copies its store for each group that it lists and each job that it composes: half of --help's time.
+    # Hydra copies its store for each listed group and each composed job. That took half of the time of --help.
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing, and the message can be ours
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
     flags = [override for override in overrides if override.startswith("-")]
     try:
@@ -62,11 +62,11 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
         if not set(flags) & {"-sc", "--shell-completion"}:
             sys.argv[1:] = [a if a.startswith("-") or "=" not in a else by_force([a], CONF)[0] for a in arguments]
         with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch:
-            os.environ["LARGEBATCH_SCRATCH"] = scratch  # for the files that Hydra insists on
+            os.environ["LARGEBATCH_SCRATCH"] = scratch  # folder for files that Hydra must write
             compose()
         if _job and len(overrides) < len(arguments):
             raise UserError(
-                f"{' '.join(flags)}: not beside -m; a folder of presets is added by 'hydra.searchpath=[FOLDER]'"
+                f"{' '.join(flags)}: not allowed with -m. Fix: add presets with 'hydra.searchpath=[FOLDER]'"
             )
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if wants_traceback:
@@ -76,14 +76,14 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
 
 
 def show_configuration(arguments: list[str]) -> bool:
-    """Print the configuration of a run if ``--cfg job`` asks for it: exactly the keys of its choices.
+    """Print a run's configuration, with exactly the keys of its choices, and return True if ``--cfg job`` asks for it.
 
-    Hydra's own ``--cfg`` would print the presets, without the options that keep their defaults.
+    Hydra's own ``--cfg`` prints only the presets, without options that keep their defaults.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--cfg", "-c")
     parser.add_argument("--package", "-p", default="")
-    parser.add_argument("--resolve", action="store_true")  # it always is
+    parser.add_argument("--resolve", action="store_true")  # accepted; values are always resolved
     given, others = parser.parse_known_args(arguments)
     if given.cfg != "job" or set(_MULTIRUN) & set(others):
         return False
@@ -102,9 +102,9 @@ def main() -> int:
             return 0
         plan = make_plan(jobs)
         code = show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
-    except KeyboardInterrupt:  # nothing was at work
+    except KeyboardInterrupt:  # no run was active
         return 130
-    except BrokenPipeError:  # who read what is said has gone, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except UserError as error:
@@ -113,7 +113,7 @@ def main() -> int:
     if code == 128 + signal.SIGUSR2 and agent_run_id():
         sweep_agent.give_back(plan[0])
     if code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
-        signal.raise_signal(code - 128)  # the runs are saved; who asked sees that it was this that ended us
+        signal.raise_signal(code - 128)  # the runs are saved; end by the same signal, for the sender to see
     return code
 
 

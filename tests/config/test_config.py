@@ -1,4 +1,4 @@
-"""The schema, its checks and a run's identity."""
+"""The schema, its checks and the identity of a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("batch_size=-1", "batch_size=-1"),
         ("epochs=0", "epochs=0"),
@@ -64,21 +64,21 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("dataset.location=gpu", "allowed: auto, device, host"),
         ("dataset.on_error=ignore", "allowed: stop, skip"),
         ("lr_scaling.rule=surg", "did you mean surge?"),
-        ("lr_scaling.rule=surge", "docs/lr_scaling.md explains how to measure it"),
-        ("lr_scaling.noise_scale=900", "only lr_scaling.rule=surge has it"),
+        ("lr_scaling.rule=surge", "measure it as docs/lr_scaling.md explains"),
+        ("lr_scaling.noise_scale=900", "only lr_scaling.rule=surge has this key"),
         ("lr_scaling.noise_scale=0", "must be a finite number above 0"),
-        ("lr_scaling.force=true", "only lr_scaling.rule=surge has it"),
-        ("dataset.mean=[0.1,0.2]", "one number a channel"),
+        ("lr_scaling.force=true", "only lr_scaling.rule=surge has this key"),
+        ("dataset.mean=[0.1,0.2]", "one number per channel"),
     ],
 )
-def test_a_wrong_value_is_named(override: str, says: str) -> None:
+def test_the_message_names_a_wrong_value(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         validate(configuration(override))
     assert override.lstrip("+").split("=")[0].removesuffix(".depth") in str(caught.value)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_all_problems_are_said_at_once() -> None:
+def test_one_error_lists_all_problems() -> None:
     with pytest.raises(UserError) as caught:
         validate(configuration("batch_size=-1", "seed=-2", "precision=fp8"))
     assert len(str(caught.value).splitlines()) == 3
@@ -98,7 +98,7 @@ TIMM = "optimizer=timm"
         [TIMM, "optimizer.name=lion"],
     ],
 )
-def test_surge_scaling_is_for_updates_like_a_sign(optimizer: list[str]) -> None:
+def test_surge_scaling_is_allowed_with_sign_like_optimizers(optimizer: list[str]) -> None:
     validate(configuration(*SURGE, *optimizer))
 
 
@@ -116,7 +116,7 @@ def test_surge_scaling_is_for_updates_like_a_sign(optimizer: list[str]) -> None:
         ([TIMM, "optimizer.name=adamw", "+optimizer.options.amsgrad=true"], "adamw with amsgrad"),
     ],
 )
-def test_surge_scaling_of_another_update_needs_force(optimizer: list[str], used: str) -> None:
+def test_surge_scaling_with_other_optimizers_needs_force(optimizer: list[str], used: str) -> None:
     with pytest.raises(UserError, match=rf"sign-like updates such as Adam's; {used} is not one.*force=true") as caught:
         validate(configuration(*SURGE, *optimizer))
     assert len(str(caught.value).splitlines()) == 1
@@ -128,14 +128,13 @@ def test_every_optimizer_that_surge_scaling_covers_exists() -> None:
 
     torch_names = {name for name, kind in OPTIMIZERS.items() if kind.sign_like}
     assert torch_names == {"adam", "adamw", "rmsprop"}
-    apex_and_bitsandbytes = {
-        name for name in TimmOptimizer.SIGN_LIKE if name.startswith(("fused", "bnb"))
-    }  # if installed
-    assert set(TimmOptimizer.SIGN_LIKE) - apex_and_bitsandbytes <= set(timm.optim.list_optimizers())
+    # timm lists those of apex and bitsandbytes only if they are installed.
+    names = {name for name in TimmOptimizer.SIGN_LIKE if not name.startswith(("fused", "bnb"))}
+    assert names <= set(timm.optim.list_optimizers())
 
 
-def test_batch_that_does_not_divide_names_the_nearest_that_does() -> None:
-    with pytest.raises(UserError, match="nearest: 999 or 1002"):
+def test_an_indivisible_batch_names_the_nearest_divisible_sizes() -> None:
+    with pytest.raises(UserError, match=r"batch_size=1000: .* Fix: batch_size=999 or 1002"):
         validate(configuration("batch_size=1000", "cluster.processes=3"))
 
 
@@ -146,26 +145,26 @@ def test_epochs_and_steps_exclude_each_other() -> None:
     assert configuration().epochs == configuration().dataset.default_epochs
 
 
-def test_warmup_is_given_once_and_fits() -> None:
-    with pytest.raises(UserError, match="give one of the two"):
+def test_exactly_one_warmup_key_is_set_and_fits_into_training() -> None:
+    with pytest.raises(UserError, match="exactly one must be set"):
         validate(configuration("schedule=warmup_cosine", "schedule.warmup_steps=5"))
     with pytest.raises(UserError, match="longer than the training"):
         validate(configuration("schedule=warmup_cosine", "epochs=5"))
     validate(configuration("schedule=warmup_cosine", "schedule.warmup_steps=5", "schedule.warmup_epochs=null"))
 
 
-def test_unknown_keys_are_named_with_what_is_allowed() -> None:
+def test_unknown_keys_are_named_with_the_allowed_keys() -> None:
     for override, message in {
         "optimizer.lrr=1": "optimizer.lrr=1: lars has no such option; allowed: name, lr, .*did you mean lr",
-        "batchsize=1": "unknown key batchsize; keys allowed: dataset, .*did you mean batch_size",
-        "batch_size.x=1": "unknown key batch_size.x: batch_size is a value and holds no further keys",
-        "dataset.views.grey=1": "unknown key dataset.views.grey; keys in dataset.views allowed: .*did you mean gray",
+        "batchsize=1": "unknown key batchsize; allowed: dataset, .*did you mean batch_size",
+        "batch_size.x=1": "unknown key batch_size.x: batch_size is a value without keys of its own",
+        "dataset.views.grey=1": "unknown key dataset.views.grey in dataset.views; allowed: .*did you mean gray",
     }.items():
         with pytest.raises(UserError, match=message):
             configuration(override)
 
 
-def test_a_key_added_by_force_is_still_unknown() -> None:
+def test_a_plus_does_not_allow_an_unknown_key() -> None:
     with pytest.raises(UserError, match="unknown key typo"):
         configuration("+typo=1")
 
@@ -179,7 +178,7 @@ IDENTITY_FREE = [
 
 
 @pytest.mark.parametrize("override", IDENTITY_FREE)
-def test_identity_ignores_what_cannot_change_the_result(override: str) -> None:
+def test_identity_ignores_keys_that_cannot_change_the_result(override: str) -> None:
     default = configuration("epochs=120") if override.startswith("epochs") else configuration()
     assert default.epochs == 120
     assert identity(configuration(override)) == identity(default)
@@ -195,17 +194,17 @@ def test_identity_ignores_what_cannot_change_the_result(override: str) -> None:
         "compile=true", "compile=false", "dataset.on_error=skip",
     ],
 )  # fmt: skip
-def test_identity_knows_what_can_change_the_result(override: str) -> None:
+def test_identity_changes_with_keys_that_can_change_the_result(override: str) -> None:
     assert identity(configuration(override)) != identity(configuration())
 
 
-def test_image_folders_are_told_apart_by_their_place() -> None:
+def test_identity_and_name_of_image_folders_depend_on_root() -> None:
     one, two = (configuration("dataset=imagefolder", f"dataset.root={root}") for root in ("/a/cats", "/b/cats"))
     assert identity(one) != identity(two)
     assert run_name(one).startswith("cats-")
 
 
-def test_run_name_is_readable_and_fit_for_a_folder() -> None:
+def test_run_name_is_readable_and_a_valid_folder_name() -> None:
     name = run_name(configuration("model=timm", "model.name=vit_tiny_patch16_224.augreg in/x"))
     assert "/" not in name
     assert " " not in name
@@ -219,20 +218,20 @@ def test_missing_value_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_s_options_and_defaults_are_its_class_s(name: str) -> None:
+def test_optimizer_options_and_defaults_equal_the_arguments_of_the_class(name: str) -> None:
     module, _, function = OPTIMIZERS[name].target.partition(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
     config = OPTIMIZERS[name](name=name, lr=1.0)
     options = config.arguments(batch_size=256, steps_per_epoch=1)
     assert options == {option: parameters[option].default for option in options}
-    if module.startswith("largebatch"):  # how a step is computed, and options of groups only, aren't configured
-        for_programs = {"params", "lr", "adapt", "maximize", "foreach", "fused", "capturable"}
-        assert set(parameters) == set(options) | for_programs
+    if module.startswith("largebatch"):  # implementation and per-group arguments aren't options
+        not_configured = {"params", "lr", "adapt", "maximize", "foreach", "fused", "capturable"}
+        assert set(parameters) == set(options) | not_configured
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, kinds in CHOICES.items() for name in kinds])
-def test_a_choice_has_a_preset_and_can_be_named_alone(group: str, name: str) -> None:
-    """``name: lars`` and ``lr: 1`` are a preset; every other option keeps its default."""
+def test_each_choice_has_a_preset_and_needs_only_a_name(group: str, name: str) -> None:
+    """``name: lars`` and ``lr: 1`` make a preset; every other option keeps its default."""
     names = {yaml.safe_load(path.read_text())["name"] for path in (ROOT / "conf" / group).glob("*.yaml")}
     assert name in names
     tree = {key: {"name": next(iter(kinds))} for key, kinds in CHOICES.items()} | {group: {"name": name}}
@@ -246,7 +245,7 @@ def test_a_choice_has_a_preset_and_can_be_named_alone(group: str, name: str) -> 
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by their dotted keys; a mapping without keys of its own is a value."""
+    """Return values by dotted keys. An empty mapping is a value."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
@@ -262,7 +261,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("optimizer=timm", "model=timm"),
     ],
 )
-def test_every_key_is_decisive_or_on_the_list_with_its_reason(choices: tuple[str, ...]) -> None:
+def test_every_key_is_decisive_or_listed_with_a_reason(choices: tuple[str, ...]) -> None:
     tree = dataclasses.asdict(configuration(*choices))
     decided = set(leaves(decisive(tree)))
     listed = {key for key in leaves(tree) if any(f"{key}.".startswith(f"{free}.") for free in NOT_DECISIVE)}
@@ -278,8 +277,8 @@ def test_frozen_configuration_has_exactly_the_keys_of_its_choices() -> None:
     assert shown["lmbda"] == 1e-3
 
 
-def test_every_key_has_its_type() -> None:
-    """A wrong type is refused before anything starts."""
+def test_every_key_has_a_type() -> None:
+    """OmegaConf can then refuse a wrong type before a run starts."""
     for kind in (Config, *(kind for kinds in CHOICES.values() for kind in kinds.values())):
         for field in dataclasses.fields(kind):
             assert field.type not in ("Any", ""), field.name
@@ -291,7 +290,7 @@ def test_every_key_has_its_type() -> None:
 @pytest.mark.parametrize(
     "override", ["mode.lmbda=0.1", "mode.projector=[8,8]", "mode.exact=true", "mode.knn_every=1", "mode.lr_backbone=0"]
 )
-def test_options_of_pre_training_are_none_of_a_classifier_s(override: str) -> None:
+def test_options_of_pre_training_are_unknown_to_a_classifier(override: str) -> None:
     with pytest.raises(UserError) as caught:
         validate(configuration(override))
     assert str(caught.value).startswith(override.partition("=")[0])
@@ -299,13 +298,13 @@ def test_options_of_pre_training_are_none_of_a_classifier_s(override: str) -> No
     validate(configuration("mode=bt", override))
 
 
-def test_an_unknown_mode_names_those_there_are() -> None:
+def test_an_unknown_mode_names_the_allowed_modes() -> None:
     with pytest.raises(UserError, match=r"mode\.name=bt_published: allowed: clf, bt"):
         validate(configuration("mode=bt", "mode.name=bt_published"))
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["mode.projector=[]"], "mode.projector=[]: must be one or more numbers of at least 1"),
         (["mode.projector=[8,0]"], "mode.projector=[8, 0]: must be one or more numbers of at least 1"),
@@ -326,39 +325,27 @@ def test_an_unknown_mode_names_those_there_are() -> None:
         ),
         (["mode.exact=false", "optimizer=clars"], "mode.exact=false: clars measures the gradient norms of samples"),
         (["dataset.views.min_area=0"], "dataset.views.min_area=0.0: must be a finite number above 0 and at most 1"),
-        (
-            ["dataset.views.min_area=1.1"],
-            "dataset.views.min_area=1.1: must be a finite number above 0 and at most 1",
-        ),
-        (
-            ["dataset.views.jitter=1.1"],
-            "dataset.views.jitter=1.1: must be a finite number from 0 to 1",
-        ),
-        (
-            ["dataset.views.gray=-0.1"],
-            "dataset.views.gray=-0.1: must be a finite number from 0 to 1",
-        ),
+        (["dataset.views.min_area=1.1"], "dataset.views.min_area=1.1: must be a finite number above 0 and at most 1"),
+        (["dataset.views.jitter=1.1"], "dataset.views.jitter=1.1: must be a finite number from 0 to 1"),
+        (["dataset.views.gray=-0.1"], "dataset.views.gray=-0.1: must be a finite number from 0 to 1"),
         (["dataset.views.gray=nan"], "dataset.views.gray=nan: must be a finite number from 0 to 1"),
-        (
-            ["dataset.views.blur=[1,2]"],
-            "dataset.views.blur=[1.0, 2.0]: must be 2 numbers from 0 to 1",
-        ),
+        (["dataset.views.blur=[1,2]"], "dataset.views.blur=[1.0, 2.0]: must be 2 numbers from 0 to 1"),
         (["dataset.views.blur=[0.5]"], "dataset.views.blur=[0.5]: must be 2 numbers from 0 to 1"),
         (["dataset.views.solarize=[0,0,0]"], "dataset.views.solarize=[0.0, 0.0, 0.0]: must be 2 numbers"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_value_for_pre_training_is_named(overrides: list[str], says: str) -> None:
+def test_the_message_names_a_wrong_value_of_pre_training(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         validate(configuration("mode=bt", *overrides))
-    assert str(caught.value).startswith(says)
+    assert str(caught.value).startswith(message)
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["micro_batch=1"],  # the loss is that of the whole batch
+        ["micro_batch=1"],  # the loss is over the whole batch
         ["optimizer=clars"],
         ["mode.exact=false"],
         ["mode.projector=[8]"],
@@ -368,12 +355,12 @@ def test_a_wrong_value_for_pre_training_is_named(overrides: list[str], says: str
     ],
     ids=lambda value: "-".join(value),
 )
-def test_pre_training_can_be(overrides: list[str]) -> None:
+def test_these_options_of_pre_training_are_valid(overrides: list[str]) -> None:
     validate(configuration("mode=bt", *overrides))
 
 
 @pytest.mark.parametrize("length", ["epochs=0", "steps=0"])
-def test_only_pre_training_can_be_left_out(length: str) -> None:
+def test_only_pre_training_may_have_zero_steps(length: str) -> None:
     validate(configuration("mode=bt", length))
     with pytest.raises(UserError, match=f"{length}: zero training steps are only allowed with mode=bt"):
         validate(configuration(length))
@@ -385,7 +372,7 @@ VIEWS = ["min_area=0.5", "jitter=0.5", "gray=0.5", "blur=[0.5,0.5]", "solarize=[
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_views_are_part_of_what_pre_training_is_and_of_nothing_else(view: str) -> None:
+def test_views_change_the_identity_only_of_pre_training(view: str) -> None:
     override = f"dataset.views.{view}"
     assert identity(configuration(override)) == identity(configuration())
     assert identity(configuration("mode=bt", override)) != identity(configuration("mode=bt"))
@@ -396,10 +383,10 @@ def test_views_are_part_of_what_pre_training_is_and_of_nothing_else(view: str) -
     ["mode.lmbda=0.1", "mode.projector=[8,8]", "mode.exact=false", "mode.eval_epochs=3", "mode.lr_backbone=0.1",
      "mode.loss_scale=1", "mode.eval_augmentation=true", "optimizer.lr_1d=0.1", "epochs=0"],
 )  # fmt: skip
-def test_identity_knows_what_can_change_pre_training_or_what_follows(override: str) -> None:
+def test_identity_changes_with_options_of_pre_training_and_probe(override: str) -> None:
     assert identity(configuration("mode=bt", override)) != identity(configuration("mode=bt"))
 
 
-def test_a_rate_for_biases_that_is_not_given_does_not_rename_a_run() -> None:
+def test_lr_1d_changes_the_identity_only_if_set() -> None:
     assert identity(configuration("optimizer.lr_1d=null")) == identity(configuration())
     assert identity(configuration("optimizer.lr_1d=0.1")) != identity(configuration())

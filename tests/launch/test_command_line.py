@@ -1,9 +1,10 @@
-"""What users meet on the command line: help, mistakes, plans. The real program is started."""
+"""The real program on the command line: help, mistakes and plans."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,22 +17,22 @@ from largebatch.config.optimizers import Tvlars
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["optimizer=larss"], "optimizer=larss: allowed: adagrad, adam, .*did you mean lars"),
         (["optimizer.lrr=1"], "optimizer.lrr=1: lars has no such option; allowed: .*did you mean lr"),
-        (["+typo=1"], "unknown key typo; keys allowed: "),
+        (["+typo=1"], "unknown key typo; allowed: "),
         (["batch_size=abc"], "batch_size=abc: .*Integer"),
         (["batch_size=-1"], "batch_size=-1: must be an integer of at least 1"),
         (["batch_size=4096"], "batch_size=4096: larger than the training set; digits has 1437 images"),
         (["optimizer.lr=nan"], "optimizer.lr=nan: must be a finite number above 0"),
         (["epochs=0"], "epochs=0: zero training steps are only allowed with mode=bt"),
         (["cluster.processes=0"], "cluster.processes=0: must be"),
-        (["cluster.processes=3"], "batch_size=512 can't be divided over 3 processes; nearest: 510 or 513"),
+        (["cluster.processes=3"], "batch_size=512: can't be divided over 3 processes. Fix: batch_size=510 or 513"),
         (["runs_dir=/proc/none"], "runs_dir=/proc/none: "),
         (["runs_dir=/dev/null/runs"], "runs_dir=/dev/null/runs: can't be written .Not a directory: /dev/null"),
-        (["sweeps=demo"], r"sweeps=demo is a grid and needs -m: python launch.py -m sweeps=demo"),
-        (["cases=[{seed:1},{seed:2}]"], "cases: are those of a grid, which needs -m"),
+        (["sweeps=demo"], "sweeps=demo: is a grid and needs -m. Fix: python launch.py -m sweeps=demo"),
+        (["cases=[{seed:1},{seed:2}]"], "cases: only a grid has this key. Fix: add -m"),
         (["sweeps=demoo", "-m"], r"sweeps=demoo: allowed: .*demo.*; did you mean demo\?"),
         (["optimizer=lars,lamb"], "optimizer.*lars,lamb"),
         (["-m", "optimizer=lars,larss"], "larss"),
@@ -40,14 +41,12 @@ from largebatch.config.optimizers import Tvlars
         (["batch_size=[1,2"], "batch_size"),
     ],
 )
-def test_a_mistake_is_one_message_with_exit_code_2(
-    launch: Launch, tmp_path: Path, overrides: list[str], says: str
+def test_a_mistake_gives_one_message_and_exit_code_2(
+    launch: Launch, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    import re
-
     result = launch(*overrides)
     assert result.returncode == 2
-    assert re.search(says, result.stderr), result.stderr
+    assert re.search(message, result.stderr), result.stderr
     assert all(line.startswith("error: ") for line in result.stderr.splitlines()), result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     assert list(tmp_path.iterdir()) == []
@@ -60,7 +59,7 @@ def test_help_names_groups_and_an_example(launch: Launch) -> None:
         assert text in result.stdout
 
 
-def test_composed_configuration_can_be_shown(launch: Launch) -> None:
+def test_cfg_job_shows_the_composed_configuration(launch: Launch) -> None:
     result = launch("--cfg", "job", "optimizer=tvlars", "optimizer.eps=0.1")
     assert result.returncode == 0
     shown = yaml.safe_load(result.stdout)
@@ -71,7 +70,7 @@ def test_composed_configuration_can_be_shown(launch: Launch) -> None:
     assert launch("--cfg", "job", "optimizer.lmbda=1").returncode == 2
 
 
-def test_a_preset_of_one_s_own_needs_only_a_name(launch: Launch, tmp_path: Path) -> None:
+def test_a_user_s_preset_in_another_folder_needs_only_name_and_lr(launch: Launch, tmp_path: Path) -> None:
     folder = tmp_path / "presets" / "optimizer"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("name: lars\nlr: 1\n")
@@ -85,7 +84,7 @@ def test_a_preset_of_one_s_own_needs_only_a_name(launch: Launch, tmp_path: Path)
 
 
 @pytest.mark.parametrize("sign", ["", "+"])
-def test_options_of_a_library_s_model_need_no_plus(launch: Launch, sign: str) -> None:
+def test_timm_model_options_need_no_plus(launch: Launch, sign: str) -> None:
     result = launch("model=timm", "--cfg", "job", "-p", "model", f"{sign}model.options.drop_rate=0.1")
     assert yaml.safe_load(result.stdout)["options"] == {"drop_rate": 0.1}, result.stderr
 
@@ -108,17 +107,17 @@ def test_dry_run_shows_the_plan_and_starts_nothing(launch: Launch, tmp_path: Pat
     assert result.returncode == 0
     assert "4 run(s)" in result.stdout
     assert "optimizer=lamb seed=1" in result.stdout
-    assert "batch_size=256" not in result.stdout  # what all runs share doesn't tell them apart
+    assert "batch_size=256" not in result.stdout  # labels omit overrides that all runs share
     assert list(tmp_path.iterdir()) == []
 
 
-def test_equal_settings_are_one_run(launch: Launch) -> None:
+def test_equal_settings_make_one_run(launch: Launch) -> None:
     result = launch("-m", "optimizer.lr=1,1.0", "dry_run=true")
     assert "1 run(s)" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["model=timm", "model.name=nonsense"], "model.name=nonsense: timm has no such model"),
         (["optimizer=timm", "optimizer.name=nonsense"], "optimizer.name=nonsense: timm has no such optimizer"),
@@ -126,25 +125,23 @@ def test_equal_settings_are_one_run(launch: Launch) -> None:
         (["schedule=warmup_cosine", "steps=10", "tracker=none"], "schedule.warmup_epochs=10: 20 steps of warm-up"),
     ],
 )
-def test_what_only_the_worker_can_know_is_one_message_too(
-    launch: Launch, tmp_path: Path, overrides: list[str], says: str
+def test_a_mistake_found_in_the_worker_gives_one_message(
+    launch: Launch, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    import re
-
     result = launch(*overrides)
     assert result.returncode == 2
-    assert re.search(says, result.stderr), result.stderr
+    assert re.search(message, result.stderr), result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     assert not (tmp_path / "runs").exists()
 
 
-def test_finished_runs_are_skipped_and_repeated_on_demand(launch: Launch, tmp_path: Path) -> None:
+def test_finished_runs_are_skipped_unless_rerun(launch: Launch, tmp_path: Path) -> None:
     command = ("-m", *TINY, "steps=4", "optimizer=lars,lamb")
     first = launch(*command)
     assert first.returncode == 0, first.stderr
     summaries = sorted((tmp_path / "runs").glob("*/summary.json"))
     assert len(summaries) == 2
-    assert all(summary.parent.name in first.stdout for summary in summaries)  # the table says where they are
+    assert all(summary.parent.name in first.stdout for summary in summaries)  # the table has their folders
     before = [summary.stat().st_mtime_ns for summary in summaries]
 
     second = launch(*command)
@@ -155,7 +152,7 @@ def test_finished_runs_are_skipped_and_repeated_on_demand(launch: Launch, tmp_pa
     third = launch(*command, "rerun=true")
     assert third.returncode == 0, third.stderr
     assert all(summary.stat().st_mtime_ns > old for summary, old in zip(summaries, before, strict=True))
-    for summary in summaries:  # the earlier result isn't lost
+    for summary in summaries:  # the earlier result is kept
         previous = summary.parent / "previous-1" / "summary.json"
         assert json.loads(previous.read_text())["test/accuracy"] == json.loads(summary.read_text())["test/accuracy"]
 
@@ -180,7 +177,7 @@ def test_status_lists_runs(launch: Launch, tmp_path: Path) -> None:
     assert row["step"] == 2
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+def test_a_closed_pipe_causes_no_traceback(tmp_path: Path) -> None:
     command = f"{sys.executable} {ROOT / 'launch.py'} -m 'seed=range(30)' dry_run=true | head -n 1"
     result = subprocess.run(
         command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False

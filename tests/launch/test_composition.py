@@ -1,4 +1,4 @@
-"""The points of a grid, against Hydra's own expansion and composition."""
+"""The points of a grid, compared with Hydra's own expansion and composition."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _schema() -> None:
 
 
 def points(jobs: list[Composed], fixed: int = 0) -> list[str]:
-    """The overrides of each job but the first ``fixed``."""
+    """Return each job's overrides without the first ``fixed``."""
     return [" ".join(job.overrides[fixed:]) for job in jobs]
 
 
@@ -72,7 +72,7 @@ def multirun_of_hydra(arguments: list[str]) -> list[list[str]]:
         "optimizer.lr=1,2|optimizer.lr_1d=${optimizer.lr}",
     ],
 )
-def test_points_are_those_of_hydra_and_composed_alike(command: str) -> None:
+def test_points_and_configurations_equal_hydra_s(command: str) -> None:
     arguments = command.split("|")
     jobs = compose_grid(arguments, CONF)
     expected = multirun_of_hydra(arguments)
@@ -83,7 +83,7 @@ def test_points_are_those_of_hydra_and_composed_alike(command: str) -> None:
         assert job.sweep is None
 
 
-def test_later_axes_move_faster_and_equal_points_are_one() -> None:
+def test_later_axes_vary_faster_and_equal_points_are_merged() -> None:
     jobs = compose_grid(["batch_size=64", "seed=0,1", "optimizer.lr=1,2,1"], CONF)
     assert points(jobs, fixed=1) == [
         "seed=0 optimizer.lr=1", "seed=0 optimizer.lr=2", "seed=1 optimizer.lr=1", "seed=1 optimizer.lr=2",
@@ -98,20 +98,20 @@ def test_later_axes_move_faster_and_equal_points_are_one() -> None:
         ("optimizer=lars,lamb|optimizer=lars", ["optimizer=lars"]),
     ],
 )
-def test_of_a_key_given_twice_the_last_counts(command: str, expected: list[str]) -> None:
+def test_the_last_value_of_a_repeated_key_counts(command: str, expected: list[str]) -> None:
     jobs = compose_grid(command.split("|"), CONF)
     assert points(jobs) == expected
     assert [from_composed(job.tree) for job in jobs] == [by_hydra(point) for point in expected]
 
 
-def test_the_points_of_one_preset_share_nothing() -> None:
+def test_points_of_a_preset_share_no_objects() -> None:
     one, other = compose_grid(["seed=0,1"], CONF)
     one.tree["optimizer"]["betas"] = one.tree["tracker"]["tags"]
     one.tree["tracker"]["tags"].append("changed")
     assert other.tree["tracker"]["tags"] == []
 
 
-def test_a_thousand_points_are_composed_once_for_each_choice_of_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hydra_composes_once_for_each_choice_of_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -130,14 +130,14 @@ def test_a_thousand_points_are_composed_once_for_each_choice_of_presets(monkeypa
 
 @pytest.fixture
 def conf(tmp_path: Path) -> Path:
-    """The presets, with a folder of named grids to write to."""
+    """Return a copy of the presets with an empty folder for named grids."""
     shutil.copytree(CONF, tmp_path / "conf", ignore=shutil.ignore_patterns("sweeps"))
     (tmp_path / "conf" / "sweeps").mkdir()
     return tmp_path / "conf"
 
 
 def mine(conf: Path, text: str, *arguments: str) -> list[Composed]:
-    """The grid of ``arguments`` and of a named grid with this text."""
+    """Return the grid of ``arguments`` and of a named grid with this text."""
     (conf / "sweeps" / "mine.yaml").write_text(f"# @package _global_\n{text}")
     jobs = compose_grid(["sweeps=mine", *arguments], conf)
     assert all(job.sweep == "mine" and job.overrides[0] == "sweeps=mine" for job in jobs)
@@ -154,7 +154,7 @@ batch_size: 64
 """
 
 
-def test_a_sweep_file_brings_axes_and_values(conf: Path) -> None:
+def test_a_sweep_file_sets_axes_and_values(conf: Path) -> None:
     jobs = mine(conf, PARAMS)
     expected = ["optimizer=lars seed=0", "optimizer=lars seed=1", "optimizer=lamb seed=0", "optimizer=lamb seed=1"]
     assert points(jobs, fixed=1) == expected
@@ -162,7 +162,7 @@ def test_a_sweep_file_brings_axes_and_values(conf: Path) -> None:
         assert from_composed(job.tree) == by_hydra("batch_size=64", *job.overrides[1:])
 
 
-def test_the_command_line_adds_axes_and_replaces_those_of_the_file(conf: Path) -> None:
+def test_the_command_line_adds_axes_and_replaces_axes_of_the_file(conf: Path) -> None:
     added = mine(conf, PARAMS, "schedule=constant,cosine", "seed=3")
     assert points(added, fixed=2) == [
         "optimizer=lars schedule=constant", "optimizer=lars schedule=cosine",
@@ -193,7 +193,7 @@ cases:
 """
 
 
-def test_cases_pair_axes_and_each_is_combined_with_the_others(conf: Path) -> None:
+def test_each_case_is_combined_with_the_other_axes(conf: Path) -> None:
     jobs = mine(conf, CASES)
     cases = [
         "optimizer=lars optimizer.lr=1 optimizer.norm_clip=null",
@@ -207,7 +207,7 @@ def test_cases_pair_axes_and_each_is_combined_with_the_others(conf: Path) -> Non
     assert [from_composed(job.tree) for job in jobs[::2]] == [by_hydra(*point.split()) for point in expected[::2]]
 
 
-def test_a_key_on_the_command_line_replaces_that_of_every_case(conf: Path) -> None:
+def test_a_key_on_the_command_line_replaces_it_in_every_case(conf: Path) -> None:
     fixed = mine(conf, CASES, "optimizer.lr=7", "seed=0", "compile=false", "optimizer.norm_clip=null")
     assert points(fixed, fixed=5) == ["optimizer=lars", "optimizer=lamb", "optimizer=lamb optimizer.betas=[0.9,0.99]"]
     assert {job.tree["optimizer"]["lr"] for job in fixed} == {7}
@@ -221,27 +221,27 @@ def test_a_key_on_the_command_line_replaces_that_of_every_case(conf: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("cases: []", "cases: must be a list of mappings"),
         ("cases: [1]", "cases: must be a list of mappings"),
         ("cases: [{seed: []}]", "cases: seed has no value"),
-        ("cases: [{optimizer.lr: 'interval(1,2)'}]", r"optimizer.lr: is an interval, and trials must say how many"),
-        ("cases: [{seed: 1}]\nhydra: {sweeper: {params: {seed: '2,3'}}}", "seed: both in cases and in hydra.sweeper"),
-        ("hydra: {sweeper: {params: {seed: 'range(1,1)'}}}", r"seed=range\(1,1\): names no value"),
+        ("cases: [{optimizer.lr: 'interval(1,2)'}]", "optimizer.lr: an interval needs the number of points"),
+        ("cases: [{seed: 1}]\nhydra: {sweeper: {params: {seed: '2,3'}}}", "seed: is in cases and in hydra.sweeper"),
+        ("hydra: {sweeper: {params: {seed: 'range(1,1)'}}}", r"seed=range\(1,1\): has no value"),
     ],
 )
-def test_a_file_that_is_no_grid_is_refused(conf: Path, text: str, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_an_invalid_sweep_file_is_refused(conf: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         mine(conf, text)
 
 
-def test_a_key_in_cases_and_in_params_is_fine_where_the_command_line_replaces_both(conf: Path) -> None:
+def test_the_command_line_can_replace_a_key_of_both_cases_and_params(conf: Path) -> None:
     text = "cases: [{seed: 1}]\nhydra: {sweeper: {params: {seed: '2,3'}}}"
     assert points(mine(conf, text, "seed=4,5"), fixed=1) == ["seed=4", "seed=5"]
 
 
-def test_cases_that_are_a_mapping_are_refused(conf: Path) -> None:
+def test_a_mapping_as_cases_is_refused(conf: Path) -> None:
     with pytest.raises(UserError, match="cases: must be a list of mappings"):
         mine(conf, "cases: {seed: 1}")
 
@@ -259,18 +259,18 @@ def test_an_unknown_key_of_a_grid_is_refused(command: str, message: str) -> None
         from_composed(compose_grid([command], CONF)[0].tree)
 
 
-def test_an_option_that_the_preset_leaves_out_is_an_axis() -> None:
+def test_an_option_that_the_preset_leaves_out_can_be_an_axis() -> None:
     jobs = compose_grid(["optimizer.larc=true,false", "optimizer.max_ratio=1"], CONF)
     assert [from_composed(job.tree).optimizer.arguments(512, 1)["larc"] for job in jobs] == [True, False]
 
 
 @pytest.mark.parametrize(
-    ("command", "says"),
+    ("command", "message"),
     [
-        ("optimizer=glob(zz*)", r"optimizer=glob\(zz\*\): names no value"),
-        ("sweeps=demo,digits_batch", "sweeps=demo,digits_batch: one named grid at a time"),
-        ("optimizer.lr=interval(1,2)", "optimizer.lr: is an interval, and trials must say how many"),
-        ("optimizer.lr=interval(1,2)|trials=0", "optimizer.lr: is an interval, and trials must say how many"),
+        ("optimizer=glob(zz*)", r"optimizer=glob\(zz\*\): has no value"),
+        ("sweeps=demo,digits_batch", "sweeps=demo,digits_batch: only one named grid is allowed"),
+        ("optimizer.lr=interval(1,2)", "optimizer.lr: an interval needs the number of points"),
+        ("optimizer.lr=interval(1,2)|trials=0", "optimizer.lr: an interval needs the number of points"),
         ("optimizer.lr=tag(log,interval(0,2))|trials=3", "a logarithmic interval must start above 0"),
         ("optimizer.lr=interval(2,2)|trials=3", "the interval's end must be above its start"),
         ("optimizer.lr=1,2|trials=3", "trials=3: no axis is an interval"),
@@ -278,8 +278,8 @@ def test_an_option_that_the_preset_leaves_out_is_an_axis() -> None:
         ("batch_size.x=1,2", "unknown key batch_size.x: batch_size is a value"),
     ],
 )
-def test_a_command_line_that_is_no_grid_is_refused(command: str, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_an_invalid_grid_on_the_command_line_is_refused(command: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         compose_grid(command.split("|"), CONF)
 
 
@@ -287,7 +287,7 @@ def test_a_command_line_that_is_no_grid_is_refused(command: str, says: str) -> N
 
 
 def radical_inverse(number: int, base: int) -> float:
-    """The digits of ``number`` mirrored at the point: what the Halton sequence is made of."""
+    """Return ``number`` with its digits mirrored at the point, an element of the Halton sequence."""
     value, part = 0.0, 1.0
     while number:
         part /= base
@@ -296,7 +296,7 @@ def radical_inverse(number: int, base: int) -> float:
     return value
 
 
-def test_a_search_is_the_halton_sequence_on_its_intervals() -> None:
+def test_intervals_are_drawn_from_the_halton_sequence() -> None:
     command = [
         "trials=6",
         "optimizer=tvlars",
@@ -309,10 +309,10 @@ def test_a_search_is_the_halton_sequence_on_its_intervals() -> None:
         assert optimizer["lr"] == pytest.approx(0.1 * 100 ** radical_inverse(number, 2), rel=1e-3)
         assert optimizer["lmbda"] == pytest.approx(radical_inverse(number, 3), rel=1e-3)
     more = [job.tree["optimizer"] for job in compose_grid(["trials=9", *command[1:]], CONF)]
-    assert more[:6] == found  # so that the runs which are there are not made again
+    assert more[:6] == found  # more trials keep the earlier runs
 
 
-def test_every_point_of_a_search_is_combined_with_the_other_axes() -> None:
+def test_each_drawn_point_is_combined_with_the_other_axes() -> None:
     jobs = compose_grid(["trials=3", "optimizer=lars,lamb", "optimizer.lr=interval(1,2)", "seed=0,1"], CONF)
     assert points(jobs[:4], 1) == [
         f"optimizer={name} optimizer.lr=1.5 seed={seed}" for name in ("lars", "lamb") for seed in (0, 1)
@@ -332,33 +332,33 @@ def test_each_case_draws_from_its_own_intervals(conf: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml")))
-def test_every_named_grid_has_the_runs_that_its_header_says_and_they_are_valid(name: str) -> None:
+def test_named_grids_are_valid_and_have_the_number_of_runs_in_their_header(name: str) -> None:
     header = (ROOT / "sweeps" / f"{name}.yaml").read_text().partition("\ndefaults:")[0]
-    said = re.search(r"(\d+) runs", header)
-    assert said, "the header says how many runs it has"
+    stated = re.search(r"(\d+) runs", header)
+    assert stated, "the header has no number of runs"
     assert f"#   python launch.py -m sweeps={name}" in header.splitlines()
     jobs = compose_grid([f"sweeps={name}"], CONF)
-    assert len({json.dumps(job.tree) for job in jobs}) == len(jobs) == int(said[1])
+    assert len({json.dumps(job.tree) for job in jobs}) == len(jobs) == int(stated[1])
     kinds = {(job.tree["optimizer"]["name"], job.tree["schedule"]["name"], job.tree["batch_size"]): job for job in jobs}
-    for job in kinds.values():  # all points would take half a minute
+    for job in kinds.values():  # validating all points takes half a minute
         validate(from_composed(job.tree))
 
 
-# The program around it.
+# The program.
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "says"),
+    ("command", "code", "message"),
     [
-        ("sweeps=demo seed=3", 2, "sweeps=demo is a grid and needs -m: python launch.py -m sweeps=demo seed=3\n"),
+        ("sweeps=demo seed=3", 2, "sweeps=demo: is a grid and needs -m. Fix: python launch.py -m sweeps=demo seed=3\n"),
         ("-m --help", 0, "Groups and their presets"),
         ("-m optimizer=lars,lamb --cfg job", 2, "--multirun, --cfg"),
-        ("-m --config-dir . sweeps=demo", 2, "--config-dir: not beside -m; a folder of presets is added by"),
-        ("trials=3", 2, "trials: are those of a grid, which needs -m"),
+        ("-m --config-dir . sweeps=demo", 2, "--config-dir: not allowed with -m. Fix: add presets with"),
+        ("trials=3", 2, "trials: only a grid has this key. Fix: add -m"),
     ],
 )
-def test_m_where_there_is_no_grid_to_carry_out(launch: Launch, command: str, code: int, says: str) -> None:
+def test_mistakes_and_flags_with_and_without_m(launch: Launch, command: str, code: int, message: str) -> None:
     result = launch(*command.split())
     assert result.returncode == code
-    assert says in result.stdout + result.stderr
+    assert message in result.stdout + result.stderr
     assert "Traceback" not in result.stderr

@@ -106,20 +106,23 @@ def test_processes_are_one_a_gpu_or_as_given() -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("cluster=local", "cluster.partition=gpu"), "cluster.partition=gpu: only cluster=slurm has it"),
-        (("cluster=local", "cluster.nodes=2"), "cluster.nodes=2: only cluster=slurm has it"),
-        (("cluster=local", "cluster.setup=[true]"), "cluster.setup=.*: only cluster=slurm has it"),
-        (("cluster.parallel=2",), "cluster.parallel=2: only cluster=local has it; cluster.array_parallelism"),
-        (("cluster.devices=[0]",), "cluster.devices=.*: only cluster=local has it"),
-        (("cluster.processes=3", "cluster.nodes=2"), "cluster.processes=3: isn't cluster.nodes=2 times"),
+        (("cluster=local", "cluster.partition=gpu"), "cluster.partition=gpu: only cluster=slurm has this key"),
+        (("cluster=local", "cluster.nodes=2"), "cluster.nodes=2: only cluster=slurm has this key"),
+        (("cluster=local", "cluster.setup=[true]"), "cluster.setup=.*: only cluster=slurm has this key"),
+        (
+            ("cluster.parallel=2",),
+            "cluster.parallel=2: only cluster=local has this key. Fix: set cluster.array_parallelism",
+        ),
+        (("cluster.devices=[0]",), "cluster.devices=.*: only cluster=local has this key"),
+        (("cluster.processes=3", "cluster.nodes=2"), "cluster.processes=3: must be cluster.nodes=2 times"),
         (("cluster.time_limit=1",), "cluster.signal_seconds=120: must be shorter than cluster.time_limit=1"),
         (("cluster.memory_gb=0",), "cluster.memory_gb=0"),
-        (("cluster.device=cuda",), "cluster.device=cuda: no GPU is asked for; set cluster.gpus_per_node"),
+        (("cluster.device=cuda",), "cluster.device=cuda: the job requests no GPU. Fix: set cluster.gpus_per_node"),
         (
             ("cluster.gpus_per_node=2", "cluster.processes_per_node=4"),
-            "cluster.processes_per_node=4: one process a GPU",
+            "cluster.processes_per_node=4: needs a GPU each",
         ),
-        (("cluster.nodes=3",), "batch_size=16 can't be divided over 3 processes"),
+        (("cluster.nodes=3",), "batch_size=16: can't be divided over 3 processes"),
     ],
 )
 def test_keys_that_cannot_be_are_refused(overrides: tuple[str, ...], says: str) -> None:

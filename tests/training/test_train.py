@@ -121,7 +121,10 @@ def test_clars_trains_a_model_with_parameters_outside_layers(tmp_path: Path) -> 
 def test_clars_sample_size_must_divide_the_micro_batch(launch: Launch) -> None:
     result = launch(*TINY, "optimizer=clars", "optimizer.sample_size=3")
     assert result.returncode == 2
-    assert "optimizer.sample_size=3 doesn't divide the micro-batch of 16 images; nearest: 2" in result.stderr
+    assert (
+        "optimizer.sample_size=3: doesn't divide the micro-batch of 16 images. Fix: optimizer.sample_size=2"
+        in result.stderr
+    )
 
 
 def test_batch_norm_trains_the_same_over_processes_only_if_synchronised(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The one description of every key: types, defaults, checks and a run's identity. Never torch."""
+"""Types, defaults and checks of every configuration key, and the identity of a run. Never imports torch."""

@@ -1,4 +1,4 @@
-"""The global batch, divided over processes and accumulation."""
+"""Division of the global batch over processes and accumulation."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from largebatch.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the images of one optimizer step are taken through the model.
+    """Sizes of one optimizer step, in images.
 
-    ``global_batch = processes * accumulation * micro_batch``; each of a process's ``accumulation`` micro-batches is one
-    forward and backward.
+    ``global_batch = processes * accumulation * micro_batch``. Each process makes ``accumulation`` forward and backward
+    passes of one micro-batch each.
     """
 
     global_batch: int
@@ -29,26 +29,26 @@ def plan_batch(
     """Divide ``global_batch`` over ``processes``, and each share into micro-batches of ``micro_batch`` images.
 
     Args:
-        micro_batch: None and ``auto`` leave the share whole; what ``auto`` comes to is found in training.
-        samples_together: must divide the micro-batch: CLARS's groups of samples aren't spread over two.
+        micro_batch: None and ``auto`` leave the share whole. Training finds the size for ``auto``.
+        samples_together: must divide the micro-batch, because a micro-batch holds whole groups of CLARS's samples.
 
     Raises:
-        UserError: when a division leaves a remainder; the message names the nearest sizes that leave none.
+        UserError: if a division leaves a remainder. The message names the nearest sizes without a remainder.
     """
     plan = _divide(global_batch, processes, micro_batch if isinstance(micro_batch, int) else None)
     if plan.micro_batch % samples_together:
         raise UserError(
-            f"optimizer.sample_size={samples_together} doesn't divide the micro-batch of {plan.micro_batch} images; "
-            f"nearest: {_nearest_divisor(plan.micro_batch, samples_together)}"
+            f"optimizer.sample_size={samples_together}: doesn't divide the micro-batch of {plan.micro_batch} images. "
+            f"Fix: optimizer.sample_size={_nearest_divisor(plan.micro_batch, samples_together)}"
         )
     return plan
 
 
 def plan_small_batch(batch: int, images: int, processes: int, micro_batch: int) -> BatchPlan:
-    """A batch that need not be divisible: up to ``batch`` of the ``images``, in pieces of at most ``micro_batch``.
+    """Divide up to ``batch`` of the ``images``, in micro-batches of at most ``micro_batch``.
 
-    What doesn't divide over ``processes`` is left out, though each takes one at least; the pieces are the largest that
-    divide a process's share.
+    The batch needn't be divisible: the remainder over ``processes`` is left out. Each process takes at least one image.
+    The micro-batch is the largest that divides a process's share.
     """
     share = max(min(batch, images) // processes, 1)
     piece = max(size for size in range(1, min(share, micro_batch) + 1) if share % size == 0)
@@ -57,8 +57,8 @@ def plan_small_batch(batch: int, images: int, processes: int, micro_batch: int) 
 
 def _divide(global_batch: int, processes: int, micro_batch: int | None) -> BatchPlan:
     if global_batch % processes:
-        near = _nearest_multiples(global_batch, processes)
-        raise UserError(f"batch_size={global_batch} can't be divided over {processes} processes; nearest: {near}")
+        fix = f"batch_size={_nearest_multiples(global_batch, processes)}"
+        raise UserError(f"batch_size={global_batch}: can't be divided over {processes} processes. Fix: {fix}")
     share = global_batch // processes
     if micro_batch is None or micro_batch >= share:
         return BatchPlan(global_batch, processes, 1, share)
@@ -66,8 +66,8 @@ def _divide(global_batch: int, processes: int, micro_batch: int | None) -> Batch
         near = _nearest_multiples(global_batch, processes * micro_batch)
         nearest = _nearest_divisor(share, micro_batch)
         raise UserError(
-            f"micro_batch={micro_batch} doesn't divide the {share} images of batch_size={global_batch} that each of "
-            f"{processes} process(es) takes; nearest: micro_batch={nearest}, or batch_size {near}"
+            f"micro_batch={micro_batch}: doesn't divide the {share} images of each process (batch_size={global_batch} "
+            f"over {processes} process(es)). Fix: micro_batch={nearest}, or batch_size={near}"
         )
     return BatchPlan(global_batch, processes, share // micro_batch, micro_batch)
 

@@ -1,4 +1,4 @@
-"""Checks of a configuration that need neither torch nor the data: all problems of a run at once, before it starts."""
+"""Checks of a configuration before the run starts, without torch or the data."""
 
 from __future__ import annotations
 
@@ -31,38 +31,40 @@ def validate(config: Config) -> None:
 def _check_length(config: Config) -> list[str]:
     if config.epochs is not None and config.steps is not None:
         return [
-            f"epochs={config.epochs} and steps={config.steps}: give one of the two "
-            "(if a preset gives the other, set that one to null)"
+            f"epochs={config.epochs} and steps={config.steps}: only one may be set. "
+            "Fix: leave one out, or set it to null if a preset sets it"
         ]
     return []
 
 
-_LOCAL_KEYS = {"devices": "SLURM chooses the GPUs", "parallel": "cluster.array_parallelism is SLURM's"}
+# Keys without a meaning on SLURM, and the fix.
+_LOCAL_KEYS = {"devices": "leave it out, since SLURM chooses the GPUs", "parallel": "set cluster.array_parallelism"}
 _SHARED_KEYS = ("name", "processes", "device", "threads")
 
 
 def _check_cluster(cluster: ClusterConfig) -> list[str]:
     if cluster.name == "local":
         return [
-            f"cluster.{key.name}={getattr(cluster, key.name)}: only cluster=slurm has it; choose that, or leave it out"
+            f"cluster.{key.name}={getattr(cluster, key.name)}: only cluster=slurm has this key. "
+            "Fix: leave it out, or set cluster=slurm"
             for key in fields(ClusterConfig)
             if key.name not in (*_SHARED_KEYS, *_LOCAL_KEYS) and getattr(cluster, key.name) != _default(key)
         ]
     problems = [
-        f"cluster.{key}={getattr(cluster, key)}: only cluster=local has it; {why}"
-        for key, why in _LOCAL_KEYS.items()
+        f"cluster.{key}={getattr(cluster, key)}: only cluster=local has this key. Fix: {fix}"
+        for key, fix in _LOCAL_KEYS.items()
         if getattr(cluster, key) is not None
     ]
     given, nodes, each = cluster.processes, cluster.nodes, cluster.processes_per_node
     if given is not None and nodes >= 1 and (given % nodes or each not in (None, given // nodes)):
         problems.append(
-            f"cluster.processes={given}: isn't cluster.nodes={nodes} times cluster.processes_per_node={each or '...'}; "
-            "leave it out"
+            f"cluster.processes={given}: must be cluster.nodes={nodes} times cluster.processes_per_node"
+            f"{f'={each}' if each else ''}. Fix: leave cluster.processes out"
         )
     if cluster.time_limit is not None and cluster.signal_seconds >= 60 * cluster.time_limit:
         problems.append(
             f"cluster.signal_seconds={cluster.signal_seconds}: must be shorter than cluster.time_limit="
-            f"{cluster.time_limit} (minutes), or a run is asked to stop as soon as it begins"
+            f"{cluster.time_limit} (minutes). Otherwise SLURM stops a run as soon as it starts"
         )
     return problems
 
@@ -75,7 +77,7 @@ def _check_batch(config: Config) -> list[str]:
     processes, together = config.cluster.processes, config.optimizer.samples_together
     sizes = (config.batch_size, config.micro_batch, processes, together)
     if any(isinstance(size, int) and size < 1 for size in sizes):
-        return []  # problems_of has named it
+        return []  # problems_of names it
     try:
         plan_batch(config.batch_size, processes or 1, config.micro_batch, together)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Data sets: the options of each, and its loader. To add a data set, add its dataclass here and to ``DATASETS``."""
+"""Options and loader of each data set. To add a data set, add its dataclass here and to ``DATASETS``."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ if TYPE_CHECKING:
 
 @dataclass
 class ViewsConfig:
-    """The two views of Barlow Twins; defaults of the reference program. A view is mirrored if ``dataset.flip``."""
+    """The two views of Barlow Twins, with the reference program's defaults. ``dataset.flip`` mirrors them too."""
 
-    min_area: float = option(0.08, above=0, most=1)  # smallest part of an image's area that a crop may show
+    min_area: float = option(0.08, above=0, most=1)  # smallest crop, as a part of the image's area
     jitter: float = option(0.8, least=0, most=1)  # probability of changing brightness, contrast, saturation and hue
-    gray: float = option(0.2, least=0, most=1)  # probability of taking colours away
-    blur: list[float] = option([1.0, 0.1], least=0, most=1, length=2)  # of Gaussian blur, in first and second view
-    solarize: list[float] = option([0.0, 0.2], least=0, most=1, length=2)  # of inverting bright pixels, likewise
+    gray: float = option(0.2, least=0, most=1)  # probability of removing colours
+    blur: list[float] = option([1.0, 0.1], least=0, most=1, length=2)  # Gaussian blur, probability per view
+    solarize: list[float] = option([0.0, 0.2], least=0, most=1, length=2)  # the same for inverting bright pixels
 
 
 @dataclass
 class DatasetConfig:
     """Options of every data set.
 
-    ``loader`` is the function that returns training split, test split and class names. ``named_by_root`` tells
-    whether ``root`` decides which images there are.
+    ``loader`` names the function that returns training split, test split and class names. ``named_by_root`` is True if
+    ``root`` decides the images, and so the run's identity and name.
     """
 
     loader: ClassVar[str] = ""
     named_by_root: ClassVar[bool] = False
 
     name: str = MISSING
-    root: str = "data"  # folder of the files, or of the download
-    download: bool = True  # fetch missing files if there is a network
+    root: str = "data"  # folder of the files or of the download
+    download: bool = True  # download missing files if there is a network
     verify: bool = True  # compare files with published checksums, and check that every image can be read
-    workers: int = option(2, least=0)  # decoding processes a rank, for images that are decoded while training
-    location: str = option("auto", allowed=("auto", "device", "host"))  # of pixels; auto: the device if they fit
-    on_error: str = option("stop", allowed=("stop", "skip"))  # at an unreadable image: stop, or leave it out and count
-    val_fraction: float = option(0.0, least=0, below=1)  # part of the training set held out for choosing settings
-    train_size: int | None = option(None, least=1)  # images, if known beforehand
+    workers: int = option(2, least=0)  # decoding processes per rank, for images decoded while training
+    location: str = option("auto", allowed=("auto", "device", "host"))  # of the pixels; auto: the device if they fit
+    on_error: str = option("stop", allowed=("stop", "skip"))  # for unreadable images: stop, or skip and count them
+    val_fraction: float = option(0.0, least=0, below=1)  # part of the training set held out as validation set
+    train_size: int | None = option(None, least=1)  # images; None: unknown before loading
     test_size: int | None = option(None, least=1)
     num_classes: int | None = option(None, least=2)
-    channels: int = option(3, allowed=(1, 3))  # 1 is grey
-    image_size: int | None = option(None, least=1)  # side in pixels to resize images to; None: the data set's own
-    mean: list[float] | None = None  # per channel, of pixels in 0..1; None: measure on training images
+    channels: int = option(3, allowed=(1, 3))  # 1: grey
+    image_size: int | None = option(None, least=1)  # side in pixels after resizing; None: the data set's own
+    mean: list[float] | None = None  # per channel, of pixels in 0..1; None: measure them on training images
     std: list[float] | None = None
-    crop_padding: int = option(4, least=0)  # pixels of padding before a random crop; 0 is off
+    crop_padding: int = option(4, least=0)  # pixels of padding before a random crop; 0: off
     flip: bool = True  # random horizontal flip
-    rotation: float = option(15.0, least=0, most=180)  # random rotation, degrees to either side; 0 is off
+    rotation: float = option(15.0, least=0, most=180)  # random rotation, degrees to either side; 0: off
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    default_epochs: int = option(100, least=1)  # if neither `epochs` nor `steps` nor the mode gives a length
+    default_epochs: int = option(100, least=1)  # without `epochs`, `steps` and a length of the mode's own
 
     def problems(self, config: Config) -> list[str]:
         """Return one line for each conflict between options, or with the batch size."""
         problems = [
-            f"dataset.{key}={values}: must have one number a channel (dataset.channels={self.channels})"
+            f"dataset.{key}={values}: must have one number per channel (dataset.channels={self.channels})"
             for key, values in {"mean": self.mean, "std": self.std}.items()
             if values is not None and len(values) != self.channels
         ]
@@ -68,10 +68,10 @@ class DatasetConfig:
         if self.train_size is not None and 0 <= self.val_fraction < 1:
             left = round(self.train_size * (1 - self.val_fraction))
             if config.batch_size > left:
-                without = " after the validation part" if self.val_fraction else ""
+                without = " without the validation set" if self.val_fraction else ""
                 problems.append(
                     f"batch_size={config.batch_size}: larger than the training set; "
-                    f"{self.name} has {left} images{without}, so at most that"
+                    f"{self.name} has {left} images{without}. Fix: batch_size={left} or less"
                 )
         return problems
 
@@ -123,7 +123,7 @@ class TinyImageNet(DatasetConfig):
 
 @dataclass
 class ImageFolder(DatasetConfig):
-    """Any tree ``root/train/<class>/...`` and ``root/test/<class>/...``."""
+    """Images in folders ``root/train/<class>/...`` and ``root/test/<class>/...``."""
 
     loader = "largebatch.data.imagefolder:load_imagefolder"
     named_by_root = True
@@ -147,7 +147,7 @@ class ImageNet(DatasetConfig):
 
 @dataclass
 class Synthetic(DatasetConfig):
-    """Random images and labels, by default in CIFAR-10's shape, for timing."""
+    """Random images and labels for timing, by default in CIFAR-10's shape."""
 
     loader = "largebatch.data.synthetic:load_synthetic"
 

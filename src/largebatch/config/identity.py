@@ -1,4 +1,4 @@
-"""A run's identity: a hash over everything in its configuration that can change the result, and its name."""
+"""Identity of a run, a hash over every key that can change the result; and the run's name."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from largebatch.config.datasets import DATASETS
 from largebatch.config.modes import MODES
 from largebatch.config.schema import Config
 
-# Keys that aren't part of the identity, each with the reason. Every other key is.
+# Keys outside the identity, each with the reason. Every other key is part of it.
 NOT_DECISIVE = {
-    "cluster": "devices, processes and SLURM's options are where a run trains",
+    "cluster": "devices, processes and SLURM's options place a run",
     "tracker": "logging observes a run",
     "checkpoint": "resuming is exact",
-    "runs_dir": "where results are written",
+    "runs_dir": "folder of the results",
     "rerun": "an instruction to the launcher",
     "dry_run": "an instruction to the launcher",
     "profile": "observes a run",
-    "dataset.root": "the same files elsewhere; decisive for data sets that are named by their root",
-    "dataset.download": "how files come here",
+    "dataset.root": "folder of the files; decisive for data sets with ``named_by_root``",
+    "dataset.download": "permission to download files",
     "dataset.verify": "a check of the files",
-    "dataset.workers": "the number of processes that decode",
-    "dataset.location": "where pixels are kept",
-    "dataset.default_epochs": "contained in epochs",
-    "mode.default_epochs": "contained in epochs",
-    "lr_scaling.force": "permits a rule and changes nothing in it",
+    "dataset.workers": "number of decoding processes",
+    "dataset.location": "memory that holds the pixels",
+    "dataset.default_epochs": "part of epochs",
+    "mode.default_epochs": "part of epochs",
+    "lr_scaling.force": "permission to use a rule",
     "dataset.views": "decisive for modes that take more than one view",
 }
 
 
 def identity(config: Config) -> str:
-    """Return eight hex digits over everything that can change the result, and nothing else."""
+    """Return eight hex digits, the hash over all keys that can change the result."""
     return _hash(decisive(dataclasses.asdict(config)))
 
 
@@ -48,7 +48,7 @@ def setting_hash(config: Config) -> str:
 
 
 def decisive(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a configuration's tree that can change the result: all keys but ``NOT_DECISIVE``."""
+    """Return ``tree`` without the keys that can't change the result (``NOT_DECISIVE``)."""
     kept = copy.deepcopy(tree)
     dataset, mode = tree["dataset"]["name"], tree["mode"]["name"]
     decisive_here = {"dataset.root": DATASETS[dataset].named_by_root, "dataset.views": MODES[mode].views > 1}
@@ -68,7 +68,7 @@ def run_name(config: Config) -> str:
 
 
 def setting_name(config: Config) -> str:
-    """Return the name that the runs of a setting share over seeds: a readable prefix and ``setting_hash``."""
+    """Return the name of a setting, the same for all seeds: a readable prefix and ``setting_hash``."""
     return _joined(*_choices(config), setting_hash(config))
 
 

@@ -1,4 +1,4 @@
-"""Rules that scale the learning rate from a base batch to the batch size."""
+"""Rules that scale the learning rate from the base batch to the batch size."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from largebatch.config.options import option
 
 @dataclass
 class LrScalingConfig:
-    """``rule`` with B the batch size, b the base batch and N the noise scale; ``docs/lr_scaling.md``."""
+    """Scaling rule and its options; ``docs/lr_scaling.md``."""
 
     rule: str = option("none", allowed=("none", "linear", "sqrt", "surge"))
     base_batch: int = option(256, least=1)
     noise_scale: float | None = option(None, above=0)  # surge: the gradient noise scale N in samples
-    force: bool = False  # surge: also for an optimizer that its theory doesn't cover
+    force: bool = False  # surge: allow optimizers that its theory doesn't cover
 
     def scaled(self, lr: float, batch_size: int) -> float:
-        """Return ``lr``, given at the base batch, at ``batch_size``.
+        """Return the learning rate at ``batch_size`` B, from ``lr`` at the base batch b and the noise scale N.
 
         linear: ``lr * B / b``; sqrt: ``lr * sqrt(B / b)``. The surge rule (arXiv 2405.14578, theorem 3) is
-        ``lr(B) = lr_max / (0.5 * (sqrt(N / B) + sqrt(B / N)))``. With the learning rate at the base batch given, lr_max
-        falls out: ``lr(B) = lr(b) * sqrt(B / b) * (b + N) / (B + N)``.
+        ``lr(B) = lr_max / (0.5 * (sqrt(N / B) + sqrt(B / N)))``. The given lr(b) cancels lr_max:
+        ``lr(B) = lr(b) * sqrt(B / b) * (b + N) / (B + N)``.
         """
         base, noise = self.base_batch, self.noise_scale or 0.0
         factor = {
@@ -35,19 +35,19 @@ class LrScalingConfig:
         return lr * factor[self.rule]
 
     def problems(self, optimizer: OptimizerConfig) -> list[str]:
-        """Return one line for each option that the rule doesn't have, lacks, or has for another optimizer."""
+        """Return one line for each option that is missing, or doesn't fit the rule or the optimizer."""
         if self.rule != "surge":
             given = {"noise_scale": self.noise_scale, "force": self.force or None}
             return [
-                f"lr_scaling.{key}={value}: only lr_scaling.rule=surge has it; leave it out, or set that rule"
+                f"lr_scaling.{key}={value}: only lr_scaling.rule=surge has this key. Fix: leave it out or set that rule"
                 for key, value in given.items()
                 if value is not None
             ]
         problems = []
         if self.noise_scale is None:
             problems.append(
-                "lr_scaling.noise_scale=null: lr_scaling.rule=surge needs the gradient noise scale, a number of "
-                "samples; docs/lr_scaling.md explains how to measure it"
+                "lr_scaling.noise_scale=null: lr_scaling.rule=surge needs the gradient noise scale in samples. "
+                "Fix: measure it as docs/lr_scaling.md explains"
             )
         if not self.force and (beyond := optimizer.beyond_surge()):
             problems.append(

@@ -1,4 +1,4 @@
-"""Models: the options of each. To add a model, add its name to ``MODELS`` and its builder to ``models/build.py``."""
+"""Options of each model. To add a model, add its name to ``MODELS`` and its builder to ``models/build.py``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class ModelConfig:
     """Options of every model."""
 
     name: str = MISSING
-    init: str = option("default", allowed=INITS)  # of convolution and linear weights; default is the library's
+    init: str = option("default", allowed=INITS)  # of convolution and linear weights; default: the library's
 
 
 @dataclass
 class SmallCnn(ModelConfig):
-    """Four convolutions of our own, for small images."""
+    """Network of four convolutions, for small images."""
 
     norm: str = option("group", allowed=("group", "batch"))
 
@@ -31,19 +31,19 @@ class SmallCnn(ModelConfig):
 class EfficientNet(ModelConfig):
     """torchvision's EfficientNet-B0."""
 
-    stem: str = option("imagenet", allowed=("imagenet", "cifar"))  # as published; cifar: 3x3, stride 1, no pooling
+    stem: str = option("imagenet", allowed=("imagenet", "cifar"))  # cifar: 3x3, stride 1, no pooling
 
 
 @dataclass
 class ResNet(EfficientNet):
     """torchvision's ResNets."""
 
-    zero_init_residual: bool = False  # each block begins as the identity
+    zero_init_residual: bool = False  # start each block as the identity
 
 
 @dataclass
 class TimmModel(ModelConfig):
-    """Any model of timm, by timm's name; ``options`` are passed on to ``timm.create_model``."""
+    """Any timm model, by its timm name. ``options`` are keyword arguments of ``timm.create_model``."""
 
     library: str = option("timm", allowed=("timm",))
     options: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Modes: the options of each. ``largebatch.modes`` has a module of the same name for each, in ``modes/``."""
+"""Options of each mode. ``largebatch.modes`` has a module with the name of each mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModeConfig:
-    """Options of every mode. ``views``: random views of each image that training takes."""
+    """Options of every mode. ``views`` is the number of random views of an image in training."""
 
     views: ClassVar[int] = 1
 
@@ -23,12 +23,12 @@ class ModeConfig:
 
     @property
     def loss_over_global_batch(self) -> bool:
-        """True if the loss isn't a mean over images and is computed over the whole batch of all processes."""
+        """True if the loss isn't a mean over images but a function of the global batch of all processes."""
         return False
 
     @property
     def loss_per_micro_batch(self) -> bool:
-        """True if the loss isn't a mean over images and each micro-batch of a process has its own."""
+        """True if the loss isn't a mean over images but a function of each micro-batch of a process."""
         return False
 
     def length(self, dataset_epochs: int) -> int:
@@ -50,23 +50,24 @@ class Clf(ModeConfig):
 
 @dataclass
 class Bt(ModeConfig):
-    """Barlow Twins (arXiv 2103.03230) and a probe on its features; ``docs/barlow_twins.md``."""
+    """Barlow Twins (arXiv 2103.03230), then a probe on its features; ``docs/barlow_twins.md``."""
 
     views = 2
 
-    default_epochs: int = option(240, least=1)  # of pre-training, if neither `epochs` nor `steps` is given
-    projector: list[int] = option([128, 128, 128], least=1)  # widths of its linear layers
+    default_epochs: int = option(240, least=1)  # of pre-training, without `epochs` and `steps`
+    projector: list[int] = option([128, 128, 128], least=1)  # widths of the projector's linear layers
     lmbda: float = option(0.005, least=0)  # weight of the off-diagonal terms of the loss
     loss_scale: float = option(0.001, above=0)  # factor of the loss
-    exact: bool = True  # the loss of the global batch under accumulation and over processes
+    exact: bool = True  # compute the loss over the global batch; false: over each micro-batch
     knn_every: int = option(10, least=0)  # epochs between nearest-neighbour evaluations of frozen features; 0: none
     knn_neighbours: int = option(20, least=1)
     knn_temperature: float = option(0.07, above=0)  # weight of a neighbour: exp(cosine similarity / temperature)
-    eval_epochs: int = option(100, least=1)  # of the linear probe, or of fine-tuning
-    eval_batch_size: int = option(256, least=1)  # global, of the same
-    eval_augmentation: bool = False  # train it on crops, flips and rotations; false: compute features once
+    # The linear probe, or fine-tuning.
+    eval_epochs: int = option(100, least=1)
+    eval_batch_size: int = option(256, least=1)  # global
+    eval_augmentation: bool = False  # train on crops, flips and rotations; false: compute features once
     lr_classifier: float = option(0.3, above=0)  # learning rate of the probe's linear layer
-    lr_backbone: float = option(0.0, least=0)  # of the backbone: 0 freezes it (linear probe), above 0 fine-tunes it
+    lr_backbone: float = option(0.0, least=0)  # of the backbone; 0: freeze it (linear probe); above 0: fine-tune it
     eval_weight_decay: float = option(1e-6, least=0)
 
     @property
@@ -82,11 +83,12 @@ class Bt(ModeConfig):
 
     def problems(self, config: Config) -> list[str]:
         if config.batch_size == 1:
-            return ["batch_size=1: mode=bt correlates the images of a batch, so there must be at least 2"]
+            return ["batch_size=1: mode=bt correlates the images of a batch. Fix: batch_size=2 or more"]
         if not self.exact and 1 in (config.batch_size // (config.cluster.processes or 1), config.micro_batch):
             return [
-                "mode.exact=false: correlates the images of each micro-batch of a process, so there must be at least 2 "
-                f"in each; batch_size={config.batch_size}, micro_batch={config.micro_batch}"
+                "mode.exact=false: correlates the images of each micro-batch, which needs at least 2 images "
+                f"(batch_size={config.batch_size}, micro_batch={config.micro_batch}). "
+                "Fix: mode.exact=true, or larger micro-batches"
             ]
         return []
 

@@ -1,7 +1,7 @@
-"""Optimizers: the options of each, their defaults and limits.
+"""Options of each optimizer, with their defaults and limits.
 
-An option's name and default are those of the keyword argument of the optimizer's class, which ``target`` names. A test
-compares them. To add an optimizer, add its dataclass here and to ``OPTIMIZERS``.
+``target`` names the optimizer's class. Each option has the name and the default of a keyword argument of that class; a
+test compares them. To add an optimizer, add its dataclass here and to ``OPTIMIZERS``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class OptimizerConfig:
     """Options of every optimizer.
 
-    ``target`` is the optimizer's class, ``label`` its name in reports, and ``sign_like`` tells whether its update is a
-    gradient over its own recent size, or a sign. The theory behind ``lr_scaling.rule=surge`` covers only those.
+    ``target`` is the optimizer's class and ``label`` its name in reports. ``sign_like`` is True if the update is a
+    gradient over its own recent size, or a sign. The theory of ``lr_scaling.rule=surge`` covers only such updates.
     """
 
     target: ClassVar[str] = ""
@@ -30,21 +30,21 @@ class OptimizerConfig:
     sign_like: ClassVar[bool] = False
 
     name: str = MISSING
-    lr: float = option(MISSING, above=0)  # learning rate; at lr_scaling.base_batch if a scaling rule is chosen
-    lr_1d: float | None = option(None, least=0)  # learning rate of biases and norm parameters, scaled alike; None: lr
+    lr: float = option(MISSING, above=0)  # learning rate; with a scaling rule, at lr_scaling.base_batch
+    lr_1d: float | None = option(None, least=0)  # the same for biases and norm parameters; None: lr
 
     def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
-        """Return the keyword arguments of the class, beside parameters and learning rates."""
+        """Return the keyword arguments of the class, without parameters and learning rates."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "lr", "lr_1d")}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
     @property
     def samples_together(self) -> int:
-        """Number of samples that one micro-batch must hold together; divides the micro-batch."""
+        """Number of samples that must be in one micro-batch. Divides the micro-batch."""
         return 1
 
     def beyond_surge(self) -> str:
-        """Return the optimizer, with the option at fault, if the surge rule doesn't cover it; else an empty string."""
+        """Return the optimizer and its unsuitable option if the surge rule doesn't cover it, else an empty string."""
         return "" if self.sign_like else self.name
 
     def problems(self, config: Config) -> list[str]:
@@ -76,7 +76,7 @@ class Lars(OptimizerConfig):
     def problems(self, config: Config) -> list[str]:
         problems = _nesterov_problems(self.nesterov, self.momentum)
         if self.larc and self.max_ratio is None:
-            problems.append("optimizer.larc=true: needs optimizer.max_ratio, LARC's own is 1")
+            problems.append("optimizer.larc=true: needs optimizer.max_ratio. Fix: optimizer.max_ratio=1, as in LARC")
         return problems
 
 
@@ -89,11 +89,11 @@ class Tvlars(Lars):
 
     lmbda: float = option(1e-3, least=0)  # steepness of phi's decay, per optimizer step
     alpha: float = option(1.0, least=0)  # phi starts near 1/alpha
-    delay_epochs: float = option(0.0, least=0)  # epochs before phi is at its midpoint
+    delay_epochs: float = option(0.0, least=0)  # epochs until phi reaches its midpoint
     gamma_min: int | float | str = option(0.0, least=0, words=("auto",))  # floor of phi; auto: 0.001 * batch_size / 256
 
     def __post_init__(self) -> None:
-        if isinstance(self.gamma_min, int):  # so that 0 and 0.0 are one run
+        if isinstance(self.gamma_min, int):  # 0 and 0.0 must be the same run
             self.gamma_min = float(self.gamma_min)
 
     def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Clars(Lars):
     denominators = ("sample_norms", "sum_of_norms")
 
     denominator: str = option("sample_norms", allowed=denominators)  # sum_of_norms adds wd*||w||
-    sample_size: int = option(1, least=1)  # samples whose mean gradient's norm counts as one
+    sample_size: int = option(1, least=1)  # samples per measured gradient norm; the norm is of their mean gradient
 
     def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
         options = super().arguments(batch_size, steps_per_epoch)
@@ -127,11 +127,13 @@ class Clars(Lars):
     def problems(self, config: Config) -> list[str]:
         problems = super().problems(config)
         if config.compile is True:
-            problems.append("compile=true: clars measures gradient norms by hooks, which compiled passes don't call")
+            problems.append(
+                "compile=true: clars measures norms with hooks, which compiled passes skip. Fix: compile=false"
+            )
         if config.mode.loss_per_micro_batch:
             problems.append(
-                "mode.exact=false: clars measures the gradient norms of samples, which then pass twice in one backward "
-                "pass. Fix: mode.exact=true"
+                "mode.exact=false: clars measures the gradient norms of samples, but one backward pass then has two "
+                "views of each sample. Fix: mode.exact=true"
             )
         return problems
 
@@ -217,9 +219,9 @@ class RmsProp(OptimizerConfig):
 
 @dataclass
 class TimmOptimizer(OptimizerConfig):
-    """Any optimizer of timm, by timm's name; ``options`` are its further keyword arguments."""
+    """Any timm optimizer, by its timm name. ``options`` are its other keyword arguments."""
 
-    # Names of timm's with a sign-like update. docs/lr_scaling.md says why others aren't here.
+    # timm names of optimizers with a sign-like update. docs/lr_scaling.md explains the choice.
     SIGN_LIKE: ClassVar[tuple[str, ...]] = (
         "adam", "adamw", "rmsprop", "adamwlegacy", "nadam", "nadamlegacy", "nadamw", "lion", "rmsproptf", "bnbadam",
         "bnbadam8bit", "bnbadamw", "bnbadamw8bit", "bnblion", "bnblion8bit", "fusedadam", "fusedadamw",

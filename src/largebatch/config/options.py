@@ -1,4 +1,4 @@
-"""Ranges and allowed values of configuration fields, and the check of a whole configuration against them."""
+"""Ranges and allowed values of configuration fields, and the check of a configuration against them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from largebatch.errors import choices
 
 @dataclass(frozen=True)
 class Limits:
-    """Allowed values of a field. A list is checked element by element; None is always allowed.
+    """Allowed values of a field. Each element of a list is checked; None is always allowed.
 
     Attributes:
         least, most: smallest and largest allowed number.
-        above, below: the same, without the number itself.
+        above, below: the same, without the bound itself.
         length: number of elements of a list; None: one or more.
-        allowed: list of allowed values, in place of a range.
-        words: names that are allowed beside numbers.
+        allowed: allowed values, instead of a range.
+        words: names that are allowed besides numbers.
     """
 
     least: float | None = None
@@ -31,14 +31,15 @@ class Limits:
     words: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str:
-        """Return what is wrong with ``value``, or an empty string."""
+        """Return the problem of ``value``, or an empty string."""
         if self.allowed:
             names = [str(name).lower() for name in self.allowed]
             return "" if value in self.allowed else choices(str(value), names)
-        if isinstance(value, str):
-            return "" if value in self.words else f"must be {self._number(value)}{self._or_words()}"
         if not isinstance(value, list):
-            return "" if self._holds(value) else f"must be {self._number(value)}{self._or_words()}"
+            if value in self.words if isinstance(value, str) else self._holds(value):
+                return ""
+            kind = "a finite number" if isinstance(value, float) else "an integer"
+            return f"must be {kind} {self._range()}" + "".join(f", or {word}" for word in self.words)
         if (len(value) == self.length if self.length else value) and all(map(self._holds, value)):
             return ""
         count = "one or more" if self.length is None else self.length
@@ -53,21 +54,15 @@ class Limits:
             and (self.below is None or value < self.below)
         )
 
-    def _number(self, value: Any) -> str:
-        return f"{'a finite number' if isinstance(value, float) else 'an integer'} {self._range()}"
-
     def _range(self) -> str:
         if self.least is not None and self.most is not None:
             return f"from {self.least:g} to {self.most:g}"
         bounds = {"of at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
 
-    def _or_words(self) -> str:
-        return "".join(f", or {word}" for word in self.words)
-
 
 def option(default: Any, **limits: Any) -> Any:
-    """Return a dataclass field with ``Limits``; a list as default is copied for each instance."""
+    """Return a dataclass field with ``Limits``. Each instance gets its own copy of a default list."""
     metadata = {"limits": Limits(**limits)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)

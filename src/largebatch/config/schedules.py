@@ -1,8 +1,8 @@
-"""Learning-rate schedules: the options of each and its factor at each optimizer step.
+"""Options of each learning-rate schedule, and its factor at each optimizer step.
 
-A factor multiplies the learning rate at optimizer step t = 0, 1, ... T - 1. Warm-up of W steps: ``(t + 1) / W``. After
-it, ``decay(s)`` of the progress ``s = (t - W) / (T - W)``. To add a schedule, add its dataclass here and to
-``SCHEDULES``.
+The factor multiplies the learning rate at optimizer step t = 0, 1, ... T - 1. It is ``(t + 1) / W`` during W warm-up
+steps. After the warm-up it is ``decay(s)`` at the progress ``s = (t - W) / (T - W)``. To add a schedule, add its
+dataclass here and to ``SCHEDULES``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class ScheduleConfig:
-    """Options of every schedule. Without warm-up and decay unless a subclass has them."""
+    """Options of every schedule. The base class has no warm-up and no decay."""
 
     name: str = MISSING
 
     def decay(self, progress: float) -> float:
-        """Return the factor after warm-up, for ``progress`` from 0 to 1."""
+        """Return the factor after the warm-up, at ``progress`` from 0 to 1."""
         return 1.0
 
     def warmup(self, steps_per_epoch: int) -> int:
@@ -39,13 +39,13 @@ class ScheduleConfig:
         """Return the factor as a function of the optimizer step.
 
         Raises:
-            UserError: if the warm-up leaves no step after it.
+            UserError: if no step is left after the warm-up.
         """
         warmup = self.warmup(steps_per_epoch)
         if total_steps and warmup >= total_steps:
             raise UserError(
-                f"{self._warmup_key()}: {warmup} steps of warm-up, but the training has {total_steps}; "
-                "warm up for less, or train longer"
+                f"{self._warmup_key()}: {warmup} steps of warm-up, but the training has {total_steps}. "
+                "Fix: shorten the warm-up, or train longer"
             )
 
         def factor(step: int) -> float:
@@ -59,20 +59,20 @@ class ScheduleConfig:
         return ""
 
     def problems(self, config: Config) -> list[str]:
-        """Return one line for each conflict between options, or with the length of training."""
+        """Return one line for each conflict between options, or with the length of the training."""
         return []
 
 
 @dataclass
 class Constant(ScheduleConfig):
-    """``decay(s) = 1``."""
+    """Constant learning rate: ``decay(s) = 1``."""
 
 
 @dataclass
 class Cosine(ScheduleConfig):
-    """``decay(s) = f + (1 - f) * (1 + cos(pi * s)) / 2`` with the final factor f."""
+    """Half a cosine: ``decay(s) = f + (1 - f) * (1 + cos(pi * s)) / 2``, with the final factor f."""
 
-    final_factor: float = option(0.0, least=0)  # learning rate at the end, as a part of the full one
+    final_factor: float = option(0.0, least=0)  # factor at the end of training
 
     def decay(self, progress: float) -> float:
         return self.final_factor + (1 - self.final_factor) * (1 + math.cos(math.pi * progress)) / 2
@@ -80,7 +80,7 @@ class Cosine(ScheduleConfig):
 
 @dataclass
 class _Warmup(ScheduleConfig):
-    """Warm-up in exactly one of the two units."""
+    """Linear warm-up, in epochs or in steps."""
 
     warmup_epochs: float | None = option(None, least=0)
     warmup_steps: int | None = option(None, least=0)
@@ -99,7 +99,7 @@ class _Warmup(ScheduleConfig):
         if (self.warmup_epochs is None) == (self.warmup_steps is None):
             return [
                 f"schedule.warmup_epochs={self.warmup_epochs} and schedule.warmup_steps={self.warmup_steps}: "
-                "give one of the two and set the other to null"
+                "exactly one must be set. Fix: set one, and the other to null"
             ]
         for given, length in ("warmup_steps", "steps"), ("warmup_epochs", "epochs"):
             warmup, training = getattr(self, given), getattr(config, length)
@@ -115,9 +115,9 @@ class WarmupCosine(_Warmup, Cosine):
 
 @dataclass
 class WarmupPoly(_Warmup):
-    """``decay(s) = f + (1 - f) * (1 - s) ** power`` after a linear warm-up, with the final factor f."""
+    """Polynomial after a linear warm-up: ``decay(s) = f + (1 - f) * (1 - s) ** power``, with the final factor f."""
 
-    final_factor: float = option(0.0, least=0)  # learning rate at the end, as a part of the full one
+    final_factor: float = option(0.0, least=0)  # factor at the end of training
     power: float = option(2.0, above=0)
 
     def decay(self, progress: float) -> float:

@@ -1,7 +1,7 @@
-"""The configuration of a run, and how a composed YAML becomes one.
+"""The configuration of a run, and its construction from composed YAML.
 
-Each choice of data set, model, optimizer, schedule and mode has a dataclass of its own, which its ``name`` selects. The
-presets in ``conf/`` set what differs from its defaults.
+Each data set, model, optimizer, schedule and mode has its own dataclass, selected by ``name``. The presets in ``conf/``
+set only the options that differ from the dataclass's defaults.
 """
 
 from __future__ import annotations
@@ -28,52 +28,52 @@ from largebatch.errors import UserError, choices
 @dataclass
 class ClusterConfig:
     name: str = option(MISSING, allowed=("local", "slurm"))
-    processes: int | None = option(None, least=1)  # None: one a GPU, or one on CPU
+    processes: int | None = option(None, least=1)  # None: one per GPU, or one on CPU
     device: str = option("auto", allowed=("auto", "cpu", "cuda"))
-    devices: list[int] | None = None  # GPUs by index; None: all visible ones
-    parallel: int | None = option(None, least=1)  # runs of a grid at a time; None: as many as fit on the GPUs, 1 on CPU
-    threads: int | None = option(None, least=1)  # CPU threads a process; None: the cores, divided
-    # SLURM only. There, `processes` are all: nodes * processes_per_node.
+    devices: list[int] | None = None  # indices of GPUs; None: all visible GPUs
+    parallel: int | None = option(None, least=1)  # concurrent runs; None: as many as fit on the GPUs, 1 on CPU
+    threads: int | None = option(None, least=1)  # CPU threads per process; None: an equal share of the cores
+    # SLURM only. `processes` is then nodes * processes_per_node.
     nodes: int = option(1, least=1)
-    processes_per_node: int | None = option(None, least=1)  # None: one a GPU, or one on CPU
-    partition: str | None = None  # None, here and below: the cluster's default
+    processes_per_node: int | None = option(None, least=1)  # None: one per GPU, or one on CPU
+    partition: str | None = None  # None, here and in the options below: the cluster's default
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     gpus_per_node: int | None = option(None, least=0)
     cpus_per_node: int | None = option(None, least=1)
-    memory_gb: float | None = option(None, above=0)  # a node
-    time_limit: int | None = option(None, least=1)  # minutes; a longer run continues in a requeued job
-    array_parallelism: int | None = option(None, least=1)  # runs of a grid at a time; None: as many as SLURM allows
-    setup: list[str] = field(default_factory=list)  # shell commands before the run: modules, variables
-    options: dict[str, Any] = field(default_factory=dict)  # further options of sbatch, without their dashes
-    wait: bool = False  # watch until all jobs have ended, instead of returning after submission
-    max_requeues: int = option(100, least=0)  # times that a run may continue in a new job by itself
-    signal_seconds: int = option(120, least=1)  # before the time limit: when the run is asked to save and stop
+    memory_gb: float | None = option(None, above=0)  # per node
+    time_limit: int | None = option(None, least=1)  # minutes; a requeued job resumes a longer run
+    array_parallelism: int | None = option(None, least=1)  # concurrent runs; None: as many as SLURM allows
+    setup: list[str] = field(default_factory=list)  # shell commands before the run, such as `module load`
+    options: dict[str, Any] = field(default_factory=dict)  # other options of sbatch, without dashes
+    wait: bool = False  # wait until all jobs have ended, instead of returning after submission
+    max_requeues: int = option(100, least=0)  # automatic requeues per run
+    signal_seconds: int = option(120, least=1)  # time before the limit at which SLURM signals the run to save and stop
 
 
 @dataclass
 class TrackerConfig:
     name: str = option(MISSING, allowed=("wandb", "none"))
-    # auto is online if there is an API key and the host can be reached
+    # auto: online with an API key and a reachable host, else offline
     mode: str = option("auto", allowed=("auto", "online", "offline", "disabled"))
     project: str = "largebatch"
     entity: str | None = None
-    group: str | None = None  # None: the sweep's name, if the run belongs to a named sweep
+    group: str | None = None  # None: the name of the run's sweep, if it has one
     job_type: str | None = None  # None: the mode's name
-    tags: list[str] = field(default_factory=list)  # beside data set, model, optimizer and schedule
+    tags: list[str] = field(default_factory=list)  # besides data set, model, optimizer and schedule
     notes: str | None = None
     log_every: int = option(10, least=1)  # steps
-    layers_every: int = option(20, least=0)  # steps between rows of layers.parquet; 0 is off
-    images: bool = False  # keep some images of the first batch as the network sees them: images.png, and in W&B
-    alerts: bool = False  # have W&B tell you of a run that diverges or fails
-    checkpoints: bool = False  # keep the best checkpoint on validation images, and upload the last and the best to W&B
+    layers_every: int = option(20, least=0)  # steps between rows of layers.parquet; 0: off
+    images: bool = False  # log some augmented images of the first batch: images.png and W&B
+    alerts: bool = False  # W&B alerts you when a run diverges or fails
+    checkpoints: bool = False  # keep the best on validation images; W&B uploads the last and the best
 
 
 @dataclass
 class CheckpointConfig:
     every_seconds: float = option(10.0, least=0)
-    every_steps: int | None = option(None, least=1)  # instead of by the clock
+    every_steps: int | None = option(None, least=1)  # instead of every_seconds
 
 
 @dataclass
@@ -87,24 +87,24 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    batch_size: int = option(512, least=1)  # global: over all processes and accumulation
-    # Most images a process takes through the model at once; None: its whole share; auto: the most that fit into memory.
+    batch_size: int = option(512, least=1)  # global: all processes and micro-batches together
+    # Largest number of images per pass of a process. None: the process's whole share. auto: as many as fit into memory.
     micro_batch: int | str | None = option(None, least=1, words=("auto",))
-    epochs: int | None = option(None, least=0)  # one of the two; neither: the mode's or the data set's default_epochs
+    epochs: int | None = option(None, least=0)  # at most one of the two; None: the mode's or data set's default_epochs
     steps: int | None = option(None, least=0)
     seed: int = option(0, least=0)
-    precision: str = option("auto", allowed=("auto", "fp32", "bf16"))  # auto: the faster one for this model and device
-    compile: bool | str = option("auto", allowed=(True, False, "auto"))  # torch.compile; auto: on GPUs, for long runs
+    precision: str = option("auto", allowed=("auto", "fp32", "bf16"))  # auto: the faster for this model and device
+    compile: bool | str = option("auto", allowed=(True, False, "auto"))  # torch.compile; auto: for long runs on GPUs
     sync_bn: bool = False  # batch-norm statistics over all processes
     deterministic: bool = False  # deterministic CUDA kernels, for bit-exact repeats on a GPU
-    eval_every: int = option(1, least=1)  # epochs between evaluations; the end is always evaluated
+    eval_every: int = option(1, least=1)  # epochs between evaluations; a run always ends with an evaluation
     runs_dir: str = "runs"
     rerun: bool = False  # repeat a finished run from scratch
     dry_run: bool = False  # show the plan, start nothing
-    profile: bool = False  # write a trace of some steps, and a table of where their time goes
+    profile: bool = False  # write a trace of ten steps, and a table of the time of each phase
 
 
-# The dataclass of each choice, by its group's key in the configuration and its name.
+# Dataclasses by group and name.
 CHOICES: dict[str, dict[str, Any]] = {
     "dataset": DATASETS,
     "model": MODELS,
@@ -116,16 +116,16 @@ _TIMM = {"model": TimmModel, "optimizer": TimmOptimizer}
 
 
 def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
-    """Return the typed configuration of a composed (or frozen) tree, with defaults and absolute folders.
+    """Return the typed configuration of a composed or frozen tree, with all defaults and absolute paths.
 
     Raises:
-        UserError: for an unknown key, a value of the wrong type or a missing one; the message names the key.
+        UserError: for an unknown key, a missing value or a value of the wrong type. The message names the key.
     """
     tree: Any = None
     schema = None
     try:
         tree = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
-        for key in ("cases", "trials"):  # of a sweep; a run has none
+        for key in ("cases", "trials"):  # keys of a grid, not of a run
             tree.pop(key, None)
         schema = _schema(*(_chosen(group, tree.get(group)) for group in CHOICES))
         config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
@@ -140,17 +140,17 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
 
 
 def defaults() -> dict[str, Any]:
-    """Return the keys that belong to no choice, with their defaults: the base that Hydra composes presets onto."""
+    """Return the keys outside the groups of ``CHOICES``, with defaults. Hydra composes presets onto them."""
     tree = OmegaConf.to_container(OmegaConf.structured(Config))
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items() if key not in CHOICES}
 
 
 def _chosen(group: str, given: Any) -> Any:
-    """Return the dataclass that ``name`` selects, or that ``library=timm`` does.
+    """Return the dataclass that ``name`` or ``library=timm`` selects.
 
     Raises:
-        UserError: for a name that the group doesn't have, or none.
+        UserError: if the name is missing or unknown.
     """
     if not isinstance(given, dict) or given.get("name") in (None, "???"):
         raise UserError(f"{group}.name has no value. Fix: choose a preset with {group}=NAME")
@@ -158,7 +158,7 @@ def _chosen(group: str, given: Any) -> Any:
         return _TIMM[group]
     name = str(given["name"])
     if name not in CHOICES[group]:
-        any_timm = f". Any name of timm's is allowed with {group}=timm" if group in _TIMM else ""
+        any_timm = f" ({group}=timm allows any timm name)" if group in _TIMM else ""
         raise UserError(f"{group}.name={name}: {choices(name, CHOICES[group])}{any_timm}")
     return CHOICES[group][name]
 
@@ -179,17 +179,17 @@ def load_config(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the configuration as YAML: exactly the keys of its choices, with their values."""
+    """Return the configuration as YAML, with exactly the keys of its dataclasses."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, schema: DictConfig | None = None) -> str:
-    """Return one line for OmegaConf's complaint: the key, the value, the problem.
+    """Return one line for an OmegaConf error: the key, its value and the problem.
 
     Args:
-        error: OmegaConf's.
-        tree: the configuration that was read, for the value.
-        schema: the schema of its choices, for the allowed keys.
+        error: the error.
+        tree: the configuration with the value.
+        schema: the schema with the allowed keys.
     """
     key = error.full_key or "?"
     if schema is not None and re.match(r"Key '.*' (not in|is not in struct)", str(error)):
@@ -201,12 +201,12 @@ def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, s
         return f"{key}=null: needs a value"
     value = OmegaConf.select(OmegaConf.create(tree or {}), key)
     if OmegaConf.is_dict(value):
-        return f"unknown key {key}.{next(iter(value))}: {key} is a value and holds no further keys"
+        return f"unknown key {key}.{next(iter(value))}: {key} is a value without keys of its own"
     return f"{key}: {first_line}" if value is None else f"{key}={value}: {first_line}"
 
 
 def _unknown_key(key: str, tree: dict[str, Any], schema: DictConfig) -> str:
-    """Return the message for ``key``, with the allowed keys at the place where it leaves the schema."""
+    """Return the message for ``key``, with the allowed keys of the innermost known part of its path."""
     node: Any = schema
     path: list[str] = []
     for part in key.split("."):
@@ -218,4 +218,4 @@ def _unknown_key(key: str, tree: dict[str, Any], schema: DictConfig) -> str:
     if len(path) == 1 and path[0] in CHOICES:
         value = OmegaConf.select(OmegaConf.create(tree), key)
         return f"{key}={value}: {tree[path[0]]['name']} has no such option; {known}"
-    return f"unknown key {key}; keys{' in ' + '.'.join(path) if path else ''} {known}"
+    return f"unknown key {key}{' in ' + '.'.join(path) if path else ''}; {known}"

@@ -1,8 +1,7 @@
-"""From a command line with ``-m`` to every point of its grid, composed.
+"""Composition of every point of the grid that a command line with ``-m`` describes.
 
-Hydra composes; which points there are is worked out here, because its own multirun knows no paired axes and composes
-each point twice from the files. Here the files are read once for each choice of presets, and a plain value is set in a
-copy of what came out.
+Hydra's own multirun has no paired axes, and composes each point twice from the files. This module therefore computes
+the points. Hydra composes once for each choice of presets; plain values are then set in a copy of that tree.
 """
 
 from __future__ import annotations
@@ -23,41 +22,42 @@ from omegaconf import DictConfig, OmegaConf
 from largebatch.errors import UserError
 from largebatch.launch.draws import Interval, drawn, interval_of
 
-Axis = list[str] | Interval  # the overrides that it is made of, or where they are drawn from
-Axes = dict[str, Axis]  # by their keys
+Axis = list[str] | Interval  # its overrides, or the interval to draw them from
+Axes = dict[str, Axis]  # by key
 Tree = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Composed:
-    """What Hydra made of one job's overrides."""
+    """Composition of one job's overrides."""
 
     overrides: tuple[str, ...]
-    tree: Tree  # interpolations are unresolved
-    sweep: str | None  # the named grid, where one was chosen
-    multirun: bool  # without -m, one point of a grid only is composed
+    tree: Tree  # with unresolved interpolations
+    sweep: str | None  # the named grid, if any
+    multirun: bool  # False without -m: one run, not a grid
 
 
 def plain(tree: DictConfig) -> Tree:
-    """``tree`` as plain values, their interpolations unresolved."""
+    """Return ``tree`` as plain values, with unresolved interpolations."""
     return cast(Tree, OmegaConf.to_container(tree))
 
 
 def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
-    """Every point of the grid that ``arguments`` ask for, in order, each once.
+    """Return every point of the grid of ``arguments``, in order and without duplicates.
 
-    Axes are values with commas (also ``range``, ``choice``, ``glob``), of the command line and of the chosen sweep's
-    ``hydra.sweeper.params``. The sweep's ``cases`` are a list of axes that belong together: the grid has every
-    combination of axes in each case. Axes that are intervals are drawn from together, ``trials`` times. A key on the
-    command line replaces the file's, in its cases too; of a key given twice there the last counts.
+    An axis is a key with several values: with commas, ``range``, ``choice`` or ``glob``. Axes come from the command
+    line and from the sweep's ``hydra.sweeper.params``. The sweep's ``cases`` are a list of paired axes. The grid has,
+    for each case, every combination of its axes with the other axes. Intervals are drawn from together, ``trials``
+    times. A key on the command line replaces the same key of the sweep and its cases. If the command line has a key
+    twice, the last counts.
 
     Args:
         arguments: overrides, without ``-m``.
-        conf: the folder of the presets.
+        conf: folder of the presets.
 
     Raises:
-        UserError: for a grid that isn't a list of values.
-        HydraException, OmegaConfBaseException: for what Hydra refuses.
+        UserError: if an axis has no values, or ``cases`` or ``trials`` are invalid.
+        HydraException, OmegaConfBaseException: if Hydra refuses an override.
     """
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -66,7 +66,7 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
         forced = by_force(fixed, conf)
         asked = {key: _points(override) for key, override in given.items() if override.is_sweep_override()}
         if "sweeps" in asked:
-            raise UserError(f"{given['sweeps'].input_line}: one named grid at a time")
+            raise UserError(f"{given['sweeps'].input_line}: only one named grid is allowed")
         base = compose("config", forced, return_hydra_config=True)
         params = base.hydra.sweeper.get("params") or {}
         lines = [f"{key}={values}" for key, values in params.items() if key not in given or key in asked]
@@ -84,20 +84,20 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
 
 
 def _trials(trials: Any, grids: list[Axes]) -> int:
-    """How often intervals are drawn from; 0 where there are none."""
+    """Return the number of points to draw from the intervals; 0 without intervals."""
     intervals = [axis for axes in grids for axis in axes.values() if isinstance(axis, Interval)]
     if not intervals:
         if trials is not None:
-            raise UserError(f"trials={trials}: no axis is an interval to draw from, as optimizer.lr=interval(1,10) is")
+            raise UserError(f"trials={trials}: no axis is an interval, such as optimizer.lr=interval(1,10)")
         return 0
     if not isinstance(trials, int) or trials < 1:
         key = intervals[0].key
-        raise UserError(f"{key}: is an interval, and trials must say how many points are drawn, as in trials=16")
+        raise UserError(f"{key}: an interval needs the number of points to draw. Fix: trials=16, for example")
     return trials
 
 
 def _combinations(axes: Axes, trials: int) -> Iterator[tuple[str, ...]]:
-    """Every combination of values, with each point that is drawn from the intervals."""
+    """Yield every combination of values, for each point drawn from the intervals."""
     intervals = [axis for axis in axes.values() if isinstance(axis, Interval)]
     if not intervals:
         yield from itertools.product(*(values for values in axes.values() if isinstance(values, list)))
@@ -110,7 +110,7 @@ def _combinations(axes: Axes, trials: int) -> Iterator[tuple[str, ...]]:
 
 
 def _points(override: Override) -> Axis:
-    """The override of each value of an axis, or the interval that it is."""
+    """Return the overrides of an axis, one for each value, or its interval."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if override.is_interval_sweep():
@@ -118,12 +118,12 @@ def _points(override: Override) -> Axis:
     key = override.get_key_element()
     lines = [f"{key}={value}" for value in override.sweep_string_iterator()]
     if not lines:
-        raise UserError(f"{override.input_line}: names no value")
+        raise UserError(f"{override.input_line}: has no value")
     return lines
 
 
 def _cases(cases: Any, given: Collection[str], of_file: Collection[str], parser: OverridesParser) -> list[Axes]:
-    """The axes of each case but those that the command line has; one case without any where there are none."""
+    """Return the axes of each case without the keys of the command line. Without cases, return one empty case."""
     if cases is None:
         return [{}]
     listed = OmegaConf.to_container(cases)
@@ -133,13 +133,13 @@ def _cases(cases: Any, given: Collection[str], of_file: Collection[str], parser:
     for case in listed:
         axes = {key: _of_case(key, value, parser) for key, value in case.items() if key not in given}
         if twice := axes.keys() & of_file:
-            raise UserError(f"{min(twice)}: both in cases and in hydra.sweeper.params; an axis is in one of them")
+            raise UserError(f"{min(twice)}: is in cases and in hydra.sweeper.params. Fix: keep only one of them")
         found.append(axes)
     return found
 
 
 def _of_case(key: str, value: Any, parser: OverridesParser) -> Axis:
-    """What a case has for ``key``: a list of values, one value, or text as on the command line."""
+    """Return the axis of ``key`` in a case: a list of values, one value, or text as on the command line."""
     values = value if isinstance(value, list) else [value]
     if not values:
         raise UserError(f"cases: {key} has no value")
@@ -154,7 +154,7 @@ def _of_case(key: str, value: Any, parser: OverridesParser) -> Axis:
 
 
 def _written(value: Any) -> str:
-    """A value of YAML as Hydra's grammar has it."""
+    """Return a YAML value in Hydra's override grammar."""
     if value is None:
         return "null"
     if isinstance(value, list):
@@ -169,7 +169,7 @@ def _tree(
     parser: OverridesParser,
     composed: dict[tuple[str, ...], Tree],
 ) -> Tree:
-    """The composition of ``fixed`` and ``point``. ``composed`` keeps that of each choice of presets."""
+    """Return the composition of ``fixed`` and ``point``. ``composed`` caches the tree of each choice of presets."""
     values: dict[str, Any] = {}
     presets = []
     for line, override in zip(point, parser.parse_overrides(list(point)), strict=True):
@@ -187,17 +187,17 @@ def _tree(
 
 
 def by_force(arguments: list[str], conf: Path) -> list[str]:
-    """Return overrides with ``++`` before each that sets a value.
+    """Return the overrides, with ``++`` before each that sets a value.
 
-    Hydra refuses a key that the chosen presets lack, though the chosen optimizer, say, has it. Which keys there are is
-    checked after composition, against the dataclasses of the choices.
+    Without ``++``, Hydra refuses an option of the chosen optimizer, say, that its preset leaves out. The dataclasses of
+    the choices check all keys after composition.
     """
     overrides = OverridesParser.create().parse_overrides(arguments)
     return [f"++{o.input_line}" if _changes_a_value(o, conf) else str(o.input_line) for o in overrides]
 
 
 def _changes_a_value(override: Override, conf: Path) -> bool:
-    """Return False for an override that chooses a preset, has a sign of its own, or is about Hydra itself."""
+    """Return False if the override chooses a preset, has its own sign (``+``, ``~``), or sets a key of Hydra."""
     key = override.get_key_element()
     names_preset = (conf / key).is_dir() and not isinstance(override.value(), dict)
     chooses = "/" in key or "@" in key or names_preset or key.startswith("hydra.")
@@ -205,7 +205,7 @@ def _changes_a_value(override: Override, conf: Path) -> bool:
 
 
 def _sets_a_value(override: Override, conf: Path) -> bool:
-    """Return False for what Hydra must compose: a preset, a sign, a mapping to merge."""
+    """Return False if Hydra must compose the override: a preset, a sign or a mapping to merge."""
     return _changes_a_value(override, conf) and not isinstance(override.value(), dict)
 
 
@@ -215,5 +215,5 @@ def _set(tree: Tree, key: str, value: Any) -> None:
     for part in path:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise UserError(f"unknown key {key}: {part} is a value and holds no further keys")
+            raise UserError(f"unknown key {key}: {part} is a value without keys of its own")
     node[last] = value

@@ -1,4 +1,4 @@
-"""What this machine has to run on, found without torch; on SLURM what is asked for."""
+"""Devices and processes of a run: of this machine, found without torch, or of the SLURM request."""
 
 import functools
 import os
@@ -11,12 +11,12 @@ from largebatch.errors import UserError
 
 
 def resolve_devices(config: Config) -> None:
-    """Fill in ``cluster.device`` and ``cluster.processes`` from this machine, and check that the batch divides.
+    """Set ``cluster.device`` and ``cluster.processes``, and check that the batch can be divided over the processes.
 
-    For SLURM, from what is asked of it: what this machine has is no matter then.
+    The values come from this machine, or with ``cluster=slurm`` from the request to SLURM.
 
     Raises:
-        UserError: for GPUs that aren't there, or a batch that can't be divided over the processes.
+        UserError: if a GPU is missing, or the batch can't be divided over the processes.
     """
     cluster = config.cluster
     if cluster.name == "slurm":
@@ -31,14 +31,14 @@ def _resolve_request(cluster: ClusterConfig) -> None:
     gpus = cluster.gpus_per_node or 0
     otherwise = [key for key in cluster.options if key.startswith(("gres", "gpus"))]
     if cluster.device == "cuda" and not gpus and not otherwise:
-        raise UserError("cluster.device=cuda: no GPU is asked for; set cluster.gpus_per_node")
+        raise UserError("cluster.device=cuda: the job requests no GPU. Fix: set cluster.gpus_per_node")
     if cluster.device == "auto":
         cluster.device = "cuda" if gpus else "cpu"
     if cluster.processes is not None:
         cluster.processes_per_node = cluster.processes // cluster.nodes
     each = cluster.processes_per_node or (max(1, gpus) if cluster.device == "cuda" else 1)
     if cluster.device == "cuda" and gpus and each > gpus:
-        raise UserError(f"cluster.processes_per_node={each}: one process a GPU, and cluster.gpus_per_node={gpus}")
+        raise UserError(f"cluster.processes_per_node={each}: needs a GPU each, but cluster.gpus_per_node={gpus}")
     cluster.processes_per_node, cluster.processes = each, cluster.nodes * each
 
 
@@ -46,36 +46,36 @@ def _resolve_here(cluster: ClusterConfig) -> None:
     if cluster.device == "cpu":
         gpus: list[str] = []
         if cluster.devices:
-            raise UserError(f"cluster.devices={cluster.devices}: names GPUs, but cluster.device=cpu")
+            raise UserError(f"cluster.devices={cluster.devices}: not allowed with cluster.device=cpu")
     else:
         gpus = _chosen_gpus(cluster)
     if cluster.device == "cuda" and not gpus:
-        raise UserError("cluster.device=cuda: no GPU was found here; allowed: auto, cpu")
+        raise UserError("cluster.device=cuda: no GPU found here. Allowed: auto, cpu")
     cluster.device = "cuda" if gpus else "cpu"
     cluster.processes = cluster.processes or max(1, len(gpus))
     if gpus and cluster.processes > len(gpus):
-        raise UserError(f"cluster.processes={cluster.processes}: one process a GPU, and {len(gpus)} GPU(s) were found")
+        raise UserError(f"cluster.processes={cluster.processes}: needs a GPU each, but found {len(gpus)} GPU(s)")
 
 
 def chosen_gpus(cluster: ClusterConfig) -> list[str]:
-    """The GPUs that the runs of a plan share, by their identifiers; none on CPU.
+    """Return the identifiers of the GPUs that the runs of a plan share; none on CPU.
 
     Raises:
-        UserError: when ``cluster.devices`` names one that isn't there.
+        UserError: if ``cluster.devices`` has an index without a GPU.
     """
     return _chosen_gpus(cluster) if cluster.device == "cuda" else []
 
 
 def worker_environment(cluster: ClusterConfig, gpus: list[str], parallel: int) -> dict[str, str]:
-    """Environment variables that give a run its ``gpus``, and its part of the cores that ``parallel`` runs share."""
+    """Return environment variables for a run's ``gpus``, and for its threads if ``parallel`` runs share the cores."""
     cores = len(os.sched_getaffinity(0)) // parallel
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} | thread_environment(cluster.threads, cluster.processes or 1, cores)
 
 
 def thread_environment(threads: int | None, processes: int, cores: int) -> dict[str, str]:
-    """The same for threads alone: ``threads`` a process, or the ``cores`` divided over ``processes``."""
+    """Return environment variables for threads: ``threads`` per process, or ``cores`` divided over ``processes``."""
     threads = threads or max(1, cores // processes)
-    # Threads that wait by spinning make a step several times slower where something else runs on the same cores.
+    # Threads that spin while waiting make a step several times slower if other programs use the same cores.
     waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": waiting}
 
@@ -91,14 +91,14 @@ def _chosen_gpus(cluster: ClusterConfig) -> list[str]:
 
 
 def _visible_gpus() -> list[str]:
-    """Identifiers fit for CUDA_VISIBLE_DEVICES: what it names already, else every GPU of the machine."""
+    """Return identifiers for CUDA_VISIBLE_DEVICES: its present ones, or every GPU of the machine if it is unset."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
     return _gpus_of_the_machine()
 
 
-@functools.cache  # a grid asks once for each of its runs
+@functools.cache  # a grid calls this for each run
 def _gpus_of_the_machine() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []

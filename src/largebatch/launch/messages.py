@@ -1,4 +1,4 @@
-"""One readable message for what Hydra and OmegaConf say of a wrong command line."""
+"""Readable messages for errors of Hydra and OmegaConf on the command line."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from largebatch.errors import choices
 
 
 def composition_error(error: Exception) -> str:
-    """The key, what was given, what is allowed; Hydra's own words where they say that already."""
+    """Return a message with the key, its value and the allowed values if ``error`` has them, else its own text."""
     if isinstance(error, OmegaConfBaseException):
         return explain(error)
-    text = str(error).replace("++", "")  # ours (composition.by_force)
+    text = str(error).replace("++", "")  # added by composition.by_force
     if match := re.search(r"'sweeps/wandb/?([^']*)'", text):
         return (
-            f"sweeps/wandb/{match[1] or 'NAME'} is a sweep of W&B's, and none of these presets: "
-            f"`wandb sweep sweeps/wandb/{match[1] or 'NAME'}.yaml` (docs/dashboards.md)"
+            f"sweeps/wandb/{match[1] or 'NAME'}: is a W&B sweep, not a preset. "
+            f"Fix: `wandb sweep sweeps/wandb/{match[1] or 'NAME'}.yaml` (docs/dashboards.md)"
         )
     if isinstance(error, OverrideParseException):
         reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
-        return f"{error.override}: {reason}; quote values with commas, brackets or spaces for the shell"
+        return f"{error.override}: {reason}. Fix: quote values with commas, brackets or spaces for the shell"
     if match := re.search(
         r"Could not find '([^'/]+)/([^']+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text
     ):

@@ -1,4 +1,4 @@
-"""The plan: which runs a command line asks for, checked as a whole before the first one starts."""
+"""The plan: all runs of a command line, checked before the first run starts."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from largebatch.runs.folder import RunFolder
 class PlannedRun:
     config: Config
     folder: RunFolder
-    label: str  # what tells this run from the others of its grid; empty for a single run
+    label: str  # the overrides that differ within the grid; empty for a single run
 
 
 def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
-    """The runs that ``jobs`` ask for, each once, in order.
+    """Return the runs of ``jobs``, in order and without duplicates.
 
     Raises:
-        UserError: with every problem of every job, or when the runs' folder can't be written.
+        UserError: with every problem of every job, or if ``runs_dir`` can't be written.
     """
     for job in jobs:
         if job.sweep is not None and not job.multirun:
             command = " ".join(("python launch.py -m", *job.overrides))
-            raise UserError(f"sweeps={job.sweep} is a grid and needs -m: {command}")
+            raise UserError(f"sweeps={job.sweep}: is a grid and needs -m. Fix: {command}")
         for key in ("cases", "trials"):
             if job.tree.get(key) and not job.multirun:
-                raise UserError(f"{key}: are those of a grid, which needs -m; leave them out for one run")
+                raise UserError(f"{key}: only a grid has this key. Fix: add -m, or leave it out for one run")
     common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs)) if len(jobs) > 1 else set()
     plan: dict[str, PlannedRun] = {}
     problems: dict[str, list[str]] = {}
@@ -66,14 +66,14 @@ def _with_jobs(problem: str, labels: list[str], jobs: int) -> str:
 
 
 def _check_writable(runs_dir: Path) -> None:
-    """Refuse a folder that can't be written, without making it yet."""
+    """Raise a ``UserError`` if ``runs_dir`` can't be written. Don't create it."""
     nearest = runs_dir
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     try:
-        # Trying is the only sure way: permissions don't bind root, and a read-only file system has them too.
+        # Only a trial is reliable: root ignores permissions, and a read-only file system has them too.
         tempfile.TemporaryDirectory(dir=nearest, prefix=".largebatch-").cleanup()
     except OSError as error:
         raise UserError(
-            f"runs_dir={runs_dir}: can't be written ({error.strerror}: {nearest}); choose another with runs_dir=FOLDER"
+            f"runs_dir={runs_dir}: can't be written ({error.strerror}: {nearest}). Fix: runs_dir=FOLDER"
         ) from None
