@@ -49,7 +49,8 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
     Raises:
         UserError: Hydra can't compose the command line.
     """
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
+    completes = bool({"-sc", "--shell-completion"} & set(arguments))
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults(with_options=completes)))
     # Hydra copies its store for each listed group and each composed job, which takes half of --help's time.
     ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
@@ -59,7 +60,7 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
     try:
         if len(overrides) < len(arguments) and not flags:
             return compose_grid(overrides, CONF)
-        if not set(flags) & {"-sc", "--shell-completion"}:
+        if not completes:
             sys.argv[1:] = [a if a.startswith("-") or "=" not in a else by_force([a], CONF)[0] for a in arguments]
         with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch:
             os.environ["LARGEBATCH_SCRATCH"] = scratch  # for Hydra's own files

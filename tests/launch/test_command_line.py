@@ -83,6 +83,16 @@ def test_a_user_s_preset_in_another_folder_needs_only_name_and_lr(launch: Launch
         assert "b512-lr1-s0" in result.stdout
 
 
+def test_shell_completion_knows_options_that_presets_leave_out(tmp_path: Path) -> None:
+    line = "python launch.py optimizer.mom"
+    completing = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_HYDRA_OLD_COMP": "/bin/true"}
+    command = [sys.executable, str(ROOT / "launch.py"), "-sc", "query=bash"]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment() | completing, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["optimizer.momentum="]
+
+
 @pytest.mark.parametrize("sign", ["", "+"])
 def test_timm_model_options_need_no_plus(launch: Launch, sign: str) -> None:
     result = launch("model=timm", "--cfg", "job", "-p", "model", f"{sign}model.options.drop_rate=0.1")

@@ -131,7 +131,7 @@ def test_a_run_writes_status_summary_and_tables(whole: Path) -> None:
     projector = {"projector.first.weight", "projector.stages.0.linear.weight"}
     assert {row["layer"] for row in layers} == {f"backbone.conv{n}.weight" for n in (1, 2, 3, 4)} | projector
     assert all(row["weight_norm"] > 0 and row["gradient_norm"] > 0 for row in layers)
-    assert "its loss over the global batch, mode.exact=true; " in (whole / "log.txt").read_text()
+    assert "the loss over the global batch (mode.exact=true, " in (whole / "log.txt").read_text()
 
 
 def test_a_run_is_profiled_and_copied_to_wandb(whole: Path) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -139,11 +139,17 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
     return config
 
 
-def defaults() -> dict[str, Any]:
-    """Return the keys outside the groups of ``CHOICES``, with defaults. Hydra composes presets onto them."""
-    tree = OmegaConf.to_container(OmegaConf.structured(Config))
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items() if key not in CHOICES}
+def defaults(with_options: bool = False) -> dict[str, Any]:
+    """Return the keys outside the groups of ``CHOICES``, with defaults. Hydra composes presets onto them.
+
+    ``with_options`` adds the option names of all choices, for shell completion.
+    """
+    tree: Any = OmegaConf.to_container(OmegaConf.structured(Config))
+    for group, kinds in CHOICES.items():
+        del tree[group]
+        if with_options:
+            tree[group] = {option.name: None for kind in kinds.values() for option in fields(kind)}
+    return cast(dict[str, Any], tree)
 
 
 def _chosen(group: str, given: Any) -> Any:
