@@ -15,9 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from largebatch.config.schedules import ScheduleConfig
+from largebatch.config.schedules import Cosine, WarmupCosine
 from largebatch.optim.tvlars import phi
-from largebatch.training.optimization import schedule_factor
 
 EPOCHS, WARM = 100, 10  # WARM: epochs of warm-up, and of phi's delay
 BATCHES = {512: 98, 16384: 4}  # steps an epoch of 50,000 images, the last batch included
@@ -40,12 +39,11 @@ def curves(batch: int, steps_per_epoch: int) -> tuple[Tensor, dict[str, Tensor]]
     total, warm = EPOCHS * steps_per_epoch, WARM * steps_per_epoch
     steps = torch.arange(1, total + 1)  # TVLARS counts from 1
     floor = 0.001 * batch / 256
-    warm_up = ScheduleConfig("warmup_cosine", warmup_epochs=WARM, final_factor=0.001)
-    cosine = ScheduleConfig("cosine", final_factor=0.0)
+    schedules = {"linear warm-up + cosine": WarmupCosine(final_factor=0.001, warmup_epochs=WARM), "cosine": Cosine()}
     found = {f"{PAPER}, λ = 1e-{n}": phi(steps, 10.0**-n, 1.0, warm, floor) for n in (4, 3, 2)}
     found |= {f"{RELEASED}, λ = 1e-{n}": phi(steps, 10.0**-n, 0.1, 0.0, 0.0) for n in (3, 2)}
-    for label, config, of_warm_up in (("linear warm-up + cosine", warm_up, warm), ("cosine", cosine, 0)):
-        factor = schedule_factor(config, total, of_warm_up)
+    for label, schedule in schedules.items():
+        factor = schedule.factor(total, steps_per_epoch)
         found[label] = torch.tensor([factor(step) for step in range(total)])  # schedules count from 0
     return steps / steps_per_epoch, found
 

@@ -3,7 +3,8 @@
 import sys
 
 from largebatch.tracking import wandb_run
-from largebatch.training import loop, worker
+from largebatch.training import worker
+from largebatch.training.phase import MainPhase
 
 
 def fail(*_: object) -> None:
@@ -14,5 +15,5 @@ if __name__ == "__main__":
     if "impatient" in sys.argv:
         wandb_run.FINISH_TIMEOUT = 1.5
     if "fails" in sys.argv:
-        loop.evaluate = fail  # type: ignore[assignment]
+        MainPhase.evaluate = fail  # type: ignore[assignment]
     sys.exit(worker.main(sys.argv[1:2]))

@@ -144,7 +144,7 @@ def test_arguments_select_runs(runs: Path, sync: Sync) -> None:
         assert sync(wanted, "--dry-run").stdout.startswith(f"{run.name}  would upload ")
     wrong = sync("synth", "cifar", "--dry-run")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "cifar: no run in runs whose name, or whose last eight digits, begin so" in wrong.stderr
+    assert "cifar: no run in runs has a name or last eight digits with this beginning" in wrong.stderr
 
 
 def test_earlier_repetitions_are_uploaded_too(runs: Path, sync: Sync) -> None:

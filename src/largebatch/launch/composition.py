@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,10 @@ def by_force(arguments: list[str], conf: Path) -> list[str]:
     the choices check all keys after composition.
     """
     overrides = OverridesParser.create().parse_overrides(arguments)
+    for override in overrides:
+        if match := re.fullmatch(r"sweeps(?:=wandb/|/wandb=)(.+)", str(override.input_line)):
+            file = f"sweeps/wandb/{match[1]}"
+            raise UserError(f"{file}: is a W&B sweep, not a grid. Fix: `wandb sweep {file}.yaml` (docs/dashboards.md)")
     return [f"++{o.input_line}" if _changes_a_value(o, conf) else str(o.input_line) for o in overrides]
 
 

@@ -16,11 +16,6 @@ def composition_error(error: Exception) -> str:
     if isinstance(error, OmegaConfBaseException):
         return explain(error)
     text = str(error).replace("++", "")  # added by composition.by_force
-    if match := re.search(r"'sweeps/wandb/?([^']*)'", text):
-        return (
-            f"sweeps/wandb/{match[1] or 'NAME'}: is a W&B sweep, not a preset. "
-            f"Fix: `wandb sweep sweeps/wandb/{match[1] or 'NAME'}.yaml` (docs/dashboards.md)"
-        )
     if isinstance(error, OverrideParseException):
         reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
         return f"{error.override}: {reason}. Fix: quote values with commas, brackets or spaces for the shell"
