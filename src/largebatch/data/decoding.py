@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +23,7 @@ from largebatch.data.cache import (
     relative_names,
     write_decoded,
 )
-from largebatch.data.images import FileImages, decoded_blocks, reading_error, unreadable_files
+from largebatch.data.images import FileImages, decode, decoded_blocks
 from largebatch.data.split import Split
 from largebatch.errors import UserError
 
@@ -38,68 +38,56 @@ def decode_all(
     Raises:
         UserError: naming images that can't be read, unless ``config.on_error`` is ``skip``.
     """
+    doing = f"decoding {len(train) + len(test):,} images"
+    found = _kept(train, test, classes, config, threads, doing, say)
+    _accept(found.unreadable, found.train, found.test, config, say)
+    return found
+
+
+def check_all(
+    train: Split, test: Split, classes: tuple[str, ...], config: DatasetConfig, threads: int, say: Say
+) -> tuple[Split, Split, tuple[str, ...]]:
+    """Return both splits without the image files that can't be read, and these files, relative to ``config.root``.
+
+    Reading takes as long as decoding an epoch. Its result is kept beside the data, with images of one pixel.
+
+    Raises:
+        UserError: naming some of them, unless ``config.on_error`` is ``skip``.
+    """
+    tiny_train, tiny_test = (Split(replace(_images(split), image_size=1), split.labels) for split in (train, test))
+    doing = (
+        f"checking that {len(train) + len(test):,} images can be read, which takes as long as decoding an epoch "
+        "(dataset.verify=false skips the check)"
+    )
+    unreadable = _kept(tiny_train, tiny_test, classes, config, threads, doing, say).unreadable
+    train, test = (_without(split, unreadable, config.root) for split in (train, test))
+    _accept(unreadable, train, test, config, say)
+    return train, test, unreadable
+
+
+def _kept(
+    train: Split, test: Split, classes: tuple[str, ...], config: DatasetConfig, threads: int, doing: str, say: Say
+) -> Decoded:
     images = _images(train)
     labels = [split.labels.tolist() for split in (train, test)]
     settings = (images.channels, images.image_size, classes, labels, PIL.__version__)
-    source = fingerprint(config.root, _images(train).paths + _images(test).paths, settings)
+    source = fingerprint(config.root, images.paths + _images(test).paths, settings)
 
     def read(file: BinaryIO) -> Decoded:
         found = read_decoded(file, source)
-        _check_still_unreadable(found.unreadable, config)
+        for name in found.unreadable:  # new permissions, for example, don't change a file's size and time
+            if not _error(name, config):
+                raise Stale(f"skips {name}, which can be read now")
         return found
 
     def write(file: BinaryIO) -> None:
         blocks = (_blocks(split, config.root, threads) for split in (train, test))
         write_decoded(file, source, classes, *blocks)
 
-    path = cache_path(config, f"{images.channels}x{images.image_size}.pixels")
-    found = kept(path, read, write, f"decoding {len(train) + len(test):,} images", say)
-    _accept(found.unreadable, found.train, found.test, config, say)
-    return found
+    return kept(cache_path(config, images.channels, images.image_size), read, write, doing, say)
 
 
-def check_all(
-    train: Split, test: Split, config: DatasetConfig, threads: int, say: Say
-) -> tuple[Split, Split, tuple[str, ...]]:
-    """Return both splits without the image files that can't be read, and these files, relative to ``config.root``.
-
-    The list of these files is kept beside the data.
-
-    Raises:
-        UserError: naming some of them, unless ``config.on_error`` is ``skip``.
-    """
-    paths = _images(train).paths + _images(test).paths
-    channels = _images(train).channels
-    source = fingerprint(config.root, paths, (channels, PIL.__version__))
-
-    def read(file: BinaryIO) -> tuple[str, ...]:
-        try:
-            found = json.loads(file.read())
-            unreadable = tuple(found["unreadable"])
-        except (ValueError, KeyError, TypeError):
-            raise Stale("is damaged") from None
-        if found["fingerprint"] != source:
-            raise Stale("is of other files or settings")
-        _check_still_unreadable(unreadable, config)
-        return unreadable
-
-    def write(file: BinaryIO) -> None:
-        say("the check takes as long as decoding an epoch; dataset.verify=false skips it")
-        images = FileImages(paths, channels, 1)
-        unreadable = relative_names((paths[i] for i in unreadable_files(images, threads)), config.root)
-        file.write(json.dumps({"fingerprint": source, "unreadable": unreadable}).encode())
-
-    path = cache_path(config, f"{channels}.unreadable.json")
-    unreadable = kept(path, read, write, f"checking that {len(paths):,} images can be read", say)
-    train, test = (without(split, unreadable, config.root) for split in (train, test))
-    _accept(unreadable, train, test, config, say)
-    return train, test, unreadable
-
-
-def without(split: Split, unreadable: tuple[str, ...], root: str) -> Split:
-    """Return a split of image files without the ``unreadable`` files, which are relative to ``root``."""
-    if not unreadable:
-        return split
+def _without(split: Split, unreadable: tuple[str, ...], root: str) -> Split:
     left_out = set(unreadable)
     readable = [i for i, name in enumerate(relative_names(_images(split).paths, root)) if name not in left_out]
     return split.select(torch.tensor(readable, dtype=torch.int64))
@@ -120,13 +108,6 @@ def _blocks(split: Split, root: str, threads: int) -> Iterator[Block]:
         labels = split.labels[first : first + len(readable)][readable]
         yield pixels, labels, relative_names((images.paths[i] for i in unreadable), root)
         first += len(readable)
-
-
-def _check_still_unreadable(unreadable: tuple[str, ...], config: DatasetConfig) -> None:
-    """Raise ``Stale`` if a file is readable now; new permissions, for example, don't change its size and time."""
-    for name in unreadable:
-        if not _error(name, config):
-            raise Stale(f"skips {name}, which can be read now")
 
 
 def _accept(unreadable: tuple[str, ...], train: Split, test: Split, config: DatasetConfig, say: Say) -> None:
@@ -153,4 +134,9 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def _error(name: str, config: DatasetConfig) -> str:
-    return reading_error(str(Path(config.root) / name), config.channels)
+    """Return the message of the error from decoding the file; empty if it can be read."""
+    try:
+        decode(str(Path(config.root) / name), config.channels, image_size=1)
+    except UserError as error:
+        return str(error)
+    return ""
