@@ -1,8 +1,8 @@
 """Files beside the data that keep decoded pixels, and the names of images that can't be read.
 
-A file contains: the pixels of the training and of the test set, uint8 [N, C, S, S]; zeros up to a multiple of 8; a JSON
-object with the labels and a description of the content; its length and CRC-32. The file is mapped, so that the
-processes of a host share its pages.
+A file contains: the pixels of the training and of the test set, uint8 [N, C, S, S]; 1 to 8 zeros up to a multiple of
+8; a JSON object with the labels and a description of the content; its length and CRC-32. The file is mapped, so that
+the processes of a host share its pages.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def write_decoded(
             shape = pixels.shape[1:]
             labels[-1] += block_labels.tolist()
             unreadable += left_out
-    file.write(bytes(-file.tell() % 8))
+    file.write(bytes(8 - file.tell() % 8))  # at least one: an empty file can't be mapped
     file.flush()
     described = {
         "fingerprint": fingerprint,

@@ -49,12 +49,12 @@ def check_all(
 ) -> tuple[Split, Split, tuple[str, ...]]:
     """Return both splits without the image files that can't be read, and these files, relative to ``config.root``.
 
-    Reading takes as long as decoding an epoch. Its result is kept beside the data, with images of one pixel.
+    Reading takes as long as decoding an epoch. Its result is kept beside the data, with images of no pixels.
 
     Raises:
         UserError: naming some of them, unless ``config.on_error`` is ``skip``.
     """
-    tiny_train, tiny_test = (Split(replace(_images(split), image_size=1), split.labels) for split in (train, test))
+    tiny_train, tiny_test = (Split(replace(_images(split), image_size=0), split.labels) for split in (train, test))
     doing = (
         f"checking that {len(train) + len(test):,} images can be read, which takes as long as decoding an epoch "
         "(dataset.verify=false skips the check)"
@@ -136,7 +136,7 @@ def _some(names: tuple[str, ...]) -> str:
 def _error(name: str, config: DatasetConfig) -> str:
     """Return the message of the error from decoding the file; empty if it can be read."""
     try:
-        decode(str(Path(config.root) / name), config.channels, image_size=1)
+        decode(str(Path(config.root) / name), config.channels, image_size=0)
     except UserError as error:
         return str(error)
     return ""

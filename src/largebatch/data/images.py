@@ -78,25 +78,29 @@ def decoded_blocks(images: FileImages, threads: int) -> Iterator[tuple[NDArray[n
             return None
 
     shape = (images.channels, images.image_size, images.image_size)
-    size = max(_BLOCK_BYTES // math.prod(shape), _TASK * threads)
+    size = max(_BLOCK_BYTES // max(math.prod(shape), 1), _TASK * threads)
     with ThreadPool(threads) as pool:
         for first in range(0, len(images), size):
             decoded = pool.map(decode_file, images.paths[first : first + size], chunksize=_TASK)
             unreadable = [i for i, pixels in enumerate(decoded, first) if pixels is None]
             readable = [pixels for pixels in decoded if pixels is not None]
-            yield np.array(readable, np.uint8).reshape(-1, *shape), unreadable
+            yield np.array(readable, np.uint8).reshape(len(readable), *shape), unreadable
 
 
 def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
     """Decode one image file to uint8 [C, S, S].
 
     The shorter side is resized to ``image_size`` (bilinear, antialiased), then the centre is cropped, as in
-    torchvision's ``Resize(S)`` and ``CenterCrop(S)``. Transparency is dropped; 16-bit grey keeps its upper 8 bits.
+    torchvision's ``Resize(S)`` and ``CenterCrop(S)``. Transparency is dropped; 16-bit grey keeps its upper 8 bits. An
+    ``image_size`` of 0 only checks that the file can be read.
 
     Raises:
         UserError: if the file can't be read as a whole image.
     """
-    array = np.asarray(_resized(_read(path, channels), image_size))
+    image = _read(path, channels)
+    if image_size == 0:
+        return np.empty((channels, 0, 0), np.uint8)
+    array = np.asarray(_resized(image, image_size))
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 

@@ -76,7 +76,6 @@ class ViewDraws:
         return ViewDraws(self.whole[part], self.real[part])
 
     def to(self, device: torch.device | str) -> ViewDraws:
-        """Copy to ``device`` in two transfers; to CUDA without waiting for them."""
         where = torch.device(device)
         return ViewDraws(to_device(self.whole, where), to_device(self.real, where))
 
