@@ -13,9 +13,8 @@ from largebatch.config.batch import BatchPlan
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.augment import augmented
 from largebatch.data.draws import Draws, draw
-from largebatch.data.images import MemoryImages
+from largebatch.data.images import MemoryImages, Split
 from largebatch.data.sampling import evaluation_share, global_batches
-from largebatch.data.split import Split
 from largebatch.data.stream import stream
 from largebatch.data.transfer import one_ahead, to_device
 from largebatch.data.view_draws import ViewDraws, configured_views

@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from largebatch.config.datasets import DatasetConfig
-from largebatch.data.images import MemoryImages
-from largebatch.data.split import Split
+from largebatch.data.images import MemoryImages, Split
 from largebatch.errors import UserError
 
 _FORMAT = 2  # version of the files

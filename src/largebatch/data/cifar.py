@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Block, Say, cache_path, fingerprint, kept, read_decoded, write_decoded
 from largebatch.data.download import find_or_download, md5_of
-from largebatch.data.images import resize
-from largebatch.data.split import Split
+from largebatch.data.images import Split, resize
 from largebatch.errors import UserError
 
 

@@ -11,8 +11,8 @@ import torch
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
-from largebatch.data.images import MemoryImages, resize
-from largebatch.data.split import Split, hold_out
+from largebatch.data.images import MemoryImages, Split, resize
+from largebatch.data.sampling import hold_out
 from largebatch.errors import UserError
 
 _TEST_SIZE = 360

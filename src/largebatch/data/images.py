@@ -1,4 +1,4 @@
-"""Images of a split: pixels in memory, or files that are decoded when they are needed."""
+"""Images and labels of a split: pixels in memory, or files that are decoded when they are needed."""
 
 from __future__ import annotations
 
@@ -63,6 +63,26 @@ Images = MemoryImages | FileImages
 
 def decoded_bytes(images: Images) -> int:
     return len(images) * images.channels * images.image_size**2
+
+
+@dataclass(frozen=True)
+class Split:
+    """``images`` in memory or in files; ``labels`` int64 [N], in the order of the images."""
+
+    images: Images
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: Tensor) -> Split:
+        return Split(self.images.select(indices), self.labels[indices])
+
+
+def split_of_files(files: list[tuple[str, int]], channels: int, image_size: int) -> Split:
+    """Return a split of image files from their paths and labels."""
+    images = FileImages(tuple(path for path, _ in files), channels, image_size)
+    return Split(images, torch.tensor([label for _, label in files]))
 
 
 def decoded_blocks(images: FileImages, threads: int) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:

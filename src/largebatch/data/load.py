@@ -11,10 +11,10 @@ from torch import Tensor
 
 from largebatch.config.datasets import DATASETS, DatasetConfig
 from largebatch.data.cache import Say
-from largebatch.data.decoding import check_all, decode_all
-from largebatch.data.images import FileImages, Images, decoded_bytes
+from largebatch.data.decoding import read_files
+from largebatch.data.images import FileImages, Images, Split, decoded_bytes
 from largebatch.data.location import Place, choose_location, on_device
-from largebatch.data.split import Split, hold_out
+from largebatch.data.sampling import hold_out
 from largebatch.data.stream import stream
 from largebatch.errors import UserError, choices
 from largebatch.machine.memory import free_memory, host_memory
@@ -90,11 +90,9 @@ def load_data(
 
     unreadable: tuple[str, ...] = ()
     threads = torch.get_num_threads() * processes_here  # one process decodes while the others wait
-    if in_files and place != "files":
-        decoded = decode_all(train, test, classes, config, threads, say)
-        train, test, unreadable = decoded.train, decoded.test, decoded.unreadable
-    elif in_files and config.verify:
-        train, test, unreadable = check_all(train, test, classes, config, threads, say)
+    if in_files and (place != "files" or config.verify):
+        found = read_files(train, test, classes, config, threads, say, decode=place != "files")
+        train, test, unreadable = found.train, found.test, found.unreadable
 
     kept, held = _validation_part(train.labels, config.val_fraction, seed)
     mean, std = config.mean, config.std

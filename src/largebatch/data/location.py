@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from largebatch.data.images import MemoryImages
-from largebatch.data.split import Split
+from largebatch.data.images import MemoryImages, Split
 
 Place = Literal["device", "host", "files"]
 
@@ -60,7 +59,7 @@ def on_device(split: Split, indices: Tensor | None, device: torch.device) -> Spl
     if indices is not None:
         labels = labels[indices]
     moved = torch.empty(len(labels), *pixels.shape[1:], dtype=torch.uint8, device=device)
-    size = max(_PIECE_BYTES // max(pixels[0].numel(), 1), 1)
+    size = max(_PIECE_BYTES // pixels[0].numel(), 1)
     for first in range(0, len(labels), size):
         piece = slice(first, first + size)
         moved[piece] = pixels[piece] if indices is None else pixels[indices[piece]]

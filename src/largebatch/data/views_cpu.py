@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from largebatch.data.augment_cpu import address, check
 from largebatch.data.view_draws import ViewDraws
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+why_not = partial(native.why_not, _SOURCE)
 
 
 class _Batch(ctypes.Structure):
@@ -21,11 +23,6 @@ class _Batch(ctypes.Structure):
         ("channels_last", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("pixels", "indices", "whole", "real", "mean", "std", "out")),
     )
-
-
-def why_not() -> str:
-    """Return the reason why there is no compiled code; empty if there is."""
-    return native.why_not(_SOURCE)
 
 
 def view_cpu(
