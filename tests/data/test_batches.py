@@ -169,9 +169,9 @@ def test_global_random_state_is_not_changed(in_files):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_batch_larger_than_the_training_set_raises_before_the_first_batch(in_memory):
+def test_a_batch_larger_than_the_training_set_raises(in_memory):
     with pytest.raises(UserError, match=r"batch_size=32.* 30 images"):
-        training(in_memory, 0, batch_size=32, micro_batch=32)
+        training(in_memory, 1, batch_size=32, micro_batch=32)
 
 
 def evaluation(split, rank, processes, batch, workers=0, chosen=None):

@@ -164,7 +164,7 @@ DAMAGES = {
     "cut in the middle": lambda path: cut(path, path.stat().st_size // 2),
     "cut by a byte": lambda path: cut(path, -1),
     "garbage": lambda path: path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size)),
-    "other magic": lambda path: flip_bit(path, 0),
+    "first pixel": lambda path: flip_bit(path, 0),
     "other pixel": lambda path: flip_bit(path, 5000),
     "other description": lambda path: flip_bit(path, -30),
     "other length": lambda path: flip_bit(path, -14),
@@ -187,9 +187,9 @@ def test_a_damaged_list_of_unreadable_images_is_written_again(tmp_path, monkeypa
     monkeypatch.setattr("largebatch.data.load.host_memory", lambda: 1000)
     make_imagefolder(tmp_path)
     start(folder_config(tmp_path))
-    (kept,) = (tmp_path / ".largebatch").glob("*.json")
-    for damaged in (b"", b"[1]", b'{"fingerprint": ', kept.read_bytes().replace(b"[]", b"7"), b"\xff\xfe"):
-        kept.write_bytes(damaged)
+    whole = cache_of(tmp_path).read_bytes()
+    for damaged in (b"", b"[1]", whole[:40], whole.replace(b"[]", b"7"), b"\xff\xfe"):
+        cache_of(tmp_path).write_bytes(damaged)
         assert any("it is written again" in line for line in start(folder_config(tmp_path))[1])
 
 

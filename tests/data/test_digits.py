@@ -1,5 +1,7 @@
 """The digits, compared with scikit-learn's own loader."""
 
+import importlib.util
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from largebatch.config.datasets import DatasetConfig
-from largebatch.data import digits, load_data
+from largebatch.data import load_data
 from largebatch.errors import UserError
 
 CONFIG = DatasetConfig(name="digits", channels=1)
@@ -55,14 +57,11 @@ def test_the_presets_statistics_are_those_of_the_training_images(data):
 
 
 def test_a_damaged_file_raises_with_its_name(tmp_path, monkeypatch):
-    bad = tmp_path / "digits.csv.gz"
-    bad.write_bytes(digits._digits_file().read_bytes()[:1000])
-    monkeypatch.setattr(digits, "_digits_file", lambda: bad)
+    package = importlib.util.find_spec("sklearn").submodule_search_locations[0]
+    bad = tmp_path / "datasets" / "data" / "digits.csv.gz"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes((Path(package) / "datasets" / "data" / "digits.csv.gz").read_bytes()[:1000])
+    spec = ModuleSpec("sklearn", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     with pytest.raises(UserError, match=r"digits\.csv\.gz"):
-        load_data(CONFIG, 0)
-
-
-def test_missing_scikit_learn_raises(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="scikit-learn, which isn't installed"):
         load_data(CONFIG, 0)

@@ -47,7 +47,7 @@ def test_tinyimagenet_with_missing_or_wrong_parts_raises(tmp_path):
     with pytest.raises(UserError, match=r"val_annotations\.txt is empty"):
         load_data(tiny_config(tmp_path), 0)
     annotations.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"val_annotations\.txt can't be read"):
+    with pytest.raises(UserError, match=r"val_annotations\.txt, line 1: "):
         load_data(tiny_config(tmp_path), 0)
     annotations.write_text(original)
 
@@ -55,7 +55,7 @@ def test_tinyimagenet_with_missing_or_wrong_parts_raises(tmp_path):
     with pytest.raises(UserError, match=r"val_1\.JPEG"):
         load_data(tiny_config(tmp_path), 0)
     shutil.rmtree(next((folder / "train").iterdir()) / "images")
-    with pytest.raises(UserError, match=r"images has no \*\.JPEG"):
+    with pytest.raises(UserError, match=r"images.*check dataset\.root="):
         load_data(tiny_config(tmp_path), 0)
 
 

@@ -70,14 +70,15 @@ def test_statistics_are_configured_or_measured(tmp_path):
 
 def test_statistics_of_a_large_set_use_2000_evenly_spaced_images():
     values = (torch.arange(5000) % 256).to(torch.uint8)
-    mean, std = measure_statistics(MemoryImages(values.view(-1, 1, 1, 1)))
+    mean, std = measure_statistics(MemoryImages(values.view(-1, 1, 1, 1)), torch.arange(5000))
     chosen = values.numpy()[np.arange(2000) * 5000 // 2000] / 255
     assert mean == pytest.approx([chosen.mean()])
     assert std == pytest.approx([chosen.std()])
 
 
 def test_constant_images_can_be_normalised():
-    assert measure_statistics(MemoryImages(torch.full((3, 1, 2, 2), 9, dtype=torch.uint8)))[1] == [1 / 255]
+    images = MemoryImages(torch.full((3, 1, 2, 2), 9, dtype=torch.uint8))
+    assert measure_statistics(images, torch.arange(3))[1] == [1 / 255]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

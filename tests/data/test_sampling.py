@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from largebatch.data import steps_per_epoch
-from largebatch.data.sampling import evaluation_share, global_batches
-from largebatch.data.split import hold_out
+from largebatch.data.sampling import evaluation_share, global_batches, hold_out
 from largebatch.errors import UserError
 
 

@@ -9,8 +9,8 @@ from PIL import Image, ImageFilter, ImageOps
 
 from largebatch.config.datasets import DatasetConfig, ViewsConfig
 from largebatch.data import views
-from largebatch.data.view_draws import configured_views
-from largebatch.data.views import VIEWS, View, ViewDraws, draw, view_torch
+from largebatch.data.view_draws import VIEWS, View, ViewDraws, configured_views, draw
+from largebatch.data.views import view_torch
 from largebatch.data.views_cpu import view_cpu
 
 PATHS = [
@@ -228,13 +228,13 @@ def test_the_kernel_raises_for_tensors_that_do_not_fit():
     images, draws = some_images(4, 3, 8), draws_for(2, 8)
     numbers = (torch.zeros(3), torch.ones(3))
     for indices in ([0, 4], [-1, 0]):
-        with pytest.raises(IndexError, match="4 images"):
+        with pytest.raises(IndexError, match=r"0\.\.3"):
             view_cpu(images, torch.tensor(indices), draws, *numbers)
-    with pytest.raises(ValueError, match="2 rows of draws for 4 images"):
+    with pytest.raises(ValueError, match=r"\(4, 13\).*\(2, 13\)"):
         view_cpu(images, None, draws, *numbers)
     with pytest.raises(ValueError, match="float32"):
         view_cpu(images[:2].float(), None, draws, *numbers)
-    with pytest.raises(ValueError, match=r"\[2, 2, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"\(2, 2, 8, 8\)"):
         view_cpu(images[:2, :2], None, draws, *numbers)
 
 

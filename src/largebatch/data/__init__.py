@@ -1,10 +1,9 @@
 """Data sets, batched augmentation and the batches of a run."""
 
 from largebatch.data.batches import BatchLoader
-from largebatch.data.images import FileImages, MemoryImages
+from largebatch.data.images import FileImages, MemoryImages, Split
 from largebatch.data.load import Data, load_data
 from largebatch.data.sampling import evaluation_share, steps_per_epoch
-from largebatch.data.split import Split
 
 __all__ = [
     "BatchLoader",

@@ -59,23 +59,21 @@ def augmented_torch(
 ) -> Tensor:
     """Do the same as ``augmented`` in torch, on any device; for ``torch.compile`` too."""
     n, side = len(pixels) if indices is None else len(indices), pixels.shape[2]
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     at_once = max(_CPU_SLICE // side**2, 1)
     if pixels.device.type == "cpu" and n > at_once and not torch.compiler.is_compiling():
-        result = torch.empty((n, *pixels.shape[1:]), memory_format=memory_format)
-        for first in range(0, n, at_once):
-            part = slice(first, first + at_once)
-            images, chosen = (pixels[part], None) if indices is None else (pixels, indices[part])
+        chosen = torch.arange(n) if indices is None else indices
+        results = []
+        for part in (slice(first, first + at_once) for first in range(0, n, at_once)):
             drawn = None if draws is None else draws[part]
-            result[part] = augmented_torch(images, chosen, drawn, mean, std, channels_last=channels_last)
-        return result
+            results.append(augmented_torch(pixels, chosen[part], drawn, mean, std, channels_last=channels_last))
+        return torch.cat(results)
 
     images = pixels if indices is None else pixels[indices]
     if draws is not None:
         position, inside = _sources(draws, side)
         index = position.long().unsqueeze(1).expand(images.shape)
         images = images.flatten(2).gather(2, index.flatten(2)).view_as(images).mul_(inside.unsqueeze(1))
-    images = images.contiguous(memory_format=memory_format)
+    images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return (images - (mean * 255).view(-1, 1, 1)).div_((std * 255).view(-1, 1, 1))  # in float32
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from largebatch import native
 from largebatch.data.draws import Draws
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+why_not = partial(native.why_not, _SOURCE)
 
 
 class _Batch(ctypes.Structure):
@@ -21,11 +23,6 @@ class _Batch(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("channels", "side", "padding", "threads")),
         ("channels_last", ctypes.c_bool),
     )
-
-
-def why_not() -> str:
-    """Return the reason why there is no compiled code; empty if there is."""
-    return native.why_not(_SOURCE)
 
 
 def augmented(

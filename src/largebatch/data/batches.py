@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,8 @@ from largebatch.config.batch import BatchPlan
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.augment import augmented
 from largebatch.data.draws import Draws, draw
-from largebatch.data.images import MemoryImages
-from largebatch.data.sampling import evaluation_share, global_batches, steps_per_epoch
-from largebatch.data.split import Split
+from largebatch.data.images import MemoryImages, Split
+from largebatch.data.sampling import evaluation_share, global_batches
 from largebatch.data.stream import stream
 from largebatch.data.transfer import one_ahead, to_device
 from largebatch.data.view_draws import ViewDraws, configured_views
@@ -62,14 +61,8 @@ class BatchLoader:
             passes: number of times that the micro-batches of a step are repeated.
 
         Raises:
-            UserError: if the batch is larger than ``split``; while iterating, if an image file can't be read.
+            UserError: while iterating, if the batch is larger than ``split`` or an image file can't be read.
         """
-        steps_per_epoch(len(split), batch.global_batch)  # raises now, not at the first batch
-        return self._train(split, batch, seed, start_step, views, passes)
-
-    def _train(
-        self, split: Split, batch: BatchPlan, seed: int, start_step: int, views: int, passes: int
-    ) -> Generator[Batch]:
         share = slice(self.rank * batch.per_process, (self.rank + 1) * batch.per_process)
         firsts = range(0, batch.per_process, batch.micro_batch)
         parts = [slice(first, first + batch.micro_batch) for first in firsts] * passes
@@ -79,14 +72,12 @@ class BatchLoader:
         pixels = self._pixels(split, wanted, batch.micro_batch)
         for step, indices in global_batches(len(split), batch.global_batch, seed, start_step):
             generator = torch.Generator().manual_seed(derive_seed(seed, "augment", step))
-            drawn = self._draw(generator, split, batch.global_batch, views)
-            draws = [of_view[share].to(self.device) for of_view in drawn]
+            drawn = self._draw(generator, split.images.image_size, batch.global_batch, views)
+            draws = [None if d is None else d[share].to(self.device) for d in drawn]
             labels = self._labels(split, indices[share])
             for part in parts:
                 images, chosen = next(pixels)
-                seen = [self._augmented(images, chosen, of_view[part]) for of_view in draws]
-                if not seen:
-                    seen = [self._augmented(images, chosen, None)]
+                seen = [self._augmented(images, chosen, None if d is None else d[part]) for d in draws]
                 yield torch.cat(seen) if views > 1 else seen[0], labels[part]
 
     def evaluate(self, split: Split, size: int, chosen: Tensor | None = None) -> Iterator[Batch]:
@@ -126,16 +117,14 @@ class BatchLoader:
         return ((pixels, None) for pixels in one_ahead(fetched, self.device))
 
     def _labels(self, split: Split, indices: Tensor) -> Tensor:
-        if split.labels.device == self.device:
-            return split.labels[to_device(indices, self.device)]
-        return to_device(split.labels[indices], self.device)
+        return to_device(split.labels[to_device(indices, split.labels.device)], self.device)
 
-    def _draw(self, generator: torch.Generator, split: Split, n: int, views: int) -> list[Draws] | list[ViewDraws]:
-        """Return the draws for a global batch, one a view; an empty list without augmentation."""
-        config, side = self.config, split.images.image_size
+    def _draw(self, generator: torch.Generator, side: int, n: int, views: int) -> Sequence[Draws | ViewDraws | None]:
+        """Return the draws for a global batch of ``n`` images, one a view; None without augmentation."""
+        config = self.config
         if views > 1:
             return [draw_view(generator, n, side, view) for view in configured_views(config)]
         padding, flip, rotation = config.crop_padding, config.flip, config.rotation
         if padding == 0 and not flip and rotation == 0:
-            return []
+            return [None]
         return [draw(generator, n, padding=padding, flip=flip, rotation=rotation, side=side)]

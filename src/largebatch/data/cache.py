@@ -1,8 +1,8 @@
-"""Files beside the data that keep slow results: decoded pixels, and the list of images that can't be read.
+"""Files beside the data that keep decoded pixels, and the names of images that can't be read.
 
-A file of pixels contains: the magic bytes; the pixels of the training and of the test set, uint8 [N, C, S, S]; zeros up
-to a multiple of 8; their labels, int64; a JSON object that describes the content; its length and CRC-32. The file is
-mapped, so that the processes of a host share its pages.
+A file contains: the pixels of the training and of the test set, uint8 [N, C, S, S]; 1 to 8 zeros up to a multiple of
+8; a JSON object with the labels and a description of the content; its length and CRC-32. The file is mapped, so that
+the processes of a host share its pages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
@@ -28,12 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from largebatch.config.datasets import DatasetConfig
-from largebatch.data.images import MemoryImages
-from largebatch.data.split import Split
+from largebatch.data.images import MemoryImages, Split
 from largebatch.errors import UserError
 
-FOLDER = ".largebatch"  # in dataset.root
-_MAGIC = b"LBPIXEL1"  # the digit is the version of the format
+_FORMAT = 2  # version of the files
 _END = struct.Struct("<QQ")
 
 Say = Callable[[str], None]
@@ -41,7 +39,7 @@ Block = tuple[NDArray[np.uint8], Tensor, list[str]]  # pixels [n, C, S, S], labe
 T = TypeVar("T")
 
 
-class Stale(Exception):
+class Stale(UserError):
     """A kept file is missing (empty message) or can't be used; the message continues a sentence after its name."""
 
 
@@ -55,8 +53,8 @@ class Decoded:
     unreadable: tuple[str, ...]
 
 
-def cache_path(config: DatasetConfig, what: str) -> Path:
-    return Path(config.root) / FOLDER / f"{config.name}-{what}"
+def cache_path(config: DatasetConfig, channels: int, image_size: int) -> Path:
+    return Path(config.root) / ".largebatch" / f"{config.name}-{channels}x{image_size}.pixels"
 
 
 def relative_names(paths: Iterable[str], root: str) -> list[str]:
@@ -66,7 +64,7 @@ def relative_names(paths: Iterable[str], root: str) -> list[str]:
 
 def fingerprint(root: str, paths: Sequence[str], settings: object) -> str:
     """Return hex digits that depend on ``settings`` (by repr) and on each file's path in ``root``, size and time."""
-    lines = [repr((_MAGIC, settings))]
+    lines = [repr((_FORMAT, settings))]
     for path, name in zip(paths, relative_names(paths, root), strict=True):
         try:
             stat = os.stat(path)
@@ -90,11 +88,17 @@ def kept(path: Path, read: Callable[[BinaryIO], T], write: Callable[[BinaryIO], 
         UserError: from ``write``; or if the file that was just written isn't valid.
     """
     try:
-        try:
+        with suppress(Stale):
             return _read(path, read)
-        except Stale:
-            with alone(path, say):
-                return _read_or_write(path, read, write, doing, say)
+        with alone(path, say):
+            try:
+                return _read(path, read)  # another process may have written it meanwhile
+            except Stale as stale:
+                if str(stale):
+                    say(f"{path} {stale}: it is written again")
+            say(f"{doing}; later starts read the result from {path}")
+            _write(path, write)
+            return _read(path, read)
     except OSError as error:
         say(f"{doing} at every start, because it can't be kept in {path} ({error.strerror or error})")
     with _memory_file() as file:
@@ -109,24 +113,6 @@ def _read(path: Path, read: Callable[[BinaryIO], T]) -> T:
             return read(file)
     except FileNotFoundError:
         raise Stale from None
-
-
-def _read_or_write(
-    path: Path, read: Callable[[BinaryIO], T], write: Callable[[BinaryIO], None], doing: str, say: Say
-) -> T:
-    try:
-        return _read(path, read)  # another process may have written it meanwhile
-    except Stale as stale:
-        if str(stale):
-            say(f"{path} {stale}: it is written again")
-        say(f"{doing}; later starts read the result from {path}")
-    _write(path, write)
-    try:
-        return _read(path, read)
-    except Stale as stale:
-        raise UserError(
-            f"{path} was just written and {stale}: are the files beside it being changed? Start again"
-        ) from stale
 
 
 @contextmanager
@@ -165,27 +151,22 @@ def write_decoded(
     file: BinaryIO, fingerprint: str, classes: tuple[str, ...], train: Iterable[Block], test: Iterable[Block]
 ) -> None:
     """Write pixels block by block, so that at most one block is in memory."""
-    file.write(_MAGIC)
     unreadable: list[str] = []
-    labels: list[Tensor] = []
-    counts: list[int] = []
+    labels: list[list[int]] = []
     shape: tuple[int, ...] = ()
     for blocks in (train, test):
-        counts.append(0)
+        labels.append([])
         for pixels, block_labels, left_out in blocks:
             file.write(np.ascontiguousarray(pixels).data)
             shape = pixels.shape[1:]
-            counts[-1] += len(pixels)
-            labels.append(block_labels)
+            labels[-1] += block_labels.tolist()
             unreadable += left_out
-    file.write(bytes(-file.tell() % 8))
-    for block_labels in labels:
-        file.write(block_labels.numpy().data)
+    file.write(bytes(8 - file.tell() % 8))  # at least one: an empty file can't be mapped
     file.flush()
     described = {
         "fingerprint": fingerprint,
         "shape": shape,
-        "counts": counts,
+        "labels": labels,
         "classes": classes,
         "unreadable": unreadable,
         "checksum": _checksum(np.memmap(file, np.uint8, mode="r")),
@@ -201,29 +182,24 @@ def read_decoded(file: BinaryIO, fingerprint: str) -> Decoded:
     Raises:
         Stale: if the file isn't whole, or has another fingerprint.
     """
-    size = os.fstat(file.fileno()).st_size
-    if size < len(_MAGIC) + _END.size:
+    if os.fstat(file.fileno()).st_size <= _END.size:
         raise Stale("is cut short")
     content = np.memmap(file, np.uint8, mode="c")
-    length, crc = _END.unpack(content[size - _END.size :].tobytes())
-    body = size - _END.size - length
-    text = content[max(body, 0) : size - _END.size].tobytes()
-    if content[: len(_MAGIC)].tobytes() != _MAGIC or body < len(_MAGIC) or zlib.crc32(text) != crc:
+    length, crc = _END.unpack(content[-_END.size :].tobytes())
+    body, text = content[: -length - _END.size], content[-length - _END.size : -_END.size].tobytes()
+    if length == 0 or zlib.crc32(text) != crc:
         raise Stale("is damaged or cut short")
     described = json.loads(text)
     if described["fingerprint"] != fingerprint:
         raise Stale("is of other files or settings")
-    train, test = described["counts"]
-    shape = tuple(described["shape"])
-    pixels_end = len(_MAGIC) + (train + test) * math.prod(shape)
-    labels_start = body - 8 * (train + test)
-    if labels_start != pixels_end + -pixels_end % 8 or _checksum(content[:body]) != described["checksum"]:
+    if len(body) % 8 or _checksum(body) != described["checksum"]:
         raise Stale("is damaged")
-    pixels = torch.from_numpy(content[len(_MAGIC) : pixels_end]).view(train + test, *shape)
-    labels = torch.from_numpy(content[labels_start:body]).view(torch.int64).clone()
+    train, test = (torch.tensor(labels, dtype=torch.int64) for labels in described["labels"])
+    shape = (len(train) + len(test), *described["shape"])
+    pixels = torch.from_numpy(body[: math.prod(shape)]).view(shape)
     return Decoded(
-        Split(MemoryImages(pixels[:train]), labels[:train]),
-        Split(MemoryImages(pixels[train:]), labels[train:]),
+        Split(MemoryImages(pixels[: len(train)]), train),
+        Split(MemoryImages(pixels[len(train) :]), test),
         tuple(described["classes"]),
         tuple(described["unreadable"]),
     )

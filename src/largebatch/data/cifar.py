@@ -16,11 +16,8 @@ from numpy.typing import NDArray
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Block, Say, cache_path, fingerprint, kept, read_decoded, write_decoded
 from largebatch.data.download import find_or_download, md5_of
-from largebatch.data.images import MemoryImages, resize
-from largebatch.data.split import Split
+from largebatch.data.images import Split, resize
 from largebatch.errors import UserError
-
-_IMAGE_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def load_cifar(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str
     archive = ARCHIVES[config.name]
     files = {**archive.train, **archive.test, **archive.meta}
     folder = find_or_download(config, archive.folder, tuple(files), archive.url, archive.md5)
-    size = config.image_size or _IMAGE_SIZE
+    size = config.image_size or 32
     # The fingerprint differs with verify, because pixels of files that weren't compared must not count as verified.
     source = fingerprint(config.root, [f"{folder}/{name}" for name in files], (size, files if config.verify else None))
 
@@ -95,17 +92,13 @@ def load_cifar(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str
         )
         write_decoded(file, source, classes, [train], [test])
 
-    path = cache_path(config, f"3x{size}.pixels")
     read = partial(read_decoded, fingerprint=source)
-    found = kept(path, read, write, f"reading the files of {config.name}", say)
+    found = kept(cache_path(config, 3, size), read, write, f"reading the files of {config.name}", say)
     return found.train, found.test, found.classes
 
 
 def _verify(path: Path, md5: str) -> None:
-    try:
-        found = md5_of(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror})") from error
+    found = md5_of(path)
     if found != md5:
         raise UserError(
             f"{path} isn't the published file (md5 {found}, published {md5}): delete {path.parent} to download it "
@@ -124,9 +117,7 @@ def _read_split(paths: list[Path], labels_key: str, num_classes: int, size: int)
     parts = [_read_batch(path, labels_key, num_classes) for path in paths]
     pixels = np.concatenate([images for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts])
-    if size != _IMAGE_SIZE:
-        pixels = resize(MemoryImages(torch.from_numpy(pixels)), size).pixels.numpy()
-    return pixels, torch.from_numpy(labels), []
+    return resize(torch.from_numpy(pixels), size).numpy(), torch.from_numpy(labels), []
 
 
 def _read_batch(path: Path, labels_key: str, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,83 +23,57 @@ from largebatch.data.cache import (
     relative_names,
     write_decoded,
 )
-from largebatch.data.images import FileImages, decoded_blocks, reading_error, unreadable_files
-from largebatch.data.split import Split
+from largebatch.data.images import FileImages, Split, decoded_blocks
+from largebatch.data.images import decode as decode_file
 from largebatch.errors import UserError
 
 _NAMED = 3  # number of unreadable images that a message names
 
 
-def decode_all(
-    train: Split, test: Split, classes: tuple[str, ...], config: DatasetConfig, threads: int, say: Say
+def read_files(
+    train: Split, test: Split, classes: tuple[str, ...], config: DatasetConfig, threads: int, say: Say, *, decode: bool
 ) -> Decoded:
-    """Return both splits of image files as pixels in memory, from the file kept beside the data if it is up to date.
+    """Return both splits of image files without the files that can't be read.
+
+    With ``decode``, the images are pixels in memory. Otherwise they stay files, and are only checked, which takes as
+    long as decoding. The result is kept beside the data: pixels, or images of no pixels.
 
     Raises:
         UserError: naming images that can't be read, unless ``config.on_error`` is ``skip``.
     """
-    images = _images(train)
-    labels = [split.labels.tolist() for split in (train, test)]
-    settings = (images.channels, images.image_size, classes, labels, PIL.__version__)
+    doing = f"decoding {len(train) + len(test):,} images"
+    sources = [train, test]
+    if not decode:
+        sources = [Split(replace(_images(split), image_size=0), split.labels) for split in sources]
+        doing = (
+            f"checking that {len(train) + len(test):,} images can be read, which takes as long as decoding an epoch "
+            "(dataset.verify=false skips the check)"
+        )
+    channels, image_size = _images(sources[0]).channels, _images(sources[0]).image_size
+    labels = [split.labels.tolist() for split in sources]
+    settings = (channels, image_size, classes, labels, PIL.__version__)
     source = fingerprint(config.root, _images(train).paths + _images(test).paths, settings)
 
     def read(file: BinaryIO) -> Decoded:
         found = read_decoded(file, source)
-        _check_still_unreadable(found.unreadable, config)
+        for name in found.unreadable:  # new permissions, for example, don't change a file's size and time
+            if not _error(name, config):
+                raise Stale(f"skips {name}, which can be read now")
         return found
 
     def write(file: BinaryIO) -> None:
-        blocks = (_blocks(split, config.root, threads) for split in (train, test))
+        blocks = (_blocks(split, config.root, threads) for split in sources)
         write_decoded(file, source, classes, *blocks)
 
-    path = cache_path(config, f"{images.channels}x{images.image_size}.pixels")
-    found = kept(path, read, write, f"decoding {len(train) + len(test):,} images", say)
-    _accept(found.unreadable, found.train, found.test, config, say)
+    found = kept(cache_path(config, channels, image_size), read, write, doing, say)
+    if not decode:
+        train, test = (_without(split, found.unreadable, config.root) for split in (train, test))
+        found = Decoded(train, test, classes, found.unreadable)
+    _accept(found, config, say)
     return found
 
 
-def check_all(
-    train: Split, test: Split, config: DatasetConfig, threads: int, say: Say
-) -> tuple[Split, Split, tuple[str, ...]]:
-    """Return both splits without the image files that can't be read, and these files, relative to ``config.root``.
-
-    The list of these files is kept beside the data.
-
-    Raises:
-        UserError: naming some of them, unless ``config.on_error`` is ``skip``.
-    """
-    paths = _images(train).paths + _images(test).paths
-    channels = _images(train).channels
-    source = fingerprint(config.root, paths, (channels, PIL.__version__))
-
-    def read(file: BinaryIO) -> tuple[str, ...]:
-        try:
-            found = json.loads(file.read())
-            unreadable = tuple(found["unreadable"])
-        except (ValueError, KeyError, TypeError):
-            raise Stale("is damaged") from None
-        if found["fingerprint"] != source:
-            raise Stale("is of other files or settings")
-        _check_still_unreadable(unreadable, config)
-        return unreadable
-
-    def write(file: BinaryIO) -> None:
-        say("the check takes as long as decoding an epoch; dataset.verify=false skips it")
-        images = FileImages(paths, channels, 1)
-        unreadable = relative_names((paths[i] for i in unreadable_files(images, threads)), config.root)
-        file.write(json.dumps({"fingerprint": source, "unreadable": unreadable}).encode())
-
-    path = cache_path(config, f"{channels}.unreadable.json")
-    unreadable = kept(path, read, write, f"checking that {len(paths):,} images can be read", say)
-    train, test = (without(split, unreadable, config.root) for split in (train, test))
-    _accept(unreadable, train, test, config, say)
-    return train, test, unreadable
-
-
-def without(split: Split, unreadable: tuple[str, ...], root: str) -> Split:
-    """Return a split of image files without the ``unreadable`` files, which are relative to ``root``."""
-    if not unreadable:
-        return split
+def _without(split: Split, unreadable: tuple[str, ...], root: str) -> Split:
     left_out = set(unreadable)
     readable = [i for i, name in enumerate(relative_names(_images(split).paths, root)) if name not in left_out]
     return split.select(torch.tensor(readable, dtype=torch.int64))
@@ -115,42 +89,32 @@ def _blocks(split: Split, root: str, threads: int) -> Iterator[Block]:
     images = _images(split)
     first = 0
     for pixels, unreadable in decoded_blocks(images, threads):
-        readable = torch.ones(len(pixels) + len(unreadable), dtype=torch.bool)
-        readable[[i - first for i in unreadable]] = False
-        labels = split.labels[first : first + len(readable)][readable]
-        yield pixels, labels, relative_names((images.paths[i] for i in unreadable), root)
-        first += len(readable)
+        block = range(first, first + len(pixels) + len(unreadable))
+        readable = torch.tensor(sorted(set(block).difference(unreadable)), dtype=torch.int64)
+        yield pixels, split.labels[readable], relative_names((images.paths[i] for i in unreadable), root)
+        first = block.stop
 
 
-def _check_still_unreadable(unreadable: tuple[str, ...], config: DatasetConfig) -> None:
-    """Raise ``Stale`` if a file is readable now; new permissions, for example, don't change its size and time."""
-    for name in unreadable:
-        if not _error(name, config):
-            raise Stale(f"skips {name}, which can be read now")
-
-
-def _accept(unreadable: tuple[str, ...], train: Split, test: Split, config: DatasetConfig, say: Say) -> None:
-    """Log the ``unreadable`` images that are missing from the splits, or raise ``UserError``."""
-    if not unreadable:
+def _accept(found: Decoded, config: DatasetConfig, say: Say) -> None:
+    """Log the images that can't be read, or raise ``UserError``."""
+    count = len(found.unreadable)
+    if count == 0:
         return
-    total = len(train) + len(test) + len(unreadable)
-    if config.on_error == "skip":
-        say(f"skipped {len(unreadable):,} of {total:,} images, which can't be read: {_some(unreadable)}")
-        for name, split in (("training", train), ("test", test)):
-            if len(split) == 0:
-                raise UserError(f"dataset.on_error=skip: no image of the {name} set in {config.root} can be read")
-        return
-    message = _error(unreadable[0], config) or f"{unreadable[0]} couldn't be read as an image"
-    others = unreadable[1:]
-    if others:
-        message += f". {len(others):,} more of {total:,} images can't be read: {_some(others)}"
-    raise UserError(f"{message}. dataset.on_error=skip skips such images")
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    named = ", ".join(found.unreadable[:_NAMED]) + (f" and {count - _NAMED:,} more" if count > _NAMED else "")
+    total = len(found.train) + len(found.test) + count
+    some = f"{count:,} of {total:,} images, which can't be read: {named}"
+    if config.on_error != "skip":
+        raise UserError(f"{_error(found.unreadable[0], config)}. dataset.on_error=skip skips such images, here {some}")
+    say(f"skipped {some}")
+    for name, split in (("training", found.train), ("test", found.test)):
+        if len(split) == 0:
+            raise UserError(f"dataset.on_error=skip: no image of the {name} set in {config.root} can be read")
 
 
 def _error(name: str, config: DatasetConfig) -> str:
-    return reading_error(str(Path(config.root) / name), config.channels)
+    """Return the message of the error from decoding the file; empty if it can be read."""
+    try:
+        decode_file(str(Path(config.root) / name), config.channels, image_size=0)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -11,8 +11,8 @@ import torch
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
-from largebatch.data.images import MemoryImages
-from largebatch.data.split import Split, hold_out
+from largebatch.data.images import MemoryImages, Split, resize
+from largebatch.data.sampling import hold_out
 from largebatch.errors import UserError
 
 _TEST_SIZE = 360
@@ -26,27 +26,18 @@ def load_digits(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[st
     instead of 0.8 s.
 
     Raises:
-        UserError: if scikit-learn or its file is missing.
+        UserError: if scikit-learn's file is missing or damaged.
     """
-    path = _digits_file()
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     try:
         table = np.loadtxt(path, delimiter=",")
         images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"dataset=digits: can't read {path} ({error}); reinstall scikit-learn") from error
     labels = torch.from_numpy(table[:, -1].astype(np.int64))
-    whole = Split(MemoryImages(torch.from_numpy(images)), labels)
+    whole = Split(MemoryImages(resize(torch.from_numpy(images), config.image_size or 8)), labels)
     train, test = hold_out(labels, _TEST_SIZE, _SPLIT_SEED)
     return whole.select(train), whole.select(test), tuple(str(digit) for digit in range(10))
-
-
-def _digits_file() -> Path:
-    package = importlib.util.find_spec("sklearn")
-    if package is None or package.origin is None:
-        raise UserError("dataset=digits: the images ship with scikit-learn, which isn't installed")
-    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    if not path.is_file():
-        raise UserError(
-            f"dataset=digits: {path} is missing; this scikit-learn doesn't ship it, install another version"
-        )
-    return path

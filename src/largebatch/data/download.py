@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tarfile
 import urllib.request
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from largebatch.data.cache import alone
 from largebatch.errors import UserError
 
 _TIMEOUT = 20  # seconds without an answer
-_BLOCK = 1 << 20
 
 
 def find_or_download(config: DatasetConfig, folder: str, needed: tuple[str, ...], url: str, md5: str) -> Path:
@@ -53,9 +50,6 @@ def find_or_download(config: DatasetConfig, folder: str, needed: tuple[str, ...]
             f"missing: {', '.join(_missing(place, needed))}. Put the unpacked archive of {url} there, point "
             "dataset.root to it, or set dataset.download=true on a machine with a network"
         ) from error
-    still_missing = _missing(place, needed)
-    if still_missing:
-        raise UserError(f"dataset={config.name}: {url} has no {', '.join(still_missing)}; it may have changed")
     return place
 
 
@@ -80,7 +74,7 @@ def _fetch(place: Path, url: str, md5: str) -> None:
         if not (archive.is_file() and md5_of(archive) == md5):
             archive = work / archive.name
             _download(url, archive, md5)
-        _unpack(archive, work / "unpacked")
+        shutil.unpack_archive(archive, work / "unpacked")
         (work / "unpacked" / place.name).replace(place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -90,24 +84,10 @@ def _download(url: str, archive: Path, md5: str) -> None:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, archive.open("wb") as file:
             size = int(answer.headers.get("Content-Length", 0)) or None
-            with tqdm(desc=archive.name, total=size, unit="B", unit_scale=True, disable=None) as progress:
-                while block := answer.read(_BLOCK):
-                    file.write(block)
-                    progress.update(len(block))
+            with tqdm.wrapattr(file, "write", total=size, desc=archive.name, disable=None) as progress:
+                shutil.copyfileobj(answer, progress)
     except OSError as error:  # includes urllib's errors and timeouts
         raise UserError(f"{url} couldn't be downloaded ({error})") from error
     got = md5_of(archive)
     if got != md5:
         raise UserError(f"{url} is damaged or changed (md5 {got}, expected {md5})")
-
-
-def _unpack(archive: Path, into: Path) -> None:
-    try:
-        if archive.suffix == ".zip":
-            shutil.unpack_archive(archive, into)
-        else:
-            with tarfile.open(archive) as tar:
-                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # missing before Python 3.11.4
-                tar.extractall(into)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{archive} can't be unpacked ({error})") from error

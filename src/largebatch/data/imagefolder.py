@@ -7,7 +7,7 @@ from pathlib import Path
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
-from largebatch.data.split import Split, split_of_files
+from largebatch.data.images import Split, split_of_files
 from largebatch.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
@@ -33,8 +33,8 @@ def load_imagefolder(config: DatasetConfig, say: Say) -> tuple[Split, Split, tup
                 f"dataset={config.name}: no {name} in dataset.root={root}; it must contain train/<class>/... and "
                 "test/<class>/... or val/<class>/..."
             )
-    train = {name: _image_files(train_folder / name) for name in class_folders(train_folder, at_least=2)}
-    test = {name: _image_files(test_folder / name) for name in class_folders(test_folder)}
+    train = {name: image_files(train_folder / name) for name in class_folders(train_folder, at_least=2)}
+    test = {name: image_files(test_folder / name) for name in class_folders(test_folder)}
     unknown = [name for name in test if name not in train]
     if unknown:
         raise UserError(f"{test_folder / unknown[0]}: no such class in {train_folder}, which determines the classes")
@@ -55,7 +55,7 @@ def class_folders(tree: Path, at_least: int = 1) -> list[str]:
     return names
 
 
-def _image_files(folder: Path) -> list[str]:
+def image_files(folder: Path) -> list[str]:
     """Return the sorted image files below ``folder``; raise ``UserError`` if there are none."""
 
     def fail(error: OSError) -> None:

@@ -1,11 +1,12 @@
-"""Images of a split: pixels in memory, or files that are decoded when they are needed."""
+"""Images and labels of a split: pixels in memory, or files that are decoded when they are needed."""
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -64,67 +65,63 @@ def decoded_bytes(images: Images) -> int:
     return len(images) * images.channels * images.image_size**2
 
 
+@dataclass(frozen=True)
+class Split:
+    """``images`` in memory or in files; ``labels`` int64 [N], in the order of the images."""
+
+    images: Images
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: Tensor) -> Split:
+        return Split(self.images.select(indices), self.labels[indices])
+
+
+def split_of_files(files: list[tuple[str, int]], channels: int, image_size: int) -> Split:
+    """Return a split of image files from their paths and labels."""
+    images = FileImages(tuple(path for path, _ in files), channels, image_size)
+    return Split(images, torch.tensor([label for _, label in files]))
+
+
 def decoded_blocks(images: FileImages, threads: int) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
     """Decode all files in order in threads (PIL releases the interpreter's lock); yield blocks of about 64 MiB.
 
     A block is the pixels, uint8 [n, C, S, S], of the files that can be read, and the indices of the files that can't.
     """
-    size = max(_BLOCK_BYTES // (images.channels * images.image_size**2), _TASK * threads)
-    with ThreadPoolExecutor(threads) as pool:
-        for block in _pieces(range(len(images)), size):
-            yield _decode_block(images, block, pool)
 
+    def decode_file(path: str) -> NDArray[np.uint8] | None:
+        try:
+            return decode(path, images.channels, images.image_size)
+        except UserError:
+            return None
 
-def _decode_block(images: FileImages, block: range, pool: Executor) -> tuple[NDArray[np.uint8], list[int]]:
-    pixels = np.empty((len(block), images.channels, images.image_size, images.image_size), dtype=np.uint8)
-
-    def decode_files(indices: range) -> list[int]:
-        unreadable = []
-        for i in indices:
-            try:
-                pixels[i - block.start] = decode(images.paths[i], images.channels, images.image_size)
-            except UserError:
-                unreadable.append(i)
-        return unreadable
-
-    unreadable = [i for part in pool.map(decode_files, _pieces(block, _TASK)) for i in part]
-    return np.delete(pixels, [i - block.start for i in unreadable], axis=0) if unreadable else pixels, unreadable
-
-
-def unreadable_files(images: FileImages, threads: int) -> list[int]:
-    """Read all files in threads and return the indices of the files for which ``decode`` would raise an error."""
-
-    def read_files(indices: range) -> list[int]:
-        return [i for i in indices if reading_error(images.paths[i], images.channels)]
-
-    with ThreadPoolExecutor(threads) as pool:
-        return [i for part in pool.map(read_files, _pieces(range(len(images)), _TASK)) for i in part]
-
-
-def reading_error(path: str, channels: int) -> str:
-    """Return the message of the error that ``decode`` would raise; empty if the file can be read."""
-    try:
-        _read(path, channels)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _pieces(whole: range, size: int) -> list[range]:
-    return [whole[first : first + size] for first in range(0, len(whole), size)]
+    shape = (images.channels, images.image_size, images.image_size)
+    size = max(_BLOCK_BYTES // max(math.prod(shape), 1), _TASK * threads)
+    with ThreadPool(threads) as pool:
+        for first in range(0, len(images), size):
+            decoded = pool.map(decode_file, images.paths[first : first + size], chunksize=_TASK)
+            unreadable = [i for i, pixels in enumerate(decoded, first) if pixels is None]
+            readable = [pixels for pixels in decoded if pixels is not None]
+            yield np.array(readable, np.uint8).reshape(len(readable), *shape), unreadable
 
 
 def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
     """Decode one image file to uint8 [C, S, S].
 
     The shorter side is resized to ``image_size`` (bilinear, antialiased), then the centre is cropped, as in
-    torchvision's ``Resize(S)`` and ``CenterCrop(S)``. Transparency is dropped; 16-bit grey keeps its upper 8 bits.
+    torchvision's ``Resize(S)`` and ``CenterCrop(S)``. Transparency is dropped; 16-bit grey keeps its upper 8 bits. An
+    ``image_size`` of 0 only checks that the file can be read.
 
     Raises:
         UserError: if the file can't be read as a whole image.
     """
-    array = np.asarray(_resized(_read(path, channels), image_size))
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+    image = _read(path, channels)
+    if image_size == 0:
+        return np.empty((channels, 0, 0), np.uint8)
+    array = np.asarray(_resized(image, image_size))
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def _read(path: str, channels: int) -> Image.Image:
@@ -164,10 +161,10 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def resize(images: MemoryImages, image_size: int) -> MemoryImages:
-    """Resize square images in memory as files are resized (bilinear, antialiased)."""
+def resize(pixels: Tensor, image_size: int) -> Tensor:
+    """Resize square images, uint8 [N, C, S, S], as files are resized (bilinear, antialiased)."""
     size = (image_size, image_size)
-    resized = torch.empty(*images.pixels.shape[:2], *size, dtype=torch.uint8)
-    for part, result in zip(torch.split(images.pixels, 1024), torch.split(resized, 1024), strict=True):
-        result.copy_(interpolate(part, size, mode="bilinear", antialias=True))
-    return MemoryImages(resized)
+    if pixels.shape[2:] == size:
+        return pixels
+    resized = [interpolate(part, size, mode="bilinear", antialias=True) for part in torch.split(pixels, 1024)]
+    return torch.cat(resized)

@@ -28,11 +28,8 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
         UserError: from the iterator, if a file can't be read.
     """
     if isinstance(images, MemoryImages):
-        return (images.pixels[indices] for indices in index_lists)
-    return _stream_files(images, index_lists, batch, workers)
-
-
-def _stream_files(images: FileImages, index_lists: Iterable[Tensor], batch: int, workers: int) -> Iterator[Tensor]:
+        yield from (images.pixels[indices] for indices in index_lists)
+        return
     ahead, here = itertools.tee(index_lists)
     chunks = (chunk.tolist() for indices in ahead for chunk in torch.split(indices, _CHUNK))
     loader = DataLoader(
@@ -65,7 +62,7 @@ class _Decoder(Dataset[Tensor | UserError]):
             decoded = [decode(images.paths[i], images.channels, images.image_size) for i in indices]
         except UserError as error:
             return error
-        return torch.from_numpy(np.stack(decoded)).contiguous()  # PIL's channels are last
+        return torch.from_numpy(np.stack(decoded))
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -6,8 +6,7 @@ import torch
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
-from largebatch.data.images import MemoryImages
-from largebatch.data.split import Split
+from largebatch.data.images import MemoryImages, Split
 from largebatch.errors import UserError
 
 _SEED = 0

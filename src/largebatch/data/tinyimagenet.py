@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
 from largebatch.data.download import find_or_download
-from largebatch.data.imagefolder import class_folders
-from largebatch.data.split import Split, split_of_files
+from largebatch.data.imagefolder import class_folders, image_files
+from largebatch.data.images import Split, split_of_files
 from largebatch.errors import UserError
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -31,30 +30,19 @@ def load_tinyimagenet(config: DatasetConfig, say: Say) -> tuple[Split, Split, tu
     folder = find_or_download(config, _FOLDER, ("train", _ANNOTATIONS, "val/images"), URL, MD5)
     classes = class_folders(folder / "train", at_least=2)
     label_of = {name: label for label, name in enumerate(classes)}
+    train_files = [
+        (path, label) for name, label in label_of.items() for path in image_files(folder / "train" / name / "images")
+    ]
     train, test = (
         split_of_files(files, config.channels, config.image_size or _IMAGE_SIZE)
-        for files in (_train_files(folder, label_of), _test_files(folder, label_of))
+        for files in (train_files, _test_files(folder, label_of))
     )
     return train, test, tuple(classes)
 
 
-def _train_files(folder: Path, label_of: dict[str, int]) -> list[tuple[str, int]]:
-    files = []
-    for name, label in label_of.items():
-        images = folder / "train" / name / "images"
-        found = sorted(file for file in os.listdir(images) if file.endswith(".JPEG")) if images.is_dir() else []
-        if not found:
-            raise UserError(f"{images} has no *.JPEG images: the archive isn't unpacked completely")
-        files += [(f"{images}/{file}", label) for file in found]
-    return files
-
-
 def _test_files(folder: Path, label_of: dict[str, int]) -> list[tuple[str, int]]:
     annotations = folder / _ANNOTATIONS
-    try:
-        lines = [line for line in annotations.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{annotations} can't be read ({error})") from error
+    lines = [line for line in annotations.read_text(errors="replace").splitlines() if line.strip()]
     files = []
     for number, line in enumerate(lines, 1):
         fields = line.split("\t")

@@ -22,18 +22,15 @@ def one_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tenso
         return
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def upload() -> tuple[Tensor, torch.cuda.Event] | None:
-        tensor = next(tensors, None)
-        if tensor is None:
-            return None
+    def upload(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         with torch.cuda.stream(copying):
-            uploaded = to_device(tensor, device)
-            return uploaded, copying.record_event()
+            return to_device(tensor, device), copying.record_event()
 
-    coming = upload()
+    uploads = map(upload, tensors)
+    coming = next(uploads, None)
     while coming is not None:
         uploaded, done = coming
-        coming = upload()
+        coming = next(uploads, None)
         using = torch.cuda.current_stream(device)
         using.wait_event(done)
         uploaded.record_stream(using)  # so that its memory isn't reused while it is read

@@ -46,14 +46,13 @@ class View:
 VIEWS = (View(blur=1.0, solarize=0.0), View(blur=0.1, solarize=0.2))  # of the reference program
 
 
-def configured_views(config: DatasetConfig) -> tuple[View, View]:
+def configured_views(config: DatasetConfig) -> tuple[View, ...]:
     """Return the first and the second view of ``dataset.views``."""
     views, flip = config.views, 0.5 if config.flip else 0.0
-    first, second = (
+    return tuple(
         View(blur, solarize, views.min_area, flip, views.jitter, views.gray)
         for blur, solarize in zip(views.blur, views.solarize, strict=True)
     )
-    return first, second
 
 
 @dataclass(frozen=True)
@@ -69,16 +68,11 @@ class ViewDraws:
     whole: Tensor
     real: Tensor
 
-    def __len__(self) -> int:
-        return len(self.whole)
-
     def __getitem__(self, part: slice) -> ViewDraws:
         return ViewDraws(self.whole[part], self.real[part])
 
     def to(self, device: torch.device | str) -> ViewDraws:
-        """Copy to ``device`` in two transfers; to CUDA without waiting for them."""
-        where = torch.device(device)
-        return ViewDraws(to_device(self.whole, where), to_device(self.real, where))
+        return ViewDraws(*(to_device(table, torch.device(device)) for table in (self.whole, self.real)))
 
     def columns(self) -> dict[str, Tensor]:
         """Return the columns by name, each of shape [N]."""

@@ -11,10 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from largebatch.data.view_draws import BRIGHTNESS, CONTRAST, HUE, VIEWS, View, ViewDraws, draw
+from largebatch.data.view_draws import BRIGHTNESS, CONTRAST, HUE, ViewDraws
 from largebatch.data.views_cpu import view_cpu, why_not
-
-__all__ = ["VIEWS", "View", "ViewDraws", "draw", "view", "view_torch"]
 
 _CPU_SLICE = 32  # images at once, to fit the processor's cache (128: 1.2 times the time)
 _TAP_BITS, _BOX_BITS = 22, 24  # PIL's fixed point in resizing and in blurring

@@ -218,9 +218,11 @@ double bicubic(double x) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
 }
 
-// Returns the taps for `side` pixels from `size` <= side; bicubic interpolation uses four.
-std::vector<Taps> bicubic_taps(int size, int side) {
-  std::vector<Taps> taps(side);
+// Returns the taps for `side` pixels from `size` <= side, computed once; bicubic interpolation uses four.
+const Taps* bicubic_taps(int size, int side, Scratch& s) {
+  std::vector<Taps>& taps = s.taps[size];
+  if (!taps.empty()) return taps.data();
+  taps.resize(side);
   const double scale = static_cast<double>(size) / side;
   for (int x = 0; x < side; x++) {
     const double centre = (x + 0.5) * scale;
@@ -235,12 +237,7 @@ std::vector<Taps> bicubic_taps(int size, int side) {
       taps[x].weight[i - more] = static_cast<int>(fixed < 0 ? fixed - 0.5 : fixed + 0.5);
     }
   }
-  return taps;
-}
-
-const Taps* taps_for(int size, int side, Scratch& s) {
-  if (s.taps[size].empty()) s.taps[size] = bicubic_taps(size, side);
-  return s.taps[size].data();
+  return taps.data();
 }
 
 void resized_crop(const Byte* pixels, const Whole& draw, int channels, int side, Scratch& s) {
@@ -249,13 +246,13 @@ void resized_crop(const Byte* pixels, const Whole& draw, int channels, int side,
     const Byte* corner = pixels + c * area + draw.top * side + draw.left;
     transpose(corner, height, draw.width, side, s.crop.data() + c * height, stride);
   }
-  const Taps* taps = taps_for(draw.width, side, s);
+  const Taps* taps = bicubic_taps(draw.width, side, s);
   for (int x = 0; x < side; x++) {
     int* column = s.passed.data() + (draw.flip ? side - 1 - x : x) * stride;
     weigh(s.crop.data() + taps[x].first * stride, stride, taps[x].weight, stride, column);
   }
   transpose(s.passed.data(), side, lines, stride, s.lines.data(), side);
-  taps = taps_for(height, side, s);
+  taps = bicubic_taps(height, side, s);
   for (int c = 0; c < channels; c++)
     for (int y = 0; y < side; y++) {
       const int* first = s.lines.data() + (c * height + taps[y].first) * side;

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from largebatch import native
-from largebatch.data.augment_cpu import address
+from largebatch.data.augment_cpu import address, check
 from largebatch.data.view_draws import ViewDraws
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
+why_not = partial(native.why_not, _SOURCE)
 
 
 class _Batch(ctypes.Structure):
@@ -23,11 +25,6 @@ class _Batch(ctypes.Structure):
     )
 
 
-def why_not() -> str:
-    """Return the reason why there is no compiled code; empty if there is."""
-    return native.why_not(_SOURCE)
-
-
 def view_cpu(
     pixels: Tensor, indices: Tensor | None, draws: ViewDraws, mean: Tensor, std: Tensor, *, channels_last: bool = False
 ) -> Tensor:
@@ -35,25 +32,24 @@ def view_cpu(
 
     Raises:
         IndexError: if an index isn't in 0..M-1.
-        ValueError: if there isn't one row of draws per image, or pixels aren't uint8 squares of 1 or 3 channels.
+        ValueError: if a tensor isn't as ``views.view`` requires, or there are neither 1 nor 3 channels.
     """
-    images, channels, height, side = pixels.shape
+    images, channels, side, _ = pixels.shape
     count = images if indices is None else len(indices)
-    if pixels.dtype != torch.uint8 or height != side or channels not in (1, 3):
-        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, not uint8 [images, 1 or 3, side, side]")
-    if len(draws) != count:
-        raise ValueError(f"{len(draws)} rows of draws for {count} images")
+    pixels = pixels.contiguous()
+    check(pixels, torch.uint8, (images, 3 if channels == 3 else 1, side, side))
+    check(indices, torch.int64, (count,))
+    check(draws.whole, torch.int32, (count, 13))
+    check(draws.real, torch.float32, (count, 4))
+    check(mean, torch.float32, (channels,))
+    check(std, torch.float32, (channels,))
     if indices is not None and count and (int(indices.min()) < 0 or int(indices.max()) >= images):
-        raise IndexError(f"an index lies outside the {images} images")
+        raise IndexError(f"an index isn't in 0..{images - 1}")
 
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(count, channels, side, side, memory_format=memory_format)
-    given = [
-        pixels, None if indices is None else indices.long(), draws.whole.int(), draws.real.float(),
-        mean.float() * 255, std.float() * 255,
-    ]  # fmt: skip
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in given]  # a variable keeps them alive
-    sizes = (count, channels, side, torch.get_num_threads())
-    batch = _Batch(*sizes, channels_last, *map(address, (*tensors, out)))
+    mean, std = mean * 255, std * 255
+    tensors = (pixels, indices, draws.whole, draws.real, mean, std, out)
+    batch = _Batch(count, channels, side, torch.get_num_threads(), channels_last, *map(address, tensors))
     native.library(_SOURCE).view(ctypes.byref(batch))
     return out

@@ -165,22 +165,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = _SumOverProcesses.apply(values.sum(dims)) / count
         centred = values - mean.view(shape)
         variance = _SumOverProcesses.apply(centred.square().sum(dims)) / count
-        if self.running_mean is not None and self.running_var is not None:
-            self._track(mean.detach(), variance.detach() * count / max(count - 1, 1))
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach(), momentum)
+            self.running_var.lerp_(variance.detach() * count / max(count - 1, 1), momentum)
         normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
         return cast(Tensor, normalised.to(input.dtype))
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(unbiased_variance, momentum)
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

@@ -55,26 +55,21 @@ def _of_the_group() -> int:
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            least = min(least, _of_the_levels(Path("/sys/fs/cgroup"), group, "memory.max", "memory.current"))
+            root, limit, used = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            least = min(least, _of_the_levels(Path("/sys/fs/cgroup/memory"), group, *names))
-    return least
-
-
-def _of_the_levels(root: Path, group: str, limit: str, used: str) -> int:
-    least = sys.maxsize
-    folder = root / group.lstrip("/")
-    for level in (folder, *folder.parents):
-        if not level.is_relative_to(root):
-            break
-        try:
-            given, taken = (level / limit).read_text().strip(), int((level / used).read_text())
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)$", (level / "memory.stat").read_text(), re.MULTILINE)
-        except OSError:  # the top level has no limit; a container can't read the levels above its own
+            root, limit, used = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
             continue
-        if given != "max":
-            least = min(least, int(given) - taken + (int(cached[1]) if cached else 0))
+        folder = root / group.lstrip("/")
+        for level in (folder, *folder.parents):
+            try:
+                given, taken = (level / limit).read_text().strip(), int((level / used).read_text())
+                statistics = (level / "memory.stat").read_text()
+            except OSError:  # the top level has no limit; a container can't read the levels above its own
+                continue
+            if given != "max":
+                cached = re.search(r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE)
+                least = min(least, int(given) - taken + (int(cached[1]) if cached else 0))
     return max(least, 0)
 
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from largebatch.config.models import EfficientNet, ModelConfig, ResNet, SmallCnn, TimmModel
 from largebatch.errors import UserError, choices
 from largebatch.models.resnet import resnet
 
-_INITS: dict[str, Callable[[Tensor], Tensor]] = {
-    "xavier_uniform": nn.init.xavier_uniform_,
-    "xavier_normal": nn.init.xavier_normal_,
-    "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
-    "kaiming_normal": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
-}
-
 
 def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
     """Build a classifier from float images [B, channels, H, W] to logits [B, num_classes], randomly initialised.
+
+    ``config.init`` draws the weights of convolutions and linear layers; biases and norm layers don't change.
 
     Raises:
         UserError: for a name that timm doesn't know, or arguments that timm rejects.
@@ -35,7 +29,9 @@ def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Modu
         assert isinstance(config, EfficientNet)
         model = _torchvision_family(config, num_classes, channels)
     if config.init != "default":
-        initialise(model, config.init)
+        for module in model.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+                getattr(nn.init, f"{config.init}_")(module.weight)  # Kaiming: ReLU's gain
     return model
 
 
@@ -66,13 +62,6 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
             "Twins needs one vector per image; choose a model with pooling (model.options.global_pool)"
         )
     return model.train(), features.shape[1]
-
-
-def initialise(model: nn.Module, init: str) -> None:
-    """Draw new weights for every convolution and linear layer; biases and norm layers don't change."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
-            _INITS[init](module.weight)
 
 
 def _smallcnn(config: SmallCnn, num_classes: int, channels: int) -> nn.Module:
