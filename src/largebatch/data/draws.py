@@ -11,6 +11,7 @@ from torch import Tensor
 from largebatch.data.transfer import to_device
 
 _FIXED_POINT = 1 << 16  # PIL's affine transform counts in 1/65536 of a pixel
+_LARGEST_SIDE = 1 << 14  # pixels
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ def draw(generator: torch.Generator, n: int, *, padding: int, flip: bool, rotati
     """Return ``n`` draws for images of ``side`` pixels, on the CPU.
 
     Corners are uniform in 0..2*padding, a flip has probability 0.5, angles are uniform in +-``rotation`` degrees.
-    Positions fit into int32 in images of at most 16384 pixels a side.
+
+    Raises:
+        ValueError: for images of more than 16384 pixels a side, in which a position may overflow int32.
     """
+    if side > _LARGEST_SIDE:
+        raise ValueError(f"{side=} is more than {_LARGEST_SIDE}")
     corners = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
     flipped = torch.rand(n, generator=generator) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
     angle = (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1) * rotation
