@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.config.schema import defaults, from_composed
-from largebatch.errors import UserError
+from largebatch.errors import UserError, exit_code_of
 from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, by_force, compose_grid, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
@@ -94,24 +94,20 @@ def show_configuration(arguments: list[str]) -> bool:
     return True
 
 
-def main() -> int:
+def launch() -> int:
     if agent_run_id():
         sys.argv[1:] = sweep_agent.overrides(sys.argv[1:])
-    try:
-        if show_configuration(sys.argv[1:]) or not (jobs := composed_jobs(sys.argv[1:])):
-            return 0
-        plan = make_plan(jobs)
-        code = show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
-    except KeyboardInterrupt:  # no run was running
-        return 130
-    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+    if show_configuration(sys.argv[1:]) or not (jobs := composed_jobs(sys.argv[1:])):
+        return 0
+    plan = make_plan(jobs)
+    code = show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
     if code == 128 + signal.SIGUSR2 and agent_run_id():
         sweep_agent.give_back(plan[0])
+    return code
+
+
+def main() -> int:
+    code = exit_code_of(launch)
     if code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
         signal.raise_signal(code - 128)  # the runs are saved; the parent process sees the signal
     return code

@@ -8,7 +8,7 @@ from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
 from largebatch.launch.estimate import estimated
 from largebatch.launch.local import exit_code
-from largebatch.launch.packing import StoppedByUser, carry_out, noted_signals, runs_at_a_time
+from largebatch.launch.packing import carry_out, noted_signals, runs_at_a_time
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView, plan_rows, print_plan
@@ -31,14 +31,12 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
     try:
         with noted_signals() as received:
             outcomes = carry_out(plan, view, received)
-    except StoppedByUser as stopped:
-        view.close()
-        print(f"stopped; the same command resumes {stopped}", flush=True)
-        return 128 + stopped.number
     finally:
         view.close()
         if len(plan) > 1:
             print_plan(plan_rows(plan))
+    if outcomes is None:
+        return 128 + received[0]
     if agent_run_id() and outcomes[0].skipped:
         sweep_agent.show_finished(plan[0])
     # A run of a grid that another launcher works on is no failure.

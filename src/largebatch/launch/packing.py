@@ -18,18 +18,6 @@ _POLL_SECONDS = 0.05
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
-class StoppedByUser(Exception):
-    """A signal stopped the runs that the message names; they can be resumed.
-
-    Attributes:
-        number: the signal's number.
-    """
-
-    def __init__(self, runs: str, number: int) -> None:
-        super().__init__(runs)
-        self.number = number
-
-
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """Collect the numbers of signals that ask to stop, instead of raising KeyboardInterrupt.
@@ -52,14 +40,14 @@ def runs_at_a_time(plan: Sequence[PlannedRun]) -> int:
     return max(1, min(plan[0].config.cluster.parallel or most, len(plan)))
 
 
-def carry_out(plan: Sequence[PlannedRun], view: PlanView, received: list[int]) -> list[Outcome]:
+def carry_out(plan: Sequence[PlannedRun], view: PlanView, received: list[int]) -> list[Outcome] | None:
     """Run the plan in order. Each run starts as soon as its devices are free; a failed run doesn't stop the others.
 
     Args:
         received: signals from ``noted_signals``. The first stops all runs after their step, another Ctrl-C at once.
 
-    Raises:
-        StoppedByUser: after such a signal, when no process of any run is left.
+    Returns:
+        The outcomes, or None after such a signal, when no process of any run is left.
     """
     parallel = runs_at_a_time(plan)
     waiting, outcomes = deque(plan), []
@@ -92,7 +80,8 @@ def carry_out(plan: Sequence[PlannedRun], view: PlanView, received: list[int]) -
     if stopped:
         view.stopping(len(stopped))
         stop(stopped, at_once=lambda: signal.SIGINT in received[1:])
-    raise StoppedByUser(" and ".join(one.run.folder.name for one in stopped) or "the rest of the grid", received[0])
+    view.stopped(" and ".join(one.run.folder.name for one in stopped) or "the rest of the grid")
+    return None
 
 
 def _gpus_of(plan: Sequence[PlannedRun]) -> list[str]:

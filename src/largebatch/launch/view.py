@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from largebatch.launch.local import Outcome, Started
 from largebatch.launch.plan import PlannedRun
 from largebatch.runs.metrics import newest
 from largebatch.runs.table import Row, print_rows, run_rows
-from largebatch.runs.text_table import rich_table
+from largebatch.runs.text_table import live_table
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -80,40 +81,43 @@ class PlanView:
         if self._parallel == 1 or now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
+        rows = [self._progress(one.run) for one in running]
         if self._live:
-            rows = [[self._number(one), one.run.label or one.run.folder.name, *self._progress(one)] for one in running]
-            title = f"{self._ended} of {len(self._numbers)} done, {len(running)} running"
-            self._live.update(rich_table(["", "run", "state", "step", "accuracy", ""], rows, cut=1, title=title))
+            headline = f"{self._ended} of {len(self._numbers)} done, {len(running)} running"
+            self._live.update(live_table(headline, ["", "state", "step", "accuracy", "", "run"], rows))
         elif now - self._printed >= _PLAIN_EVERY_SECONDS:
             self._printed = now
-            for one in running:
-                self._print(f"{self._number(one)} " + "  ".join(filter(None, self._progress(one))))
+            for number, *progress, _ in rows:
+                self._print(f"{number} " + "  ".join(filter(None, progress)))
 
     def stopping(self, running: int) -> None:
         what = "this step" if running == 1 else f"the current step of {running} runs"
         self._print(f"\nstopping after {what}; Ctrl-C again stops at once")
+
+    def stopped(self, runs: str) -> None:
+        self.close()
+        self._print(f"stopped; the same command resumes {runs}")
 
     def close(self) -> None:
         if self._live:
             self._live.stop()
             self._live = None
 
-    def _number(self, started: Started) -> str:
-        return self._numbers[started.run.folder.name]
-
-    def _progress(self, started: Started) -> list[str]:
-        """Return state, step, accuracy and remaining time; empty strings if unknown."""
-        folder = started.run.folder
+    def _progress(self, run: PlannedRun) -> list[str]:
+        """Return number, state, step, accuracy, remaining time and label; empty strings if unknown."""
+        folder = run.folder
         status = folder.read_status()
         step, steps = status.get("step") or 0, status.get("steps") or 0
         began, first = self._began.setdefault(folder.name, (time.monotonic(), step))
         accuracy = newest(folder.metrics, "test/accuracy", "train/accuracy")
-        taken = time.monotonic() - began
+        left = (time.monotonic() - began) / (step - first) * (steps - step) if step > first else 0
         return [
+            self._numbers[folder.name],
             str(status.get("state")),
             f"step {step:,} of {steps:,}" if steps else "",
             f"{100 * accuracy:.2f} %" if accuracy is not None else "",
-            _duration(taken / (step - first) * (steps - step)) + " left" if step > first else "",
+            f"{timedelta(seconds=round(left))} left" if step > first else "",
+            run.label or folder.name,
         ]
 
     def _print(self, line: str, *, error: bool = False) -> None:
@@ -121,12 +125,3 @@ class PlanView:
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    """Return a length of time in two units: ``"3 h 05 min"``, ``"4 min 10 s"``, ``"12 s"``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
 Cells = Sequence[str]
 
@@ -32,19 +32,11 @@ def plain_table(headings: Cells, rows: Iterable[Cells]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
 
 
-def rich_table(headings: Cells, rows: Sequence[Cells], *, cut: int = -1, title: str = "") -> Table:
-    """Return a table for a live view. rich cuts the cells of column ``cut`` if lines are too long."""
-    from rich.table import Table
+def live_table(headline: str, headings: Cells, rows: Iterable[Cells]) -> Text:
+    """Return a headline and a table for rich's live view, which cuts lines that are too long."""
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, title=title or None, title_justify="left")
-    for number, heading in enumerate(headings):
-        numeric = _is_numeric([row[number] for row in rows])
-        can_be_cut = number == cut % len(headings)
-        table.add_column(heading, no_wrap=not can_be_cut, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(Text(_one_line(cell), no_wrap=True, overflow="ellipsis") for cell in row))
-    return table
+    return Text(f"{headline}\n\n{plain_table(headings, rows)}", no_wrap=True, overflow="ellipsis")
 
 
 def _is_numeric(cells: Cells) -> bool:

@@ -6,15 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from largebatch.errors import UserError
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.table import Columns, Row, counted, print_rows, run_rows, table_cells
-from largebatch.runs.text_table import rich_table
-
-if TYPE_CHECKING:
-    from rich.console import Group
+from largebatch.runs.text_table import live_table
 
 OPEN = ("queued", "running")  # states that change without the user
 _LOOK_SECONDS = 2.0
@@ -45,9 +41,12 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
     if sys.stdout.isatty():
         from rich.live import Live
 
+        order = {"running": 0, "queued": 1}  # such runs come first; rich shows as many rows as fit
         with Live(screen=True, auto_refresh=False) as live:
             for rows in looks(lambda: _rows(find()), _LOOK_SECONDS):
-                live.update(_screen(rows), refresh=True)
+                ordered, columns = _table(sorted(rows, key=lambda row: order.get(row["state"], 2)))
+                cells = table_cells(ordered, columns)
+                live.update(live_table(_headline(rows), list(columns.values()), cells), refresh=True)
         show_status(find(), as_json=False)
         return
     states: dict[str, str] = {}
@@ -67,16 +66,6 @@ def looks(look: Callable[[], list[Row]], seconds: float) -> Iterator[list[Row]]:
         if not any(row["state"] in OPEN for row in rows):
             return
         time.sleep(seconds)
-
-
-def _screen(rows: list[Row]) -> Group:
-    """Return the table with running runs first; rich shows as many rows as fit."""
-    from rich.console import Group
-    from rich.text import Text
-
-    order = {"running": 0, "queued": 1}
-    ordered, columns = _table(sorted(rows, key=lambda row: order.get(row["state"], 2)))
-    return Group(Text(_headline(rows)), "", rich_table(list(columns.values()), table_cells(ordered, columns)))
 
 
 def _rows(folders: Sequence[RunFolder]) -> list[Row]:
