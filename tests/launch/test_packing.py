@@ -20,9 +20,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Launch, environment, start
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from runs import finish, is_alive, parameters, timeless, worker_pid
 
-from largebatch.config.schema import Config
+from largebatch.config.schema import defaults
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.devices import worker_environment
 from largebatch.launch.packing import noted_signals, runs_at_a_time
@@ -211,7 +212,7 @@ def test_a_run_of_another_launcher_is_left_alone(tmp_path: Path, launch: Launch)
 
 
 def planned(*overrides: str) -> list[PlannedRun]:
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
     return make_plan(compose_grid([*TINY, *overrides], ROOT / "conf"))
 
 

@@ -57,7 +57,10 @@ def carry_out_run(path: str) -> None:
     received: list[int] = []  # signals
     for number in _SIGNALS:
         signal.signal(number, lambda number, _: received.append(number))
-    folder, place = RunFolder(path), _place()
+    from submitit import JobEnvironment
+
+    job, folder = JobEnvironment(), RunFolder(path)
+    place = Place(job.job_id, job.node, list(job.hostnames), int(os.environ.get("SLURM_RESTART_COUNT") or 0))
     cluster = load_config(folder.config).cluster
     if len(place.hosts) != cluster.nodes:  # else the nodes would wait for each other
         message = f"cluster.nodes={cluster.nodes}: SLURM gave {', '.join(place.hosts)}"
@@ -68,7 +71,7 @@ def carry_out_run(path: str) -> None:
     if folder.state() in DONE:  # node 0 has found the same
         return
     logged = folder.log.stat().st_size if folder.log.exists() else 0
-    heartbeat = Heartbeat(folder.path.parent / ".slurm", f"{place.job_id}_{place.restarts}", place.node, place.hosts)
+    heartbeat = Heartbeat(folder.slurm, f"{place.job_id}_{place.restarts}", place.node, place.hosts)
     child = _start(folder, cluster, place)
     _wait(child, received, cluster.signal_seconds, heartbeat)
     heartbeat.end()
@@ -96,13 +99,6 @@ def torchrun_arguments(cluster: ClusterConfig, place: Place) -> list[str]:
         f"--rdzv-id={place.job_id}_{place.restarts}",
         f"--rdzv-conf=join_timeout={_MEET_SECONDS}",
     ]
-
-
-def _place() -> Place:
-    from submitit import JobEnvironment
-
-    job = JobEnvironment()
-    return Place(job.job_id, job.node, list(job.hostnames), int(os.environ.get("SLURM_RESTART_COUNT") or 0))
 
 
 def _port(job_id: str) -> int:
@@ -247,44 +243,32 @@ def _conclude(folder: RunFolder, cluster: ClusterConfig, place: Place, received:
             break
         time.sleep(_POLL_SECONDS)
         state = folder.state()
-    if state == "preempted" or (received and state in ("queued", "running")):
+    if received and state in ("queued", "running", "preempted"):
         _requeue(folder, cluster, place, received)
-    elif state not in DONE:
+    elif state not in (*DONE, "preempted"):
         raise SystemExit(folder.read_status().get("exit_code") or 1)
 
 
 def _requeue(folder: RunFolder, cluster: ClusterConfig, place: Place, received: list[int]) -> None:
     """Requeue the job, unless SLURM ends or requeues it itself, or ``cluster.max_requeues`` is reached."""
-    if not received:  # the user stopped the worker by hand
-        return
+    job = None
     if place.restarts >= cluster.max_requeues:
         why = f"cluster.max_requeues={cluster.max_requeues} is reached"
     elif shutil.which("scontrol") is None:
         why = f"{place.hosts[place.node]} has no scontrol to requeue the job with"
     else:
-        if not _still_ours(place.job_id, signal.SIGUSR2 in received):
+        with contextlib.suppress(UserError):
+            job = slurm_states([place.job_id]).get(place.job_id)
+        # If SLURM doesn't answer, only the signal tells a time limit from a cancellation or SLURM's own requeue.
+        if not (job.state == "RUNNING" if job else signal.SIGUSR2 in received):
             folder.update_status(state="preempted", message=f"SLURM ended the job; if it isn't requeued, {RESUMES}")
             return
         folder.update_status(state="preempted", message=f"requeued, {place.restarts + 1} of {cluster.max_requeues}")
-        why = _scontrol_requeue(place.job_id)
+        try:
+            answer = ask("scontrol", "requeue", place.job_id)
+            why = f"scontrol requeue: {answer.stderr.strip()}" if answer.returncode else ""
+        except UserError as error:
+            why = str(error)
     if why:
         folder.update_status(state="preempted", message=f"{why}; {RESUMES}")
         print(f"not requeued: {why}; {RESUMES}", file=sys.stderr)
-
-
-def _still_ours(job_id: str, otherwise: bool) -> bool:
-    """Return False if the user cancelled the job, or SLURM requeues it; ``otherwise`` if SLURM doesn't know."""
-    with contextlib.suppress(UserError):
-        job = slurm_states([job_id]).get(job_id)
-        if job is not None:
-            return job.state == "RUNNING"
-    return otherwise
-
-
-def _scontrol_requeue(job_id: str) -> str:
-    """Requeue the job; return the reason if that fails."""
-    try:
-        answer = ask("scontrol", "requeue", job_id)
-    except UserError as error:
-        return str(error)
-    return "" if answer.returncode == 0 else f"scontrol requeue: {answer.stderr.strip()}"

@@ -48,6 +48,8 @@ class RunFolder:
         self.images = self.path / "images.png"
         self.profile = self.path / "profile"
         self.log = self.path / "log.txt"
+        self.slurm = self.path.parent / ".slurm"  # SLURM's logs and submitit's files of all runs
+        self.code = self.path.parent / ".code"  # copies of the package for queued jobs
 
     @property
     def name(self) -> str:

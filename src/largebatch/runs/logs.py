@@ -39,7 +39,7 @@ def _logs(folder: RunFolder) -> list[Path]:
     """Return the run's own log, or else SLURM's logs, which hold failures from before the run started."""
     candidates = [folder.log]
     if not _has_text(folder.log) and (job := folder.read_status().get("job_id")):
-        candidates = sorted((folder.path.parent / ".slurm").glob(f"{job}_*_log.*"))
+        candidates = sorted(folder.slurm.glob(f"{job}_*_log.*"))
     return [path for path in candidates if _has_text(path)]
 
 
