@@ -26,7 +26,7 @@ from runs import finish, is_alive, parameters, timeless, worker_pid
 from largebatch.config.schema import defaults
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.devices import worker_environment
-from largebatch.launch.packing import noted_signals, runs_at_a_time
+from largebatch.launch.grid import noted_signals, runs_at_a_time
 from largebatch.launch.plan import PlannedRun, make_plan
 from largebatch.runs.folder import read_json
 from largebatch.runs.metrics import read_rows

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from largebatch.launch.local import Outcome, Started
 from largebatch.launch.plan import PlannedRun
 from largebatch.runs.metrics import newest
-from largebatch.runs.table import Row, print_rows, run_rows
-from largebatch.runs.text_table import live_table
+from largebatch.runs.table import Row, run_rows, table_of
+from largebatch.runs.text_table import live_table, plain_table, print_table
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -24,17 +24,13 @@ _COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "sec
 
 def plan_rows(plan: Sequence[PlannedRun]) -> list[Row]:
     """Return a row for each run of the plan; a run without a folder is new."""
-    known = {row["run"]: row for row in run_rows(run.folder for run in plan if run.folder.path.exists())}
-    rows = []
-    for run in plan:
-        found = {key: value for key, value in known.get(run.folder.name, {}).items() if value is not None}
-        rows.append({"state": "new"} | found | {"label": run.label, "folder": str(run.folder.path)})
-    return rows
+    rows = run_rows([run.folder for run in plan])
+    return [row | {"state": row["state"] or "new", "label": run.label} for run, row in zip(plan, rows, strict=True)]
 
 
 def print_plan(rows: Sequence[Row]) -> None:
     print()
-    print_rows(rows, {key: heading for key, heading in _COLUMNS.items() if len(rows) > 1 or key != "label"})
+    print_table(table_of(rows, {k: heading for k, heading in _COLUMNS.items() if len(rows) > 1 or k != "label"}))
 
 
 class PlanView:
@@ -84,7 +80,8 @@ class PlanView:
         rows = [self._progress(one.run) for one in running]
         if self._live:
             headline = f"{self._ended} of {len(self._numbers)} done, {len(running)} running"
-            self._live.update(live_table(headline, ["", "state", "step", "accuracy", "", "run"], rows))
+            table = plain_table(["", "state", "step", "accuracy", "", "run"], rows)
+            self._live.update(live_table(headline, table))
         elif now - self._printed >= _PLAIN_EVERY_SECONDS:
             self._printed = now
             for number, *progress, _ in rows:

@@ -12,17 +12,16 @@ if TYPE_CHECKING:
 Cells = Sequence[str]
 
 
-def print_table(headings: Cells, rows: Sequence[Cells]) -> None:
+def print_table(table: str) -> None:
     """Print a table with whole cells; each row is one line, which a narrow terminal wraps."""
-    text = plain_table(headings, rows)
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.text import Text
 
-        first, _, rest = text.partition("\n")
+        first, _, rest = table.partition("\n")
         Console().print(Text(first, "bold"), Text(rest), sep="\n", soft_wrap=True)
     else:
-        print(text, flush=True)
+        print(table, flush=True)
 
 
 def plain_table(headings: Cells, rows: Iterable[Cells]) -> str:
@@ -32,11 +31,11 @@ def plain_table(headings: Cells, rows: Iterable[Cells]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*aligned, strict=True))
 
 
-def live_table(headline: str, headings: Cells, rows: Iterable[Cells]) -> Text:
+def live_table(headline: str, table: str) -> Text:
     """Return a headline and a table for rich's live view, which cuts lines that are too long."""
     from rich.text import Text
 
-    return Text(f"{headline}\n\n{plain_table(headings, rows)}", no_wrap=True, overflow="ellipsis")
+    return Text(f"{headline}\n\n{table}", no_wrap=True, overflow="ellipsis")
 
 
 def _is_numeric(cells: Cells) -> bool:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from largebatch.errors import UserError
-from largebatch.runs.folder import RunFolder
-from largebatch.runs.table import Columns, Row, counted, print_rows, run_rows, table_cells
-from largebatch.runs.text_table import live_table
+from largebatch.runs.folder import DONE, RunFolder
+from largebatch.runs.table import Row, counted, run_rows, table_of
+from largebatch.runs.text_table import live_table, print_table
 
 OPEN = ("queued", "running")  # states that change without the user
 _LOOK_SECONDS = 2.0
@@ -26,7 +26,7 @@ def show_status(folders: Sequence[RunFolder], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        print_rows(*_table(rows))
+        print_table(_table(rows))
         print(f"\n{_headline(rows)}")
     else:
         print("no runs")
@@ -44,9 +44,8 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
         order = {"running": 0, "queued": 1}  # such runs come first; rich shows as many rows as fit
         with Live(screen=True, auto_refresh=False) as live:
             for rows in looks(lambda: _rows(find()), _LOOK_SECONDS):
-                ordered, columns = _table(sorted(rows, key=lambda row: order.get(row["state"], 2)))
-                cells = table_cells(ordered, columns)
-                live.update(live_table(_headline(rows), list(columns.values()), cells), refresh=True)
+                table = _table(sorted(rows, key=lambda row: order.get(row["state"], 2)))
+                live.update(live_table(_headline(rows), table), refresh=True)
         show_status(find(), as_json=False)
         return
     states: dict[str, str] = {}
@@ -80,18 +79,16 @@ def _headline(rows: list[Row]) -> str:
     return f"{len(rows)} run(s): {counted(rows)}"
 
 
-def _table(rows: list[Row]) -> tuple[list[Row], Columns]:
-    """Return rows and columns, without SLURM's columns if no run has a job."""
+def _table(rows: list[Row]) -> str:
+    """Return the table of the runs, without SLURM's columns if no run has a job."""
     columns = {
         key: heading
         for key, heading in _COLUMNS.items()
         if key not in ("job", "node") or any(row.get(key) is not None for row in rows)
     }
-    return [row | {"news": _news(row)} for row in rows], columns
+    return table_of([row | {"news": _news(row)} for row in rows], columns)
 
 
 def _news(row: Row) -> str:
     """Return the reason for a run's state, or else the last line of its log if it has no outcome."""
-    if row["message"] or row["state"] in ("finished", "diverged"):
-        return str(row["message"])
-    return str(row.get("log") or "")
+    return str(row["message"] if row["message"] or row["state"] in DONE else row["log"])
