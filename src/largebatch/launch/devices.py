@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 
@@ -97,5 +98,4 @@ def _gpus_of_the_machine() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    lines = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
-    return [str(index) for index in range(len(lines))] if listing.returncode == 0 else []
+    return [str(index) for index in range(len(re.findall("^GPU ", listing.stdout, re.MULTILINE)))]

@@ -67,9 +67,7 @@ def _with_jobs(problem: str, labels: list[str], jobs: int) -> str:
 
 def _check_writable(runs_dir: Path) -> None:
     """Raise a ``UserError`` if ``runs_dir`` can't be written. Don't create it."""
-    nearest = runs_dir
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = next(folder for folder in (runs_dir, *runs_dir.parents) if folder.exists())
     try:
         # Only a trial is reliable: root ignores permissions, and a read-only file system has them too.
         tempfile.TemporaryDirectory(dir=nearest, prefix=".largebatch-").cleanup()

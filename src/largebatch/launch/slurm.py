@@ -22,10 +22,8 @@ from largebatch.launch.view import plan_rows, print_plan
 from largebatch.runs.folder import DONE, RunBusyError
 from largebatch.runs.provenance import code_hash, copy_code
 from largebatch.runs.slurm_queue import ask, claim_by_slurm, jobs_of
-from largebatch.runs.table import run_rows
-from largebatch.runs.watch import OPEN, looks
+from largebatch.runs.watch import watch_status
 
-_LOOK_SECONDS = 5.0
 Array = list[PlannedRun]  # runs with the same request to SLURM; a single run is a plain job
 
 
@@ -40,7 +38,18 @@ def submit_plan(plan: Sequence[PlannedRun]) -> int:
     jobs: dict[str, Array] = {}
     claimed: list[tuple[PlannedRun, bool]] = []  # True if the run's folder is new
     try:
-        _claim_all(plan, claimed)
+        known = jobs_of(run.folder.read_status() for run in plan)
+        for run in plan:
+            new = not run.folder.path.exists()
+            outcome = claim(run, known, code=code_hash())
+            if outcome is None:
+                claimed.append((run, new))
+            elif outcome.state == "failed":
+                raise UserError(outcome.message)
+            elif outcome.skipped:
+                _print(f"      {run.folder.name} {outcome.state} before; not repeated (rerun=true repeats it)")
+            else:
+                _print(f"      {outcome.message}")
         for array in arrays_of([run for run, _ in claimed], _largest_array()):
             copy_code(array[0].folder.code)
             jobs[_submit(array)] = array
@@ -101,22 +110,6 @@ def parameters(run: PlannedRun, count: int) -> dict[str, Any]:
         ],
         "srun_args": ["--kill-on-bad-exit=1", *cpus],
     }
-
-
-def _claim_all(plan: Sequence[PlannedRun], claimed: list[tuple[PlannedRun, bool]]) -> None:
-    """Claim the runs that are neither done nor in the queue, and print the others."""
-    jobs = jobs_of(run.folder.read_status() for run in plan)
-    for run in plan:
-        new = not run.folder.path.exists()
-        outcome = claim(run, jobs, code=code_hash())
-        if outcome is None:
-            claimed.append((run, new))
-        elif outcome.state == "failed":
-            raise UserError(outcome.message)
-        elif outcome.skipped:
-            _print(f"      {run.folder.name} {outcome.state} before; not repeated (rerun=true repeats it)")
-        else:
-            _print(f"      {outcome.message}")
 
 
 def _submit(array: Array) -> str:
@@ -181,21 +174,16 @@ def _announce(jobs: dict[str, Array]) -> None:
 
 
 def _watch(plan: Sequence[PlannedRun]) -> int:
-    """Print each run's end until all have ended. Return the exit code, as for runs on this machine."""
-    codes: dict[int, int] = {}
+    """Show the runs until all have ended. Return the exit code, as for runs on this machine."""
     try:
-        for rows in looks(lambda: run_rows([run.folder for run in plan]), _LOOK_SECONDS):
-            for number, row in enumerate(rows, start=1):
-                if number not in codes and row["state"] not in OPEN:
-                    code = plan[number - 1].folder.read_status().get("exit_code")
-                    codes[number] = 0 if row["state"] in DONE else int(code or 1)
-                    message = f": {row['message']}" if row["message"] else ""
-                    _print(f"[{number}/{len(plan)}] {row['run']} {row['state']}{message}")
+        watch_status(lambda: [run.folder for run in plan])
     except KeyboardInterrupt:
         _print("\nstopped watching; the jobs continue. The same command watches again, scancel stops them")
         return 130
-    print_plan(plan_rows(plan))
-    return exit_code(codes.values())
+    rows = plan_rows(plan)
+    print_plan(rows)
+    failed = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE]
+    return exit_code(int(run.folder.read_status().get("exit_code") or 1) for run in failed)
 
 
 def _print(text: str) -> None:

@@ -157,9 +157,7 @@ def _wait(child: subprocess.Popen[bytes], received: list[int], signal_seconds: i
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGUSR2)
         if signal.SIGUSR2 in received and now >= end:
-            for pid in [child.pid, *_descendants(child.pid)]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            child.kill()  # workers die with torchrun
         time.sleep(_POLL_SECONDS)
 
 

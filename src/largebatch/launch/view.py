@@ -17,8 +17,7 @@ from largebatch.runs.text_table import live_table, plain_table, print_table
 if TYPE_CHECKING:
     from rich.live import Live
 
-_LOOK_SECONDS = 1.0  # between looks at the folders of running runs
-_PLAIN_EVERY_SECONDS = 30.0
+_LIVE_SECONDS, _PLAIN_SECONDS = 1.0, 30.0  # between looks at running runs, in a terminal and in a pipe
 _COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
 
 
@@ -45,7 +44,7 @@ class PlanView:
         self._parallel = parallel
         self._ended = 0
         self._began: dict[str, tuple[float, int]] = {}  # time and step of the first look at each run
-        self._looked = self._printed = time.monotonic()
+        self._looked = time.monotonic()
         self._live: Live | None = None
         if parallel > 1 and sys.stdout.isatty():
             from rich.live import Live
@@ -58,23 +57,22 @@ class PlanView:
 
     def ended(self, outcome: Outcome) -> None:
         self._ended += 1
-        number = self._numbers[outcome.run.folder.name]
+        number = "" if self._parallel == 1 else f"{self._numbers[outcome.run.folder.name]} "
         if outcome.state in ("failed", "busy"):
-            which = "" if self._parallel == 1 else f"{number} "
-            self._print(f"error: {which}{outcome.message}", error=True)
+            self._print(f"error: {number}{outcome.message}", error=True)
             return
-        where = "     " if self._parallel == 1 else number
+        number = number or "      "
         if outcome.skipped:
-            self._print(f"{where} {outcome.state} before; not repeated (rerun=true repeats it)")
+            self._print(f"{number}{outcome.state} before; not repeated (rerun=true repeats it)")
             return
         accuracy = run_rows([outcome.run.folder])[0]["test/accuracy"]
         result = f", test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
-        self._print(f"{where} {outcome.state}{result}{f': {outcome.message}' if outcome.message else ''}")
+        self._print(f"{number}{outcome.state}{result}{f': {outcome.message}' if outcome.message else ''}")
 
     def look(self, running: Sequence[Started]) -> None:
         """Show the progress of parallel runs: every second in a terminal, every half minute in a pipe."""
         now = time.monotonic()
-        if self._parallel == 1 or now - self._looked < _LOOK_SECONDS:
+        if self._parallel == 1 or now - self._looked < (_LIVE_SECONDS if self._live else _PLAIN_SECONDS):
             return
         self._looked = now
         rows = [self._progress(one.run) for one in running]
@@ -82,10 +80,9 @@ class PlanView:
             headline = f"{self._ended} of {len(self._numbers)} done, {len(running)} running"
             table = plain_table(["", "state", "step", "accuracy", "", "run"], rows)
             self._live.update(live_table(headline, table))
-        elif now - self._printed >= _PLAIN_EVERY_SECONDS:
-            self._printed = now
-            for number, *progress, _ in rows:
-                self._print(f"{number} " + "  ".join(filter(None, progress)))
+            return
+        for number, *progress, _ in rows:
+            self._print(f"{number} " + "  ".join(filter(None, progress)))
 
     def stopping(self, running: int) -> None:
         what = "this step" if running == 1 else f"the current step of {running} runs"

@@ -12,7 +12,6 @@ from largebatch.runs.folder import DONE, RunFolder
 from largebatch.runs.table import Row, counted, run_rows, table_of
 from largebatch.runs.text_table import live_table, print_table
 
-OPEN = ("queued", "running")  # states that change without the user
 _LOOK_SECONDS = 2.0
 _COLUMNS = {
     "run": "run", "state": "state", "step": "step", "steps": "of", "test/accuracy": "test", "job": "job",
@@ -43,13 +42,13 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
 
         order = {"running": 0, "queued": 1}  # such runs come first; rich shows as many rows as fit
         with Live(screen=True, auto_refresh=False) as live:
-            for rows in looks(lambda: _rows(find()), _LOOK_SECONDS):
+            for rows in _looks(find):
                 table = _table(sorted(rows, key=lambda row: order.get(row["state"], 2)))
                 live.update(live_table(_headline(rows), table), refresh=True)
         show_status(find(), as_json=False)
         return
     states: dict[str, str] = {}
-    for rows in looks(lambda: _rows(find()), _LOOK_SECONDS):
+    for rows in _looks(find):
         for row in rows:
             if states.get(row["run"]) != row["state"]:
                 states[row["run"]] = row["state"]
@@ -57,14 +56,14 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
     print(_headline(rows), flush=True)
 
 
-def looks(look: Callable[[], list[Row]], seconds: float) -> Iterator[list[Row]]:
-    """Yield the rows that ``look`` returns, every ``seconds`` until no run is queued or running."""
+def _looks(find: Callable[[], Sequence[RunFolder]]) -> Iterator[list[Row]]:
+    """Yield the rows of the runs again and again until no run is queued or running."""
     while True:
-        rows = look()
+        rows = _rows(find())
         yield rows
-        if not any(row["state"] in OPEN for row in rows):
+        if not any(row["state"] in ("queued", "running") for row in rows):
             return
-        time.sleep(seconds)
+        time.sleep(_LOOK_SECONDS)
 
 
 def _rows(folders: Sequence[RunFolder]) -> list[Row]:
