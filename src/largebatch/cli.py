@@ -21,7 +21,7 @@ _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    return exit_code_of(lambda: int(options.run(options)))
+    return exit_code_of(lambda: int(options.run(options) or 0))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,11 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("wanted", metavar="RUN", help=_RUN)
     logs.add_argument("-n", "--lines", type=int, help="print only the last LINES lines")
     logs.add_argument("-f", "--follow", action="store_true", help="print new lines until the run has ended")
-    logs.set_defaults(run=_logs)
+    logs.set_defaults(run=lambda given: show_log(find_run(given.wanted, given.runs_dir), given.lines, given.follow))
 
     stop = add("cancel", parents=[where], help="stop runs after they have saved, on SLURM or on this machine")
     stop.add_argument("runs", nargs="+", metavar="RUN", help=f"{_RUN}; or a folder of runs")
-    stop.set_defaults(run=lambda options: cancel(_named(options)))
+    stop.set_defaults(run=lambda given: cancel(_named(given)))
 
     report = add("report", help="compare the runs of a folder: HTML page, Markdown, CSV or Parquet")
     report.add_argument("runs_dir", nargs="?", default="runs", type=Path, help="default: runs")
@@ -83,27 +83,20 @@ def _named(options: argparse.Namespace) -> list[RunFolder]:
     return list({run.path: run for each in wanted for run in find_runs(each, options.runs_dir)}.values())
 
 
-def _status(options: argparse.Namespace) -> int:
+def _status(options: argparse.Namespace) -> None:
     if options.watch:
         watch_status(lambda: _named(options))
     else:
         show_status(_named(options), as_json=options.json)
-    return 0
 
 
-def _logs(options: argparse.Namespace) -> int:
-    show_log(find_run(options.wanted, options.runs_dir), options.lines, follow=options.follow)
-    return 0
-
-
-def _report(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> None:
     from largebatch.report.build import report
 
     print(report(options.runs_dir, options.out, options.format, options.target, options.by))
-    return 0
 
 
-def _dashboard(options: argparse.Namespace) -> int:
+def _dashboard(options: argparse.Namespace) -> None:
     try:
         import wandb_workspaces  # noqa: F401
     except ModuleNotFoundError:
@@ -118,10 +111,9 @@ def _dashboard(options: argparse.Namespace) -> int:
     ]
     if options.print:
         print(json.dumps([dataclasses.asdict(view) for view in views], indent=1))
-        return 0
+        return
     for view, url in zip(views, saved_view.save(views), strict=True):
         print(f"{'workspace' if view.kind == 'project-view' else 'report'}: {url}")
-    return 0
 
 
 def _sync(options: argparse.Namespace) -> int:

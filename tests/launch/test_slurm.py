@@ -16,7 +16,8 @@ from largebatch.errors import UserError
 from largebatch.launch.devices import resolve_devices
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm import arrays_of, sbatch_texts, submit_plan
-from largebatch.launch.slurm_task import Place, torchrun_arguments
+from largebatch.launch.slurm_nodes import Place
+from largebatch.launch.slurm_task import torchrun_arguments
 from largebatch.runs import provenance
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import code_hash, copy_code

@@ -181,16 +181,13 @@ def _cases(cases: Any, given: Collection[str], of_file: Collection[str], parser:
                 values = case[key] if isinstance(case[key], list) else [case[key]]
                 if not values:
                     raise UserError(f"cases: {key} has no value")
-                axes[key] = _axis(key, parser.parse_overrides([f"{key}={_written(value)}" for value in values]))
+                # JSON of other values than text is also Hydra's grammar.
+                texts = [v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for v in values]
+                axes[key] = _axis(key, parser.parse_overrides([f"{key}={text}" for text in texts]))
         if twice := axes.keys() & of_file:
             raise UserError(f"{min(twice)}: is in cases and in hydra.sweeper.params. Fix: keep only one of them")
         found.append(axes)
     return found
-
-
-def _written(value: Any) -> str:
-    """Return a YAML value in Hydra's override grammar."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _tree(point: list[Override], composed: Callable[[tuple[str, ...]], Tree], conf: Path) -> Tree:

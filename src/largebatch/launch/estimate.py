@@ -24,8 +24,6 @@ def estimated(runs: Sequence[PlannedRun]) -> str:
     the same optimizer, then of the nearest batch size and length. It counts that run's wall time per training image,
     which includes start-up and evaluation.
     """
-    if not runs:
-        return ""
     hours = [found for run in runs if (found := _device_hours(run)) is not None]
     if not hours:
         return "no finished run of these data sets, models and modes to estimate the time from"

@@ -56,8 +56,8 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
     rows = plan_rows(plan)
     print(f"{len(plan)} run(s): {counted(rows)}; nothing is started (dry_run=true)", flush=True)
     to_go = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE or run.config.rerun]
-    if estimate := estimated(to_go):
-        print(estimate)
+    if to_go:
+        print(estimated(to_go))
     print_plan(rows)
     if _on_slurm(plan):
         for text in sbatch_texts(plan):
@@ -109,8 +109,9 @@ def carry_out(plan: Sequence[PlannedRun], view: PlanView, received: list[int]) -
     running: list[tuple[Started, list[str]]] = []  # with their GPUs
     while (waiting or running) and not received:
         while waiting and len(running) < parallel:
-            gpus = _gpus_for(waiting[0], free)
-            if gpus is None:
+            needed = _gpus(waiting[0])
+            gpus = [gpu for gpu in chosen_gpus(waiting[0].config.cluster) if gpu in free][:needed]
+            if len(gpus) < needed:
                 break
             run = waiting.popleft()
             view.begins(run)
@@ -141,12 +142,6 @@ def carry_out(plan: Sequence[PlannedRun], view: PlanView, received: list[int]) -
 def _gpus_of(plan: Sequence[PlannedRun]) -> list[str]:
     """Return the GPUs that any run of the plan may use."""
     return list(dict.fromkeys(gpu for run in plan for gpu in chosen_gpus(run.config.cluster)))
-
-
-def _gpus_for(run: PlannedRun, free: list[str]) -> list[str] | None:
-    """Return free GPUs for ``run``, an empty list on CPU; None if the run has to wait."""
-    own = [gpu for gpu in chosen_gpus(run.config.cluster) if gpu in free]
-    return own[: _gpus(run)] if len(own) >= _gpus(run) else None
 
 
 def _gpus(run: PlannedRun) -> int:

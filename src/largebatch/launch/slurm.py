@@ -163,11 +163,10 @@ def _announce(jobs: dict[str, Array]) -> None:
         return
     for job, array in jobs.items():
         folder, most = array[0].folder, array[0].config.cluster.array_parallelism
-        at_a_time = f", at most {most} of this array at a time" if most else ""
-        single = f"{folder.name} as job {job}"
-        _print(f"submitted {f'{len(array)} runs as array {job}{at_a_time}' if len(array) > 1 else single}")
-    runs_dir = folder.path.parent
-    _print(f"  largebatch status {runs_dir}   # states of the runs; --watch updates them")
+        at_a_time = f", at most {most} at a time" if most else ""
+        what = f"{len(array)} runs as array {job}{at_a_time}" if len(array) > 1 else f"{folder.name} as job {job}"
+        _print(f"submitted {what}")
+    _print(f"  largebatch status {folder.path.parent}   # states of the runs; --watch updates them")
     _print(f"  largebatch logs {folder.path}   # a run's log; SLURM's own logs are in {folder.slurm}")
     _print(f"  squeue --jobs={','.join(jobs)}   # SLURM's view")
     _print(f"  scancel {' '.join(jobs)}   # stop them; the same command resumes from the last checkpoint")

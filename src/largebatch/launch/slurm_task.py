@@ -16,13 +16,12 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from largebatch.config.schema import ClusterConfig, load_config
 from largebatch.errors import UserError
 from largebatch.launch.devices import thread_environment
-from largebatch.launch.slurm_nodes import Heartbeat
+from largebatch.launch.slurm_nodes import Heartbeat, Place
 from largebatch.launch.worker_process import how_it_ended, start_worker
 from largebatch.machine.process import die_with_parent
 from largebatch.runs.folder import DONE, RESUMES, RunBusyError, RunFolder
@@ -36,16 +35,6 @@ _MEET_SECONDS = 300  # for all nodes to join
 _LAST_WORDS_SECONDS = 5.0
 _NODE_FAILURE_SECONDS = 900.0  # SLURM notices a lost node within them; 300 by default
 _LOST_NODE_SECONDS = 120.0  # until a file server releases the lock of a lost node
-
-
-@dataclass(frozen=True)
-class Place:
-    """This task's job and node."""
-
-    job_id: str  # 12, or 12_3 in an array
-    node: int
-    hosts: list[str]
-    restarts: int
 
 
 def carry_out_run(path: str) -> None:
@@ -71,7 +60,7 @@ def carry_out_run(path: str) -> None:
     if folder.state() in DONE:  # node 0 has found the same
         return
     logged = folder.log.stat().st_size if folder.log.exists() else 0
-    heartbeat = Heartbeat(folder.slurm, f"{place.job_id}_{place.restarts}", place.node, place.hosts)
+    heartbeat = Heartbeat(folder.slurm, place)
     child = _start(folder, cluster, place)
     _wait(child, received, cluster.signal_seconds, heartbeat)
     heartbeat.end()
@@ -107,11 +96,7 @@ def _port(job_id: str) -> int:
 
 
 def _take(folder: RunFolder, place: Place) -> bool:
-    """Write this job into the run's status. Return False if the run is done.
-
-    Raises:
-        SystemExit: another process works on the run; the status stays as that process wrote it.
-    """
+    """Write this job into the run's status. Return False if the run is done. Exit if another process works on it."""
     try:
         with folder.hold(patience=_LOST_NODE_SECONDS if place.restarts else 5):
             if folder.state() in DONE:
@@ -153,8 +138,8 @@ def _wait(child: subprocess.Popen[bytes], received: list[int], signal_seconds: i
         if received and now - forwarded >= _FORWARD_SECONDS:
             end, forwarded = end or now + max(signal_seconds - _REQUEUE_SECONDS, signal_seconds / 2), now
             for pid in _descendants(child.pid):
-                if _handles(pid, signal.SIGUSR2):
-                    with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(OSError):  # it has ended
+                    if _handles(pid, signal.SIGUSR2):
                         os.kill(pid, signal.SIGUSR2)
         if signal.SIGUSR2 in received and now >= end:
             child.kill()  # workers die with torchrun
@@ -172,11 +157,8 @@ def _descendants(pid: int) -> list[int]:
 
 def _handles(pid: int, number: signal.Signals) -> bool:
     """Return True if the process has a handler for the signal."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return False
+    mask = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
 
 
 def _wait_for_requeue(folder: RunFolder, place: Place, lost: list[str], received: list[int]) -> None:
@@ -235,12 +217,11 @@ def _conclude(folder: RunFolder, cluster: ClusterConfig, place: Place, received:
     """Requeue or fail by the state that the workers left. The child ended well, or after a signal."""
     if place.node != 0:
         return
-    state = folder.state()
     for _ in range(50):  # a file server may show another node's status late
+        state = folder.state()
         if received or state not in ("queued", "running"):
             break
         time.sleep(_POLL_SECONDS)
-        state = folder.state()
     if received and state in ("queued", "running", "preempted"):
         _requeue(folder, cluster, place, received)
     elif state not in (*DONE, "preempted"):

@@ -137,8 +137,7 @@ def read_tail(path: Path, most: int) -> list[str]:
     """Return the complete lines in the last ``most`` bytes of a file; an empty list if there is no file."""
     try:
         with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            start = max(file.tell() - most, 0)
+            start = max(file.seek(0, os.SEEK_END) - most, 0)
             file.seek(start)
             lines = file.read().split(b"\n")[:-1]  # the text after the last newline is an unfinished line
     except FileNotFoundError:

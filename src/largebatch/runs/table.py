@@ -15,7 +15,6 @@ from largebatch.runs.slurm_queue import Job, jobs_of
 from largebatch.runs.text_table import plain_table
 
 Row = dict[str, Any]
-Columns = dict[str, str]  # from a row's keys to headings
 _STARTING_SECONDS = 120.0  # a worker on this machine has written its status by then
 
 
@@ -144,7 +143,8 @@ def counted(rows: Iterable[Row]) -> str:
     return ", ".join(f"{number} {state}" for state, number in Counter(str(row["state"]) for row in rows).items())
 
 
-def table_of(rows: Iterable[Row], columns: Columns) -> str:
+def table_of(rows: Iterable[Row], columns: dict[str, str]) -> str:
+    """Return a table as text. ``columns`` maps a row's keys to headings."""
     return plain_table(list(columns.values()), [[_cell(key, row.get(key)) for key in columns] for row in rows])
 
 
