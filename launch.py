@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -16,16 +17,15 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.config.schema import defaults, from_composed
-from largebatch.errors import UserError
+from largebatch.config.schema import defaults, explain, from_composed
+from largebatch.errors import UserError, choices, exit_code_of
 from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, by_force, compose_grid, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
-from largebatch.launch.messages import composition_error
 from largebatch.launch.plan import make_plan
 from largebatch.tracking.agent import agent_run_id
 
@@ -76,6 +76,24 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
     return _job
 
 
+def composition_error(error: Exception) -> str:
+    """Return a message with the key, its value and the allowed values if ``error`` has them, else its own text."""
+    if isinstance(error, OmegaConfBaseException):
+        return explain(error)
+    text = str(error).replace("++", "")  # added by composition.by_force
+    if isinstance(error, OverrideParseException):
+        reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
+        return f"{error.override}: {reason}. Fix: quote values with commas, brackets or spaces for the shell"
+    if match := re.search(
+        r"Could not find '([^'/]+)/([^']+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text
+    ):
+        options = match[3].split()
+        return f"{match[1]}={match[2]}: {choices(match[2], options)}"
+    if match := re.search(r"Error merging override ([^\n]+)", text):
+        return f"{match[1]}: {str(error.__cause__).splitlines()[0]}"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
 def show_configuration(arguments: list[str]) -> bool:
     """Print a run's configuration, with exactly the keys of its choices, and return True if ``--cfg job`` asks for it.
 
@@ -95,24 +113,20 @@ def show_configuration(arguments: list[str]) -> bool:
     return True
 
 
-def main() -> int:
+def launch() -> int:
     if agent_run_id():
         sys.argv[1:] = sweep_agent.overrides(sys.argv[1:])
-    try:
-        if show_configuration(sys.argv[1:]) or not (jobs := composed_jobs(sys.argv[1:])):
-            return 0
-        plan = make_plan(jobs)
-        code = show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
-    except KeyboardInterrupt:  # no run was running
-        return 130
-    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+    if show_configuration(sys.argv[1:]) or not (jobs := composed_jobs(sys.argv[1:])):
+        return 0
+    plan = make_plan(jobs)
+    code = show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
     if code == 128 + signal.SIGUSR2 and agent_run_id():
         sweep_agent.give_back(plan[0])
+    return code
+
+
+def main() -> int:
+    code = exit_code_of(launch)
     if code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
         signal.raise_signal(code - 128)  # the runs are saved; the parent process sees the signal
     return code

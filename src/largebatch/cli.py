@@ -6,62 +6,63 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from largebatch.errors import UserError
+from largebatch.errors import UserError, exit_code_of
+from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder
+from largebatch.runs.logs import show_log
 from largebatch.runs.table import find_run, find_runs
+from largebatch.runs.watch import show_status, watch_status
 
-Commands = Any  # argparse has no public name for the type of add_subparsers()
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    return exit_code_of(lambda: int(options.run(options) or 0))
+
+
+def _parser() -> argparse.ArgumentParser:
     description = "Show and cancel runs; `python launch.py` starts them."
     parser = argparse.ArgumentParser(prog="largebatch", description=description)
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_status(commands)
-    _add_logs(commands)
-    _add_cancel(commands)
-    _add_report(commands)
-    _add_dashboard(commands)
-    _add_sync(commands)
-    options = parser.parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except UserError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    add = parser.add_subparsers(dest="command", required=True).add_parser
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument(
+        "--runs-dir", default="runs", type=Path, help="folder of the runs that names refer to (default: runs)"
+    )
+    named = argparse.ArgumentParser(add_help=False, parents=[where])
+    named.add_argument("runs", nargs="*", metavar="RUN", help=f"a folder of runs (default: --runs-dir), or {_RUN}")
 
-
-def _add_status(commands: Commands) -> None:
-    status = commands.add_parser("status", help="show states, steps, test accuracies, jobs and last log lines")
-    _add_runs(status)
+    status = add("status", parents=[named], help="show states, steps, test accuracies, jobs and last log lines")
     status.add_argument("--json", action="store_true", help="print a JSON list instead of the table")
     status.add_argument("--watch", action="store_true", help="update until no run is queued or running")
     status.set_defaults(run=_status)
 
+    logs = add("logs", parents=[where], help="print a run's log")
+    logs.add_argument("wanted", metavar="RUN", help=_RUN)
+    logs.add_argument("-n", "--lines", type=int, help="print only the last LINES lines")
+    logs.add_argument("-f", "--follow", action="store_true", help="print new lines until the run has ended")
+    logs.set_defaults(run=lambda given: show_log(find_run(given.wanted, given.runs_dir), given.lines, given.follow))
 
-def _status(options: argparse.Namespace) -> int:
-    from largebatch.runs.watch import show_status, watch_status
+    stop = add("cancel", parents=[where], help="stop runs after they have saved, on SLURM or on this machine")
+    stop.add_argument("runs", nargs="+", metavar="RUN", help=f"{_RUN}; or a folder of runs")
+    stop.set_defaults(run=lambda given: cancel(_named(given)))
 
-    if options.watch:
-        watch_status(lambda: _named(options))
-    else:
-        show_status(_named(options), as_json=options.json)
-    return 0
+    report = add("report", help="compare the runs of a folder: HTML page, Markdown, CSV or Parquet")
+    report.add_argument("runs_dir", nargs="?", default="runs", type=Path, help="default: runs")
+    report.add_argument("--out", help="file, or - to print; default: report.html, or print md and csv")
+    report.add_argument(
+        "--format", choices=("html", "md", "csv", "parquet"), help="default: by the ending of --out, else html"
+    )
+    report.add_argument("--target", type=float, help="accuracy in 0..1; the page shows the steps to reach it")
+    report.add_argument(
+        "--by", action="append", default=[], metavar="KEY", help="give each value of this key its own row"
+    )
+    report.set_defaults(run=_report)
 
-
-def _add_dashboard(commands: Commands) -> None:
-    dashboard = commands.add_parser("dashboard", help="write or update a W&B project's saved view and its report")
+    dashboard = add("dashboard", help="write or update a W&B project's saved view and its report")
     dashboard.add_argument("--entity", required=True, help="W&B user or team")
     dashboard.add_argument("--project", default="largebatch", help="W&B project; default: largebatch")
     dashboard.add_argument("--name", default="large batch", help="name of view and report; each name has its own")
@@ -69,8 +70,33 @@ def _add_dashboard(commands: Commands) -> None:
     dashboard.add_argument("--print", action="store_true", help="print view and report as JSON; needs no network")
     dashboard.set_defaults(run=_dashboard)
 
+    sync = add("sync", parents=[named], help="upload to W&B what it lacks of runs")
+    sync.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no key or network")
+    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="limit for one run; default: 600")
+    sync.set_defaults(run=_sync)
+    return parser
 
-def _dashboard(options: argparse.Namespace) -> int:
+
+def _named(options: argparse.Namespace) -> list[RunFolder]:
+    """Return the runs that the arguments name, each once."""
+    wanted = options.runs or [str(options.runs_dir)]
+    return list({run.path: run for each in wanted for run in find_runs(each, options.runs_dir)}.values())
+
+
+def _status(options: argparse.Namespace) -> None:
+    if options.watch:
+        watch_status(lambda: _named(options))
+    else:
+        show_status(_named(options), as_json=options.json)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from largebatch.report.build import report
+
+    print(report(options.runs_dir, options.out, options.format, options.target, options.by))
+
+
+def _dashboard(options: argparse.Namespace) -> None:
     try:
         import wandb_workspaces  # noqa: F401
     except ModuleNotFoundError:
@@ -85,85 +111,9 @@ def _dashboard(options: argparse.Namespace) -> int:
     ]
     if options.print:
         print(json.dumps([dataclasses.asdict(view) for view in views], indent=1))
-        return 0
+        return
     for view, url in zip(views, saved_view.save(views), strict=True):
         print(f"{'workspace' if view.kind == 'project-view' else 'report'}: {url}")
-    return 0
-
-
-def _add_logs(commands: Commands) -> None:
-    logs = commands.add_parser("logs", help="print a run's log")
-    logs.add_argument("wanted", metavar="RUN", help=_RUN)
-    logs.add_argument("-n", "--lines", type=int, help="print only the last LINES lines")
-    logs.add_argument("-f", "--follow", action="store_true", help="print new lines until the run has ended")
-    _add_runs_dir(logs)
-    logs.set_defaults(run=_logs)
-
-
-def _logs(options: argparse.Namespace) -> int:
-    from largebatch.runs.logs import show_log
-
-    show_log(find_run(options.wanted, options.runs_dir), options.lines, follow=options.follow)
-    return 0
-
-
-def _add_cancel(commands: Commands) -> None:
-    cancel = commands.add_parser("cancel", help="stop runs after they have saved, on SLURM or on this machine")
-    cancel.add_argument("runs", nargs="+", metavar="RUN", help=f"{_RUN}; or a folder of runs")
-    _add_runs_dir(cancel)
-    cancel.set_defaults(run=_cancel)
-
-
-def _cancel(options: argparse.Namespace) -> int:
-    from largebatch.runs.cancel import cancel
-
-    return cancel(_named(options))
-
-
-def _add_report(commands: Commands) -> None:
-    report = commands.add_parser("report", help="compare the runs of a folder: HTML page, Markdown, CSV or Parquet")
-    report.add_argument("runs_dir", nargs="?", default="runs", type=Path, help="default: runs")
-    report.add_argument("--out", help="file, or - to print; default: report.html, or print md and csv")
-    report.add_argument(
-        "--format", choices=("html", "md", "csv", "parquet"), help="default: by the ending of --out, else html"
-    )
-    report.add_argument("--target", type=float, help="accuracy in 0..1; the page shows the steps to reach it")
-    report.add_argument(
-        "--by", action="append", default=[], metavar="KEY", help="give each value of this key its own row"
-    )
-    report.set_defaults(run=_report)
-
-
-def _report(options: argparse.Namespace) -> int:
-    from largebatch.report.build import report
-
-    print(report(options.runs_dir, options.out, options.format, options.target, options.by))
-    return 0
-
-
-def _add_runs(command: argparse.ArgumentParser) -> None:
-    command.add_argument("runs", nargs="*", metavar="RUN", help=f"a folder of runs (default: --runs-dir), or {_RUN}")
-    _add_runs_dir(command)
-
-
-def _add_runs_dir(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--runs-dir", default="runs", type=Path, help="folder of the runs that names refer to (default: runs)"
-    )
-
-
-def _named(options: argparse.Namespace) -> list[RunFolder]:
-    """Return the runs that the arguments name, each once."""
-    wanted = options.runs or [str(options.runs_dir)]
-    return list({run.path: run for each in wanted for run in find_runs(each, options.runs_dir)}.values())
-
-
-def _add_sync(commands: Commands) -> None:
-    sync = commands.add_parser("sync", help="upload to W&B what it lacks of runs")
-    _add_runs(sync)
-    sync.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no key or network")
-    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="limit for one run; default: 600")
-    sync.set_defaults(run=_sync)
 
 
 def _sync(options: argparse.Namespace) -> int:

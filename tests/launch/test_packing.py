@@ -26,7 +26,7 @@ from runs import finish, is_alive, parameters, timeless, worker_pid
 from largebatch.config.schema import defaults
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.devices import worker_environment
-from largebatch.launch.packing import noted_signals, runs_at_a_time
+from largebatch.launch.grid import noted_signals, runs_at_a_time
 from largebatch.launch.plan import PlannedRun, make_plan
 from largebatch.runs.folder import read_json
 from largebatch.runs.metrics import read_rows
@@ -119,7 +119,7 @@ def test_a_terminal_shows_the_progress_of_each_run(undisturbed: tuple[dict[str, 
     for number, optimizer in ((1, "tvlars"), (2, "lars")):
         run = runs[f"{optimizer} s0"]
         assert f"[{number}/2] {run}  (optimizer={optimizer})" in lines
-        moving = rf"\[{number}/2\]\s+optimizer={optimizer}\s+running\s+step \d+ of 400"
+        moving = rf"\[{number}/2\]\s+running\s+step \d+ of 400.*\s+optimizer={optimizer}"
         assert any(re.match(moving, line) for line in lines), sent
         accuracy = f"{100 * read_json(run / 'summary.json')['test/accuracy']:.2f} %"
         assert f"[{number}/2] finished, test accuracy {accuracy}" in lines

@@ -16,10 +16,11 @@ from largebatch.errors import UserError
 from largebatch.launch.devices import resolve_devices
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm import arrays_of, sbatch_texts, submit_plan
-from largebatch.launch.slurm_task import Place, torchrun_arguments
+from largebatch.launch.slurm_nodes import Place
+from largebatch.launch.slurm_task import torchrun_arguments
 from largebatch.runs import provenance
 from largebatch.runs.folder import RunFolder
-from largebatch.runs.provenance import copy_code, copy_of_code
+from largebatch.runs.provenance import code_hash, copy_code
 from largebatch.runs.slurm_queue import claim_by_slurm
 from largebatch.runs.table import run_rows
 
@@ -53,7 +54,7 @@ def test_sbatch_s_script_follows_from_the_keys(tmp_path: Path) -> None:
         "cluster.setup=[module load cuda]", "+cluster.options={exclusive: true, mail-type: FAIL}",
     )  # fmt: skip
     (text,) = sbatch_texts([planned(config, name) for name in ("a", "b", "c")])
-    folder, code = f"{tmp_path}/my runs/.slurm", copy_of_code(tmp_path / "my runs" / ".code")
+    folder, code = f"{tmp_path}/my runs/.slurm", tmp_path / "my runs" / ".code" / code_hash()
     logs = f"--output '{folder}/%A_%a_%t_log.out' --error '{folder}/%A_%a_%t_log.err'"
     assert text.splitlines() == [
         "#!/bin/bash",
@@ -134,10 +135,10 @@ def test_each_request_has_arrays_of_at_most_the_allowed_size() -> None:
     small, large = for_slurm(), for_slurm("cluster.memory_gb=64")
     plan = [planned(small if number % 2 else large, str(number)) for number in range(10)]
     arrays = arrays_of(plan, 3)
-    assert [[run.folder.name for run in array.runs] for array in arrays] == [
+    assert [[run.folder.name for run in array] for array in arrays] == [
         ["0", "2", "4"], ["6", "8"], ["1", "3", "5"], ["7", "9"],
     ]  # fmt: skip
-    assert [array.cluster.memory_gb for array in arrays] == [64, 64, None, None]
+    assert [array[0].config.cluster.memory_gb for array in arrays] == [64, 64, None, None]
 
 
 def test_without_sbatch_no_folder_is_made(tmp_path: Path) -> None:
@@ -179,10 +180,10 @@ def test_the_copied_code_is_named_by_its_content(tmp_path: Path, monkeypatch: py
     copies = []
     for content in ("int one = 1;\n", "int one = 2;\n", "int one = 1;\n"):
         (package / "optim" / "fast.cpp").write_text(content)
-        provenance._hash_of_code.cache_clear()
+        provenance.code_hash.cache_clear()
         copies.append(copy_code(tmp_path / "code"))
         assert (copies[-1] / "largebatch" / "optim" / "fast.cpp").read_text() == content
-    provenance._hash_of_code.cache_clear()
+    provenance.code_hash.cache_clear()
     assert copies[0] == copies[2] != copies[1]
     files = sorted(str(file.relative_to(copies[0])) for file in copies[0].rglob("*") if file.is_file())
     assert files == ["git.json", "largebatch/__init__.py", "largebatch/optim/fast.cpp"]

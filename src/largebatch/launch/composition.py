@@ -7,9 +7,11 @@ the points. Hydra composes once for each choice of presets; plain values are the
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,14 +19,11 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.errors import UserError
-from largebatch.launch.draws import Interval, drawn, interval_of
 
-Axis = list[str] | Interval  # its overrides, or the interval to draw them from
-Axes = dict[str, Axis]  # by key
 Tree = dict[str, Any]
 
 
@@ -36,6 +35,26 @@ class Composed:
     tree: Tree  # with unresolved interpolations
     sweep: str | None  # the named grid, if any
     multirun: bool  # False without -m: one run, not a grid
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An axis ``interval(low,high)``, perhaps inside ``tag(log,...)`` or ``int(...)``."""
+
+    key: str
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+    def at(self, part: float) -> str:
+        """Return the override at ``part`` in 0..1 of the interval, rounded to four digits."""
+        value = self.low * (self.high / self.low) ** part if self.log else self.low + (self.high - self.low) * part
+        return f"{self.key}={round(value) if self.whole else format(value, '.4g')}"
+
+
+Axis = list[str] | Interval  # its overrides, or the interval to draw them from
+Axes = dict[str, Axis]  # by key
 
 
 def plain(tree: DictConfig) -> Tree:
@@ -65,66 +84,91 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
         given = {override.get_key_element(): override for override in parser.parse_overrides(arguments)}
         fixed = [str(override.input_line) for override in given.values() if not override.is_sweep_override()]
         forced = by_force(fixed, conf)
-        asked = {key: _points(override) for key, override in given.items() if override.is_sweep_override()}
+        asked = {key: _axis(key, [override]) for key, override in given.items() if override.is_sweep_override()}
         if "sweeps" in asked:
             raise UserError(f"{given['sweeps'].input_line}: only one named grid is allowed")
         base = compose("config", forced, return_hydra_config=True)
         params = base.hydra.sweeper.get("params") or {}
         lines = [f"{key}={values}" for key, values in params.items() if key not in given or key in asked]
-        of_file = {override.get_key_element(): _points(override) for override in parser.parse_overrides(lines)}
-        axes = of_file | asked
-        cases = _cases(base.get("cases"), given, of_file, parser)
+        of_file = {o.get_key_element(): _axis(o.get_key_element(), [o]) for o in parser.parse_overrides(lines)}
+        grids = [case | of_file | asked for case in _cases(base.get("cases"), given, of_file, parser)]
+        trials = base.get("trials")
+        _check_trials(trials, grids)
+
+        @functools.cache  # one composition for each choice of presets
+        def composed(presets: tuple[str, ...]) -> Tree:
+            return plain(compose("config", [*forced, *by_force(presets, conf)]))
+
         sweep = base.hydra.runtime.choices.get("sweeps")
-        composed: dict[tuple[str, ...], Tree] = {}
-        trials = _trials(base.get("trials"), [case | axes for case in cases])
-        points = dict.fromkeys(point for case in cases for point in _combinations(case | axes, trials))
+        points = dict.fromkeys(point for axes in grids for point in _combinations(axes, trials))
         return [
-            Composed((*fixed, *point), _tree(point, forced, conf, parser, composed), sweep, multirun=True)
+            Composed((*fixed, *point), _tree(parser.parse_overrides(list(point)), composed, conf), sweep, multirun=True)
             for point in points
         ]
 
 
-def _trials(trials: Any, grids: list[Axes]) -> int:
-    """Return the number of points to draw from the intervals; 0 without intervals."""
-    intervals = [axis for axes in grids for axis in axes.values() if isinstance(axis, Interval)]
-    if not intervals:
-        if trials is not None:
-            raise UserError(f"trials={trials}: no axis is an interval, such as optimizer.lr=interval(1,10)")
-        return 0
-    if not isinstance(trials, int) or trials < 1:
-        key = intervals[0].key
-        raise UserError(f"{key}: an interval needs the number of points to draw. Fix: trials=16, for example")
-    return trials
+def _check_trials(trials: Any, grids: list[Axes]) -> None:
+    """Raise a ``UserError`` unless ``trials`` is the number of points to draw, or None without intervals."""
+    intervals = [key for axes in grids for key, axis in axes.items() if isinstance(axis, Interval)]
+    if not intervals and trials is not None:
+        raise UserError(f"trials={trials}: no axis is an interval, such as optimizer.lr=interval(1,10)")
+    if intervals and (not isinstance(trials, int) or trials < 1):
+        raise UserError(f"{intervals[0]}: an interval needs the number of points to draw. Fix: trials=16, for example")
 
 
 def _combinations(axes: Axes, trials: int) -> Iterator[tuple[str, ...]]:
-    """Yield every combination of values, for each point drawn from the intervals."""
+    """Yield every combination of values, for each point drawn from the intervals.
+
+    The points are the Halton sequence: it fills the space evenly for any number of points and has no seed. The same
+    command gives the same runs, and more trials extend them.
+    """
     intervals = [axis for axis in axes.values() if isinstance(axis, Interval)]
-    if not intervals:
-        yield from itertools.product(*(values for values in axes.values() if isinstance(values, list)))
-        return
-    for point in drawn(intervals, trials):
-        of_point = dict(zip((interval.key for interval in intervals), point, strict=True))
+    drawn: Any = [()]
+    if intervals:
+        from scipy.stats import qmc
+
+        drawn = qmc.Halton(len(intervals), scramble=False).random(trials + 1)[1:]  # the first is a corner
+    for point in drawn:
+        part = dict(zip(intervals, map(float, point), strict=True))
         yield from itertools.product(
-            *(values if isinstance(values, list) else [of_point[key]] for key, values in axes.items())
+            *(axis if isinstance(axis, list) else [axis.at(part[axis])] for axis in axes.values())
         )
 
 
-def _points(override: Override) -> Axis:
-    """Return the overrides of an axis, one for each value, or its interval."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    if override.is_interval_sweep():
-        return interval_of(override)
-    key = override.get_key_element()
-    lines = [f"{key}={value}" for value in override.sweep_string_iterator()]
-    if not lines:
-        raise UserError(f"{override.input_line}: has no value")
+def _axis(key: str, overrides: Sequence[Override]) -> Axis:
+    """Return the axis of the values of ``overrides``, or their interval."""
+    lines: list[str] = []
+    for override in overrides:
+        if override.is_interval_sweep():
+            if len(overrides) > 1:
+                raise UserError(f"cases: {key} mixes an interval with other values")
+            return _interval(override)
+        values = [str(override.input_line)]
+        if override.is_sweep_override():
+            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        if not values:
+            raise UserError(f"{override.input_line}: has no value")
+        lines += values
     return lines
 
 
+def _interval(override: Override) -> Interval:
+    """Return the axis of an override like ``optimizer.lr=tag(log,interval(0.1,10))``."""
+    sweep = cast(IntervalSweep, override.value())
+    low, high = cast(float, sweep.start), cast(float, sweep.end)
+    log = "log" in sweep.tags
+    if not low < high:
+        raise UserError(f"{override.input_line}: the interval's end must be above its start")
+    if log and low <= 0:
+        raise UserError(f"{override.input_line}: a logarithmic interval must start above 0")
+    return Interval(override.get_key_element(), low, high, log, isinstance(low, int))
+
+
 def _cases(cases: Any, given: Collection[str], of_file: Collection[str], parser: OverridesParser) -> list[Axes]:
-    """Return the axes of each case without the keys of the command line. Without cases, return one empty case."""
+    """Return the axes of each case without the keys of the command line. Without cases, return one empty case.
+
+    A key of a case has a list of values, one value, or text as on the command line.
+    """
     if cases is None:
         return [{}]
     listed = OmegaConf.to_container(cases)
@@ -132,68 +176,37 @@ def _cases(cases: Any, given: Collection[str], of_file: Collection[str], parser:
         raise UserError("cases: must be a list of mappings from a key to its value or values")
     found = []
     for case in listed:
-        axes = {key: _of_case(key, value, parser) for key, value in case.items() if key not in given}
+        axes: Axes = {}
+        for key in case:
+            if key not in given:
+                values = case[key] if isinstance(case[key], list) else [case[key]]
+                if not values:
+                    raise UserError(f"cases: {key} has no value")
+                # JSON of other values than text is also Hydra's grammar.
+                texts = [v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for v in values]
+                axes[key] = _axis(key, parser.parse_overrides([f"{key}={text}" for text in texts]))
         if twice := axes.keys() & of_file:
             raise UserError(f"{min(twice)}: is in cases and in hydra.sweeper.params. Fix: keep only one of them")
         found.append(axes)
     return found
 
 
-def _of_case(key: str, value: Any, parser: OverridesParser) -> Axis:
-    """Return the axis of ``key`` in a case: a list of values, one value, or text as on the command line."""
-    values = value if isinstance(value, list) else [value]
-    if not values:
-        raise UserError(f"cases: {key} has no value")
-    axes = [_points(override) for override in parser.parse_overrides([f"{key}={_written(value)}" for value in values])]
-    lines = [line for axis in axes if isinstance(axis, list) for line in axis]
-    intervals = [axis for axis in axes if isinstance(axis, Interval)]
-    if not intervals:
-        return lines
-    if lines or len(intervals) > 1:
-        raise UserError(f"cases: {key} mixes an interval with other values")
-    return intervals[0]
-
-
-def _written(value: Any) -> str:
-    """Return a YAML value in Hydra's override grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _tree(
-    point: tuple[str, ...],
-    fixed: list[str],
-    conf: Path,
-    parser: OverridesParser,
-    composed: dict[tuple[str, ...], Tree],
-) -> Tree:
-    """Return the composition of ``fixed`` and ``point``. ``composed`` caches the tree of each choice of presets."""
-    values: dict[str, Any] = {}
-    presets = []
-    for line, override in zip(point, parser.parse_overrides(list(point)), strict=True):
-        if _sets_a_value(override, conf):
-            values[override.get_key_element()] = override.value()
-        else:
-            presets.append(line)
-    key = tuple(presets)
-    if key not in composed:
-        composed[key] = plain(compose("config", [*fixed, *by_force(presets, conf)]))
-    tree = copy.deepcopy(composed[key])
-    for name, value in values.items():
-        _set(tree, name, value)
+def _tree(point: list[Override], composed: Callable[[tuple[str, ...]], Tree], conf: Path) -> Tree:
+    """Return the composition of ``point``: a copy of the tree of its presets, with its values set."""
+    values = [o for o in point if _changes_a_value(o, conf) and not isinstance(o.value(), dict)]  # Hydra merges dicts
+    tree = copy.deepcopy(composed(tuple(str(o.input_line) for o in point if o not in values)))
+    for override in values:
+        _set(tree, override.get_key_element(), override.value())
     return tree
 
 
-def by_force(arguments: list[str], conf: Path) -> list[str]:
+def by_force(arguments: Sequence[str], conf: Path) -> list[str]:
     """Return the overrides, with ``++`` before each that sets a value.
 
     Without ``++``, Hydra refuses an option of the chosen optimizer, say, that its preset leaves out. The dataclasses of
     the choices check all keys after composition.
     """
-    overrides = OverridesParser.create().parse_overrides(arguments)
+    overrides = OverridesParser.create().parse_overrides(list(arguments))
     for override in overrides:
         if match := re.fullmatch(r"sweeps(?:=wandb/|/wandb=)(.+)", str(override.input_line)):
             file = f"sweeps/wandb/{match[1]}"
@@ -207,11 +220,6 @@ def _changes_a_value(override: Override, conf: Path) -> bool:
     names_preset = (conf / key).is_dir() and not isinstance(override.value(), dict)
     chooses = "/" in key or "@" in key or names_preset or key.startswith("hydra.")
     return override.type == OverrideType.CHANGE and not chooses
-
-
-def _sets_a_value(override: Override, conf: Path) -> bool:
-    """Return False if Hydra must compose the override: a preset, a sign or a mapping to merge."""
-    return _changes_a_value(override, conf) and not isinstance(override.value(), dict)
 
 
 def _set(tree: Tree, key: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 
@@ -43,12 +44,9 @@ def _resolve_request(cluster: ClusterConfig) -> None:
 
 
 def _resolve_here(cluster: ClusterConfig) -> None:
-    if cluster.device == "cpu":
-        gpus: list[str] = []
-        if cluster.devices:
-            raise UserError(f"cluster.devices={cluster.devices}: not allowed with cluster.device=cpu")
-    else:
-        gpus = _chosen_gpus(cluster)
+    if cluster.device == "cpu" and cluster.devices:
+        raise UserError(f"cluster.devices={cluster.devices}: not allowed with cluster.device=cpu")
+    gpus = chosen_gpus(cluster)
     if cluster.device == "cuda" and not gpus:
         raise UserError("cluster.device=cuda: no GPU found here. Allowed: auto, cpu")
     cluster.device = "cuda" if gpus else "cpu"
@@ -63,7 +61,14 @@ def chosen_gpus(cluster: ClusterConfig) -> list[str]:
     Raises:
         UserError: if ``cluster.devices`` has an index without a GPU.
     """
-    return _chosen_gpus(cluster) if cluster.device == "cuda" else []
+    if cluster.device == "cpu":
+        return []
+    visible = _visible_gpus()
+    if cluster.devices is None:
+        return visible
+    if any(not 0 <= index < len(visible) for index in cluster.devices):
+        raise UserError(f"cluster.devices={cluster.devices}: {len(visible)} GPU(s) found here, numbered from 0")
+    return [visible[index] for index in cluster.devices]
 
 
 def worker_environment(cluster: ClusterConfig, gpus: list[str], parallel: int) -> dict[str, str]:
@@ -80,16 +85,6 @@ def thread_environment(threads: int | None, processes: int, cores: int) -> dict[
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": waiting}
 
 
-def _chosen_gpus(cluster: ClusterConfig) -> list[str]:
-    visible = _visible_gpus()
-    if cluster.devices is None:
-        return visible
-    missing = [index for index in cluster.devices if not 0 <= index < len(visible)]
-    if missing:
-        raise UserError(f"cluster.devices={cluster.devices}: {len(visible)} GPU(s) found here, numbered from 0")
-    return [visible[index] for index in cluster.devices]
-
-
 def _visible_gpus() -> list[str]:
     """Return identifiers for CUDA_VISIBLE_DEVICES: its present ones, or every GPU of the machine if it is unset."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -103,5 +98,4 @@ def _gpus_of_the_machine() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    lines = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
-    return [str(index) for index in range(len(lines))] if listing.returncode == 0 else []
+    return [str(index) for index in range(len(re.findall("^GPU ", listing.stdout, re.MULTILINE)))]

@@ -24,18 +24,18 @@ def estimated(runs: Sequence[PlannedRun]) -> str:
     the same optimizer, then of the nearest batch size and length. It counts that run's wall time per training image,
     which includes start-up and evaluation.
     """
-    if not runs:
-        return ""
     hours = [found for run in runs if (found := _device_hours(run)) is not None]
     if not hours:
         return "no finished run of these data sets, models and modes to estimate the time from"
     which = "" if len(hours) == len(runs) else f" for {len(hours)} of them; no finished run to estimate the rest from"
-    return f"about {_in_words(sum(hours))} to go, estimated from the nearest finished runs{which}"
+    total = f"{sum(hours):,.1f} device-hours" if sum(hours) >= 0.95 else f"{60 * sum(hours):.2g} device-minutes"
+    return f"about {total} to go, estimated from the nearest finished runs{which}"
 
 
 def _device_hours(run: PlannedRun) -> float | None:
     config = run.config
-    finished = _finished(Path(config.runs_dir), _kind(run.folder.name), config.cluster.device == "cuda")
+    kind = "-".join(run.folder.name.split("-")[:3])  # data set, model and mode
+    finished = _finished(Path(config.runs_dir), kind, config.cluster.device == "cuda")
     if not finished:
         return None
     nearest = min(finished, key=lambda one: (one[0] != config.optimizer.name, _distance(one[1], config)))[1]
@@ -61,11 +61,6 @@ def _finished(runs_dir: Path, kind: str, on_gpu: bool) -> list[tuple[str, Summar
     return found
 
 
-def _kind(name: str) -> str:
-    """Return data set, model and mode from a run folder's name."""
-    return "-".join(name.split("-")[:3])
-
-
 def _distance(summary: Summary, config: Config) -> float:
     """Return the distance in the logarithms of batch size and training images."""
     batch, length = summary["global_batch"] / config.batch_size, _images_done(summary) / _images(config, summary)
@@ -81,7 +76,3 @@ def _images(config: Config, summary: Summary) -> int:
     """Return the number of images that a run will train on, with the data set's size from a finished run."""
     steps = config.steps or (config.epochs or 0) * (summary["train_images"] // config.batch_size)
     return max(1, steps) * config.batch_size
-
-
-def _in_words(hours: float) -> str:
-    return f"{hours:,.1f} device-hours" if hours >= 0.95 else f"{hours:.2g} device-hours ({60 * hours:.2g} minutes)"

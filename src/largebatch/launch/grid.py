@@ -1,20 +1,28 @@
-"""Run a plan, or show it."""
+"""Run a plan, or show it. On this machine, as many runs at a time as fit on its devices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
+from largebatch.launch.devices import chosen_gpus, worker_environment
 from largebatch.launch.estimate import estimated
-from largebatch.launch.local import exit_code
-from largebatch.launch.packing import StoppedByUser, carry_out, noted_signals, runs_at_a_time
+from largebatch.launch.local import Outcome, Started, conclude, exit_code, start, stop
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView, plan_rows, print_plan
 from largebatch.runs.folder import DONE
 from largebatch.runs.table import counted
 from largebatch.tracking.agent import agent_run_id
+
+_POLL_SECONDS = 0.05
+# Ctrl-C; SIGTERM from an agent or supervisor; SIGUSR2 from SLURM before a time limit.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
@@ -31,14 +39,12 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
     try:
         with noted_signals() as received:
             outcomes = carry_out(plan, view, received)
-    except StoppedByUser as stopped:
-        view.close()
-        print(f"stopped; the same command resumes {stopped}", flush=True)
-        return 128 + stopped.number
     finally:
         view.close()
         if len(plan) > 1:
             print_plan(plan_rows(plan))
+    if outcomes is None:
+        return 128 + received[0]
     if agent_run_id() and outcomes[0].skipped:
         sweep_agent.show_finished(plan[0])
     # A run of a grid that another launcher works on is no failure.
@@ -50,8 +56,8 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
     rows = plan_rows(plan)
     print(f"{len(plan)} run(s): {counted(rows)}; nothing is started (dry_run=true)", flush=True)
     to_go = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE or run.config.rerun]
-    if estimate := estimated(to_go):
-        print(estimate)
+    if to_go:
+        print(estimated(to_go))
     print_plan(rows)
     if _on_slurm(plan):
         for text in sbatch_texts(plan):
@@ -64,3 +70,81 @@ def _on_slurm(plan: Sequence[PlannedRun]) -> bool:
     if len(names) > 1:
         raise UserError("cluster.name: differs within the grid. Fix: start one grid for each cluster")
     return names == {"slurm"}
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Collect the numbers of signals that ask to stop, instead of raising KeyboardInterrupt.
+
+    An exception at any point could lose a worker that has just started, or leave a lock of ``subprocess`` taken.
+    """
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in _STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def runs_at_a_time(plan: Sequence[PlannedRun]) -> int:
+    """Return ``cluster.parallel``, by default as many runs as fit on the GPUs, or one on CPU; at most all runs."""
+    needed = [_gpus(run) for run in plan if _gpus(run)]
+    most = len(_gpus_of(plan)) // min(needed) if needed else 1
+    return max(1, min(plan[0].config.cluster.parallel or most, len(plan)))
+
+
+def carry_out(plan: Sequence[PlannedRun], view: PlanView, received: list[int]) -> list[Outcome] | None:
+    """Run the plan in order. Each run starts as soon as its devices are free; a failed run doesn't stop the others.
+
+    Args:
+        received: signals from ``noted_signals``. The first stops all runs after their step, another Ctrl-C at once.
+
+    Returns:
+        The outcomes, or None after such a signal, when no process of any run is left.
+    """
+    parallel = runs_at_a_time(plan)
+    waiting, outcomes = deque(plan), []
+    free = _gpus_of(plan)
+    running: list[tuple[Started, list[str]]] = []  # with their GPUs
+    while (waiting or running) and not received:
+        while waiting and len(running) < parallel:
+            needed = _gpus(waiting[0])
+            gpus = [gpu for gpu in chosen_gpus(waiting[0].config.cluster) if gpu in free][:needed]
+            if len(gpus) < needed:
+                break
+            run = waiting.popleft()
+            view.begins(run)
+            started = start(run, worker_environment(run.config.cluster, gpus, parallel), speaking=parallel == 1)
+            if isinstance(started, Started):
+                free = [gpu for gpu in free if gpu not in gpus]
+                running.append((started, gpus))
+            else:
+                outcomes.append(started)
+                view.ended(started)
+        view.look([started for started, _ in running])
+        time.sleep(_POLL_SECONDS)
+        for one in [one for one in running if one[0].child.poll() is not None]:
+            running.remove(one)
+            free += one[1]
+            outcomes.append(conclude(one[0]))
+            view.ended(outcomes[-1])
+    if not waiting and not running:
+        return outcomes
+    stopped = [started for started, _ in running]
+    if stopped:
+        view.stopping(len(stopped))
+        stop(stopped, at_once=lambda: signal.SIGINT in received[1:])
+    view.stopped(" and ".join(one.run.folder.name for one in stopped) or "the rest of the grid")
+    return None
+
+
+def _gpus_of(plan: Sequence[PlannedRun]) -> list[str]:
+    """Return the GPUs that any run of the plan may use."""
+    return list(dict.fromkeys(gpu for run in plan for gpu in chosen_gpus(run.config.cluster)))
+
+
+def _gpus(run: PlannedRun) -> int:
+    """Return the number of GPUs that a run needs."""
+    cluster = run.config.cluster
+    return (cluster.processes or 1) if cluster.device == "cuda" else 0

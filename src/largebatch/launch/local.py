@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -41,7 +42,6 @@ class Started:
     run: PlannedRun
     child: subprocess.Popen[bytes]
     new: bool  # the run had no folder before
-    runs_dir_new: bool  # the folder of the runs is new too
 
 
 def exit_code(codes: Iterable[int]) -> int:
@@ -89,7 +89,7 @@ def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> St
         environment: variables for the run's devices and threads.
         speaking: the first process writes to the terminal too, not only to the run's log.
     """
-    new, runs_dir_new = not run.folder.path.exists(), not run.folder.path.parent.exists()
+    new = not run.folder.path.exists()
     if outcome := claim(run):
         return outcome
     processes, torchrun = run.config.cluster.processes or 1, []
@@ -97,7 +97,7 @@ def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> St
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=0"]
     stdout = None if speaking else subprocess.DEVNULL
     child = start_worker(run.folder, torchrun, environment, die_with_parent, stdout)
-    return Started(run, child, new, runs_dir_new)
+    return Started(run, child, new)
 
 
 def conclude(started: Started) -> Outcome:
@@ -114,9 +114,8 @@ def conclude(started: Started) -> Outcome:
     outcome = Outcome(run, status["state"], status["message"], status["exit_code"])
     if outcome.state == "failed" and outcome.exit_code == 2 and started.new:
         shutil.rmtree(folder.path)  # no step was taken, and a corrected configuration may be another run
-        if started.runs_dir_new:
-            with contextlib.suppress(OSError):  # it holds another run by now
-                folder.path.parent.rmdir()
+        with contextlib.suppress(OSError):  # it holds other runs
+            folder.path.parent.rmdir()
     return outcome
 
 
@@ -144,9 +143,7 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
 
 def _set_aside(folder: RunFolder) -> None:
     """Move a finished run's files to ``previous-N`` inside its folder, so that repeating the run loses nothing."""
-    number = 1
-    while (folder.path / f"previous-{number}").exists():
-        number += 1
+    number = next(n for n in itertools.count(1) if not (folder.path / f"previous-{n}").exists())
     previous = folder.path / f"previous-{number}"
     previous.mkdir()
     for item in folder.path.iterdir():

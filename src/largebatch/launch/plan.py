@@ -36,11 +36,11 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
         for key in ("cases", "trials"):
             if job.tree.get(key) and not job.multirun:
                 raise UserError(f"{key}: only a grid has this key. Fix: add -m, or leave it out for one run")
-    common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs)) if len(jobs) > 1 else set()
+    common = set(jobs[0].overrides).intersection(*(job.overrides for job in jobs))
     plan: dict[str, PlannedRun] = {}
     problems: dict[str, list[str]] = {}
     for job in jobs:
-        label = " ".join(override for override in job.overrides if override not in common) if len(jobs) > 1 else ""
+        label = " ".join(override for override in job.overrides if override not in common)
         try:
             config = from_composed(job.tree)
             validate(config)
@@ -67,9 +67,7 @@ def _with_jobs(problem: str, labels: list[str], jobs: int) -> str:
 
 def _check_writable(runs_dir: Path) -> None:
     """Raise a ``UserError`` if ``runs_dir`` can't be written. Don't create it."""
-    nearest = runs_dir
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = next(folder for folder in (runs_dir, *runs_dir.parents) if folder.exists())
     try:
         # Only a trial is reliable: root ignores permissions, and a read-only file system has them too.
         tempfile.TemporaryDirectory(dir=nearest, prefix=".largebatch-").cleanup()

@@ -12,50 +12,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from largebatch.config.schema import ClusterConfig
 from largebatch.errors import UserError
 from largebatch.launch.local import claim, exit_code
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm_task import carry_out_run
 from largebatch.launch.view import plan_rows, print_plan
 from largebatch.runs.folder import DONE, RunBusyError
-from largebatch.runs.provenance import copy_code, copy_of_code
-from largebatch.runs.slurm_queue import Jobs, ask, claim_by_slurm, jobs_of
-from largebatch.runs.table import run_rows
-from largebatch.runs.watch import OPEN, looks
+from largebatch.runs.provenance import code_hash, copy_code
+from largebatch.runs.slurm_queue import ask, claim_by_slurm, jobs_of
+from largebatch.runs.watch import watch_status
 
-_ARRAY_SIZE = 1001  # SLURM's own default of MaxArraySize
-_LOOK_SECONDS = 5.0
-# Keys of ClusterConfig that aren't part of the request to SLURM.
-_NOT_REQUESTED = ("processes", "processes_per_node", "threads", "device", "wait", "max_requeues")
-
-
-@dataclass(frozen=True)
-class Array:
-    """Runs with the same request to SLURM; a single run is a plain job."""
-
-    runs: list[PlannedRun]
-
-    @property
-    def cluster(self) -> ClusterConfig:
-        return self.runs[0].config.cluster
-
-    @property
-    def runs_dir(self) -> Path:
-        return Path(self.runs[0].config.runs_dir)
-
-    @property
-    def code(self) -> Path:
-        return copy_of_code(self.runs_dir / ".code")
-
-    @property
-    def folder(self) -> Path:
-        """Folder of SLURM's logs and submitit's files; one for all arrays, because SLURM before 23.02 makes none."""
-        return self.runs_dir / ".slurm"
+Array = list[PlannedRun]  # runs with the same request to SLURM; a single run is a plain job
 
 
 def submit_plan(plan: Sequence[PlannedRun]) -> int:
@@ -69,9 +38,20 @@ def submit_plan(plan: Sequence[PlannedRun]) -> int:
     jobs: dict[str, Array] = {}
     claimed: list[tuple[PlannedRun, bool]] = []  # True if the run's folder is new
     try:
-        _claim_all(plan, claimed)
+        known = jobs_of(run.folder.read_status() for run in plan)
+        for run in plan:
+            new = not run.folder.path.exists()
+            outcome = claim(run, known, code=code_hash())
+            if outcome is None:
+                claimed.append((run, new))
+            elif outcome.state == "failed":
+                raise UserError(outcome.message)
+            elif outcome.skipped:
+                _print(f"      {run.folder.name} {outcome.state} before; not repeated (rerun=true repeats it)")
+            else:
+                _print(f"      {outcome.message}")
         for array in arrays_of([run for run, _ in claimed], _largest_array()):
-            copy_code(array.code.parent)
+            copy_code(array[0].folder.code)
             jobs[_submit(array)] = array
     except (Exception, KeyboardInterrupt) as error:
         _withdraw(list(jobs), claimed, str(error) or type(error).__name__)
@@ -86,30 +66,33 @@ def sbatch_texts(plan: Sequence[PlannedRun]) -> Iterator[str]:
     """Yield sbatch's script for each array of runs to submit; needs no SLURM."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    jobs = jobs_of(run.folder.read_status() for run in plan)
-    for array in arrays_of([run for run in plan if _is_missing(run, jobs)], _largest_array()):
-        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(array.folder))}"
-        count = len(array.runs) if len(array.runs) > 1 else None
-        yield _make_sbatch_string(command=command, folder=array.folder, map_count=count, **parameters(array))
+    statuses = {run.folder.name: run.folder.read_status() for run in plan}
+    jobs = jobs_of(statuses.values())
+    repeated = [run for run in plan if statuses[run.folder.name].get("state") not in DONE or run.config.rerun]
+    missing = [run for run in repeated if not claim_by_slurm(statuses[run.folder.name], jobs)]
+    for array in arrays_of(missing, _largest_array()):
+        folder = array[0].folder.slurm
+        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        count = len(array) if len(array) > 1 else None
+        yield _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters(array[0], len(array)))
 
 
 def arrays_of(plan: Sequence[PlannedRun], largest: int) -> list[Array]:
     """Group the runs by their requests, in arrays of at most ``largest`` runs."""
-    groups: dict[str, list[PlannedRun]] = {}
+    groups: dict[str, Array] = {}
     for run in plan:
-        request = {key: value for key, value in vars(run.config.cluster).items() if key not in _NOT_REQUESTED}
-        groups.setdefault(json.dumps([run.config.runs_dir, request], sort_keys=True), []).append(run)
-    return [Array(runs[at : at + largest]) for runs in groups.values() for at in range(0, len(runs), largest)]
+        groups.setdefault(json.dumps(parameters(run, 0), sort_keys=True), []).append(run)
+    return [runs[at : at + largest] for runs in groups.values() for at in range(0, len(runs), largest)]
 
 
-def parameters(array: Array) -> dict[str, Any]:
-    """Return submitit's parameters: ``#SBATCH`` lines, and shell commands before the run."""
-    cluster = array.cluster
-    options = {key: value for key, value in cluster.options.items() if value not in (None, False)}
-    requeue = {} if cluster.options.get("requeue") is False else {"requeue": True}
+def parameters(run: PlannedRun, count: int) -> dict[str, Any]:
+    """Return submitit's parameters for ``count`` runs like ``run``: ``#SBATCH`` lines, and shell commands before."""
+    cluster = run.config.cluster
+    options = ({"requeue": True} | cluster.options).items()
     cpus = [] if cluster.cpus_per_node is None else [f"--cpus-per-task={cluster.cpus_per_node}"]  # 22.05 drops sbatch's
+    code = shlex.quote(str(run.folder.code / code_hash()))
     return {
-        "job_name": array.runs[0].folder.name if len(array.runs) == 1 else "largebatch",
+        "job_name": run.folder.name if count == 1 else "largebatch",
         **{key: getattr(cluster, key) for key in ("nodes", "partition", "account", "qos", "constraint")},
         "ntasks_per_node": 1,
         "gpus_per_node": cluster.gpus_per_node or None,
@@ -117,37 +100,16 @@ def parameters(array: Array) -> dict[str, Any]:
         "mem": None if cluster.memory_gb is None else f"{round(1024 * cluster.memory_gb)}M",
         "time": cluster.time_limit,
         "signal_delay_s": cluster.signal_seconds,
-        "array_parallelism": cluster.array_parallelism or len(array.runs),
+        "array_parallelism": cluster.array_parallelism or count,
         "wckey": None,
-        "additional_parameters": requeue | options,
+        "additional_parameters": {key: value for key, value in options if value not in (None, False)},
         "setup": [
             *cluster.setup,
-            f"export PYTHONPATH={shlex.quote(str(array.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
             "export PYTHONSAFEPATH=1",  # packages in the folder of the submission don't come first
         ],
         "srun_args": ["--kill-on-bad-exit=1", *cpus],
     }
-
-
-def _claim_all(plan: Sequence[PlannedRun], claimed: list[tuple[PlannedRun, bool]]) -> None:
-    """Claim the runs that are neither done nor in the queue, and print the others."""
-    jobs = jobs_of(run.folder.read_status() for run in plan)
-    for run in plan:
-        new = not run.folder.path.exists()
-        outcome = claim(run, jobs, code=Array([run]).code.name)
-        if outcome is None:
-            claimed.append((run, new))
-        elif outcome.state == "failed":
-            raise UserError(outcome.message)
-        elif outcome.skipped:
-            _print(f"      {run.folder.name} {outcome.state} before; not repeated (rerun=true repeats it)")
-        else:
-            _print(f"      {outcome.message}")
-
-
-def _is_missing(run: PlannedRun, jobs: Jobs) -> bool:
-    status = run.folder.read_status()
-    return not claim_by_slurm(status, jobs) and (status.get("state") not in DONE or run.config.rerun)
 
 
 def _submit(array: Array) -> str:
@@ -156,31 +118,24 @@ def _submit(array: Array) -> str:
     from submitit.helpers import clean_env
     from submitit.slurm.slurm import SlurmExecutor
 
-    array.folder.mkdir(exist_ok=True)
     # Set on the class, because submitit makes another executor for an array.
-    SlurmExecutor._make_submission_command = _sbatch  # type: ignore[assignment,method-assign]
-    executor = SlurmExecutor(array.folder)
-    executor.update_parameters(**parameters(array))
-    before = set(array.folder.iterdir())
+    sbatch = [sys.executable, "-m", "largebatch.launch.sbatch"]
+    SlurmExecutor._make_submission_command = lambda _, file: [*sbatch, str(file)]  # type: ignore[assignment,method-assign]
+    executor = SlurmExecutor(array[0].folder.slurm)
+    executor.update_parameters(**parameters(array[0], len(array)))
     where = {key: value for key, value in os.environ.items() if key in ("SLURM_CONF", "SLURM_CLUSTERS")}
     in_a_job = "SLURM_JOB_ID" in os.environ  # the new job must not inherit this job's variables
     try:
         with clean_env() if in_a_job else contextlib.nullcontext(), contextlib.redirect_stderr(io.StringIO()):
             os.environ.update(where)  # submitit prints the same error that it raises
-            jobs = executor.map_array(carry_out_run, [str(run.folder.path) for run in array.runs])
+            jobs = executor.map_array(carry_out_run, [str(run.folder.path) for run in array])
     except (FailedJobError, FailedSubmissionError) as error:
-        for file in set(array.folder.iterdir()) - before:
-            file.unlink()
-        raise UserError(f"SLURM refused {len(array.runs)} run(s): {' '.join(str(error).split())}") from None
-    for run, job in zip(array.runs, jobs, strict=True):
+        raise UserError(f"SLURM refused {len(array)} run(s): {' '.join(str(error).split())}") from None
+    for run, job in zip(array, jobs, strict=True):
         with contextlib.suppress(RunBusyError), run.folder.hold():  # a running job has written its number itself
             if run.folder.read_status().get("job_id") is None:
                 run.folder.update_status(job_id=job.job_id)
     return str(jobs[0].job_id).partition("_")[0]
-
-
-def _sbatch(_: Any, file: Path) -> list[str]:
-    return [sys.executable, "-m", "largebatch.launch.sbatch", str(file)]
 
 
 def _withdraw(jobs: list[str], claimed: list[tuple[PlannedRun, bool]], why: str) -> None:
@@ -199,7 +154,7 @@ def _largest_array() -> int:
         found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config").stdout, re.MULTILINE)
         if found:
             return max(1, int(found[1]))
-    return _ARRAY_SIZE
+    return 1001  # SLURM's own default of MaxArraySize
 
 
 def _announce(jobs: dict[str, Array]) -> None:
@@ -207,37 +162,27 @@ def _announce(jobs: dict[str, Array]) -> None:
         _print("nothing to submit")
         return
     for job, array in jobs.items():
-        count, most = len(array.runs), array.cluster.array_parallelism
+        folder, most = array[0].folder, array[0].config.cluster.array_parallelism
         at_a_time = f", at most {most} at a time" if most else ""
-        name = array.runs[0].folder.name
-        _print(f"submitted {f'{count} runs as array {job}{at_a_time}' if count > 1 else f'{name} as job {job}'}")
-    array, numbers = next(iter(jobs.values())), list(jobs)
-    if len(jobs) > 1 and array.cluster.array_parallelism:
-        _print("cluster.array_parallelism applies to each of these arrays")
-    hint = array.runs[0].folder.name.rpartition("-")[2]
-    _print(f"  largebatch status {array.runs_dir}   # states of the runs; --watch updates them")
-    _print(f"  largebatch logs {array.runs_dir}/{hint}   # a run's log; SLURM's own logs are in {array.folder}")
-    _print(f"  squeue --jobs={','.join(numbers)}   # SLURM's view")
-    _print(f"  scancel {' '.join(numbers)}   # stop them; the same command resumes from the last checkpoint")
+        what = f"{len(array)} runs as array {job}{at_a_time}" if len(array) > 1 else f"{folder.name} as job {job}"
+        _print(f"submitted {what}")
+    _print(f"  largebatch status {folder.path.parent}   # states of the runs; --watch updates them")
+    _print(f"  largebatch logs {folder.path}   # a run's log; SLURM's own logs are in {folder.slurm}")
+    _print(f"  squeue --jobs={','.join(jobs)}   # SLURM's view")
+    _print(f"  scancel {' '.join(jobs)}   # stop them; the same command resumes from the last checkpoint")
 
 
 def _watch(plan: Sequence[PlannedRun]) -> int:
-    """Print each run's end until all have ended. Return the exit code, as for runs on this machine."""
-    numbers = {run.folder.name: number for number, run in enumerate(plan, start=1)}
-    codes: dict[str, int] = {}
+    """Show the runs until all have ended. Return the exit code, as for runs on this machine."""
     try:
-        for rows in looks(lambda: run_rows([run.folder for run in plan]), _LOOK_SECONDS):
-            for run, row in zip(plan, rows, strict=True):
-                name, state = run.folder.name, row["state"]
-                if name not in codes and state not in OPEN:
-                    codes[name] = 0 if state in DONE else int(run.folder.read_status().get("exit_code") or 1)
-                    message = f": {row['message']}" if row["message"] else ""
-                    _print(f"[{numbers[name]}/{len(plan)}] {name} {state}{message}")
+        watch_status(lambda: [run.folder for run in plan])
     except KeyboardInterrupt:
         _print("\nstopped watching; the jobs continue. The same command watches again, scancel stops them")
         return 130
-    print_plan(plan_rows(plan))
-    return exit_code(codes.values())
+    rows = plan_rows(plan)
+    print_plan(rows)
+    failed = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE]
+    return exit_code(int(run.folder.read_status().get("exit_code") or 1) for run in failed)
 
 
 def _print(text: str) -> None:

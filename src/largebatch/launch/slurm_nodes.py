@@ -1,8 +1,9 @@
-"""Heartbeats of a job's nodes: files in a shared folder that show which nodes are lost."""
+"""A job's nodes, and their heartbeats: files in a shared folder that show which nodes are lost."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 _BEAT_SECONDS = 5.0
@@ -10,21 +11,26 @@ _SILENCE_SECONDS = 20.0  # a node without a beat for so long is lost; file serve
 _LOOK_SECONDS = 0.5
 
 
+@dataclass(frozen=True)
+class Place:
+    """A task's job and node."""
+
+    job_id: str  # 12, or 12_3 in an array
+    node: int  # index in hosts
+    hosts: list[str]
+    restarts: int
+
+
 class Heartbeat:
-    """This node's heartbeat file, and those of the job's other nodes.
+    """This node's heartbeat file, and those of the job's other nodes, in a ``folder`` that all nodes share.
 
     A lost node's file stays and gets no new beat. A node whose task has ended, well or not, has removed its file.
-
-    Args:
-        folder: the files' folder, on a file system that all nodes share.
-        start: the job's number and number of restarts, unique to each start.
-        node: this node's index in ``hosts``.
-        hosts: names of all nodes.
     """
 
-    def __init__(self, folder: Path, start: str, node: int, hosts: list[str]) -> None:
-        self._others = {host: folder / f"{start}_{number}.beats" for number, host in enumerate(hosts)}
-        self._own = self._others.pop(hosts[node])
+    def __init__(self, folder: Path, place: Place) -> None:
+        start = f"{place.job_id}_{place.restarts}"
+        self._others = {host: folder / f"{start}_{number}.beats" for number, host in enumerate(place.hosts)}
+        self._own = self._others.pop(place.hosts[place.node])
         self._beats, self._last = 0, float("-inf")
 
     def beat(self) -> None:

@@ -16,13 +16,12 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from largebatch.config.schema import ClusterConfig, load_config
 from largebatch.errors import UserError
 from largebatch.launch.devices import thread_environment
-from largebatch.launch.slurm_nodes import Heartbeat
+from largebatch.launch.slurm_nodes import Heartbeat, Place
 from largebatch.launch.worker_process import how_it_ended, start_worker
 from largebatch.machine.process import die_with_parent
 from largebatch.runs.folder import DONE, RESUMES, RunBusyError, RunFolder
@@ -38,16 +37,6 @@ _NODE_FAILURE_SECONDS = 900.0  # SLURM notices a lost node within them; 300 by d
 _LOST_NODE_SECONDS = 120.0  # until a file server releases the lock of a lost node
 
 
-@dataclass(frozen=True)
-class Place:
-    """This task's job and node."""
-
-    job_id: str  # 12, or 12_3 in an array
-    node: int
-    hosts: list[str]
-    restarts: int
-
-
 def carry_out_run(path: str) -> None:
     """Run or resume the run in folder ``path`` until its end, or until a signal stops this job.
 
@@ -57,7 +46,10 @@ def carry_out_run(path: str) -> None:
     received: list[int] = []  # signals
     for number in _SIGNALS:
         signal.signal(number, lambda number, _: received.append(number))
-    folder, place = RunFolder(path), _place()
+    from submitit import JobEnvironment
+
+    job, folder = JobEnvironment(), RunFolder(path)
+    place = Place(job.job_id, job.node, list(job.hostnames), int(os.environ.get("SLURM_RESTART_COUNT") or 0))
     cluster = load_config(folder.config).cluster
     if len(place.hosts) != cluster.nodes:  # else the nodes would wait for each other
         message = f"cluster.nodes={cluster.nodes}: SLURM gave {', '.join(place.hosts)}"
@@ -68,7 +60,7 @@ def carry_out_run(path: str) -> None:
     if folder.state() in DONE:  # node 0 has found the same
         return
     logged = folder.log.stat().st_size if folder.log.exists() else 0
-    heartbeat = Heartbeat(folder.path.parent / ".slurm", f"{place.job_id}_{place.restarts}", place.node, place.hosts)
+    heartbeat = Heartbeat(folder.slurm, place)
     child = _start(folder, cluster, place)
     _wait(child, received, cluster.signal_seconds, heartbeat)
     heartbeat.end()
@@ -98,24 +90,13 @@ def torchrun_arguments(cluster: ClusterConfig, place: Place) -> list[str]:
     ]
 
 
-def _place() -> Place:
-    from submitit import JobEnvironment
-
-    job = JobEnvironment()
-    return Place(job.job_id, job.node, list(job.hostnames), int(os.environ.get("SLURM_RESTART_COUNT") or 0))
-
-
 def _port(job_id: str) -> int:
     """Return a port in 20000..32000, below those that systems assign. Jobs of an array on one node differ in it."""
     return 20000 + zlib.crc32(job_id.encode()) % 12000
 
 
 def _take(folder: RunFolder, place: Place) -> bool:
-    """Write this job into the run's status. Return False if the run is done.
-
-    Raises:
-        SystemExit: another process works on the run; the status stays as that process wrote it.
-    """
+    """Write this job into the run's status. Return False if the run is done. Exit if another process works on it."""
     try:
         with folder.hold(patience=_LOST_NODE_SECONDS if place.restarts else 5):
             if folder.state() in DONE:
@@ -157,13 +138,11 @@ def _wait(child: subprocess.Popen[bytes], received: list[int], signal_seconds: i
         if received and now - forwarded >= _FORWARD_SECONDS:
             end, forwarded = end or now + max(signal_seconds - _REQUEUE_SECONDS, signal_seconds / 2), now
             for pid in _descendants(child.pid):
-                if _handles(pid, signal.SIGUSR2):
-                    with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(OSError):  # it has ended
+                    if _handles(pid, signal.SIGUSR2):
                         os.kill(pid, signal.SIGUSR2)
         if signal.SIGUSR2 in received and now >= end:
-            for pid in [child.pid, *_descendants(child.pid)]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            child.kill()  # workers die with torchrun
         time.sleep(_POLL_SECONDS)
 
 
@@ -178,11 +157,8 @@ def _descendants(pid: int) -> list[int]:
 
 def _handles(pid: int, number: signal.Signals) -> bool:
     """Return True if the process has a handler for the signal."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return False
+    mask = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
 
 
 def _wait_for_requeue(folder: RunFolder, place: Place, lost: list[str], received: list[int]) -> None:
@@ -241,50 +217,37 @@ def _conclude(folder: RunFolder, cluster: ClusterConfig, place: Place, received:
     """Requeue or fail by the state that the workers left. The child ended well, or after a signal."""
     if place.node != 0:
         return
-    state = folder.state()
     for _ in range(50):  # a file server may show another node's status late
+        state = folder.state()
         if received or state not in ("queued", "running"):
             break
         time.sleep(_POLL_SECONDS)
-        state = folder.state()
-    if state == "preempted" or (received and state in ("queued", "running")):
+    if received and state in ("queued", "running", "preempted"):
         _requeue(folder, cluster, place, received)
-    elif state not in DONE:
+    elif state not in (*DONE, "preempted"):
         raise SystemExit(folder.read_status().get("exit_code") or 1)
 
 
 def _requeue(folder: RunFolder, cluster: ClusterConfig, place: Place, received: list[int]) -> None:
     """Requeue the job, unless SLURM ends or requeues it itself, or ``cluster.max_requeues`` is reached."""
-    if not received:  # the user stopped the worker by hand
-        return
+    job = None
     if place.restarts >= cluster.max_requeues:
         why = f"cluster.max_requeues={cluster.max_requeues} is reached"
     elif shutil.which("scontrol") is None:
         why = f"{place.hosts[place.node]} has no scontrol to requeue the job with"
     else:
-        if not _still_ours(place.job_id, signal.SIGUSR2 in received):
+        with contextlib.suppress(UserError):
+            job = slurm_states([place.job_id]).get(place.job_id)
+        # If SLURM doesn't answer, only the signal tells a time limit from a cancellation or SLURM's own requeue.
+        if not (job.state == "RUNNING" if job else signal.SIGUSR2 in received):
             folder.update_status(state="preempted", message=f"SLURM ended the job; if it isn't requeued, {RESUMES}")
             return
         folder.update_status(state="preempted", message=f"requeued, {place.restarts + 1} of {cluster.max_requeues}")
-        why = _scontrol_requeue(place.job_id)
+        try:
+            answer = ask("scontrol", "requeue", place.job_id)
+            why = f"scontrol requeue: {answer.stderr.strip()}" if answer.returncode else ""
+        except UserError as error:
+            why = str(error)
     if why:
         folder.update_status(state="preempted", message=f"{why}; {RESUMES}")
         print(f"not requeued: {why}; {RESUMES}", file=sys.stderr)
-
-
-def _still_ours(job_id: str, otherwise: bool) -> bool:
-    """Return False if the user cancelled the job, or SLURM requeues it; ``otherwise`` if SLURM doesn't know."""
-    with contextlib.suppress(UserError):
-        job = slurm_states([job_id]).get(job_id)
-        if job is not None:
-            return job.state == "RUNNING"
-    return otherwise
-
-
-def _scontrol_requeue(job_id: str) -> str:
-    """Requeue the job; return the reason if that fails."""
-    try:
-        answer = ask("scontrol", "requeue", job_id)
-    except UserError as error:
-        return str(error)
-    return "" if answer.returncode == 0 else f"scontrol requeue: {answer.stderr.strip()}"

@@ -5,35 +5,31 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from largebatch.launch.local import Outcome, Started
 from largebatch.launch.plan import PlannedRun
 from largebatch.runs.metrics import newest
-from largebatch.runs.table import Row, print_rows, run_rows
-from largebatch.runs.text_table import rich_table
+from largebatch.runs.table import Row, run_rows, table_of
+from largebatch.runs.text_table import live_table, plain_table, print_table
 
 if TYPE_CHECKING:
     from rich.live import Live
 
-_LOOK_SECONDS = 1.0  # between looks at the folders of running runs
-_PLAIN_EVERY_SECONDS = 30.0
+_LIVE_SECONDS, _PLAIN_SECONDS = 1.0, 30.0  # between looks at running runs, in a terminal and in a pipe
 _COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
 
 
 def plan_rows(plan: Sequence[PlannedRun]) -> list[Row]:
     """Return a row for each run of the plan; a run without a folder is new."""
-    known = {row["run"]: row for row in run_rows(run.folder for run in plan if run.folder.path.exists())}
-    rows = []
-    for run in plan:
-        found = {key: value for key, value in known.get(run.folder.name, {}).items() if value is not None}
-        rows.append({"state": "new"} | found | {"label": run.label, "folder": str(run.folder.path)})
-    return rows
+    rows = run_rows([run.folder for run in plan])
+    return [row | {"state": row["state"] or "new", "label": run.label} for run, row in zip(plan, rows, strict=True)]
 
 
 def print_plan(rows: Sequence[Row]) -> None:
     print()
-    print_rows(rows, {key: heading for key, heading in _COLUMNS.items() if len(rows) > 1 or key != "label"})
+    print_table(table_of(rows, {k: heading for k, heading in _COLUMNS.items() if len(rows) > 1 or k != "label"}))
 
 
 class PlanView:
@@ -48,7 +44,7 @@ class PlanView:
         self._parallel = parallel
         self._ended = 0
         self._began: dict[str, tuple[float, int]] = {}  # time and step of the first look at each run
-        self._looked = self._printed = time.monotonic()
+        self._looked = time.monotonic()
         self._live: Live | None = None
         if parallel > 1 and sys.stdout.isatty():
             from rich.live import Live
@@ -61,59 +57,61 @@ class PlanView:
 
     def ended(self, outcome: Outcome) -> None:
         self._ended += 1
-        number = self._numbers[outcome.run.folder.name]
+        number = "" if self._parallel == 1 else f"{self._numbers[outcome.run.folder.name]} "
         if outcome.state in ("failed", "busy"):
-            which = "" if self._parallel == 1 else f"{number} "
-            self._print(f"error: {which}{outcome.message}", error=True)
+            self._print(f"error: {number}{outcome.message}", error=True)
             return
-        where = "     " if self._parallel == 1 else number
+        number = number or "      "
         if outcome.skipped:
-            self._print(f"{where} {outcome.state} before; not repeated (rerun=true repeats it)")
+            self._print(f"{number}{outcome.state} before; not repeated (rerun=true repeats it)")
             return
         accuracy = run_rows([outcome.run.folder])[0]["test/accuracy"]
         result = f", test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
-        self._print(f"{where} {outcome.state}{result}{f': {outcome.message}' if outcome.message else ''}")
+        self._print(f"{number}{outcome.state}{result}{f': {outcome.message}' if outcome.message else ''}")
 
     def look(self, running: Sequence[Started]) -> None:
         """Show the progress of parallel runs: every second in a terminal, every half minute in a pipe."""
         now = time.monotonic()
-        if self._parallel == 1 or now - self._looked < _LOOK_SECONDS:
+        if self._parallel == 1 or now - self._looked < (_LIVE_SECONDS if self._live else _PLAIN_SECONDS):
             return
         self._looked = now
+        rows = [self._progress(one.run) for one in running]
         if self._live:
-            rows = [[self._number(one), one.run.label or one.run.folder.name, *self._progress(one)] for one in running]
-            title = f"{self._ended} of {len(self._numbers)} done, {len(running)} running"
-            self._live.update(rich_table(["", "run", "state", "step", "accuracy", ""], rows, cut=1, title=title))
-        elif now - self._printed >= _PLAIN_EVERY_SECONDS:
-            self._printed = now
-            for one in running:
-                self._print(f"{self._number(one)} " + "  ".join(filter(None, self._progress(one))))
+            headline = f"{self._ended} of {len(self._numbers)} done, {len(running)} running"
+            table = plain_table(["", "state", "step", "accuracy", "", "run"], rows)
+            self._live.update(live_table(headline, table))
+            return
+        for number, *progress, _ in rows:
+            self._print(f"{number} " + "  ".join(filter(None, progress)))
 
     def stopping(self, running: int) -> None:
         what = "this step" if running == 1 else f"the current step of {running} runs"
         self._print(f"\nstopping after {what}; Ctrl-C again stops at once")
+
+    def stopped(self, runs: str) -> None:
+        self.close()
+        self._print(f"stopped; the same command resumes {runs}")
 
     def close(self) -> None:
         if self._live:
             self._live.stop()
             self._live = None
 
-    def _number(self, started: Started) -> str:
-        return self._numbers[started.run.folder.name]
-
-    def _progress(self, started: Started) -> list[str]:
-        """Return state, step, accuracy and remaining time; empty strings if unknown."""
-        folder = started.run.folder
+    def _progress(self, run: PlannedRun) -> list[str]:
+        """Return number, state, step, accuracy, remaining time and label; empty strings if unknown."""
+        folder = run.folder
         status = folder.read_status()
         step, steps = status.get("step") or 0, status.get("steps") or 0
         began, first = self._began.setdefault(folder.name, (time.monotonic(), step))
         accuracy = newest(folder.metrics, "test/accuracy", "train/accuracy")
-        taken = time.monotonic() - began
+        left = (time.monotonic() - began) / (step - first) * (steps - step) if step > first else 0
         return [
+            self._numbers[folder.name],
             str(status.get("state")),
             f"step {step:,} of {steps:,}" if steps else "",
             f"{100 * accuracy:.2f} %" if accuracy is not None else "",
-            _duration(taken / (step - first) * (steps - step)) + " left" if step > first else "",
+            f"{timedelta(seconds=round(left))} left" if step > first else "",
+            run.label or folder.name,
         ]
 
     def _print(self, line: str, *, error: bool = False) -> None:
@@ -121,12 +119,3 @@ class PlanView:
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    """Return a length of time in two units: ``"3 h 05 min"``, ``"4 min 10 s"``, ``"12 s"``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -21,11 +21,7 @@ def start_worker(
 ) -> subprocess.Popen[bytes]:
     """Start the child in a session of its own; its standard error goes to the run's log.
 
-    Args:
-        torchrun: arguments of ``python`` before the worker's; empty for a single worker.
-        environment: variables beside those of this process.
-        before_exec: called in the child first.
-        stdout: as for ``subprocess``.
+    ``torchrun`` has the arguments of ``python`` before the worker's, and is empty for a single worker.
     """
     with folder.log.open("ab") as log:
         return subprocess.Popen(

@@ -65,16 +65,14 @@ def _is_here(folder: RunFolder, status: dict[str, Any]) -> bool:
 
 def _wait(folders: list[RunFolder], jobs: dict[RunFolder, str]) -> list[RunFolder]:
     """Wait until the runs' locks are free and their jobs have ended. Return the runs for which the time is up."""
-
-    def running() -> list[RunFolder]:
-        states = slurm_states(jobs.values())
-        ended = {folder for folder, job in jobs.items() if job not in states or states[job].ended}
-        return [folder for folder in folders if folder.is_held() or (folder in jobs and folder not in ended)]
-
     until = time.monotonic() + _PATIENCE_SECONDS
-    while (left := running()) and time.monotonic() < until:
+    while True:
+        states = slurm_states(jobs.values())
+        in_slurm = [folder for folder, job in jobs.items() if job in states and not states[job].ended]
+        left = [folder for folder in folders if folder.is_held() or folder in in_slurm]
+        if not left or time.monotonic() >= until:
+            return left
         time.sleep(_ASK_SLURM_SECONDS if jobs else _POLL_SECONDS)
-    return left
 
 
 def _outcome(folder: RunFolder, *, is_running: bool) -> str:

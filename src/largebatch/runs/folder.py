@@ -48,6 +48,8 @@ class RunFolder:
         self.images = self.path / "images.png"
         self.profile = self.path / "profile"
         self.log = self.path / "log.txt"
+        self.slurm = self.path.parent / ".slurm"  # SLURM's logs and submitit's files of all runs
+        self.code = self.path.parent / ".code"  # copies of the package for queued jobs
 
     @property
     def name(self) -> str:
@@ -135,8 +137,7 @@ def read_tail(path: Path, most: int) -> list[str]:
     """Return the complete lines in the last ``most`` bytes of a file; an empty list if there is no file."""
     try:
         with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            start = max(file.tell() - most, 0)
+            start = max(file.seek(0, os.SEEK_END) - most, 0)
             file.seek(start)
             lines = file.read().split(b"\n")[:-1]  # the text after the last newline is an unfinished line
     except FileNotFoundError:

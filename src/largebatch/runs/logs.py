@@ -13,7 +13,7 @@ _POLL_SECONDS = 0.5
 _STATE_SECONDS = 5.0  # between looks at the run's state, which may ask SLURM
 
 
-def show_log(folder: RunFolder, lines: int | None, *, follow: bool) -> None:
+def show_log(folder: RunFolder, lines: int | None, follow: bool) -> None:
     """Print a run's log, or SLURM's logs of its job if the run's own log is empty.
 
     Args:
@@ -37,14 +37,9 @@ def show_log(folder: RunFolder, lines: int | None, *, follow: bool) -> None:
 
 def _logs(folder: RunFolder) -> list[Path]:
     """Return the run's own log, or else SLURM's logs, which hold failures from before the run started."""
-    candidates = [folder.log]
-    if not _has_text(folder.log) and (job := folder.read_status().get("job_id")):
-        candidates = sorted((folder.path.parent / ".slurm").glob(f"{job}_*_log.*"))
-    return [path for path in candidates if _has_text(path)]
-
-
-def _has_text(path: Path) -> bool:
-    return path.exists() and path.stat().st_size > 0
+    of_job = sorted(folder.slurm.glob(f"{folder.read_status().get('job_id')}_*_log.*"))
+    with_text = [path for path in (folder.log, *of_job) if path.exists() and path.stat().st_size > 0]
+    return [folder.log] if folder.log in with_text else with_text
 
 
 def _follow(folder: RunFolder, position: int) -> None:

@@ -30,16 +30,9 @@ def git_state() -> dict[str, Any]:
     return {"git_commit": commit, "git_dirty": bool(_git("status", "--porcelain", ".")) if commit else None}
 
 
-def copy_of_code(folder: Path) -> Path:
-    """Return ``folder/HASH``, the copy's path, for PYTHONPATH.
-
-    HASH is sixteen hex digits over the names and contents of all files, so that the same code has one copy.
-    """
-    return folder / _hash_of_code()
-
-
 @functools.cache
-def _hash_of_code() -> str:
+def code_hash() -> str:
+    """Return sixteen hex digits over the names and contents of all files, the name of their one copy."""
     digest = hashlib.sha256()
     for path in sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
         content = path.read_bytes()
@@ -48,8 +41,8 @@ def _hash_of_code() -> str:
 
 
 def copy_code(folder: Path) -> Path:
-    """Copy the package's files to ``copy_of_code(folder)``, if that doesn't exist."""
-    copy = copy_of_code(folder)
+    """Copy the package's files to ``folder/HASH``, for PYTHONPATH, if that doesn't exist."""
+    copy = folder / code_hash()
     if copy.exists():
         return copy
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,9 @@ from largebatch.errors import UserError
 from largebatch.runs.folder import DONE, RESUMES, RunFolder, read_tail
 from largebatch.runs.metrics import newest
 from largebatch.runs.slurm_queue import Job, jobs_of
-from largebatch.runs.text_table import Cells, print_table
+from largebatch.runs.text_table import plain_table
 
 Row = dict[str, Any]
-Columns = dict[str, str]  # from a row's keys to headings
 _STARTING_SECONDS = 120.0  # a worker on this machine has written its status by then
 
 
@@ -144,12 +143,9 @@ def counted(rows: Iterable[Row]) -> str:
     return ", ".join(f"{number} {state}" for state, number in Counter(str(row["state"]) for row in rows).items())
 
 
-def print_rows(rows: Iterable[Row], columns: Columns) -> None:
-    print_table(list(columns.values()), table_cells(rows, columns))
-
-
-def table_cells(rows: Iterable[Row], columns: Columns) -> list[Cells]:
-    return [[_cell(key, row.get(key)) for key in columns] for row in rows]
+def table_of(rows: Iterable[Row], columns: dict[str, str]) -> str:
+    """Return a table as text. ``columns`` maps a row's keys to headings."""
+    return plain_table(list(columns.values()), [[_cell(key, row.get(key)) for key in columns] for row in rows])
 
 
 def _cell(key: str, value: Any) -> str:

@@ -6,17 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from largebatch.errors import UserError
-from largebatch.runs.folder import RunFolder
-from largebatch.runs.table import Columns, Row, counted, print_rows, run_rows, table_cells
-from largebatch.runs.text_table import rich_table
+from largebatch.runs.folder import DONE, RunFolder
+from largebatch.runs.table import Row, counted, run_rows, table_of
+from largebatch.runs.text_table import live_table, print_table
 
-if TYPE_CHECKING:
-    from rich.console import Group
-
-OPEN = ("queued", "running")  # states that change without the user
 _LOOK_SECONDS = 2.0
 _COLUMNS = {
     "run": "run", "state": "state", "step": "step", "steps": "of", "test/accuracy": "test", "job": "job",
@@ -30,7 +25,7 @@ def show_status(folders: Sequence[RunFolder], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        print_rows(*_table(rows))
+        print_table(_table(rows))
         print(f"\n{_headline(rows)}")
     else:
         print("no runs")
@@ -45,13 +40,15 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
     if sys.stdout.isatty():
         from rich.live import Live
 
+        order = {"running": 0, "queued": 1}  # such runs come first; rich shows as many rows as fit
         with Live(screen=True, auto_refresh=False) as live:
-            for rows in looks(lambda: _rows(find()), _LOOK_SECONDS):
-                live.update(_screen(rows), refresh=True)
+            for rows in _looks(find):
+                table = _table(sorted(rows, key=lambda row: order.get(row["state"], 2)))
+                live.update(live_table(_headline(rows), table), refresh=True)
         show_status(find(), as_json=False)
         return
     states: dict[str, str] = {}
-    for rows in looks(lambda: _rows(find()), _LOOK_SECONDS):
+    for rows in _looks(find):
         for row in rows:
             if states.get(row["run"]) != row["state"]:
                 states[row["run"]] = row["state"]
@@ -59,24 +56,14 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
     print(_headline(rows), flush=True)
 
 
-def looks(look: Callable[[], list[Row]], seconds: float) -> Iterator[list[Row]]:
-    """Yield the rows that ``look`` returns, every ``seconds`` until no run is queued or running."""
+def _looks(find: Callable[[], Sequence[RunFolder]]) -> Iterator[list[Row]]:
+    """Yield the rows of the runs again and again until no run is queued or running."""
     while True:
-        rows = look()
+        rows = _rows(find())
         yield rows
-        if not any(row["state"] in OPEN for row in rows):
+        if not any(row["state"] in ("queued", "running") for row in rows):
             return
-        time.sleep(seconds)
-
-
-def _screen(rows: list[Row]) -> Group:
-    """Return the table with running runs first; rich shows as many rows as fit."""
-    from rich.console import Group
-    from rich.text import Text
-
-    order = {"running": 0, "queued": 1}
-    ordered, columns = _table(sorted(rows, key=lambda row: order.get(row["state"], 2)))
-    return Group(Text(_headline(rows)), "", rich_table(list(columns.values()), table_cells(ordered, columns)))
+        time.sleep(_LOOK_SECONDS)
 
 
 def _rows(folders: Sequence[RunFolder]) -> list[Row]:
@@ -91,18 +78,16 @@ def _headline(rows: list[Row]) -> str:
     return f"{len(rows)} run(s): {counted(rows)}"
 
 
-def _table(rows: list[Row]) -> tuple[list[Row], Columns]:
-    """Return rows and columns, without SLURM's columns if no run has a job."""
+def _table(rows: list[Row]) -> str:
+    """Return the table of the runs, without SLURM's columns if no run has a job."""
     columns = {
         key: heading
         for key, heading in _COLUMNS.items()
         if key not in ("job", "node") or any(row.get(key) is not None for row in rows)
     }
-    return [row | {"news": _news(row)} for row in rows], columns
+    return table_of([row | {"news": _news(row)} for row in rows], columns)
 
 
 def _news(row: Row) -> str:
     """Return the reason for a run's state, or else the last line of its log if it has no outcome."""
-    if row["message"] or row["state"] in ("finished", "diverged"):
-        return str(row["message"])
-    return str(row.get("log") or "")
+    return str(row["message"] if row["message"] or row["state"] in DONE else row["log"])
