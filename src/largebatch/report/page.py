@@ -93,7 +93,7 @@ def _section(
             figures.accuracy_by_batch(comparison, style),
             figures.training_curves(comparison, histories, style, points),
         ],
-        "Settings tried": [*maps.lr_maps(comparison), *maps.lambda_maps(comparison)],
+        "Settings tried": [*maps.setting_maps(comparison)],
         "Speed": [
             figures.steps_to_target(comparison, reached, goal, style),
             figures.speed_by_batch(comparison, style),

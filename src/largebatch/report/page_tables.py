@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from largebatch.report.chart import Styles
-from largebatch.report.compare import BY_VALIDATION, Comparison, Place, differing, value_order
+from largebatch.report.compare import BY_VALIDATION, Comparison, Place, differing, distinct
 from largebatch.report.curves import Reached
 from largebatch.report.load import Run
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, plural, row_label, short, states, value
@@ -80,8 +80,7 @@ def keys_table(comparison: Comparison) -> list[list[str]]:
     runs_of = [[run for cell in comparison.row(row) for run in cell.runs] for row in comparison.rows]
     found = []
     for key in differing(comparison.runs):
-        values = [sorted({run.options.get(key) for run in runs}, key=value_order) for runs in runs_of]
-        found.append([key, *(", ".join(map(value, of_row)) for of_row in values)])
+        found.append([key, *(", ".join(map(value, distinct(runs, key))) for runs in runs_of)])
     return found
 
 
