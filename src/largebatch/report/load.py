@@ -14,7 +14,9 @@ import pyarrow.compute
 import pyarrow.parquet
 import yaml
 
+from largebatch.config.datasets import DATASETS
 from largebatch.config.identity import decisive
+from largebatch.config.modes import MODES
 from largebatch.runs.folder import DONE, STATES, RunFolder
 from largebatch.runs.metrics import Row, read_rows
 
@@ -129,6 +131,8 @@ def _load(folder: RunFolder) -> Run:
             value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise _Broken(f"config.yaml has no valid {key} ({value!r})")
+    if config["dataset"]["name"] not in DATASETS or config["mode"]["name"] not in MODES:
+        raise _Broken("config.yaml has an unknown data set or mode")
     if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:
         raise _Broken("config.yaml has an invalid batch size or learning rate")
     status = _attempt(folder.status, _read_tree)
