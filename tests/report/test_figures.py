@@ -12,7 +12,7 @@ from largebatch.report.compare import compare
 from largebatch.report.figures import accuracy_by_batch, training_curves
 from largebatch.report.layer_figures import Diagnosed, in_budget, layer_lines, layer_map, middle_layer
 from largebatch.report.load import Layers
-from largebatch.report.maps import lambda_maps, lr_maps
+from largebatch.report.maps import setting_maps
 
 
 def at(trace: Any, x: str, y: str, what: str = "z") -> Any:
@@ -27,7 +27,7 @@ def test_a_learning_rate_map_shows_mean_validation_accuracy_and_grey_divergence(
         made(lr=10.0, batch=1024, seed=0, val=0.7), made(lr=10.0, batch=1024, seed=1, val=0.7, state="diverged"),
     ]  # fmt: skip
     runs.append(made(lr=50.0, state="running"))  # no outcome, so not in the map
-    (chart,) = lr_maps(compare(runs)[0])
+    (chart,) = setting_maps(compare(runs)[0])
     accuracy, diverged = chart.figure.data
     assert at(accuracy, "128", "2") == 85.0
     assert at(accuracy, "1,024", "10") == 70.0
@@ -39,7 +39,7 @@ def test_a_learning_rate_map_shows_mean_validation_accuracy_and_grey_divergence(
 
 
 def test_a_single_learning_rate_has_no_map() -> None:
-    assert lr_maps(compare(seeds("lars", 0.5, 0.6))[0]) == []
+    assert setting_maps(compare(seeds("lars", 0.5, 0.6))[0]) == []
 
 
 def test_several_lambdas_have_a_map() -> None:
@@ -48,7 +48,7 @@ def test_several_lambdas_have_a_map() -> None:
         for lr in (1.0, 2.0) for lmbda in (1e-4, 1e-3) for batch in (128, 1024)
     ]  # fmt: skip
     comparison = compare([*runs, made("lars", lr=1.0, val=0.5)])[0]
-    (chart,) = lambda_maps(comparison)
+    (_, chart) = setting_maps(comparison)
     assert [option for option, _ in chart.switches[0].options] == ["1024", "128"]
     assert [trace.visible for trace in chart.figure.data] == [False, True]
     assert at(chart.figure.data[0], "0.001", "2") == 30.0  # 2 / 10 + 100 * 0.001

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
@@ -27,8 +27,7 @@ _MORE_SYMBOLS = ("x", "star", "cross", "pentagon", "hourglass", "bowtie")
 _DECADES = 4  # a logarithmic axis over fewer decades has room for ticks between the powers of ten
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     colour: str
     dash: str
     symbol: str
@@ -137,11 +136,6 @@ def batch_switch(sizes: Iterable[int]) -> Switch:
     return Switch("batch", "batch size", [(f"{size}", f"{size:,}") for size in sorted(set(sizes), reverse=True)])
 
 
-def aside(batch: int, index: int, count: int) -> float:
-    """Shift ``batch`` to the side for row ``index`` of ``count``, so that the rows' marks don't hide each other."""
-    return rounded(batch * 2 ** (0.05 * (index - (count - 1) / 2)))
-
-
 def rounded(value: float, digits: int = 4) -> float:
     """Round to significant digits. A chart shows no more, and more would make the page large."""
     return float(f"{value:.{digits}g}")
@@ -150,8 +144,3 @@ def rounded(value: float, digits: int = 4) -> float:
 def safe(text: str) -> str:
     """Escape text from run folders: Plotly draws tags in its texts."""
     return html.escape(text, quote=False)
-
-
-def see_through(colour: str, opacity: float) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity})"

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schedules import SCHEDULES
@@ -23,8 +23,7 @@ BY_TEST = "test/accuracy"
 REPORTED = {BY_VALIDATION: "best/test/accuracy", BY_TEST: "test/accuracy"}
 
 
-@dataclass(frozen=True, order=True)
-class RowKey:
+class RowKey(NamedTuple):
     """Key of a table row: optimizer, schedule (with or without warm-up) and the values of the ``--by`` keys."""
 
     optimizer: str
@@ -40,7 +39,7 @@ class Setting:
     """Runs that differ only in their seed."""
 
     options: dict[str, Any]  # by dotted key, without the seed
-    runs: tuple[Run, ...]  # by seed
+    runs: list[Run]  # by seed
 
     @cached_property
     def finished(self) -> list[Run]:
@@ -84,6 +83,12 @@ class Cell:
     spread: float | None
 
     @property
+    def range(self) -> tuple[float, float]:
+        """Mean - spread and mean + spread. Infinite with fewer than two seeds."""
+        spread = math.inf if self.spread is None else self.spread
+        return (self.mean or 0) - spread, (self.mean or 0) + spread
+
+    @property
     def runs(self) -> list[Run]:
         return [run for setting in self.settings for run in setting.runs]
 
@@ -107,13 +112,12 @@ class Cell:
         return self.chosen.finished if self.chosen else next((s.diverged for s in self.settings if s.diverged), [])
 
 
-@dataclass(frozen=True)
-class Lead:
+class Lead(NamedTuple):
     """Result of a column.
 
     Attributes:
-        best: the cell with the highest mean. None if no run finished.
-        runner_up: the cell with the second highest mean.
+        best: cell with the highest mean. None if no run finished.
+        runner_up: cell with the second highest mean.
         clear: True if ``best`` leads by more than the spread. The table shows it in bold.
     """
 
@@ -134,7 +138,7 @@ class Comparison:
     columns: tuple[int, ...]  # batch sizes, ascending
     cells: dict[Place, Cell]  # in the order of rows, then columns
     leads: tuple[Lead, ...]  # one for each column
-    runs: tuple[Run, ...]
+    runs: list[Run]
 
     def row(self, row: RowKey) -> list[Cell]:
         return [cell for cell in self.cells.values() if cell.row == row]
@@ -165,33 +169,27 @@ def compare(runs: Iterable[Run], by: Sequence[str] = ()) -> list[Comparison]:
     """
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((dataset_of(run), run.config["model"]["name"], run.config["mode"]["name"]), []).append(run)
+        dataset = run.config["dataset"]
+        name = f"{dataset['name']} {dataset.get('root')}" if dataset["name"] == "imagefolder" else dataset["name"]
+        groups.setdefault((name, run.config["model"]["name"], run.config["mode"]["name"]), []).append(run)
     return [_comparison(key, groups[key], by) for key in sorted(groups)]
-
-
-def dataset_of(run: Run) -> str:
-    dataset = run.config["dataset"]
-    return f"{dataset['name']} {dataset.get('root')}" if dataset["name"] == "imagefolder" else str(dataset["name"])
 
 
 def _comparison(key: tuple[str, str, str], runs: list[Run], by: Sequence[str]) -> Comparison:
     tried: dict[Place, list[Run]] = {}
     for run in runs:
-        tried.setdefault((row_of(run, by), run.config["batch_size"]), []).append(run)
-    rows = tuple(sorted({row for row, _ in tried}, key=row_order))
+        extra = tuple((name, str(run.given.get(name, "none"))) for name in by)
+        row = RowKey(run.config["optimizer"]["name"], run.config["schedule"]["name"], extra)
+        tried.setdefault((row, run.config["batch_size"]), []).append(run)
+    rows = tuple(sorted({row for row, _ in tried}, key=_row_order))
     columns = tuple(sorted({batch for _, batch in tried}))
     places = [(row, batch) for row in rows for batch in columns if (row, batch) in tried]
     cells = {place: choose(*place, settings_of(tried[place])) for place in places}
     leads = tuple(lead(batch, [cell for cell in cells.values() if cell.batch_size == batch]) for batch in columns)
-    return Comparison(*key, rows, columns, cells, leads, tuple(runs))
+    return Comparison(*key, rows, columns, cells, leads, runs)
 
 
-def row_of(run: Run, by: Sequence[str] = ()) -> RowKey:
-    extra = tuple((key, str(run.given.get(key, "none"))) for key in by)
-    return RowKey(run.config["optimizer"]["name"], run.config["schedule"]["name"], extra)
-
-
-def row_order(row: RowKey) -> tuple[int, int, RowKey]:
+def _row_order(row: RowKey) -> tuple[int, int, RowKey]:
     """Sort key: known optimizers first, in the order of ``OPTIMIZERS``; no warm-up before warm-up."""
     optimizer = (*OPTIMIZERS, row.optimizer).index(row.optimizer)
     return optimizer, (*SCHEDULES, row.schedule).index(row.schedule), row
@@ -199,15 +197,11 @@ def row_order(row: RowKey) -> tuple[int, int, RowKey]:
 
 def settings_of(runs: Iterable[Run]) -> tuple[Setting, ...]:
     """Group runs by all options but the seed. Settings are ordered by learning rate, then by their other options."""
-    groups: dict[str, list[Run]] = {}
+    found: dict[str, Setting] = {}
     for run in sorted(runs, key=lambda run: run.config["seed"]):
-        groups.setdefault(json.dumps(_without_seed(run), sort_keys=True, default=str), []).append(run)
-    found = [Setting(_without_seed(of_setting[0]), tuple(of_setting)) for of_setting in groups.values()]
-    return tuple(sorted(found, key=lambda s: (s.options["optimizer.lr"], json.dumps(s.options, default=str))))
-
-
-def _without_seed(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run.options.items() if key != "seed"}
+        options = {key: value for key, value in run.options.items() if key != "seed"}
+        found.setdefault(json.dumps(options, sort_keys=True, default=str), Setting(options, [])).runs.append(run)
+    return tuple(sorted(found.values(), key=lambda s: (s.options["optimizer.lr"], json.dumps(s.options, default=str))))
 
 
 def choose(row: RowKey, batch_size: int, settings: tuple[Setting, ...]) -> Cell:
@@ -241,38 +235,27 @@ def lead(batch_size: int, cells: Sequence[Cell]) -> Lead:
     cells needs at least two seeds, and at least two cells must have finished. A cell whose chosen setting has a
     diverged seed never leads clearly, because its mean leaves that seed out.
     """
-    finished = sorted((cell for cell in cells if cell.mean is not None), key=lambda cell: -_mean(cell))
-    if not finished:
-        return Lead(batch_size, None, None, clear=False)
-    best, others = finished[0], finished[1:]
+    finished = sorted((cell for cell in cells if cell.mean is not None), key=lambda cell: -(cell.mean or 0))
+    best, runner_up = [*finished, None, None][:2]
     clear = (
-        bool(others)
+        best is not None
         and best.chosen is not None
         and not best.chosen.diverged
-        and all(_above(best, other) for other in others)
+        and runner_up is not None
+        # Ranges that touch have no gap; 1e-9 absorbs rounding.
+        and best.range[0] - max(other.range[1] for other in finished[1:]) > 1e-9
     )
-    return Lead(batch_size, best, others[0] if others else None, clear)
-
-
-def _above(cell: Cell, other: Cell) -> bool:
-    if cell.spread is None or other.spread is None:
-        return False
-    gap = (_mean(cell) - cell.spread) - (_mean(other) + other.spread)
-    return gap > 1e-9  # ranges that touch have no gap; 1e-9 absorbs rounding
-
-
-def _mean(cell: Cell) -> float:
-    return -math.inf if cell.mean is None else cell.mean
+    return Lead(batch_size, best, runner_up, clear)
 
 
 def differing(runs: Iterable[Run]) -> dict[str, list[Any]]:
     """Return the configuration keys that differ between runs, with their values. None: a run doesn't set the key."""
-    options = [run.options for run in runs]
-    keys = sorted({key for of_run in options for key in of_run})
-    values = {key: sorted({of_run.get(key) for of_run in options}, key=value_order) for key in keys}
-    return {key: of_key for key, of_key in values.items() if len(of_key) > 1}
+    runs = list(runs)
+    keys = sorted({key for run in runs for key in run.options})
+    return {key: values for key in keys if len(values := distinct(runs, key)) > 1}
 
 
-def value_order(value: Any) -> tuple[bool, bool, Any]:
-    """Sort key: None first, then numbers by size, then text."""
-    return value is not None, isinstance(value, str), value
+def distinct(items: Iterable[Run | Setting], key: str) -> list[Any]:
+    """Return the different values of a configuration key: None first, then numbers by size, then text."""
+    values = {item.options.get(key) for item in items}
+    return sorted(values, key=lambda value: (value is not None, isinstance(value, str), value))

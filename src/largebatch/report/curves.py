@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from largebatch.config.modes import MODES, ModeConfig
+from largebatch.config.modes import MODES
 from largebatch.report.compare import Cell, Comparison
 from largebatch.report.load import Problem, number, read_history, thinned
 from largebatch.runs.metrics import Row
@@ -26,8 +25,7 @@ class Progress(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """Mean of a metric over a cell's runs, at each step that all of them logged.
 
     Attributes:
@@ -40,8 +38,7 @@ class Curve:
     spread: list[float] | None
 
 
-@dataclass(frozen=True)
-class Reached:
+class Reached(NamedTuple):
     """Training that a cell's runs needed to reach a target.
 
     Attributes:
@@ -90,7 +87,7 @@ def _points(rows: Iterable[Row], metric: str) -> dict[float, tuple[float, Progre
 
 def progress_metric(comparison: Comparison, histories: Histories) -> str:
     """Return the accuracy that the main training improves: on validation images if all runs have them."""
-    name = MODES.get(comparison.mode, ModeConfig).progress
+    name = MODES[comparison.mode].progress
     evaluated = [rows for rows in histories.values() if any(f"test/{name}" in row for row in rows)]
     held_out = evaluated and all(any(f"val/{name}" in row for row in rows) for rows in evaluated)
     return f"{'val' if held_out else 'test'}/{name}"

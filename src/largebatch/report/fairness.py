@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-from largebatch.report.compare import BY_TEST, Cell, Comparison, RowKey, Setting, value_order
+from largebatch.report.compare import BY_TEST, Cell, Comparison, RowKey, distinct
 from largebatch.report.load import flat
 from largebatch.report.wording import batches, listed, plural, row_label, states, value
 
@@ -19,8 +18,7 @@ _PLACES = ("batch_size", "seed")
 _LENGTHS = ("epochs", "steps")
 
 
-@dataclass(frozen=True)
-class Warn:
+class Warn(NamedTuple):
     """A problem's short name, and its meaning for the reader."""
 
     title: str
@@ -58,7 +56,7 @@ def _unequal_conditions(comparison: Comparison) -> Iterator[Warn]:
     for batch in comparison.columns:
         column = comparison.column(batch)
         for key in sorted({key for cell in column for setting in cell.settings for key in setting.options}):
-            different = len({tuple(_values(cell.settings, key)) for cell in column}) > 1
+            different = len({tuple(distinct(cell.settings, key)) for cell in column}) > 1
             if different and not key.startswith(_TUNED) and key not in _PLACES:
                 found[key].append(batch)
     for key, sizes in found.items():
@@ -66,28 +64,13 @@ def _unequal_conditions(comparison: Comparison) -> Iterator[Warn]:
         for row in comparison.rows:
             settings = [s for cell in comparison.row(row) if cell.batch_size in sizes for s in cell.settings]
             if settings:
-                said.append(f"{row_label(row)}: {', '.join(map(value, _values(settings, key)))}")
+                said.append(f"{row_label(row)}: {', '.join(map(value, distinct(settings, key)))}")
         name = "Training of different length" if key in _LENGTHS else "Different conditions"
         yield Warn(
             f"{name} ({key})",
             f"At batch {batches(sizes)}, {key} differs between optimizers ({'; '.join(said)}). "
             f"A difference in accuracy may come from {key} and not from the optimizer.",
         )
-
-
-def _values(settings: Iterable[Setting], key: str) -> list[Any]:
-    return sorted({setting.options.get(key) for setting in settings}, key=value_order)
-
-
-def _unequal_lengths(comparison: Comparison) -> Iterator[Warn]:
-    for key in _LENGTHS:
-        cells = [cell for cell in comparison.shown if len(_values(cell.settings, key)) > 1]
-        if cells:
-            yield Warn(
-                f"Settings of different length ({key})",
-                f"For {_names(comparison, cells)}, some settings trained longer than others. "
-                "Longer training mostly wins.",
-            )
 
 
 def _unequal_trials(comparison: Comparison) -> Iterator[Warn]:
@@ -206,7 +189,14 @@ _CHECKS: tuple[Check, ...] = (
         lambda cell: cell.chosen is not None and cell.chosen_by == BY_TEST and cell.trials > 1,
     ),
     _unequal_conditions,
-    _unequal_lengths,
+    *(
+        _cells(
+            f"Settings of different length ({key})",
+            "For {}, some settings trained longer than others. Longer training mostly wins.",
+            lambda cell, key=key: len(distinct(cell.settings, key)) > 1,  # type: ignore[misc]
+        )
+        for key in _LENGTHS
+    ),
     _unequal_trials,
     _cells(
         "One seed only",

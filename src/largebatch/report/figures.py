@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import plotly.graph_objects as go
+from plotly.colors import hex_to_rgb
 
 from largebatch.report.chart import (
     Chart,
     Style,
     Styles,
     Switch,
-    aside,
     batch_axis,
     batch_switch,
     layout,
@@ -21,7 +20,6 @@ from largebatch.report.chart import (
     log_axis,
     rounded,
     safe,
-    see_through,
 )
 from largebatch.report.compare import Cell, Comparison, Place, RowKey
 from largebatch.report.curves import Curve, Histories, Reached, curve
@@ -104,12 +102,13 @@ def _by_batch(
     """Draw a line over batch sizes for each row, through the cells' points that aren't None."""
     figure = go.Figure()
     for index, row in enumerate(comparison.rows):
+        aside = 2 ** (0.05 * (index - (len(comparison.rows) - 1) / 2))  # keeps marks from hiding each other
         points = [(cell, found) for cell in comparison.row(row) if (found := point(cell)) is not None]
         if not points:
             continue
         bars = [found[1] for _, found in points]
         figure.add_scatter(
-            x=[aside(cell.batch_size, index, len(comparison.rows)) for cell, _ in points],
+            x=[rounded(cell.batch_size * aside) for cell, _ in points],
             y=[rounded(found[0], 6) for _, found in points],
             error_y=None if all(bar is None for bar in bars) else {
                 "type": "data", "array": [rounded(bar or 0, 3) for bar in bars], "thickness": 1.5, "width": 4,
@@ -184,15 +183,15 @@ def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKe
     if drawn.spread is not None and any(drawn.spread):
         pairs = list(zip(drawn.mean, drawn.spread, strict=True))
         edge = [mean + spread for mean, spread in pairs] + [mean - spread for mean, spread in reversed(pairs)]
+        red, green, blue = hex_to_rgb(style.colour)
         around = {name: values + values[::-1] for name, values in x.items()}
         figure.add_scatter(
             x=around["epochs"], y=[rounded(scale * at) for at in edge], mode="lines", line={"width": 0}, fill="toself",
-            fillcolor=see_through(style.colour, 0.15), hoverinfo="skip", showlegend=False,
+            fillcolor=f"rgba({red},{green},{blue},0.15)", hoverinfo="skip", showlegend=False,
             meta={"pick": pick, "x": around}, legendgroup=row_label(row),
         )  # fmt: skip
     label = safe(row_label(row))
-    hover: dict[str, Any] = {"name": label, "hovertemplate": f"{label}: %{{y:.4g}}<extra></extra>"}
     figure.add_scatter(
         x=x["epochs"], y=[rounded(scale * at) for at in drawn.mean], meta={"pick": pick, "x": x},
-        legendgroup=row_label(row), **hover, **line(style),
+        legendgroup=row_label(row), name=label, hovertemplate=f"{label}: %{{y:.4g}}<extra></extra>", **line(style),
     )  # fmt: skip

@@ -82,6 +82,13 @@ def _thinned(layers: Layers, most_steps: int, most_layers: int) -> Layers:
     return Layers([layers.steps[i] for i in places], [layers.names[row] for row in rows], columns)
 
 
+def layer_charts(diagnosed: Sequence[Diagnosed], share: float, style: Styles) -> list[Chart]:
+    if not diagnosed:
+        return []
+    few = in_budget(diagnosed, share)
+    return [middle_layer(diagnosed, style), layer_lines(few), layer_map(few)]
+
+
 def middle_layer(diagnosed: Sequence[Diagnosed], style: Styles) -> Chart:
     """Draw the median over layers, a line for each optimizer."""
     figure = go.Figure()

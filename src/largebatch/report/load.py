@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import pyarrow.compute
+import pyarrow.parquet
+import yaml
+
+from largebatch.config.datasets import DATASETS
 from largebatch.config.identity import decisive
+from largebatch.config.modes import MODES
 from largebatch.runs.folder import DONE, STATES, RunFolder
 from largebatch.runs.metrics import Row, read_rows
 
 Tree = dict[str, Any]
-Read = TypeVar("Read")
+Item = TypeVar("Item")
 
 # Keys that a configuration needs to have a place in a comparison.
 _NEEDED: dict[str, type | tuple[type, ...]] = {
@@ -27,8 +34,7 @@ class _Broken(Exception):
     """A file of a run folder can't be used. The message names the file and the reason."""
 
 
-@dataclass(frozen=True, order=True)
-class Problem:
+class Problem(NamedTuple):
     """A folder, or a file of a run, that the report leaves out."""
 
     where: str  # name of the folder
@@ -99,13 +105,20 @@ def load_runs(runs_dir: Path) -> tuple[list[Run], list[Problem]]:
     Hidden folders and plain files are skipped without a problem. ``previous-N`` folders inside a run are no runs: a
     repetition moved them there.
     """
-    runs, problems = [], []
+    runs: dict[str, Run] = {}
+    problems, copies = [], []
     for path in sorted(path for path in runs_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
         try:
-            runs.append(_load(RunFolder(path)))
+            run = _load(RunFolder(path))
         except _Broken as error:
             problems.append(Problem(path.name, str(error)))
-    return _without_copies(runs, problems), problems
+            continue
+        # A copied folder would otherwise count as another seed.
+        first = runs.setdefault(json.dumps(run.options, sort_keys=True, default=str), run)
+        if first is not run:
+            what = f"the same configuration and seed as {first.name}; only {first.name} counts"
+            copies.append(Problem(run.name, what))
+    return list(runs.values()), problems + copies
 
 
 def _load(folder: RunFolder) -> Run:
@@ -118,6 +131,8 @@ def _load(folder: RunFolder) -> Run:
             value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise _Broken(f"config.yaml has no valid {key} ({value!r})")
+    if config["dataset"]["name"] not in DATASETS or config["mode"]["name"] not in MODES:
+        raise _Broken("config.yaml has an unknown data set or mode")
     if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:
         raise _Broken("config.yaml has an invalid batch size or learning rate")
     status = _attempt(folder.status, _read_tree)
@@ -125,30 +140,13 @@ def _load(folder: RunFolder) -> Run:
     if state not in STATES:
         raise _Broken(f"status.json has an unknown state ({state!r})")
     summary = _attempt(folder.summary, _read_tree) if state in DONE else {}
-    if state == "running" and not _is_held(folder):
-        state = "interrupted"
+    with contextlib.suppress(OSError):  # a read-only copy has no usable lock: trust its status
+        if state == "running" and not folder.is_held():
+            state = "interrupted"
     run = Run(folder, config, str(state), str(status.get("message") or ""), summary)
     if state == "finished" and run.metric("test/accuracy") is None:
         raise _Broken("summary.json has no test/accuracy, although the run finished")
     return run
-
-
-def _is_held(folder: RunFolder) -> bool:
-    try:
-        return folder.is_held()
-    except OSError:  # a read-only copy has no usable lock: trust its status
-        return True
-
-
-def _without_copies(runs: list[Run], problems: list[Problem]) -> list[Run]:
-    """Keep one run for each configuration. A copied folder would otherwise count as another seed."""
-    known: dict[str, Run] = {}
-    for run in runs:
-        first = known.setdefault(json.dumps(run.options, sort_keys=True, default=str), run)
-        if first is not run:
-            what = f"the same configuration and seed as {first.name}; only {first.name} counts"
-            problems.append(Problem(run.name, what))
-    return list(known.values())
 
 
 def read_history(run: Run, problems: list[Problem]) -> list[Row]:
@@ -161,8 +159,7 @@ def read_history(run: Run, problems: list[Problem]) -> list[Row]:
     return [row for row in rows if isinstance(row, dict) and number(row.get("step")) is not None]
 
 
-@dataclass(frozen=True)
-class Layers:
+class Layers(NamedTuple):
     """Norms and trust ratios of a run's layers.
 
     Attributes:
@@ -191,26 +188,18 @@ def read_layers(run: Run, most_steps: int, problems: list[Problem]) -> Layers | 
 
 
 def _layers(path: Path, most_steps: int) -> Layers | None:
-    import pyarrow
-    import pyarrow.compute
-    import pyarrow.parquet
-
     columns = ("weight_norm", "gradient_norm", "trust_ratio")
     table = pyarrow.parquet.read_table(path, columns=["step", "layer", *columns])
-    steps = thinned(sorted(pyarrow.compute.unique(table["step"]).to_pylist()), most_steps)
-    table = table.filter(pyarrow.compute.is_in(table["step"], pyarrow.array(steps)))
-    if not steps or not table.num_rows:
+    steps = thinned(sorted(table["step"].unique().to_pylist()), most_steps)
+    if not steps:
         return None
-    rows = table.to_pydict()
+    rows = table.filter(pyarrow.compute.field("step").isin(steps)).to_pydict()
     names = list(dict.fromkeys(rows["layer"]))
     values: dict[str, list[list[float | None]]] = {}
     for column in columns:
         at = {(n, s): number(v) for n, s, v in zip(rows["layer"], rows["step"], rows[column], strict=True)}
         values[column] = [[at.get((name, step)) for step in steps] for name in names]
     return Layers(steps, names, values)
-
-
-Item = TypeVar("Item")
 
 
 def thinned(items: list[Item], most: int) -> list[Item]:
@@ -220,19 +209,14 @@ def thinned(items: list[Item], most: int) -> list[Item]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _attempt(path: Path, read: Callable[[Path], Read]) -> Read:
+def _attempt(path: Path, read: Callable[[Path], Item]) -> Item:
     """Return the result of ``read``.
 
     Raises:
         _Broken: for any error in the file's content, so that a bad file doesn't stop the report.
     """
-    import pyarrow
-    import yaml
-
     try:
         return read(path)
-    except _Broken:
-        raise
     except FileNotFoundError:
         raise _Broken(f"{path.name} is missing") from None
     except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError, pyarrow.ArrowException) as error:
@@ -241,8 +225,6 @@ def _attempt(path: Path, read: Callable[[Path], Read]) -> Read:
 
 
 def _read_tree(path: Path) -> Tree:
-    import yaml
-
     text = path.read_text(encoding="utf-8")
     # config.yaml has no interpolations, so plain YAML is enough; OmegaConf with the schema takes 30 times as long.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from largebatch.report import figures, layer_figures, maps, page_tables
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from largebatch.report import figures
 from largebatch.report.chart import Chart, Styles, styles
-from largebatch.report.compare import Comparison
-from largebatch.report.curves import MOST_POINTS, Histories, default_target, progress_metric, reach, read_histories
+from largebatch.report.compare import BY_VALIDATION, Comparison, Place, differing, distinct
+from largebatch.report.curves import (
+    MOST_POINTS,
+    Histories,
+    Reached,
+    default_target,
+    progress_metric,
+    reach,
+    read_histories,
+)
 from largebatch.report.fairness import warnings
-from largebatch.report.layer_figures import Diagnosed
+from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagnosed
 from largebatch.report.load import Problem, Run
-from largebatch.report.wording import answer, row_label, title
+from largebatch.report.maps import setting_maps
+from largebatch.report.wording import (
+    answer,
+    cell_accuracy,
+    cell_counts,
+    decimals,
+    plural,
+    row_label,
+    short,
+    states,
+    title,
+    value,
+)
 
 # Points of all curves on the page, counted by cell. With all metrics, bands and axes a point takes about 600 bytes.
 _BUDGET = 3_500
@@ -31,13 +57,9 @@ def page(
         problems: what is left out so far. Unreadable metrics and layers are added.
         target: accuracy in 0..1. The page counts the steps to it. None: a target for each comparison.
     """
-    from jinja2 import Environment, FileSystemLoader
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     style = styles(comparisons)
     histories = [read_histories(comparison, problems) for comparison in comparisons]
-    diagnosed = [layer_figures.read_diagnosed(comparison, problems) for comparison in comparisons]
+    diagnosed = [read_diagnosed(comparison, problems) for comparison in comparisons]
     cells = sum(len(comparison.shown) for comparison in comparisons)
     points = max(_FEWEST_POINTS, min(MOST_POINTS, _BUDGET // max(cells, 1)))
     with_layers = max(sum(map(len, diagnosed)), 1)
@@ -49,27 +71,21 @@ def page(
         key: chart.figure.to_plotly_json() | {"axes": {s.key: s.axes for s in chart.switches if s.axes}}
         for section in sections for _, charts in section["groups"] for key, chart in charts
     }  # fmt: skip
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html.j2").render(
         name=name,
         sections=sections,
-        problems=[(problem.where, problem.what) for problem in sorted(set(problems))],
-        facts=page_tables.facts(runs),
+        problems=sorted(set(problems)),
+        facts=_facts(runs),
         trouble=[
-            (run.name, run.state, run.message)
-            for run in runs
-            if run.state in ("diverged", "failed", "preempted", "interrupted")
+            (run.name, run.state, run.message) for run in runs if run.state not in ("finished", "running", "queued")
         ],
-        payload=Markup(_in_script(json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False))),
+        payload=Markup(text.replace("<", "\\u003c")),  # no string in it can end the script element
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
-
-
-def _in_script(text: str) -> str:
-    """Escape JSON for a script element, whatever its strings contain."""
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _section(
@@ -86,43 +102,149 @@ def _section(
     target = target or default_target(comparison, metric, histories)
     reached = {place: reach(cell, metric, target, histories) for place, cell in comparison.cells.items() if target}
     goal = f"{100 * target:.4g} % {figures.METRICS[metric]}" if target else ""
-    few_layers = layer_figures.in_budget(layers, share)
+    runs_of = [[run for cell in comparison.row(row) for run in cell.runs] for row in comparison.rows]
     # A new chart needs its function in a file of figures and an entry here.
     groups: dict[str, list[Chart | None]] = {
         "Accuracy and training": [
             figures.accuracy_by_batch(comparison, style),
             figures.training_curves(comparison, histories, style, points),
         ],
-        "Settings tried": [*maps.lr_maps(comparison), *maps.lambda_maps(comparison)],
+        "Settings tried": [*setting_maps(comparison)],
         "Speed": [
             figures.steps_to_target(comparison, reached, goal, style),
             figures.speed_by_batch(comparison, style),
         ],
         "Schedules and layers": [
             figures.schedules(comparison, histories, style, points),
+            *layer_charts(layers, share, style),
         ],
     }
-    if layers:
-        groups["Schedules and layers"] += [
-            layer_figures.middle_layer(layers, style),
-            layer_figures.layer_lines(few_layers),
-            layer_figures.layer_map(few_layers),
-        ]
     return {
         "anchor": anchor,
         "title": title(comparison),
         "answer": answer(comparison),
         "warnings": warnings(comparison),
         "columns": [f"batch {batch:,}" for batch in comparison.columns],
-        "rows": page_tables.comparison_table(comparison, style),
-        "caption": page_tables.caption(comparison),
+        "rows": _table(comparison, style),
+        "caption": _caption(comparison),
         "groups": [
             (name, [(f"{anchor}-{i}-{j}", chart) for j, chart in enumerate(filter(None, charts))])
             for i, (name, charts) in enumerate(groups.items())
         ],
         "goal": goal,
-        "reached": page_tables.reached_table(comparison, reached),
+        "reached": _reached_table(comparison, reached),
         "labels": [row_label(row) for row in comparison.rows],
-        "keys": page_tables.keys_table(comparison),
-        "settings": page_tables.settings_table(comparison),
+        "keys": [
+            [key, *(", ".join(map(value, distinct(of_row, key))) for of_row in runs_of)]
+            for key in differing(comparison.runs)
+        ],
+        "settings": _settings_table(comparison),
     }
+
+
+def _table(comparison: Comparison, style: Styles) -> list[dict[str, Any]]:
+    digits = decimals(comparison)
+    rows = []
+    for row in comparison.rows:
+        # Keys that vary within a cell: choosing a setting meant choosing their values.
+        varied = sorted({key for cell in comparison.row(row) for key in differing(cell.runs)} - {"seed"})
+        cells: list[dict[str, Any]] = []
+        for batch in comparison.columns:
+            cell = comparison.cells.get((row, batch))
+            if cell is None:
+                cells.append({"accuracy": "-"})
+                continue
+            options = cell.chosen.options if cell.chosen else {}
+            cells.append({
+                "accuracy": cell_accuracy(cell, digits),
+                "bold": cell in comparison.bold,
+                "lost": cell.mean is None,
+                "setting": ", ".join(f"{short(key)} {value(options[key])}" for key in varied if key in options),
+                "counts": cell_counts(cell),
+            })  # fmt: skip
+        rows.append({"label": row_label(row), "style": style[row], "cells": cells})
+    return rows
+
+
+def _caption(comparison: Comparison) -> str:
+    by = {cell.chosen_by for cell in comparison.shown if cell.chosen}
+    text = "Test accuracy in per cent: mean ± spread. The spread is the sample standard deviation over seeds. "
+    if BY_VALIDATION in by:
+        text += (
+            "Validation chose the setting with the best mean validation accuracy, and in each run the epoch whose test "
+            "accuracy is shown. The test set chose nothing. "
+        )
+    if by - {BY_VALIDATION}:
+        text += "Without validation images, the table shows the test accuracy at the end of training. "
+    text += (
+        "Bold: the optimizer leads its column by more than the spread. Its range mean ± spread lies above the range of "
+        "every other optimizer that finished. Without bold, no optimizer leads by more than the spread."
+    )
+    images = max((run.metric("test_images") or 0 for run in comparison.runs), default=0)
+    return text + (f" Each of the {images:,.0f} test images counts {100 / images:.2g} %." if images else "")
+
+
+def _reached_table(comparison: Comparison, reached: Mapping[Place, Reached]) -> list[list[tuple[str, str]]]:
+    """Return two lines of text for each batch size of each row."""
+
+    def lines(result: Reached | None) -> tuple[str, str]:
+        if result is None or not result.runs:
+            return "-", ""
+        seeds = f"{result.reached} of {plural(result.runs, 'seed')}"
+        if result.at is None:
+            return "never", seeds
+        return f"{result.at.steps:,.0f} steps", f"{result.at.epochs:.3g} epochs, {result.at.seconds:.3g} s; {seeds}"
+
+    return [[lines(reached.get((row, batch))) for batch in comparison.columns] for row in comparison.rows]
+
+
+def _settings_table(comparison: Comparison) -> dict[str, Any]:
+    """Return a line for every setting, with the keys that differ between settings."""
+    digits = decimals(comparison)
+    keys = sorted(differing(comparison.runs).keys() - {"optimizer.name", "schedule.name", "batch_size", "seed"})
+
+    def mean(values: list[float]) -> str:
+        return f"{100 * statistics.fmean(values):.{digits}f}" if values else "-"
+
+    lines = [
+        [
+            row_label(cell.row),
+            f"{cell.batch_size:,}",
+            *(value(setting.options.get(key)) for key in keys),
+            ", ".join(str(run.config["seed"]) for run in setting.runs),
+            mean(setting.values("best/val/accuracy")),
+            mean(setting.values("test/accuracy")),
+            ", ".join(states(setting.runs)),
+            "chosen" if setting is cell.chosen else "",
+        ]
+        for cell in comparison.cells.values()
+        for setting in cell.settings
+    ]
+    heads = ["optimizer", "batch", *keys, "seeds", "best validation [%]", "test at the end [%]", "runs", ""]
+    return {"heads": heads, "lines": lines}
+
+
+def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return the facts about all runs: number, seeds, program, machine and device-hours."""
+    done = [run for run in runs if run.done]
+    hours: dict[str, float] = defaultdict(float)
+    versions: dict[str, set[str]] = defaultdict(set)
+    commits: dict[str, None] = {}  # in the order of runs
+    for run in done:
+        processes = run.metric("processes") or 1
+        hours[str(run.summary.get("device", "unknown"))] += (run.metric("wall_seconds") or 0.0) * processes / 3600
+        changes = " (with changes)" if run.summary.get("git_dirty") else ""
+        commits[f"{run.summary.get('git_commit') or 'unknown'}{changes}"] = None
+        found = run.summary.get("versions")
+        for package, version in found.items() if isinstance(found, dict) else ():
+            versions[str(package)].add(str(version))
+    set_aside = sum(1 for run in runs for _ in run.folder.path.glob("previous-*"))
+    return [
+        ("runs", f"{plural(len(runs), 'run')}: {', '.join(states(runs))}"),
+        ("earlier repetitions", f"{set_aside} in previous-N folders, not counted" if set_aside else ""),
+        ("seeds", ", ".join(map(str, distinct(runs, "seed")))),
+        ("commit", ", ".join(commits)),
+        ("versions", ", ".join(f"{package} {'/'.join(sorted(of))}" for package, of in sorted(versions.items()))),
+        ("device-hours", ", ".join(f"{device}: {hours[device]:.2f}" for device in sorted(hours))),
+        ("precision", ", ".join(sorted({str(run.summary.get("precision")) for run in done}))),
+    ]

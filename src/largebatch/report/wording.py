@@ -28,8 +28,7 @@ def short(key: str) -> str:
 
 
 def title(comparison: Comparison) -> str:
-    mode = MODES[comparison.mode].label if comparison.mode in MODES else comparison.mode
-    return f"{comparison.dataset} · {comparison.model} · {mode}"
+    return f"{comparison.dataset} · {comparison.model} · {MODES[comparison.mode].label}"
 
 
 def decimals(comparison: Comparison) -> int:
