@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from largebatch.optim import fused_cuda
-from largebatch.optim.numbers import LambNumbers, LarsNumbers
-from largebatch.optim.part import Part
+from largebatch.optim.part import LambNumbers, LarsNumbers, Part
 
 INFINITY = float("inf")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

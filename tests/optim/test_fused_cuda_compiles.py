@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from largebatch.optim import fused_cuda
-from largebatch.optim.numbers import LambNumbers, LarsNumbers
-from largebatch.optim.part import Part
+from largebatch.optim.part import LambNumbers, LarsNumbers, Part
 
 triton = pytest.importorskip("triton")
 

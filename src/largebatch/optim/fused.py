@@ -42,21 +42,12 @@ def _same_layout(weights: list[Tensor], *others: list[Tensor]) -> bool:
     """Return True if elements that belong together have the same offset in memory, without gaps."""
     if all(map(Tensor.is_contiguous, chain(weights, *others))):
         return True
-    layouts = [_layout(weight) for weight in weights]
-    return all(_is_dense(layout) for layout in layouts) and all(
-        [_layout(tensor) for tensor in tensors] == layouts for tensors in others if tensors
-    )
+    if not all(map(torch.ops.aten.is_non_overlapping_and_dense, weights)):
+        return False
+    layouts = list(map(_layout, weights))
+    return all(list(map(_layout, tensors)) == layouts for tensors in others if tensors)
 
 
 def _layout(tensor: Tensor) -> list[tuple[int, int]]:
     """Return size and stride of each dimension of more than one element."""
     return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
-
-
-def _is_dense(layout: list[tuple[int, int]]) -> bool:
-    expected = 1
-    for size, stride in sorted(layout, key=lambda dimension: dimension[1]):
-        if stride != expected:
-            return False
-        expected *= size
-    return True

@@ -101,22 +101,14 @@ void sgd_update(float* __restrict w, const float* __restrict g, int64_t n, float
   for (int64_t i = 0; i < n; i++) w[i] -= lr * (q * (sign * g[i] + decay * w[i]));
 }
 
+template <bool nesterov>
 void momentum_update(float* __restrict w, const float* __restrict g, float* __restrict v, int64_t n, float sign,
-                     float decay, float q, float lr, float momentum) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    v[i] = momentum * v[i] + q * (sign * g[i] + decay * w[i]);
-    w[i] -= lr * v[i];
-  }
-}
-
-void nesterov_update(float* __restrict w, const float* __restrict g, float* __restrict v, int64_t n, float sign,
                      float decay, float q, float lr, float momentum) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     const float scaled = q * (sign * g[i] + decay * w[i]);
     v[i] = momentum * v[i] + scaled;
-    w[i] -= lr * (scaled + momentum * v[i]);
+    w[i] -= lr * (nesterov ? scaled + momentum * v[i] : v[i]);
   }
 }
 
@@ -223,7 +215,7 @@ void lars(const Tensors* tensors, const LarsNumbers* numbers) {
       sgd_update(w, g, c.length, sign, wd, q, lr);
     } else {
       float* v = x.first[c.tensor] + c.offset;
-      (n.nesterov ? nesterov_update : momentum_update)(w, g, v, c.length, sign, wd, q, lr, momentum);
+      (n.nesterov ? momentum_update<true> : momentum_update<false>)(w, g, v, c.length, sign, wd, q, lr, momentum);
     }
   };
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from largebatch import native
-from largebatch.optim.numbers import LambNumbers, LarsNumbers
-from largebatch.optim.part import Part
+from largebatch.optim.part import LambNumbers, LarsNumbers, Part
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from largebatch.optim.numbers import LambNumbers, LarsNumbers
-from largebatch.optim.part import Part
+from largebatch.optim.part import LambNumbers, LarsNumbers, Part
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (7, 0)  # compute capability that triton supports
@@ -40,7 +39,7 @@ def why_not(weights: list[Tensor]) -> str:
         return "the fused step in triton is for NVIDIA devices"
     if torch.cuda.get_device_capability(device) < _OLDEST:
         return f"triton needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer"
-    return _broken_driver() or _failed_trial(device, weights[0].dtype)
+    return _failed_trial(device, weights[0].dtype)
 
 
 def lars(part: Part, numbers: LarsNumbers) -> Tensor:
@@ -124,12 +123,8 @@ def _prepared(kernels: Any, part: Part) -> tuple[_Table, Tensor, Tensor, dict[st
     table = _table(part)
     like: dict[str, Any] = {"dtype": torch.float32, "device": table.chunks.device}
     partials, stats = torch.empty(3, len(table.chunks), **like), torch.empty(3, len(table.rows), **like)
-    return (
-        table,
-        partials,
-        stats,
-        {"DTYPE": kernels.DTYPES[part.weights[0].dtype], "ALIGN": table.align, **kernels.OPTIONS},
-    )
+    types = {"DTYPE": kernels.DTYPES[part.weights[0].dtype], "ALIGN": table.align, **kernels.OPTIONS}
+    return table, partials, stats, types
 
 
 def _table(part: Part) -> _Table:
@@ -194,16 +189,6 @@ def _kernels() -> Any:
         return importlib.import_module("largebatch.optim.fused_cuda_kernels")
     except ImportError as error:
         return f"triton can't be imported ({error})"
-
-
-@functools.cache
-def _broken_driver() -> str:
-    """Return the error of starting Triton, which compiles its launcher with this machine's C compiler; else empty."""
-    try:
-        importlib.import_module("triton").runtime.driver.active.get_current_target()
-    except Exception as error:  # any error: the unfused step takes over, and the warning names the reason
-        return f"triton can't start ({error})".replace("\n", " ")
-    return ""
 
 
 @functools.cache

@@ -146,19 +146,11 @@ def lars_norms(
     tensor, first, left, _, decayed = _chunk(chunks, number)
     weights = _address(pointers, tensor, first, DTYPE, ALIGN)
     gradients = _address(pointers + tensor_count, tensor, first, DTYPE, GRADIENT_ALIGN)
-    if left >= CHUNK:  # two copies of the body: a mask would forbid wide accesses
-        _lars_sums(weights, gradients, partials, number, chunk_count, left, decayed, weight_decay, sign, False)
-    else:
-        _lars_sums(weights, gradients, partials, number, chunk_count, left, decayed, weight_decay, sign, True)
-
-
-@triton.jit
-def _lars_sums(
-    weights, gradients, partials, number, chunk_count, left, decayed, weight_decay, sign, MASKED: tl.constexpr
-):  # fmt: skip
-    weight, gradient = _load(weights, left, MASKED), _load(gradients, left, MASKED) * sign
-    direction = _with_decay(gradient, weight, weight_decay, decayed)
-    _store_sums(partials, number, chunk_count, weight, gradient, direction)
+    for masked in tl.static_range(2):  # two copies of the body: a mask would forbid wide accesses
+        if masked == (left < CHUNK):
+            weight, gradient = _load(weights, left, masked), _load(gradients, left, masked) * sign
+            direction = _with_decay(gradient, weight, weight_decay, decayed)
+            _store_sums(partials, number, chunk_count, weight, gradient, direction)
 
 
 @triton.jit(do_not_specialize=["tensor_count", "row_count"])
@@ -177,29 +169,18 @@ def lars_update(
     if MOMENTUM:
         buffers = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
     scale = _ratio(stats, row, row_count) * inner_lr
-    if left >= CHUNK:
-        _lars_step(weights, gradients, buffers, left, decayed, scale, weight_decay, sign, momentum, outer_lr,
-                   False, MOMENTUM, NESTEROV)  # fmt: skip
-    else:
-        _lars_step(weights, gradients, buffers, left, decayed, scale, weight_decay, sign, momentum, outer_lr,
-                   True, MOMENTUM, NESTEROV)  # fmt: skip
-
-
-@triton.jit
-def _lars_step(
-    weights, gradients, buffers, left, decayed, scale, weight_decay, sign, momentum, outer_lr,
-    MASKED: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-):  # fmt: skip
-    weight, gradient = _load(weights, left, MASKED), _load(gradients, left, MASKED) * sign
-    move = scale * _with_decay(gradient, weight, weight_decay, decayed)
-    if MOMENTUM:
-        buffer = momentum * _load(buffers, left, MASKED) + move
-        _store(buffers, buffer, left, MASKED)
-        if NESTEROV:
-            move += momentum * buffer
-        else:
-            move = buffer
-    _store(weights, weight - outer_lr * move, left, MASKED)
+    for masked in tl.static_range(2):
+        if masked == (left < CHUNK):
+            weight, gradient = _load(weights, left, masked), _load(gradients, left, masked) * sign
+            move = scale * _with_decay(gradient, weight, weight_decay, decayed)
+            if MOMENTUM:
+                buffer = momentum * _load(buffers, left, masked) + move
+                _store(buffers, buffer, left, masked)
+                if NESTEROV:
+                    move += momentum * buffer
+                else:
+                    move = buffer
+            _store(weights, weight - outer_lr * move, left, masked)
 
 
 # -- LAMB
@@ -219,28 +200,17 @@ def lamb_moments(
     gradients = _address(pointers + tensor_count, tensor, first, DTYPE, GRADIENT_ALIGN)
     firsts = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
     seconds = _address(pointers + 3 * tensor_count, tensor, first, tl.float32, ALIGN)
-    if left >= CHUNK:
-        _lamb_sums(weights, gradients, firsts, seconds, partials, number, chunk_count, left, decayed,
-                   sign, beta1, rest1, beta2, rest2, scale1, scale2, eps, weight_decay, False)  # fmt: skip
-    else:
-        _lamb_sums(weights, gradients, firsts, seconds, partials, number, chunk_count, left, decayed,
-                   sign, beta1, rest1, beta2, rest2, scale1, scale2, eps, weight_decay, True)  # fmt: skip
-
-
-@triton.jit
-def _lamb_sums(
-    weights, gradients, firsts, seconds, partials, number, chunk_count, left, decayed,
-    sign, beta1, rest1, beta2, rest2, scale1, scale2, eps, weight_decay, MASKED: tl.constexpr,
-):  # fmt: skip
-    weight, gradient = _load(weights, left, MASKED), _load(gradients, left, MASKED) * sign
-    moment1 = beta1 * _load(firsts, left, MASKED) + rest1 * gradient
-    moment2 = beta2 * _load(seconds, left, MASKED) + rest2 * gradient * gradient
-    _store(firsts, moment1, left, MASKED)
-    _store(seconds, moment2, left, MASKED)
-    direction = _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay, decayed)
-    if MASKED:
-        direction = tl.where(tl.arange(0, CHUNK) < left, direction, 0.0)  # without eps it is 0 / 0 beyond the end
-    _store_sums(partials, number, chunk_count, weight, gradient, direction)
+    for masked in tl.static_range(2):
+        if masked == (left < CHUNK):
+            weight, gradient = _load(weights, left, masked), _load(gradients, left, masked) * sign
+            moment1 = beta1 * _load(firsts, left, masked) + rest1 * gradient
+            moment2 = beta2 * _load(seconds, left, masked) + rest2 * gradient * gradient
+            _store(firsts, moment1, left, masked)
+            _store(seconds, moment2, left, masked)
+            direction = _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay, decayed)
+            if masked:  # without eps the direction is 0 / 0 beyond the end
+                direction = tl.where(tl.arange(0, CHUNK) < left, direction, 0.0)
+            _store_sums(partials, number, chunk_count, weight, gradient, direction)
 
 
 @triton.jit
@@ -262,16 +232,9 @@ def lamb_update(
     firsts = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
     seconds = _address(pointers + 3 * tensor_count, tensor, first, tl.float32, ALIGN)
     scale = lr * _ratio(stats, row, row_count)
-    if left >= CHUNK:
-        _lamb_step(weights, firsts, seconds, left, decayed, scale, scale1, scale2, eps, weight_decay, False)
-    else:
-        _lamb_step(weights, firsts, seconds, left, decayed, scale, scale1, scale2, eps, weight_decay, True)
-
-
-@triton.jit
-def _lamb_step(
-    weights, firsts, seconds, left, decayed, scale, scale1, scale2, eps, weight_decay, MASKED: tl.constexpr
-):  # fmt: skip
-    weight, moment1, moment2 = _load(weights, left, MASKED), _load(firsts, left, MASKED), _load(seconds, left, MASKED)
-    direction = _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay, decayed)
-    _store(weights, weight - scale * direction, left, MASKED)
+    for masked in tl.static_range(2):
+        if masked == (left < CHUNK):
+            weight = _load(weights, left, masked)
+            moment1, moment2 = _load(firsts, left, masked), _load(seconds, left, masked)
+            direction = _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay, decayed)
+            _store(weights, weight - scale * direction, left, masked)

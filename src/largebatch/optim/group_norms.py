@@ -14,7 +14,7 @@ functions take as many groups at a time as fit a slice of fixed size, and sum in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,10 @@ def linear_group_norms(inputs: Tensor, gradients: Tensor, sample_size: int) -> T
         return norms(x) * norms(g)
     gram = _gram_is_cheaper(rows, k, o)
     numbers = rows * (k + o) + (2 * rows * rows if gram else k * o)
+    at_once = _groups_at_once(numbers, inputs)
     found = []
-    for part in _slices(groups, numbers, inputs):
-        x_part, g_part = _at_least_float32(x[part]), _at_least_float32(g[part])
+    for part in zip(torch.split(x, at_once), torch.split(g, at_once), strict=True):
+        x_part, g_part = map(_at_least_float32, part)
         found.append(_gram_norms(x_part, g_part) if gram else norms(g_part.mT @ x_part))
     return torch.cat(found)
 
@@ -64,16 +65,15 @@ def conv_group_norms(inputs: Tensor, gradients: Tensor, sample_size: int, conv: 
     Returns:
         [J], with J = N / sample_size groups.
     """
-    groups = len(inputs) // sample_size
     rows = sample_size * math.prod(gradients.shape[2:])
     k, o = math.prod(conv.weight.shape[1:]), conv.out_channels // conv.groups  # within one of the layer's own groups
     gram = _gram_is_cheaper(rows, k, o)
     patches = rows * (k + o) * conv.groups + 2 * rows * rows * conv.groups
     written = sample_size * (inputs[0].numel() + gradients[0].numel()) + conv.weight.numel()
+    samples = sample_size * _groups_at_once(patches if gram else written, inputs)
     found = []
-    for part in _slices(groups, patches if gram else written, inputs):
-        samples = slice(part.start * sample_size, part.stop * sample_size)
-        x, g = _at_least_float32(inputs[samples]), _at_least_float32(gradients[samples])
+    for part in zip(torch.split(inputs, samples), torch.split(gradients, samples), strict=True):
+        x, g = map(_at_least_float32, part)
         if gram:
             found.append(_conv_gram_norms(x, g, sample_size, conv))
         else:
@@ -100,7 +100,7 @@ def bias_group_norms(gradients: Tensor, sample_size: int, channels: int) -> Tens
 
 
 def _gram_is_cheaper(rows: int, k: int, o: int) -> bool:
-    return rows == 1 or rows * (k + o) < k * o
+    return rows * (k + o) < k * o
 
 
 def _gram_norms(x: Tensor, g: Tensor) -> Tensor:
@@ -121,19 +121,18 @@ def _conv_gram_norms(inputs: Tensor, gradients: Tensor, sample_size: int, conv: 
 
 def _conv_weight_gradients(inputs: Tensor, gradients: Tensor, sample_size: int, conv: Conv) -> Tensor:
     """Return [J, *the weight's shape] by one call in which each group of samples is a group of channels."""
-    padding, symmetric = _padding(conv)
-    if conv.padding_mode != "zeros" or not symmetric:
+    padding: Any = conv.padding
+    if conv.padding_mode != "zeros" or isinstance(padding, str):
         inputs = _pad(inputs, conv)
-        padding = [(0, 0) for _ in padding]
+        padding = [0] * len(conv.kernel_size)
     groups = len(inputs) // sample_size
     x, g = (  # [sample_size, J * channels, *space]
         rows.reshape(groups, sample_size, *rows.shape[1:]).transpose(0, 1).flatten(1, 2) for rows in (inputs, gradients)
     )
     weight = inputs.new_empty(1).expand(groups * conv.out_channels, *conv.weight.shape[1:])  # for its shape only
-    no_output_padding = [0] * len(padding)
     gradient: Tensor = torch.ops.aten.convolution_backward(
-        g, x, weight, None, conv.stride, [left for left, _ in padding], conv.dilation,
-        False, no_output_padding, groups * conv.groups, (False, True, False),
+        g, x, weight, None, conv.stride, padding, conv.dilation,
+        False, conv.output_padding, groups * conv.groups, (False, True, False),
     )[1]  # fmt: skip
     return gradient.reshape(groups, *conv.weight.shape)
 
@@ -144,50 +143,28 @@ def _conv_weight_gradients(inputs: Tensor, gradients: Tensor, sample_size: int, 
 def _patches(inputs: Tensor, conv: Conv) -> Tensor:
     """Return the kernel's input at each position, [N, conv.groups, positions, kernel elements * channels a group]."""
     x = _pad(inputs, conv).movedim(1, -1).contiguous()  # channels last: the copy below moves whole pixels
-    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-    space = list(zip(x.shape[1:-1], kernel, stride, dilation, strict=True))
-    positions = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in space]
-    channels = conv.in_channels // conv.groups
-    steps = x.stride()[1:-1]
-    view = x.as_strided(
-        (len(x), conv.groups, *positions, *kernel, channels),
-        (
-            x.stride(0),
-            channels,
-            *(step * s for step, s in zip(steps, stride, strict=True)),
-            *(step * d for step, d in zip(steps, dilation, strict=True)),
-            1,
-        ),
-    )
-    return view.reshape(len(x), conv.groups, math.prod(positions), -1)
+    for dim, (k, s, d) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=1):
+        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+    space = inputs.ndim - 2
+    x = torch.unflatten(x, space + 1, (conv.groups, -1))  # [N, *positions, conv.groups, channels, *kernel]
+    x = x.movedim(space + 1, 1).movedim(space + 2, -1)
+    return x.flatten(2, space + 1).flatten(3)
 
 
 def _pad(inputs: Tensor, conv: Conv) -> Tensor:
-    padding, _ = _padding(conv)
-    if not any(left or right for left, right in padding):
-        return inputs
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(inputs, [side for sides in reversed(padding) for side in sides], mode)
-
-
-def _padding(conv: Conv) -> tuple[list[tuple[int, int]], bool]:
-    """Return the left and right padding of each dimension, and True if they are equal in each."""
-    if conv.padding == "valid":
-        sides = [(0, 0) for _ in conv.kernel_size]
-    elif conv.padding == "same":
-        totals = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-        sides = [(total // 2, total - total // 2) for total in totals]
+    if isinstance(conv.padding, str):  # "valid" or "same"
+        sides = conv._reversed_padding_repeated_twice
     else:
-        sides = [(int(side), int(side)) for side in conv.padding]
-    return sides, all(left == right for left, right in sides)
+        sides = [side for side in reversed(conv.padding) for _ in range(2)]
+    if not any(sides):
+        return inputs
+    return F.pad(inputs, sides, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
 
 
-def _slices(groups: int, numbers: int, like: Tensor) -> Iterator[slice]:
-    """Yield the groups to take at once, if one group needs ``numbers`` numbers."""
+def _groups_at_once(numbers: int, like: Tensor) -> int:
+    """Return the number of groups in a slice, if a group needs ``numbers`` numbers."""
     limit = _CPU_SLICE if like.device.type == "cpu" else _DEVICE_SLICE
-    step = max(1, limit // (4 * numbers))
-    for start in range(0, groups, step):
-        yield slice(start, min(start + step, groups))
+    return max(1, limit // (4 * numbers))
 
 
 def norms(x: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.layerwise import LayerwiseOptimizer, Measured
-from largebatch.optim.numbers import LambNumbers, numbers_of
 from largebatch.optim.options import Group, check_fraction, check_non_negative, options_of
-from largebatch.optim.part import only, parts
+from largebatch.optim.part import LambNumbers, numbers_of, only, parts
 
 
 class LAMB(LayerwiseOptimizer):

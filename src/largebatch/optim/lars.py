@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.layerwise import LayerwiseOptimizer, Measured
-from largebatch.optim.numbers import LarsNumbers, numbers_of
 from largebatch.optim.options import Group, check_fraction, check_non_negative, check_positive, options_of
-from largebatch.optim.part import parts
+from largebatch.optim.part import LarsNumbers, numbers_of, parts
 
 
 class LarsFamily(LayerwiseOptimizer):

@@ -77,16 +77,16 @@ class LayerwiseOptimizer(Optimizer):
 
     def _with_gradient(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
         """Return the group's parameters that have a gradient, and the gradients."""
-        found = [(parameter, parameter.grad) for parameter in group["params"]]
-        found = [(parameter, gradient) for parameter, gradient in found if gradient is not None]
-        for parameter, gradient in found:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient.layout != torch.strided or gradient.is_complex():
                 kind = "complex" if gradient.layout == torch.strided else "sparse"
                 raise RuntimeError(
                     f"{type(self).__name__} takes dense real gradients only, and that of {self._name(parameter)} is "
                     f"{kind}; give this parameter to another optimizer"
                 )
-        return [parameter for parameter, _ in found], [gradient for _, gradient in found]
+        return parameters, gradients
 
     def _buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
         """Return the parameters' state of this name; zeros at the first step."""
@@ -183,18 +183,6 @@ class LayerwiseOptimizer(Optimizer):
         Raises:
             ValueError: for the state of another optimizer, or of other parameters; then nothing is changed.
         """
-        self._check_state_dict(state_dict)
-        super().load_state_dict(state_dict)
-        # torch has cast all state to its parameter's type, which rounds the fp32 state of half-precision parameters.
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, parameter in zip(saved, own, strict=True):
-            if parameter.dtype in HALF:
-                for key, value in state_dict["state"].get(index, {}).items():
-                    if isinstance(value, Tensor):
-                        self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         name = type(self).__name__
         for group in state_dict["param_groups"]:
             if missing := sorted(self.defaults.keys() - group.keys()):
@@ -205,6 +193,15 @@ class LayerwiseOptimizer(Optimizer):
                     f"this state_dict is not of {name}: it keeps {', '.join(unknown)} for a parameter, "
                     f"and {name} keeps {', '.join(self.STATE)}"
                 )
+        super().load_state_dict(state_dict)
+        # torch has cast all state to its parameter's type, which rounds the fp32 state of half-precision parameters.
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, parameter in zip(saved, own, strict=True):
+            if parameter.dtype in HALF:
+                for key, value in state_dict["state"].get(index, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # after unpickling, a deep copy and load_state_dict
         super().__setstate__(state)

@@ -20,23 +20,13 @@ def phi(step: Any, lmbda: float, alpha: float, delay: float, gamma_min: float) -
     It falls from at most ``1/alpha + gamma_min`` to ``gamma_min``; half-way at ``delay + ln(alpha)/lmbda``. A tensor of
     steps gives a tensor of values: on its device, in its type if that is floating-point, else in fp64.
     """
+    # With alpha = 0, the fraction long before the delay is larger than any float: hence the least denominators.
     if isinstance(step, Tensor):
-        return _phi_of_tensor(step, lmbda, alpha, delay, gamma_min)
-    exponent = lmbda * (step - delay)
-    if exponent > 0:  # the formula's fraction multiplied by exp(-exponent), which can't overflow
-        decayed = math.exp(-exponent)
-        return decayed / (1 + alpha * decayed) + gamma_min
-    # With alpha = 0, the fraction long before the delay is larger than any float.
-    return 1 / max(alpha + math.exp(exponent), sys.float_info.min) + gamma_min
-
-
-def _phi_of_tensor(step: Tensor, lmbda: float, alpha: float, delay: float, gamma_min: float) -> Tensor:
-    steps = step if step.is_floating_point() else step.double()
-    exponent = lmbda * (steps - delay)
-    decayed = torch.exp(-exponent.abs())
-    after = decayed / (1 + alpha * decayed)
-    before = 1 / (alpha + decayed).clamp(min=torch.finfo(steps.dtype).tiny)
-    return torch.where(exponent > 0, after, before) + gamma_min
+        steps = step if step.is_floating_point() else step.double()
+        denominators = alpha + torch.exp(lmbda * (steps - delay))
+        return 1 / denominators.clamp(min=torch.finfo(steps.dtype).tiny) + gamma_min
+    denominator = alpha + math.exp(min(lmbda * (step - delay), 709.0))  # exp(710) overflows
+    return 1 / max(denominator, sys.float_info.min) + gamma_min
 
 
 class TVLARS(LarsFamily):

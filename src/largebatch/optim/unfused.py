@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.optim.numbers import LambNumbers, LarsNumbers
-from largebatch.optim.part import HALF, Part, only
+from largebatch.optim.part import HALF, LambNumbers, LarsNumbers, Part, only
 
 
 def lars(part: Part, numbers: LarsNumbers) -> Tensor:
