@@ -61,6 +61,12 @@ def test_imports_between_rooms_point_down() -> None:
     assert not up
 
 
+def test_documented_files_exist() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    files = {path.name for path in (ROOT / "src").rglob("*")} | {"launch.py", "test_architecture.py"}
+    assert set(re.findall(r"`(?:\w+/)*(\w+\.(?:py|cpp))`", text)) <= files
+
+
 @pytest.mark.parametrize("kind", ["*.py", "*.cpp"])
 def test_no_file_is_over_400_lines(kind: str) -> None:
     long = {str(file): n for file in (ROOT / "src").rglob(kind) if (n := len(file.read_text().splitlines())) > 400}

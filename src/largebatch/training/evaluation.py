@@ -1,16 +1,23 @@
-"""Metrics of a classifier on the validation and test sets."""
+"""Networks on whole splits, computed by all processes together: a classifier's metrics, a backbone's features."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from largebatch.data import Split
+from largebatch.data import Split, evaluation_share
 from largebatch.machine import distributed
+from largebatch.machine.memory import is_out_of_memory
 from largebatch.modes import clf
-from largebatch.training.features import without_gradient
+from largebatch.modes.bt import BarlowTwins
+from largebatch.training.micro_batch import release_memory
 from largebatch.training.state import Run
+
+_AT_ONCE = (256, 1024)  # bounds of the evaluation batch: a micro-batch that fits with gradients also fits without
+
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def classification_metrics(run: Run, model: nn.Module) -> dict[str, float]:
@@ -29,3 +36,42 @@ def held_out(run: Run) -> Iterator[tuple[str, Split]]:
     if run.data.val is not None:
         yield "val", run.data.val
     yield "test", run.data.test
+
+
+def split_features(run: Run, model: BarlowTwins, split: Split, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return features float32 [n, F] and labels int64 [n] of ``split`` without augmentation, in every process.
+
+    Args:
+        model: in evaluation mode.
+        most: number of evenly spaced images to take if ``split`` has more.
+    """
+    chosen = torch.arange(len(split))
+    if most is not None and most < len(split):
+        chosen = torch.arange(most) * len(split) // most
+
+    def features(batches: Batches) -> Tensor:
+        found = [model.backbone(images).float() for images, _ in batches]
+        return torch.cat(found) if found else torch.empty(0, model.features, device=run.device)
+
+    here = without_gradient(run, split, features, chosen)
+    rows = [len(evaluation_share(len(chosen), rank, run.processes)) for rank in range(run.processes)]
+    labels = split.labels[chosen.to(split.labels.device)].to(run.device)
+    return distributed.gather_rows(here, rows), labels
+
+
+@torch.no_grad()
+def without_gradient(
+    run: Run, split: Split, compute: Callable[[Batches], Tensor], chosen: Tensor | None = None
+) -> Tensor:
+    """Return ``compute`` of this process's part of ``split``. ``micro_batch=auto``: halve batches on out of memory."""
+    size = min(max(run.batch.micro_batch, _AT_ONCE[0]), _AT_ONCE[1])
+    while True:
+        batches = run.loader.evaluate(split, size, chosen)
+        try:
+            with run.autocast:
+                return compute(batches)
+        except (RuntimeError, MemoryError) as error:
+            if run.config.micro_batch != "auto" or size == 1 or not is_out_of_memory(error):
+                raise
+        size //= 2
+        release_memory(run.device)

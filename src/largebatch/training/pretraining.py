@@ -16,9 +16,8 @@ from largebatch.modes.collapse import effective_rank, mean_deviation
 from largebatch.modes.exact import ExactGradient
 from largebatch.modes.knn import knn_predictions
 from largebatch.seeding import derive_seed
-from largebatch.training.evaluation import held_out
+from largebatch.training.evaluation import held_out, split_features
 from largebatch.training.facts import Facts
-from largebatch.training.features import split_features
 from largebatch.training.phase import Batches, MainPhase
 from largebatch.training.probe import ProbePhase, build_probe, probe_batch
 from largebatch.training.state import Run, Training

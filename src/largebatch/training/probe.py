@@ -17,8 +17,7 @@ from largebatch.modes import bt, clf
 from largebatch.modes.bt import BarlowTwins
 from largebatch.seeding import derive_seed
 from largebatch.tracking.recorder import Recorder
-from largebatch.training.evaluation import classification_metrics, held_out
-from largebatch.training.features import split_features
+from largebatch.training.evaluation import classification_metrics, held_out, split_features
 from largebatch.training.phase import Batches, MainPhase
 from largebatch.training.profile import Profile
 from largebatch.training.state import ProbeState, Run, Training
