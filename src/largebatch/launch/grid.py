@@ -14,7 +14,7 @@ from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView, plan_rows, print_plan
 from largebatch.runs.folder import DONE
 from largebatch.runs.table import counted
-from largebatch.tracking.agent import agent_run_id
+from largebatch.tracking.wandb_arguments import agent_run_id
 
 
 def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
