@@ -27,7 +27,7 @@ from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, by_force, compose_grid, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.plan import make_plan
-from largebatch.tracking.agent import agent_run_id
+from largebatch.tracking.wandb_arguments import agent_run_id
 
 CONF = Path(__file__).resolve().parent / "conf"
 _MULTIRUN = ("-m", "--multirun")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from largebatch.optim import fused_cuda
-from largebatch.optim.part import LambNumbers, LarsNumbers, Part
+from largebatch.optim.param_groups import LambNumbers, LarsNumbers, Part
 
 INFINITY = float("inf")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from largebatch.optim import fused_cuda
-from largebatch.optim.part import LambNumbers, LarsNumbers, Part
+from largebatch.optim.param_groups import LambNumbers, LarsNumbers, Part
 
 triton = pytest.importorskip("triton")
 

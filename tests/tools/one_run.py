@@ -56,7 +56,9 @@ def kill_core() -> None:
 
 def carry_out(asked: dict[str, Any], said: list[str]) -> dict[str, Any]:
     began = time.monotonic()
-    limits = {key: asked[key] for key in ("init_timeout", "finish_timeout") if key in asked}
+    for key in ("init_timeout", "finish_timeout"):
+        if key in asked:
+            setattr(wandb_run, key.upper(), asked[key])
     run = wandb_run.start(
         configuration(**asked.get("tracker", {})),
         Path(asked["directory"]),
@@ -64,7 +66,6 @@ def carry_out(asked: dict[str, Any], said: list[str]) -> dict[str, Any]:
         "digits-tvlars-0123abcd",
         {"lr": 4.0, "commit": "0" * 40, "steps": 20},
         said.append,
-        **limits,
     )
     report: dict[str, Any] = {"mode": run.mode if run else None, "start_seconds": time.monotonic() - began}
     if run is None:

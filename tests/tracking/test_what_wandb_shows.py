@@ -199,7 +199,7 @@ def test_a_failing_server_takes_nothing_from_the_run_folder(tmp_path: Path, faul
 
     said = [line for line in (run / "log.txt").read_text().splitlines() if "W&B" in line]
     expected = {
-        "500": "could not finish: TimeoutError", "403": "RefusedError: W&B refused data", "gone": "could not finish",
+        "500": "could not finish: TimeoutError", "403": "RuntimeError: W&B refused data", "gone": "could not finish",
         "slow": "W&B online",
     }  # fmt: skip
     assert expected[fault] in said[-1], said

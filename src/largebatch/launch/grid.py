@@ -18,7 +18,7 @@ from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView, plan_rows, print_plan
 from largebatch.runs.folder import DONE
 from largebatch.runs.table import counted
-from largebatch.tracking.agent import agent_run_id
+from largebatch.tracking.wandb_arguments import agent_run_id
 
 _POLL_SECONDS = 0.05
 # Ctrl-C; SIGTERM from an agent or supervisor; SIGUSR2 from SLURM before a time limit.

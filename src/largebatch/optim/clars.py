@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.lars import LarsFamily
-from largebatch.optim.options import Group, is_adapted, options_of
+from largebatch.optim.param_groups import Group, is_adapted, options_of
 
 
 class CLARS(LarsFamily):

@@ -8,8 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from largebatch.optim.options import Group
-from largebatch.optim.part import Part
+from largebatch.optim.param_groups import Group, Part
 
 
 def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:

@@ -106,14 +106,15 @@ void momentum_update(float* __restrict w, const float* __restrict g, float* __re
                      float decay, float q, float lr, float momentum) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
-    const float scaled = q * (sign * g[i] + decay * w[i]);
-    v[i] = momentum * v[i] + scaled;
+    const float kept = momentum * v[i], scaled = q * (sign * g[i] + decay * w[i]);
+    v[i] = kept + scaled;
     w[i] -= lr * (nesterov ? scaled + momentum * v[i] : v[i]);
   }
 }
 
-struct Adam {
-  float sign, beta1, rest1, beta2, rest2, correct1, correct2, eps;
+struct LambNumbers {
+  double lr, beta1, beta2, eps, weight_decay, correction1, correction2, norm_clip, max_ratio;
+  bool maximize;
 };
 
 // LAMB: u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w
@@ -123,8 +124,10 @@ inline float adam_direction(float m, float v, float w, float correct1, float cor
 
 // LAMB: m = beta1 * m + (1 - beta1) * g, v = beta2 * v + (1 - beta2) * g^2
 Sums lamb_sums(const float* __restrict w, const float* __restrict g, float* __restrict m, float* __restrict v, int64_t n,
-               const Adam adam, float decay) {
-  const auto [sign, beta1, rest1, beta2, rest2, correct1, correct2, eps] = adam;
+               const LambNumbers& numbers, float decay) {
+  const float sign = numbers.maximize ? -1 : 1, beta1 = numbers.beta1, rest1 = 1 - numbers.beta1;
+  const float beta2 = numbers.beta2, rest2 = 1 - numbers.beta2, eps = numbers.eps;
+  const float correct1 = 1 / numbers.correction1, correct2 = 1 / numbers.correction2;
   double weight = 0, gradient = 0, direction = 0;
 #pragma omp simd reduction(+ : weight, gradient, direction)
   for (int64_t i = 0; i < n; i++) {
@@ -140,9 +143,9 @@ Sums lamb_sums(const float* __restrict w, const float* __restrict g, float* __re
 }
 
 // LAMB: w -= lr * q * u; `scale` is lr * q
-void lamb_update(float* __restrict w, const float* __restrict m, const float* __restrict v, int64_t n, const Adam adam,
-                 float decay, float scale) {
-  const float correct1 = adam.correct1, correct2 = adam.correct2, eps = adam.eps;
+void lamb_update(float* __restrict w, const float* __restrict m, const float* __restrict v, int64_t n,
+                 const LambNumbers& numbers, float decay, float scale) {
+  const float correct1 = 1 / numbers.correction1, correct2 = 1 / numbers.correction2, eps = numbers.eps;
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) w[i] -= scale * adam_direction(m[i], v[i], w[i], correct1, correct2, eps, decay);
 }
@@ -222,31 +225,16 @@ void lars(const Tensors* tensors, const LarsNumbers* numbers) {
   over_blocks(cut(x.count, x.numel), x.threads, measure, conclude, update);
 }
 
-struct LambNumbers {
-  double lr, beta1, beta2, eps, weight_decay, correction1, correction2, norm_clip, max_ratio;
-  bool maximize;
-};
-
 void lamb(const Tensors* tensors, const LambNumbers* numbers) {
   const Tensors& x = *tensors;
   const LambNumbers& n = *numbers;
-  const Adam adam{
-      n.maximize ? -1.f : 1.f,
-      static_cast<float>(n.beta1),
-      static_cast<float>(1 - n.beta1),
-      static_cast<float>(n.beta2),
-      static_cast<float>(1 - n.beta2),
-      static_cast<float>(1 / n.correction1),
-      static_cast<float>(1 / n.correction2),
-      static_cast<float>(n.eps),
-  };
   const auto decay = [&](int t) { return x.decayed[t] ? static_cast<float>(n.weight_decay) : 0.f; };
   std::vector<float> scale(x.count);
 
   const auto measure = [&](const Chunk& c) {
     const float *w = x.weights[c.tensor] + c.offset, *g = x.gradients[c.tensor] + c.offset;
     float *m = x.first[c.tensor] + c.offset, *v = x.second[c.tensor] + c.offset;
-    return lamb_sums(w, g, m, v, c.length, adam, decay(c.tensor));
+    return lamb_sums(w, g, m, v, c.length, n, decay(c.tensor));
   };
 
   const auto conclude = [&](int t, const Sums& sums) {
@@ -262,7 +250,7 @@ void lamb(const Tensors* tensors, const LambNumbers* numbers) {
 
   const auto update = [&](const Chunk& c) {
     const float *m = x.first[c.tensor] + c.offset, *v = x.second[c.tensor] + c.offset;
-    lamb_update(x.weights[c.tensor] + c.offset, m, v, c.length, adam, decay(c.tensor), scale[c.tensor]);
+    lamb_update(x.weights[c.tensor] + c.offset, m, v, c.length, n, decay(c.tensor), scale[c.tensor]);
   };
 
   over_blocks(cut(x.count, x.numel), x.threads, measure, conclude, update);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from largebatch import native
-from largebatch.optim.part import LambNumbers, LarsNumbers, Part
+from largebatch.optim.param_groups import LambNumbers, LarsNumbers, Part
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from largebatch.optim.part import LambNumbers, LarsNumbers, Part
+from largebatch.optim.param_groups import LambNumbers, LarsNumbers, Part
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (7, 0)  # compute capability that triton supports

@@ -9,8 +9,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.layerwise import LayerwiseOptimizer, Measured
-from largebatch.optim.options import Group, check_fraction, check_non_negative, options_of
-from largebatch.optim.part import LambNumbers, numbers_of, only, parts
+from largebatch.optim.param_groups import (
+    Group,
+    LambNumbers,
+    check_fraction,
+    check_non_negative,
+    numbers_of,
+    only,
+    options_of,
+    parts,
+)
 
 
 class LAMB(LayerwiseOptimizer):

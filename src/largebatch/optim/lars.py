@@ -8,8 +8,16 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.layerwise import LayerwiseOptimizer, Measured
-from largebatch.optim.options import Group, check_fraction, check_non_negative, check_positive, options_of
-from largebatch.optim.part import LarsNumbers, numbers_of, parts
+from largebatch.optim.param_groups import (
+    Group,
+    LarsNumbers,
+    check_fraction,
+    check_non_negative,
+    check_positive,
+    numbers_of,
+    options_of,
+    parts,
+)
 
 
 class LarsFamily(LayerwiseOptimizer):

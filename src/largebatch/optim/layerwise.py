@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 
 from largebatch.optim import unfused
 from largebatch.optim.fused import fused_kernels
-from largebatch.optim.options import Group, check_common, is_adapted
-from largebatch.optim.part import HALF, Part
+from largebatch.optim.param_groups import HALF, Group, Part, check_non_negative, check_positive, is_adapted
 
 Measured = tuple[list[Tensor], Tensor]  # layers, and their statistics as fp32 [3, layers]
 
@@ -43,7 +42,20 @@ class LayerwiseOptimizer(Optimizer):
 
     def _check_group(self, group: Group) -> None:
         """Raise ``ValueError`` for a hyper-parameter of ``group`` that is out of its range."""
-        check_common(group)
+        if isinstance(group["lr"], Tensor):  # its value isn't read: that would wait for the device
+            if group["lr"].numel() != 1:
+                raise ValueError(f"lr must be one number, got a tensor of shape {tuple(group['lr'].shape)}")
+        else:
+            check_non_negative("lr", group["lr"])
+        check_non_negative("weight_decay", group["weight_decay"])
+        for name in ("norm_clip", "max_ratio"):
+            if group[name] is not None:
+                check_positive(name, group[name])
+        for name in ("adapt", "foreach", "fused"):
+            if group[name] not in (None, True, False):
+                raise ValueError(f"{name} must be None, True or False, got {group[name]!r}")
+        if group["foreach"] and group["fused"]:
+            raise ValueError("foreach=True and fused=True: choose one of the two")
 
     def _step_group(
         self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.lars import LarsFamily
-from largebatch.optim.options import Group, check_non_negative, options_of
+from largebatch.optim.param_groups import Group, check_non_negative, options_of
 
 
 def phi(step: Any, lmbda: float, alpha: float, delay: float, gamma_min: float) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from largebatch.optim.part import HALF, LambNumbers, LarsNumbers, Part, only
+from largebatch.optim.param_groups import HALF, LambNumbers, LarsNumbers, Part, only
 
 
 def lars(part: Part, numbers: LarsNumbers) -> Tensor:

@@ -29,17 +29,11 @@ def save_images(batch: Tensor, views: int, mean: tuple[float, ...], std: tuple[f
     shown = torch.stack([view[:n] for view in batch.chunk(views)]).float().cpu()  # [views, n, C, S, S]
     scale = (len(mean), 1, 1)
     pixels = (shown * torch.tensor(std).view(scale) + torch.tensor(mean).view(scale)).clamp(0, 1)
-    rows = [view[at : at + _COLUMNS] for at in range(0, n, _COLUMNS) for view in pixels]
-    grid = torch.cat([_row(row) for row in rows], dim=1)
+    filled = torch.cat([pixels, pixels.new_zeros(views, -n % _COLUMNS, *pixels.shape[2:])], dim=1)  # with black
+    rows = torch.unflatten(filled, 1, (-1, _COLUMNS)).permute(1, 0, 4, 2, 5, 3)  # [rows, views, S, _COLUMNS, S, C]
+    grid = rows.flatten(0, 2).flatten(1, 2)
     times = -(-_SMALLEST // pixels.shape[-1])
-    array = (255 * grid).round().to(torch.uint8).movedim(0, -1).squeeze(-1).numpy()
-    image = Image.fromarray(array)
+    image = Image.fromarray((255 * grid).round().to(torch.uint8).squeeze(-1).numpy())
     temporary = path.with_name(f".{path.name}.tmp")
     image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST).save(temporary, format="PNG")
     os.replace(temporary, path)
-
-
-def _row(images: Tensor) -> Tensor:
-    """Join [n, C, S, S] to [C, S, _COLUMNS * S], padded with black."""
-    missing = images.new_zeros(_COLUMNS - len(images), *images.shape[1:])
-    return torch.cat([*images, *missing], dim=2)

@@ -14,10 +14,10 @@ from largebatch.config.schema import Config
 from largebatch.runs.folder import DONE, RunFolder, write_atomic
 from largebatch.runs.metrics import MetricsLog, Row, read_rows, write_table
 from largebatch.tracking import wandb_run
-from largebatch.tracking.agent import agent_run_id
 from largebatch.tracking.console import Console
 from largebatch.tracking.layers import LayerLog
 from largebatch.tracking.rows import LayerRow, RowOrder, replay
+from largebatch.tracking.wandb_arguments import agent_run_id
 
 _STATUS_EVERY_SECONDS = 1.0
 _LAST = ("train/", "val/", "test/", "optim/", "embedding/", "probe/")  # families whose last values are in the summary

@@ -54,7 +54,7 @@ class RowOrder:
 
     Args:
         log: called as ``log(number, row, histograms=..., images=...)``.
-        layers_every: ``tracker.layers_every``; W&B gets layer rows at a multiple of it, see ``wandb_layers_every``.
+        layers_every: ``tracker.layers_every``; W&B gets layer rows at a multiple of it in a long run.
         steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps per epoch.
 
@@ -65,7 +65,7 @@ class RowOrder:
 
     def __init__(self, log: Callable[..., None], layers_every: int, steps: int, steps_per_epoch: int) -> None:
         self.count = 0
-        self.layers_every = wandb_layers_every(layers_every, steps) if layers_every else 0
+        self.layers_every = layers_every * math.ceil(steps / max(layers_every, 1) / _LAYER_ROWS_IN_WANDB)
         self._log = log
         self._steps_per_epoch = steps_per_epoch
         self._waiting: deque[Row] = deque()
@@ -127,12 +127,6 @@ def replay(folder: RunFolder, order: RowOrder, step: int = sys.maxsize, is_over:
         order.row(row)
     for layer_row in layers:
         order.layers(layer_row)
-
-
-def wandb_layers_every(layers_every: int, steps: int) -> int:
-    """Return the steps between W&B's layer rows: ``tracker.layers_every``, or a multiple of it in a long run."""
-    every = max(layers_every, 1)
-    return every * math.ceil(steps / every / _LAYER_ROWS_IN_WANDB)
 
 
 def read_layer_table(path: Path, step: int) -> pyarrow.Table | None:

@@ -29,10 +29,6 @@ _NO_MACHINE = {
 }
 
 
-class UploadError(Exception):
-    """A run could not be uploaded; the message is the reason."""
-
-
 class Upload(NamedTuple):
     """A W&B run of a run folder: the folder with its files (the same, or a ``previous-N`` in it) and its entry."""
 
@@ -72,7 +68,7 @@ def sync(folders: Iterable[RunFolder], dry_run: bool, say: Callable[[str], None]
     for upload in pending:
         try:
             say(f"{upload.name}  {_sync_run(upload, dry_run, seconds)}")
-        except UploadError as error:
+        except UserError as error:
             failed += 1
             say(f"{upload.name}  FAILED: {error}")
     if uploaded := len(uploads) - len(pending):
@@ -105,7 +101,7 @@ def _sync_run(upload: Upload, dry_run: bool, seconds: float) -> str:
     """Upload one run. Return what was done.
 
     Raises:
-        UploadError: W&B did not take the run in ``seconds``.
+        UserError: W&B did not take the run in ``seconds``.
     """
     if upload.run.is_held():
         return "skipped: the run is running"
@@ -127,7 +123,7 @@ def _sync_run(upload: Upload, dry_run: bool, seconds: float) -> str:
     except RunBusyError:
         return "skipped: another sync is running"
     if said:
-        raise UploadError(said[0])
+        raise UserError(said[0])
     return f"uploaded {max(count - copy.first, 0)} of {count} rows"
 
 
@@ -141,7 +137,7 @@ def _open(upload: Upload, scratch: Path, say: Callable[[str], None], seconds: fl
         except Exception as error:  # wandb raises many kinds
             close_session()
             advice = "W&B takes no run again that was deleted there; rerun=true makes a new one"
-            raise UploadError(f"{one_line(error)} ({advice})") from error
+            raise UserError(f"{one_line(error)} ({advice})") from error
 
 
 def send(copy: wandb_run.WandbRun, folder: RunFolder, config: dict[str, Any], in_sweep: bool) -> int:

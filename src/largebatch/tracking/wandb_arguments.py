@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from typing import Any
 
 from largebatch.config.identity import setting_hash, setting_name, without_none
 from largebatch.config.schema import Config
+
+
+def agent_run_id() -> str | None:
+    """Return the id of the W&B run that a W&B sweep's agent opened for this process, or None without an agent."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
 def run_arguments(config: Config, run_id: str, name: str, facts: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from largebatch.config.identity import without_none
 from largebatch.config.schema import Config
 from largebatch.runs.folder import DONE, RunFolder, read_json, write_atomic
 from largebatch.runs.metrics import Row
-from largebatch.tracking.agent import agent_run_id
-from largebatch.tracking.wandb_arguments import run_arguments, run_settings
+from largebatch.tracking.wandb_arguments import agent_run_id, run_arguments, run_settings
 from largebatch.tracking.wandb_session import (
     choose_mode,
     close_session,
@@ -62,10 +61,6 @@ def update_upload(run: Path, run_id: str, **changes: Any) -> None:
     entries = read_uploads(run)
     entry = entries.get(run_id, {"started": time.time(), "rows": 0})
     write_atomic(run / "wandb" / "uploads.json", json.dumps(entries | {run_id: entry | changes}, indent=1) + "\n")
-
-
-class RefusedError(Exception):
-    """W&B refused data of a run."""
 
 
 class WandbRun:
@@ -167,7 +162,7 @@ class WandbRun:
     def _finish(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
         if self._is_refused:
-            raise RefusedError("W&B refused data; `largebatch sync` uploads the rest")
+            raise RuntimeError("W&B refused data; `largebatch sync` uploads the rest")
         if self._is_sending and self.mode == "online" and self._is_recorded:
             update_upload(self._folder, self.id, rows=self._count, uploaded=True)
 
@@ -188,9 +183,6 @@ def start(
     name: str,
     facts: dict[str, Any],
     say: Callable[[str], None],
-    *,
-    init_timeout: float = INIT_TIMEOUT,
-    finish_timeout: float | None = None,
 ) -> WandbRun | None:
     """Start or resume the W&B run of one run folder, and add it to ``uploads.json``. Call it on rank 0 only.
 
@@ -202,8 +194,6 @@ def start(
         facts: resolved values (learning rate, batch per process, commit, versions), stored under ``resolved`` with
             ``name``. Empty: W&B's config and ``uploads.json`` stay as they are, because the caller logs no rows.
         say: takes one line at a time: the mode and its reason, and the first failure.
-        init_timeout: seconds for an online start.
-        finish_timeout: seconds for the last uploads. None: ``FINISH_TIMEOUT`` or ``CHECKPOINT_TIMEOUT``.
 
     Returns:
         None when W&B isn't wanted (``tracker=none``, ``tracker.mode=disabled``, ``WANDB_MODE=disabled``), can't be
@@ -211,18 +201,13 @@ def start(
     """
     if config.tracker.name == "none" or config.tracker.mode == "disabled":
         return None
-    if config.tracker.mode == "auto" and os.environ.get("WANDB_MODE", "").lower() == "disabled":
-        say("W&B is off: WANDB_MODE=disabled")
-        return None
     try:
         import wandb  # noqa: F401
     except Exception as error:  # missing, or broken by another package
         say(f"W&B is off: wandb can't be imported ({one_line(error)})")
         return None
     directory = directory.absolute()
-    if finish_timeout is None:
-        finish_timeout = CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT
-    settings = run_settings(init_timeout, finish_timeout)
+    settings = run_settings(INIT_TIMEOUT, CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT)
     started, files = None, directory
     with session_environment(directory, config.tracker.mode):
         try:

@@ -1,20 +1,56 @@
-"""Arguments of an update: a part of a parameter group, and its hyper-parameters as plain numbers."""
+"""Parameter groups: their options, their division into parts that one call updates, and their plain numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from largebatch.optim.options import Group, is_adapted, is_decayed
-
+Group = dict[str, Any]
 T = TypeVar("T")
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+def is_adapted(parameter: Tensor, group: Group) -> bool:
+    """Return True if the parameter is scaled: by ``adapt`` if it is set, else by dimensions and ``adapt_1d``."""
+    if group["adapt"] is not None:
+        return bool(group["adapt"])
+    return parameter.ndim > 1 or bool(group["adapt_1d"])
+
+
+def is_decayed(parameter: Tensor, group: Group) -> bool:
+    """Return True if the parameter is decayed: it has two dimensions or more, or ``decay_1d`` is set."""
+    return group["weight_decay"] != 0 and (parameter.ndim > 1 or bool(group["decay_1d"]))
+
+
+def options_of(arguments: dict[str, Any]) -> Group:
+    """Return the options among a constructor's ``locals()``."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
+
+
+def check_non_negative(name: str, value: Any) -> None:
+    if not (_is_finite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    if not (_is_finite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    if not (_is_finite(value) and 0 <= value < 1):
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 @dataclass
@@ -117,7 +153,7 @@ class LambNumbers(NamedTuple):
 Numbers = TypeVar("Numbers", LarsNumbers, LambNumbers)
 
 
-def numbers_of(kind: type[Numbers], group: dict[str, Any], **own: Any) -> Numbers:
+def numbers_of(kind: type[Numbers], group: Group, **own: Any) -> Numbers:
     """Take each field from ``own``, else from the group's option of that name; a limit of None becomes infinity."""
     values = {**group, **own}
     values |= {name: math.inf for name in ("norm_clip", "max_ratio") if values[name] is None}
