@@ -79,7 +79,7 @@ def without_key(folder: RunFolder) -> None:
         (overwrite("config.yaml", "\0\1"), "config.yaml can't be read"),
         (overwrite("config.yaml", "dataset: digits\n"), "config.yaml has no valid dataset.name"),
         (overwrite("config.yaml", "dataset.name: digits\n"), "config.yaml has no valid dataset.name"),
-        (config_with("mode", "{name: odd}"), "config.yaml has an unknown data set or mode"),
+        (config_with("  name", "odd"), "config.yaml has an unknown data set or mode"),
         (config_with("batch_size", "-1"), "config.yaml has an invalid batch size or learning rate"),
         (config_with("batch_size", "true"), "config.yaml has no valid batch_size (True)"),
         (config_with("  lr", ".nan"), "config.yaml has an invalid batch size or learning rate"),
