@@ -23,7 +23,7 @@ demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs in un
 	$(BIN)/python launch.py -m sweeps=demo
 
 test: install ## run all tests but SLURM's, two files at a time with a thread each
-	LARGEBATCH_SLURM=skip OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	LARGEBATCH_SLURM=skip OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slurm: install ## run SLURM's tests on a private cluster (Debian, root)
 	$(BIN)/python tests/tools/private_slurm/cluster.py install
