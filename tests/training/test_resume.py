@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import TINY, Launch, start
-from runs import finish, parameters, the_run, timeless, train_in
+from runs import finish, is_alive, parameters, the_run, timeless, train_in, worker_pid
 
 from largebatch.runs.metrics import read_rows
 
@@ -38,18 +38,6 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
             return
         time.sleep(0.01)
     raise AssertionError(f"the run didn't reach step {step}")
-
-
-def worker_pid(run: Path) -> int:
-    pid: int = json.loads((run / "status.json").read_text())["pid"]
-    return pid
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def stop_run(run: Path, process: subprocess.Popen[str], how: str) -> tuple[str, str]:
