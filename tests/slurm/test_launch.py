@@ -295,7 +295,7 @@ def test_cancelled_runs_are_saved_and_shown_as_preempted(submit: Submit, cluster
     assert f"{first.name}: cancelled after step {status(first)['step']} of 400" in result.stdout
     assert f"{second.name}: cancelled before it started" in result.stdout
     assert [row["state"] for row in rows_as_listed(cluster, tmp_path)] == ["preempted"] * 2
-    assert cluster.run("squeue", "--noheader").stdout == ""
+    assert cluster.run("squeue", "--noheader", f"--jobs={job_of(first)},{job_of(second)}").stdout == ""
 
 
 def test_a_node_without_scontrol_tells_the_user_to_resume(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
