@@ -91,20 +91,21 @@ def decoded_blocks(images: FileImages, threads: int) -> Iterator[tuple[NDArray[n
     A block is the pixels, uint8 [n, C, S, S], of the files that can be read, and the indices of the files that can't.
     """
 
-    def decode_file(path: str) -> NDArray[np.uint8] | None:
+    def decode_to(place: NDArray[np.uint8], path: str) -> bool:
         try:
-            return decode(path, images.channels, images.image_size)
+            place[:] = decode(path, images.channels, images.image_size)
         except UserError:
-            return None
+            return False
+        return True
 
     shape = (images.channels, images.image_size, images.image_size)
     size = max(_BLOCK_BYTES // max(math.prod(shape), 1), _TASK * threads)
     with ThreadPool(threads) as pool:
         for first in range(0, len(images), size):
-            decoded = pool.map(decode_file, images.paths[first : first + size], chunksize=_TASK)
-            unreadable = [i for i, pixels in enumerate(decoded, first) if pixels is None]
-            readable = [pixels for pixels in decoded if pixels is not None]
-            yield np.array(readable, np.uint8).reshape(len(readable), *shape), unreadable
+            paths = images.paths[first : first + size]
+            pixels = np.empty((len(paths), *shape), np.uint8)
+            readable = np.array(pool.starmap(decode_to, zip(pixels, paths, strict=True), chunksize=_TASK))
+            yield pixels if readable.all() else pixels[readable], [first + int(i) for i in np.flatnonzero(~readable)]
 
 
 def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
