@@ -102,12 +102,12 @@ def _dashboard(options: argparse.Namespace) -> None:
     except ModuleNotFoundError:
         problem = "wandb-workspaces is missing. Fix: pip install 'wandb-workspaces>=0.4.13,<0.5'"
         raise UserError(f"dashboard: {problem}") from None
-    from largebatch.report import dashboard, dashboard_report, saved_view
+    from largebatch.report import dashboard, saved_view
 
     where = options.entity, options.project, options.name
     views = [
         saved_view.of_workspace(dashboard.workspace(*where)),
-        saved_view.of_report(dashboard_report.report(*where, options.runs)),
+        saved_view.of_report(dashboard.report(*where, options.runs)),
     ]
     if options.print:
         print(json.dumps([dataclasses.asdict(view) for view in views], indent=1))

@@ -39,8 +39,7 @@ def report(
         raise UserError(f"--target={target:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir}: not a folder. Fix: give the folder that holds the runs")
-    kind = format_ or _format_of(out)
-    path = _path(out, kind)
+    kind, path = _output(out, format_)
     runs, problems = load_runs(runs_dir)
     known = sorted({key for run in runs for key in run.given}) if by else []
     for key in by:
@@ -72,27 +71,22 @@ def report(
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
 
 
-def _path(out: str | None, kind: str) -> Path | None:
-    """Return the file to write. None: print."""
+def _output(out: str | None, format_: str | None) -> tuple[str, Path | None]:
+    """Return the format, and the file to write. None: print."""
+    name = "report.html" if out is None or out == "-" else out
+    ending = Path(name).suffix.lstrip(".").lower()
+    kind = format_ or {"htm": "html", "markdown": "md"}.get(ending, ending)
+    if kind not in FORMATS:
+        raise UserError(
+            f"--out={out}: unknown ending. Allowed: .html, .md, .csv, .parquet. Fix: rename the file or add --format"
+        )
     if out == "-" or (out is None and kind in ("md", "csv")):
         if kind == "parquet":
             raise UserError("--format=parquet --out=-: Parquet can't be printed. Fix: name a file")
-        return None
+        return kind, None
     path = Path(out or f"report.{kind}")
     if not path.parent.is_dir():
         raise UserError(f"--out={path}: there is no folder {path.parent}. Fix: create it or name another file")
     if path.is_dir():
         raise UserError(f"--out={path}: is a folder. Fix: name a file in it")
-    return path
-
-
-def _format_of(out: str | None) -> str:
-    if out is None or out == "-":
-        return "html"
-    ending = Path(out).suffix.lstrip(".").lower()
-    kind = {"htm": "html", "markdown": "md"}.get(ending, ending)
-    if kind not in FORMATS:
-        raise UserError(
-            f"--out={out}: unknown ending. Allowed: .html, .md, .csv, .parquet. Fix: rename the file or add --format"
-        )
-    return kind
+    return kind, path

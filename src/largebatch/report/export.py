@@ -9,7 +9,7 @@ from typing import Any
 
 from largebatch.report.compare import REPORTED, Comparison, differing
 from largebatch.report.fairness import warnings
-from largebatch.report.load import Problem, Run
+from largebatch.report.load import Problem
 from largebatch.report.wording import answer, cell_accuracy, cell_counts, decimals, row_label, title
 
 Record = dict[str, Any]
@@ -60,48 +60,41 @@ def records(comparisons: Sequence[Comparison]) -> list[Record]:
     Each configuration key that differs between runs has a column of its own, under its dotted name.
     """
     keys = differing(run for comparison in comparisons for run in comparison.runs)
-    found = []
+    found: list[Record] = []
     for cell in (cell for comparison in comparisons for cell in comparison.cells.values()):
         for setting in cell.settings:
             chosen = setting is cell.chosen
-            reported = REPORTED[cell.chosen_by] if chosen else None
             for run in setting.runs:
-                place = {"row": row_label(cell.row), "chosen": chosen, "reported": reported}
-                found.append(_record(run) | place | {key: run.options.get(key) for key in keys})
-    return _one_type_a_column(found)
-
-
-def _record(run: Run) -> Record:
-    config = run.config
-    return {
-        "run": run.name,
-        **{group: config[group]["name"] for group in ("dataset", "model", "mode", "optimizer", "schedule")},
-        "batch_size": config["batch_size"],
-        "lr": float(config["optimizer"]["lr"]),
-        "seed": config["seed"],
-        "state": run.state,
-        **{name: run.metric(name) for name in _METRICS},
-        **{name: run.summary.get(name) for name in _FACTS},
-        "message": run.message,
-    }
-
-
-def _one_type_a_column(rows: list[Record]) -> list[Record]:
-    """Convert columns of several types to float or text, as Parquet needs."""
-    for key in dict.fromkeys(key for row in rows for key in row):
-        types = {type(row[key]) for row in rows if row[key] is not None}
-        if len(types) == 1 and types <= {bool, int, float, str}:
-            continue
-        convert = float if types == {int, float} else str
-        for row in rows:
-            row[key] = None if row[key] is None else convert(row[key])
-    return rows
+                config = run.config
+                record = {
+                    "run": run.name,
+                    **{group: config[group]["name"] for group in ("dataset", "model", "mode", "optimizer", "schedule")},
+                    "batch_size": config["batch_size"],
+                    "lr": float(config["optimizer"]["lr"]),
+                    "seed": config["seed"],
+                    "state": run.state,
+                    **{name: run.metric(name) for name in _METRICS},
+                    **{name: run.summary.get(name) for name in _FACTS},
+                    "message": run.message,
+                    "row": row_label(cell.row),
+                    "chosen": chosen,
+                    "reported": REPORTED[cell.chosen_by] if chosen else None,
+                    **{key: run.options.get(key) for key in keys},
+                }
+                found.append(record)
+    for key in found[0]:  # Parquet needs one type for each column
+        types = {type(record[key]) for record in found if record[key] is not None}
+        if len(types) > 1 or not types <= {bool, int, float, str}:
+            convert = float if types == {int, float} else str
+            for record in found:
+                record[key] = None if record[key] is None else convert(record[key])
+    return found
 
 
 def csv_text(rows: Sequence[Record]) -> str:
     """Return CSV with a heading. Unknown values are empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
