@@ -95,7 +95,8 @@ def write_layers(folder: RunFolder, layers: list[str], steps: int, draw: random.
     every = max(steps // LAYER_ROWS, 1)
     for step in range(every, steps + 1, every):
         log.add(step, layers, {name: torch.rand(len(layers), generator=generator) + 0.01 for name in COLUMNS})
-    log.write()
+    _, write = log.to_write()
+    write()
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 from pathlib import Path
@@ -12,9 +11,8 @@ from pathlib import Path
 from largebatch.errors import UserError, exit_code_of
 from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder
-from largebatch.runs.logs import show_log
 from largebatch.runs.table import find_run, find_runs
-from largebatch.runs.watch import show_status, watch_status
+from largebatch.runs.watch import show_log, show_status, watch_status
 
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
@@ -119,8 +117,7 @@ def _dashboard(options: argparse.Namespace) -> None:
 def _sync(options: argparse.Namespace) -> int:
     from largebatch.tracking.sync import sync
 
-    say = functools.partial(print, flush=True)
-    return 1 if sync(_named(options), options.dry_run, say, options.timeout) else 0
+    return 1 if sync(_named(options), options.dry_run, options.timeout) else 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from offline import history_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.tracking.layers import CAPACITY, LayerLog
-from largebatch.tracking.rows import COLUMNS, RowOrder
+from largebatch.tracking.rows import COLUMNS, LayerRow, RowOrder
 
 NAMES = ["conv1.weight", "head.weight"]
 
@@ -39,6 +39,13 @@ def expected(step: int, layers: int = 2) -> list[dict[str, Any]]:
 def table(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
     return rows
+
+
+def write(log: LayerLog) -> list[LayerRow]:
+    """Write all rows so far. Return those that left the device now."""
+    left, write_rows = log.to_write()
+    write_rows()
+    return left
 
 
 class Operations(TorchDispatchMode):
@@ -65,7 +72,7 @@ def test_adding_a_row_is_one_operation_and_a_full_buffer_is_read_once(tmp_path: 
     rows = log.add(CAPACITY, NAMES, statistics(CAPACITY))
     assert [row.step for row in rows] == list(range(1, CAPACITY + 1))
     assert not (tmp_path / "layers.parquet").exists()
-    assert log.write() == []
+    assert write(log) == []
     assert table(tmp_path / "layers.parquet") == [row for step in range(1, CAPACITY + 1) for row in expected(step)]
 
 
@@ -79,7 +86,7 @@ def test_a_gpu_is_not_waited_for(tmp_path: Path) -> None:
             assert log.add(step, NAMES, given) == []
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(log.write()) == CAPACITY - 1
+    assert len(write(log)) == CAPACITY - 1
 
 
 @pytest.mark.parametrize("rows", [1, CAPACITY - 1, CAPACITY, CAPACITY + 1, 3 * CAPACITY + 5])
@@ -90,8 +97,8 @@ def test_every_row_is_written_once_and_in_order(tmp_path: Path, rows: int, write
     for step in range(1, rows + 1):
         left += log.add(step, NAMES, statistics(step))
         if step % write_every == 0:
-            left += log.write()
-    left += log.write()
+            left += write(log)
+    left += write(log)
     assert table(tmp_path / "layers.parquet") == [row for step in range(1, rows + 1) for row in expected(step)]
     assert [row.step for row in left] == list(range(1, rows + 1))
     assert left[-1].metrics() == {
@@ -106,7 +113,7 @@ def test_tensors_that_the_caller_reuses_are_copied(tmp_path: Path) -> None:
     for values in given.values():
         values.zero_()
     names.clear()
-    log.write()
+    write(log)
     assert table(tmp_path / "layers.parquet") == expected(1)
 
 
@@ -116,7 +123,7 @@ def test_another_set_of_layers_starts_a_new_buffer(tmp_path: Path) -> None:
         assert log.add(step, NAMES, statistics(step)) == []
     assert [row.step for row in log.add(3, NAMES[:1], statistics(3, layers=1))] == [1, 2]
     assert log.add(4, [], statistics(4, layers=0)) == []
-    log.write()
+    write(log)
     assert table(tmp_path / "layers.parquet") == [*expected(1), *expected(2), *expected(3, layers=1)]
 
 
@@ -125,20 +132,20 @@ def test_a_resumed_run_keeps_the_rows_up_to_its_step(tmp_path: Path) -> None:
     first = LayerLog(path, 0)
     for step in (1, 2, 3, 4):
         first.add(step, NAMES, statistics(step))
-    first.write()
+    write(first)
     second = LayerLog(path, 2)
     second.add(3, NAMES, statistics(30))
-    second.write()
+    write(second)
     assert [row["step"] for row in table(path)] == [1, 1, 2, 2, 3, 3]
     assert [row["weight_norm"] for row in table(path)][4:] == [30.0, 30.0625]
     third = LayerLog(path, 0)  # from the start, as after damaged checkpoints
     third.add(1, NAMES, statistics(1))
-    third.write()
+    write(third)
     assert table(path) == expected(1)
 
 
 def test_no_rows_make_no_file(tmp_path: Path) -> None:
-    assert LayerLog(tmp_path / "layers.parquet", 0).write() == []
+    assert write(LayerLog(tmp_path / "layers.parquet", 0)) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +154,7 @@ def test_other_types_are_stored_in_fp32(tmp_path: Path, dtype: torch.dtype) -> N
     log = LayerLog(tmp_path / "layers.parquet", 0)
     log.add(1, NAMES, {column: torch.tensor([0.5, 1 / 3], dtype=dtype) for column in COLUMNS})
     third = float(torch.tensor(1 / 3, dtype=dtype).float())
-    log.write()
+    write(log)
     assert [row["weight_norm"] for row in table(tmp_path / "layers.parquet")] == [0.5, third]
 
 

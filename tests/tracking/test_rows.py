@@ -40,14 +40,19 @@ class Run:
                 self.metrics.write({"step": step, "train/loss": 1.0})
                 self.order.row({"step": step, "train/loss": 1.0})
             if step % checkpoints == 0:
-                self.give(self.layer_log.write())
+                self.write_layers()
 
     def give(self, rows: list[Any]) -> None:
         for row in rows:
             self.order.layers(row)
 
+    def write_layers(self) -> None:
+        rows, write = self.layer_log.to_write()
+        self.give(rows)
+        write()
+
     def end(self) -> None:
-        self.give(self.layer_log.write())
+        self.write_layers()
         self.metrics.close()
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -26,10 +26,15 @@ class RunBusyError(Exception):
     """Another process works on the run."""
 
 
-def write_atomic(path: Path, text: str) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary name, and rename the file to ``path``."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    write(temporary)
     os.replace(temporary, path)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(text))
 
 
 class RunFolder:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
-from largebatch.runs.folder import read_tail, write_atomic
+from largebatch.runs.folder import read_tail, replace_file, write_atomic
 
 Row = dict[str, Any]
 _TAIL = 1 << 15  # bytes: some hundred rows
@@ -63,9 +63,7 @@ def write_table(rows: list[Row], path: Path) -> None:
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
-    temporary = path.with_name(f".{path.name}.tmp")
-    pyarrow.parquet.write_table(table, temporary)
-    os.replace(temporary, path)
+    replace_file(path, partial(pyarrow.parquet.write_table, table))
 
 
 def _line(row: Row) -> str:

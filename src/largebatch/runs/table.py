@@ -1,18 +1,23 @@
-"""Rows that describe runs, and the search for runs by name."""
+"""Rows that describe runs, the search for runs by name, and tables for terminals and pipes."""
 
 from __future__ import annotations
 
+import io
+import itertools
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from largebatch.errors import UserError
 from largebatch.runs.folder import DONE, RESUMES, RunFolder, read_tail
 from largebatch.runs.metrics import newest
 from largebatch.runs.slurm_queue import Job, jobs_of
-from largebatch.runs.text_table import plain_table
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 Row = dict[str, Any]
 _STARTING_SECONDS = 120.0  # a worker on this machine has written its status by then
@@ -154,3 +159,41 @@ def _cell(key: str, value: Any) -> str:
     if key.endswith("/accuracy"):
         return f"{100 * value:.2f} %"
     return f"{value:.1f}" if key == "seconds" else str(value)
+
+
+def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as text, with two spaces between columns and whole cells."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [[Text(" ".join(cell.splitlines())) for cell in row] for row in rows]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading, column in itertools.zip_longest(headings, zip(*lines, strict=True)):
+        cells = [cell.plain for cell in column or ()]
+        numeric = any(cells) and all(cell[:1].isdigit() or cell in ("-", "") for cell in cells)
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    text = io.StringIO()
+    Console(file=text, width=100_000, color_system=None).print(table)  # so wide that it never wraps
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def print_table(table: str) -> None:
+    """Print a table with whole cells; each row is one line, which a narrow terminal wraps."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        first, _, rest = table.partition("\n")
+        Console().print(Text(first, "bold"), Text(rest), sep="\n", soft_wrap=True)
+    else:
+        print(table, flush=True)
+
+
+def live_table(headline: str, table: str) -> Text:
+    """Return a headline and a table for rich's live view, which cuts lines that are too long."""
+    from rich.text import Text
+
+    return Text(f"{headline}\n\n{table}", no_wrap=True, overflow="ellipsis")

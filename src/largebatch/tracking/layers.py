@@ -5,7 +5,6 @@ Reading a value waits for the device, so rows gather on the device and are read 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from largebatch.runs.folder import replace_file
 from largebatch.tracking.rows import COLUMNS, LayerRow, read_layer_table
 
 if TYPE_CHECKING:
@@ -64,19 +64,20 @@ class LayerLog:
         left = self._read_back()
         return left, partial(_write, list(self._tables), self._path)
 
-    def write(self) -> list[LayerRow]:
-        """Write all rows so far. Return those that left the device now."""
-        left, write = self.to_write()
-        write()
-        return left
-
     def _read_back(self) -> list[LayerRow]:
         """Empty the buffer, with one copy."""
         values = self._buffer[: len(self._steps)].tolist()
         rows = [LayerRow(step, self._names, row) for step, row in zip(self._steps, values, strict=True)]
         self._steps = []
         if rows:
-            self._tables.append(_table(rows))
+            import pyarrow
+
+            columns = {
+                "step": [row.step for row in rows for _ in row.names],
+                "layer": [name for row in rows for name in row.names],
+                **{column: [value for row in rows for value in row.values[i]] for i, column in enumerate(COLUMNS)},
+            }
+            self._tables.append(pyarrow.table(columns))
         return rows
 
 
@@ -85,21 +86,7 @@ def _write(tables: list[pyarrow.Table], path: Path) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        temporary = path.with_name(f".{path.name}.tmp")
-        pyarrow.parquet.write_table(pyarrow.concat_tables(tables), temporary)
-        os.replace(temporary, path)
-
-
-def _table(rows: list[LayerRow]) -> pyarrow.Table:
-    """Return a table with one row for each step and layer."""
-    import pyarrow
-
-    columns = {
-        "step": [row.step for row in rows for _ in row.names],
-        "layer": [name for row in rows for name in row.names],
-        **{column: [value for row in rows for value in row.values[i]] for i, column in enumerate(COLUMNS)},
-    }
-    return pyarrow.table(columns)
+        replace_file(path, partial(pyarrow.parquet.write_table, pyarrow.concat_tables(tables)))
 
 
 def plain_statistics(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -79,7 +78,7 @@ class Recorder:
 
     def finish(self, state: str, step: int, message: str, seconds: float) -> None:
         """Close the run in ``state``. Write the table and the summary of a run that is over."""
-        self._layers_to_wandb(self._layers.write())
+        self.layers_to_write()()
         self._metrics.close()
         if state in DONE:
             rows = read_rows(self._folder.metrics)
@@ -100,7 +99,7 @@ class Recorder:
             self._wandb.finish(exit_code)
             self._wandb = self._order = None
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -116,14 +115,13 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     epoch of the best validation accuracy and ``best/test/accuracy`` the test accuracy there: the test set chooses
     nothing. Without a validation part, the best is the test set's own and only an upper bound.
     """
-    last = {k: v for row in rows for k, v in row.items() if k.startswith(_LAST)}
+    metrics: dict[str, Any] = {k: v for row in rows for k, v in row.items() if k.startswith(_LAST)}
     evaluations = [row for row in rows if row.get("test/accuracy") is not None]
     chosen_by = "val/accuracy" if any("val/accuracy" in row for row in evaluations) else "test/accuracy"
     best = max(evaluations, key=lambda row: (row[chosen_by] or 0.0, -row["step"]), default=None)
     speeds = sorted(row["perf/images_per_second"] for row in rows if "perf/images_per_second" in row)
-    metrics: dict[str, Any] = dict(last)
     if best is not None:
         metrics |= {f"best/{k}": v for k, v in best.items() if k.startswith(("val/", "test/")) or k == "epoch"}
         metrics["best/chosen_by"] = chosen_by
     metrics["images_per_second"] = speeds[len(speeds) // 2] if speeds else None
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    return metrics

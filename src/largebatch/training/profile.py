@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from largebatch.runs.folder import write_atomic
-from largebatch.runs.text_table import plain_table
+from largebatch.runs.table import plain_table
 
 _WARM_UP = 3  # steps; they include allocations, the choice of convolution algorithms and compilation
 _STEPS = 10
