@@ -59,7 +59,7 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
         print(estimated(to_go))
     print_plan(rows)
     if _on_slurm(plan):
-        for text in sbatch_texts(plan):
+        for text in sbatch_texts(to_go):
             print(f"\nscript for sbatch:\n\n{text}")
     return 0
 

@@ -63,13 +63,11 @@ def submit_plan(plan: Sequence[PlannedRun]) -> int:
 
 
 def sbatch_texts(plan: Sequence[PlannedRun]) -> Iterator[str]:
-    """Yield sbatch's script for each array of runs to submit; needs no SLURM."""
+    """Yield sbatch's script for each array of the runs that aren't in the queue; needs no SLURM."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    statuses = {run.folder.name: run.folder.read_status() for run in plan}
-    jobs = jobs_of(statuses.values())
-    repeated = [run for run in plan if statuses[run.folder.name].get("state") not in DONE or run.config.rerun]
-    missing = [run for run in repeated if not claim_by_slurm(statuses[run.folder.name], jobs)]
+    jobs = jobs_of(run.folder.read_status() for run in plan)
+    missing = [run for run in plan if not claim_by_slurm(run.folder.read_status(), jobs)]
     for array in arrays_of(missing, _largest_array()):
         folder = array[0].folder.slurm
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"

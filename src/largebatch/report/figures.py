@@ -35,16 +35,8 @@ METRICS = {
     "val/knn_accuracy": "nearest-neighbour validation accuracy", "probe/loss": "probe loss",
     "embedding/std": "standard deviation of embeddings", "embedding/effective_rank": "effective rank of embeddings",
 }  # fmt: skip
-_X = Switch(
-    "x",
-    "over",
-    [("epochs", "epochs"), ("steps", "steps"), ("seconds", "wall time")],
-    {
-        "epochs": {"xaxis.title.text": "epoch"},
-        "steps": {"xaxis.title.text": "optimizer step"},
-        "seconds": {"xaxis.title.text": "wall time [s]"},
-    },
-)
+_AXES = {"epochs": "epoch", "steps": "optimizer step", "seconds": "wall time [s]"}
+_X = Switch("x", "over", list(_AXES.items()), {key: {"xaxis.title.text": title} for key, title in _AXES.items()})
 
 
 def accuracy_by_batch(comparison: Comparison, style: Styles) -> Chart:
@@ -173,7 +165,7 @@ def _over_training(
 
 def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKey, style: Style, percent: bool) -> None:
     scale = 100 if percent else 1
-    x = {name: [rounded(getattr(at, name)) for at in drawn.at] for name, _ in _X.options}
+    x = {name: [rounded(getattr(at, name)) for at in drawn.at] for name in _AXES}
     if drawn.spread is not None and any(drawn.spread):
         pairs = list(zip(drawn.mean, drawn.spread, strict=True))
         edge = [mean + spread for mean, spread in pairs] + [mean - spread for mean, spread in reversed(pairs)]

@@ -129,11 +129,9 @@ def read_layer_table(path: Path, step: int) -> pyarrow.Table | None:
     """Return ``layers.parquet`` up to ``step``, or None without such rows."""
     if not path.exists():
         return None
-    import pyarrow.compute
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path)
-    table = table.filter(pyarrow.compute.less_equal(table["step"], step))
+    table = pyarrow.parquet.read_table(path, filters=[("step", "<=", step)])
     return table if table.num_rows else None
 
 
