@@ -1,7 +1,5 @@
 """``largebatch report``: write a folder of runs as a page, as Markdown or as one table."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compute curves over training, averaged over seeds, and the step at which runs reach a target."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable

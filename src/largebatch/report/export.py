@@ -1,7 +1,5 @@
 """Export the comparison as Markdown, and the runs as one flat table for CSV and Parquet."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Files are written under a temporary name and renamed, so that readers never see half a file.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

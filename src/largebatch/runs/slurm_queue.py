@@ -1,7 +1,5 @@
 """States of SLURM's jobs, by its commands; needs neither accounting nor submitit."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import time

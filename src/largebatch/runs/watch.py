@@ -1,7 +1,5 @@
 """``largebatch status`` and ``largebatch logs``: states and log of runs, once or until the runs have ended."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time
