@@ -1,7 +1,5 @@
 """Rows that describe runs, the search for runs by name, and tables for terminals and pipes."""
 
-import io
-import itertools
 import sys
 import time
 from collections import Counter
@@ -161,21 +159,13 @@ def _cell(key: str, value: Any) -> str:
 
 def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table as text, with two spaces between columns and whole cells."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    lines = [[Text(" ".join(cell.splitlines())) for cell in row] for row in rows]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading, column in itertools.zip_longest(headings, zip(*lines, strict=True)):
-        cells = [cell.plain for cell in column or ()]
+    columns = []
+    for heading, *cells in zip(headings, *rows, strict=True):
+        lines = [heading, *(" ".join(cell.splitlines()) for cell in cells)]
+        width = max(map(len, lines))
         numeric = any(cells) and all(cell[:1].isdigit() or cell in ("-", "") for cell in cells)
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    text = io.StringIO()
-    Console(file=text, width=100_000, color_system=None).print(table)  # so wide that it never wraps
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        columns.append([line.rjust(width) if numeric else line.ljust(width) for line in lines])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def print_table(table: str) -> None:
