@@ -16,9 +16,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from largebatch.report.build import table
 from largebatch.report.chart import Style, styles
 from largebatch.report.compare import Comparison, RowKey, compare
-from largebatch.report.export import table
 from largebatch.report.layer_figures import QUANTITIES, Diagnosed, read_diagnosed
 from largebatch.report.load import load_runs
 from largebatch.report.wording import answer, row_label
