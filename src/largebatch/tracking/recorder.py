@@ -34,7 +34,7 @@ class Recorder:
     def __init__(self, config: Config, folder: RunFolder, step: int, facts: dict[str, Any], console: Console) -> None:
         self._folder, self._facts, self._console, self._tracker = folder, facts, console, config.tracker
         self._metrics = MetricsLog(folder.metrics, step)
-        self._layers = LayerLog(folder.layers, step)
+        self._layers = LayerLog(folder.layers, step, self._layer_row)
         self._status_at = 0.0
         repetition = folder.read_status().get("repetition", 0)
         run_id = folder.name.rsplit("-", 1)[-1] + (f"-{repetition}" if repetition else "")
@@ -61,18 +61,15 @@ class Recorder:
         """Record statistics after optimizer step ``step``: a tensor of shape [layers] for each of ``rows.COLUMNS``."""
         if self._order and names:
             self._order.expect_layers(step)
-        self._layers_to_wandb(self._layers.add(step, names, statistics))
+        self._layers.add(step, names, statistics)
 
     def layers_to_write(self) -> Callable[[], None]:
         """Return a function that writes the layer rows so far to their file, in any thread."""
-        rows, write = self._layers.to_write()
-        self._layers_to_wandb(rows)
-        return write
+        return self._layers.to_write()
 
-    def _layers_to_wandb(self, rows: list[LayerRow]) -> None:
-        for row in rows:
-            if self._order:
-                self._order.layers(row)
+    def _layer_row(self, row: LayerRow) -> None:
+        if self._order:
+            self._order.layers(row)
 
     def finish(self, state: str, step: int, message: str, seconds: float) -> None:
         """Close the run in ``state``. Write the table and the summary of a run that is over."""
