@@ -55,7 +55,7 @@ from torchvision import transforms
 from largebatch.config.schema import Config, defaults, from_composed
 from largebatch.data.augment import augmented
 from largebatch.data.draws import draw
-from largebatch.data.transfer import to_device
+from largebatch.data.stream import to_device
 from largebatch.launch.composition import by_force
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic

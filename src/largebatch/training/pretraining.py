@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from largebatch.data import evaluation_share
-from largebatch.data.location import in_words
+from largebatch.data.load import in_words
 from largebatch.machine import distributed
 from largebatch.modes import bt
 from largebatch.modes.collapse import effective_rank, mean_deviation
