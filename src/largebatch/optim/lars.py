@@ -20,46 +20,7 @@ from largebatch.optim.param_groups import (
 )
 
 
-class LarsFamily(LayerwiseOptimizer):
-    """The step of LARS, and of the optimizers that differ from LARS in ``q`` alone."""
-
-    EQUATION = "lars"
-    STATE = ("momentum_buffer",)
-    DENOMINATORS: ClassVar = ("norm_of_sum", "sum_of_norms")
-
-    def _coefficient(self, group: Group) -> Any:
-        """Return the factor of the norms' ratio in this step, a number or a tensor; called once a step."""
-        return group["trust_coefficient"]
-
-    def _given_norms(self, layers: list[Tensor]) -> Tensor | None:
-        """Return an override for these layers' gradient norms in ``q``, of shape [layers]. None: measure them."""
-        return None
-
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
-        check_fraction("momentum", group["momentum"])
-        check_positive("trust_coefficient", group["trust_coefficient"])
-        check_non_negative("eps", group["eps"])
-        if group["denominator"] not in self.DENOMINATORS:
-            raise ValueError(f"denominator must be one of {', '.join(self.DENOMINATORS)}, got {group['denominator']!r}")
-        if group["nesterov"] and group["momentum"] == 0:
-            raise ValueError("nesterov needs a momentum above 0, got momentum=0")
-        if group["larc"] and group["max_ratio"] is None:
-            raise ValueError("larc needs max_ratio (LARC has 1): without a limit lr would have no effect on the layers")
-
-    def _step_group(
-        self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]
-    ) -> list[Measured]:
-        buffers = self._buffers(parameters, "momentum_buffer") if group["momentum"] != 0 else []
-        sum_of_norms = group["denominator"] == "sum_of_norms"
-        numbers = numbers_of(LarsNumbers, group, coefficient=self._coefficient(group), sum_of_norms=sum_of_norms)
-        divided = parts(group, parameters, gradients, buffers)
-        for part in divided:
-            part.given_norms = self._given_norms(part.layers())
-        return [self._step_part(index, group, part, numbers) for part in divided]
-
-
-class LARS(LarsFamily):
+class LARS(LayerwiseOptimizer):
     """LARS (arXiv 1708.03888), with its variants as options; by default the Barlow Twins and TVLARS programs' form.
 
     For every layer, with gradient ``g`` and weight ``w``::
@@ -99,6 +60,10 @@ class LARS(LarsFamily):
         ValueError: for a hyper-parameter out of its range, also in a parameter group.
     """
 
+    EQUATION = "lars"
+    STATE = ("momentum_buffer",)
+    DENOMINATORS: ClassVar = ("norm_of_sum", "sum_of_norms")
+
     def __init__(
         self,
         params: ParamsT,
@@ -123,3 +88,34 @@ class LARS(LarsFamily):
         capturable: bool = False,
     ) -> None:
         super().__init__(params, options_of(locals()))
+
+    def _coefficient(self, group: Group) -> Any:
+        """Return the factor of the norms' ratio in this step, a number or a tensor; called once a step."""
+        return group["trust_coefficient"]
+
+    def _given_norms(self, layers: list[Tensor]) -> Tensor | None:
+        """Return an override for these layers' gradient norms in ``q``, of shape [layers]. None: measure them."""
+        return None
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_fraction("momentum", group["momentum"])
+        check_positive("trust_coefficient", group["trust_coefficient"])
+        check_non_negative("eps", group["eps"])
+        if group["denominator"] not in self.DENOMINATORS:
+            raise ValueError(f"denominator must be one of {', '.join(self.DENOMINATORS)}, got {group['denominator']!r}")
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError("nesterov needs a momentum above 0, got momentum=0")
+        if group["larc"] and group["max_ratio"] is None:
+            raise ValueError("larc needs max_ratio (LARC has 1): without a limit lr would have no effect on the layers")
+
+    def _step_group(
+        self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]
+    ) -> list[Measured]:
+        buffers = self._buffers(parameters, "momentum_buffer") if group["momentum"] != 0 else []
+        sum_of_norms = group["denominator"] == "sum_of_norms"
+        numbers = numbers_of(LarsNumbers, group, coefficient=self._coefficient(group), sum_of_norms=sum_of_norms)
+        divided = parts(group, parameters, gradients, buffers)
+        for part in divided:
+            part.given_norms = self._given_norms(part.layers())
+        return [self._step_part(index, group, part, numbers) for part in divided]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -36,8 +37,10 @@ class LayerwiseOptimizer(Optimizer):
     _tables: dict[Any, dict[Any, Any]]  # ``Part.tables`` by group, device and type
     _warned: bool
 
+    _own_options: Mapping[str, Any] = MappingProxyType({})  # of a subclass, beside its base class's options
+
     def __init__(self, params: Any, defaults: Group) -> None:
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **self._own_options})
         self._forget()
 
     def _check_group(self, group: Group) -> None:
