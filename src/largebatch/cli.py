@@ -1,5 +1,7 @@
 """The ``largebatch`` command shows, cancels and compares runs. ``python launch.py`` starts them."""
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json

@@ -1,5 +1,7 @@
 """Division of the global batch over processes and accumulation."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from largebatch.errors import UserError

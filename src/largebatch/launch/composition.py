@@ -4,6 +4,8 @@ Hydra's own multirun has no paired axes, and composes each point twice from the 
 the points. Hydra composes once for each choice of presets; plain values are then set in a copy of that tree.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 import itertools

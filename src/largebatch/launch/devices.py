@@ -1,5 +1,7 @@
 """Devices and processes of a run: of this machine, found without torch, or of the SLURM request."""
 
+from __future__ import annotations
+
 import functools
 import os
 import re

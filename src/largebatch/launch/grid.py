@@ -1,5 +1,7 @@
 """Run a plan, or show it. On this machine, as many runs at a time as fit on its devices."""
 
+from __future__ import annotations
+
 import signal
 import time
 from collections import deque

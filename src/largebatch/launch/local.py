@@ -1,5 +1,7 @@
 """One run on this machine: the claim of its folder, its worker, and its outcome."""
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import os

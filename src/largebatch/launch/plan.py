@@ -1,5 +1,7 @@
 """The plan: all runs of a command line, checked before the first run starts, and an estimate of their time."""
 
+from __future__ import annotations
+
 import functools
 import math
 import tempfile

@@ -3,6 +3,8 @@
 sbatch itself retries for two minutes; the user doesn't see its message, because submitit captures it.
 """
 
+from __future__ import annotations
+
 import subprocess
 import sys
 

@@ -1,5 +1,7 @@
 """The runs of a plan as SLURM jobs: a run is a job, a grid is an array. slurm_task.py runs inside the jobs."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json

@@ -1,5 +1,7 @@
 """A job's nodes, and their heartbeats: files in a shared folder that show which nodes are lost."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,6 +5,8 @@ preemption) reaches every process of the job. Workers save and end. torchrun and
 inherited disposition. This process waits for the child, and has the job requeued.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re

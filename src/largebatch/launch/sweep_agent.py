@@ -3,6 +3,8 @@
 The agent starts ``launch.py`` with the W&B sweep's ``command`` and waits for it. See docs/dashboards.md.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -75,7 +77,7 @@ def give_back(run: PlannedRun) -> None:
         print("marked the run as preempted for the W&B sweep", flush=True)
 
 
-def _join(run: PlannedRun, facts: dict[str, Any]) -> "WandbRun | None":
+def _join(run: PlannedRun, facts: dict[str, Any]) -> WandbRun | None:
     """Open the agent's W&B run in this process, while no worker runs."""
     from largebatch.tracking import wandb_run
 

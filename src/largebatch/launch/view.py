@@ -1,5 +1,7 @@
 """The plan in the terminal: a live table, or plain lines in a pipe; and the table of the plan's runs."""
 
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """The child process of a run: its worker, or torchrun with several workers."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess

@@ -1,5 +1,7 @@
 """``largebatch report``: write a folder of runs as a page, as Markdown or as one table."""
 
+from __future__ import annotations
+
 import csv
 import io
 import sys

@@ -1,5 +1,7 @@
 """Parts shared by all charts of the report: a Plotly figure with switches, and the style of each optimizer."""
 
+from __future__ import annotations
+
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,6 +3,8 @@
 All functions are pure. The page and docs/report.md explain the rules to readers.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import statistics

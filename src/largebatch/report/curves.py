@@ -1,5 +1,7 @@
 """Compute curves over training, averaged over seeds, and the step at which runs reach a target."""
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections.abc import Iterable

@@ -4,6 +4,8 @@ Panels name metrics as ``metrics.jsonl`` does and configuration keys as ``config
 with what runs log. Needs the package wandb-workspaces, which takes half a second to import.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Warn where a comparison is unfair, or less certain than it looks."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

@@ -1,5 +1,7 @@
 """Draw the charts of a comparison: accuracy, curves, steps to the target, speed and schedules."""
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Callable, Mapping
 

@@ -1,5 +1,7 @@
 """Draw the papers' diagnostics: weight norm, gradient norm and their ratio in every layer over training."""
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence

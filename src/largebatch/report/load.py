@@ -1,5 +1,7 @@
 """Read run folders for the report. A complete folder becomes a ``Run``, any other a ``Problem``."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 from collections.abc import Callable

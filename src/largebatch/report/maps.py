@@ -1,5 +1,7 @@
 """Draw heat maps of the settings tried: learning rate by batch size, and by lambda. Divergence is grey."""
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

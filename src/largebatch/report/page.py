@@ -1,5 +1,7 @@
 """Write the report as one HTML file that needs no network, no server and no account."""
 
+from __future__ import annotations
+
 import json
 import statistics
 from collections import defaultdict

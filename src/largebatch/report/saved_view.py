@@ -4,6 +4,8 @@ W&B stores both as views. A view has an id, which W&B chooses, and a name, which
 builds views chooses random names, so each save makes another view. Here a hash of project and title is the name.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import tempfile

@@ -1,5 +1,7 @@
 """Words and numbers of the report: the same in the page, its charts and the Markdown."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """``largebatch cancel``: runs save and stop, on SLURM or on this machine."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal

@@ -3,6 +3,8 @@
 Files are written under a temporary name and renamed, so that readers never see half a file.
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os

@@ -1,5 +1,7 @@
 """``metrics.jsonl``: one JSON object a row, flushed after each; and a Parquet table of the rows at the end."""
 
+from __future__ import annotations
+
 import json
 import math
 from functools import partial

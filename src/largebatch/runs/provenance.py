@@ -1,5 +1,7 @@
 """The code of a run: its git commit, and the copy of the package that a queued job runs."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json

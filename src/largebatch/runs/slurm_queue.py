@@ -1,5 +1,7 @@
 """States of SLURM's jobs, by its commands; needs neither accounting nor submitit."""
 
+from __future__ import annotations
+
 import shutil
 import subprocess
 import time

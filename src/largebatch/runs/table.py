@@ -1,5 +1,7 @@
 """Rows that describe runs, the search for runs by name, and tables for terminals and pipes."""
 
+from __future__ import annotations
+
 import sys
 import time
 from collections import Counter
@@ -180,7 +182,7 @@ def print_table(table: str) -> None:
         print(table, flush=True)
 
 
-def live_table(headline: str, table: str) -> "Text":
+def live_table(headline: str, table: str) -> Text:
     """Return a headline and a table for rich's live view, which cuts lines that are too long."""
     from rich.text import Text
 

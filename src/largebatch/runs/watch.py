@@ -1,5 +1,7 @@
 """``largebatch status`` and ``largebatch logs``: states and log of runs, once or until the runs have ended."""
 
+from __future__ import annotations
+
 import json
 import sys
 import time

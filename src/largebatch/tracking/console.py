@@ -1,5 +1,7 @@
 """Output of rank 0: always to ``log.txt``; to a terminal as a progress bar, to a file or SLURM log as plain lines."""
 
+from __future__ import annotations
+
 import sys
 import time
 from pathlib import Path

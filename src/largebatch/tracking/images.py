@@ -1,5 +1,7 @@
 """``images.png``: images of one batch as the network sees them."""
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
 

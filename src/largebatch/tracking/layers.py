@@ -3,6 +3,8 @@
 Reading a value waits for the device, so rows gather on the device and are read together.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -77,7 +79,7 @@ class LayerLog:
             self._left(row)
 
 
-def _write(tables: "list[pyarrow.Table]", path: Path) -> None:
+def _write(tables: list[pyarrow.Table], path: Path) -> None:
     if tables:
         import pyarrow
         import pyarrow.parquet

@@ -1,5 +1,7 @@
 """Records of rank 0 while it trains, and the files of a run that is over."""
 
+from __future__ import annotations
+
 import json
 import time
 from collections.abc import Callable

@@ -3,6 +3,8 @@
 Imports no torch: ``largebatch sync`` and the launcher use it.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import sys
@@ -123,7 +125,7 @@ def replay(folder: RunFolder, order: RowOrder, step: int = sys.maxsize, is_over:
         order.layers(layer_row)
 
 
-def read_layer_table(path: Path, step: int) -> "pyarrow.Table | None":
+def read_layer_table(path: Path, step: int) -> pyarrow.Table | None:
     """Return ``layers.parquet`` up to ``step``, or None without such rows."""
     if not path.exists():
         return None
@@ -133,7 +135,7 @@ def read_layer_table(path: Path, step: int) -> "pyarrow.Table | None":
     return table if table.num_rows else None
 
 
-def _layer_rows(table: "pyarrow.Table", every: int) -> list[LayerRow]:
+def _layer_rows(table: pyarrow.Table, every: int) -> list[LayerRow]:
     """Return the rows of the steps that ``every`` divides."""
     table = table.filter(table["step"].to_numpy() % every == 0)  # first, because a table may have a million rows
     steps, names, *columns = (table[column].to_pylist() for column in ("step", "layer", *COLUMNS))

@@ -4,6 +4,8 @@ Each run is replayed in the order and numbering of the live run. wandb drops the
 killed doubles nothing when it is repeated.
 """
 
+from __future__ import annotations
+
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable

@@ -1,5 +1,7 @@
 """Arguments of ``wandb.init``: a run's name, place and configuration, and settings of wandb."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import re

@@ -4,6 +4,8 @@ wandb never prompts, every wait has a limit, and the first failure is logged and
 key or an answering host the copy is offline, in the run folder (``docs/tracking.md``). Only rank 0 calls ``start``.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -70,7 +72,7 @@ class WandbRun:
         first: number of rows that W&B has already.
     """
 
-    def __init__(self, run: "wandb.Run", folder: Path, say: Callable[[str], None], is_recorded: bool) -> None:
+    def __init__(self, run: wandb.Run, folder: Path, say: Callable[[str], None], is_recorded: bool) -> None:
         import wandb
 
         self._run, self._folder, self._say, self._is_recorded = run, folder, say, is_recorded
@@ -224,7 +226,7 @@ def start(
 
 def _begin(
     asked: str, directory: Path, arguments: dict[str, Any], settings: dict[str, Any]
-) -> "tuple[wandb.Run | None, str, str]":
+) -> tuple[wandb.Run | None, str, str]:
     """Return the run, its mode and the reason. If the server fails to start it, the run is offline."""
     mode, why = wandb_session.choose_mode(asked)
     if mode == "disabled":
@@ -242,7 +244,7 @@ def _begin(
     return open_run("offline", directory, arguments, settings), "offline", why
 
 
-def open_run(mode: str, directory: Path, arguments: dict[str, Any], settings: dict[str, Any]) -> "wandb.Run":
+def open_run(mode: str, directory: Path, arguments: dict[str, Any], settings: dict[str, Any]) -> wandb.Run:
     """Start or resume a W&B run, ``online`` or ``offline``, and define its axes. Raises wandb's errors."""
     import wandb
 

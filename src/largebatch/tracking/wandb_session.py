@@ -4,6 +4,8 @@ By default wandb prompts at a terminal, raises without one, waits 90 s for a dea
 environment than should be on a disk.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
