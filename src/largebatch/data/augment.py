@@ -1,4 +1,4 @@
-"""Crop, flip, rotation and normalisation of a batch in one pass, with one draw an image.
+"""Crop, flip, rotation and normalisation of a batch in one pass, with random numbers per image.
 
 The pixels are those of torchvision's PIL chain ``RandomCrop(S, padding) -> RandomHorizontalFlip -> RandomRotation`` at
 equal parameters: the rotation is PIL's nearest-neighbour rotation in 16-bit fixed point arithmetic. Pixels from outside

@@ -106,9 +106,10 @@ class BatchLoader:
         return augmented(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
 
     def _pixels(self, split: Split, wanted: Iterator[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield uint8 images on the device for each of ``wanted`` (int64 [n]): all and the indices, or the chosen.
+        """Yield uint8 images on the device, and indices into them or None, for each of ``wanted`` (int64 [n]).
 
-        The augmentation itself picks images that are on the device. Others are copied there one batch ahead.
+        A data set on the device is yielded whole, with the indices. Otherwise the images at the indices are copied to
+        the device one batch ahead.
         """
         images = split.images
         if isinstance(images, MemoryImages) and images.pixels.device == self.device:
@@ -120,7 +121,7 @@ class BatchLoader:
         return to_device(split.labels[to_device(indices, split.labels.device)], self.device)
 
     def _draw(self, generator: torch.Generator, side: int, n: int, views: int) -> Sequence[Draws | ViewDraws | None]:
-        """Return the draws for a global batch of ``n`` images, one a view; None without augmentation."""
+        """Return the draws for a global batch of ``n`` images, one for each view; None without augmentation."""
         config = self.config
         if views > 1:
             return [draw_view(generator, n, side, view) for view in configured_views(config)]

@@ -93,6 +93,7 @@ def parameters(run: PlannedRun, count: int) -> dict[str, Any]:
     code = shlex.quote(str(run.folder.code / code_hash()))
     return {
         "job_name": run.folder.name if count == 1 else "largebatch",
+        # Options that submitit knows; others go into additional_parameters.
         **{key: getattr(cluster, key) for key in ("nodes", "partition", "account", "qos", "constraint")},
         "ntasks_per_node": 1,
         "gpus_per_node": cluster.gpus_per_node or None,
@@ -177,7 +178,7 @@ def _watch(plan: Sequence[PlannedRun]) -> int:
     try:
         watch_status(lambda: [run.folder for run in plan])
     except KeyboardInterrupt:
-        _print("\nstopped watching; the jobs continue. The same command watches again, scancel stops them")
+        _print("\nstopped watching; the jobs continue. The same command watches them again, scancel stops them")
         return 130
     rows = plan_rows(plan)
     print_plan(rows)

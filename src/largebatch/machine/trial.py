@@ -16,7 +16,7 @@ def trial_images(image: Image, n: int, memory_format: torch.memory_format, devic
 
 
 def trial_pass(network: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, autocast: torch.autocast) -> None:
-    """Run ``network`` forward and backward in training mode; leave ``model``, which it calls, unchanged."""
+    """Run ``network`` forward and backward in training mode. The ``model`` inside it is unchanged afterwards."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     model.train()
     try:

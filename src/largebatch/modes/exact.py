@@ -26,14 +26,14 @@ class ExactGradient:
     """One optimizer step's gradient.
 
     Attributes:
-        model: backbone and projector; their ``.grad`` is what a step leaves.
+        model: backbone and projector; the gradient is added to their ``.grad``.
         network: the backbone as training calls it.
         options: of the mode.
-        batches: micro-batches; each comes twice, all of a step before the first repetition, unless there is only one.
-        batch: how the global batch is divided.
+        batches: the micro-batches of a step, and then the same again, unless there is only one.
+        batch: division of the global batch.
         autocast: for backbone and projector.
         seed: seeds torch for a view (0 or 1) of a micro-batch, so that dropout is the same in both passes.
-        timed: charges what is done inside to a phase of the profile.
+        timed: returns a context that adds its time to a phase of the profile.
     """
 
     model: bt.BarlowTwins
@@ -49,7 +49,7 @@ class ExactGradient:
         """Add gradients whose mean over the processes is that of the loss over the global batch.
 
         Returns:
-            The totals of this process's images, and whether the loss is finite, both on the device.
+            The totals of this process's images, and True if the loss is finite, both on the device.
         """
         options, batch = self.options, self.batch
         self.model.train()

@@ -1,4 +1,4 @@
-"""Weighted nearest-neighbour classifier: rates frozen features without training."""
+"""Weighted nearest-neighbour classifier, to evaluate frozen features without training."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class TVLARS(LarsFamily):
         capturable: bool = False,
     ) -> None:
         # step is t, the optimizer steps taken. It is in the groups because state_dict carries them, and because the
-        # clock belongs to no parameter: it goes on while a parameter has no gradient.
+        # clock belongs to no parameter: it advances while a parameter has no gradient.
         super().__init__(params, options_of(locals()) | {"step": 0})
 
     def add_param_group(self, param_group: Group) -> None:

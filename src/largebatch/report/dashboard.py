@@ -112,7 +112,7 @@ def outcome_bars() -> Panels:
 
 
 def table_columns() -> list[str]:
-    """Return the first columns of the table of runs, as W&B names columns."""
+    """Return W&B's names of the first columns of the table of runs."""
     outcomes = [f"summary:{outcome}" for outcome in reversed(OUTCOMES)]
     return ["run:displayName", *map(_config_column, FIRST_COLUMNS), *outcomes]
 

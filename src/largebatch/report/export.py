@@ -87,7 +87,7 @@ def _record(run: Run) -> Record:
 
 
 def _one_type_a_column(rows: list[Record]) -> list[Record]:
-    """Convert columns of several types to float or text, as Parquet needs."""
+    """Convert columns of mixed types to float or text, because a Parquet column has one type."""
     for key in dict.fromkeys(key for row in rows for key in row):
         types = {type(row[key]) for row in rows if row[key] is not None}
         if len(types) == 1 and types <= {bool, int, float, str}:

@@ -60,18 +60,18 @@ class LayerLog:
         return left + self._read_back() if len(self._steps) == CAPACITY else left
 
     def to_write(self) -> tuple[list[LayerRow], Callable[[], None]]:
-        """Return the rows that left the device now, and a function that writes all rows so far, in any thread."""
+        """Return the rows that leave the device in this call, and a function that writes all rows, in any thread."""
         left = self._read_back()
         return left, partial(_write, list(self._tables), self._path)
 
     def write(self) -> list[LayerRow]:
-        """Write all rows so far. Return those that left the device now."""
+        """Write all rows so far. Return the rows that leave the device in this call."""
         left, write = self.to_write()
         write()
         return left
 
     def _read_back(self) -> list[LayerRow]:
-        """Empty the buffer, with one copy."""
+        """Copy the buffered rows to the host in one transfer, and empty the buffer."""
         values = self._buffer[: len(self._steps)].tolist()
         rows = [LayerRow(step, self._names, row) for step, row in zip(self._steps, values, strict=True)]
         self._steps = []

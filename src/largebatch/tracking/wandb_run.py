@@ -92,7 +92,7 @@ class WandbRun:
         wandb.termsetup(wandb.setup().settings, listener)  # receives wandb's messages
 
     def _hear(self, message: str) -> None:
-        """Note wandb's only sign of refused data."""
+        """Notice refused data: wandb reports it only by a message."""
         self._is_refused |= "Fatal error while uploading data" in message
 
     def log(
@@ -172,7 +172,7 @@ class WandbRun:
                 action()
             except Exception as error:  # wandb's or our own; the first is logged
                 if self._is_sending:
-                    self._say(f"W&B is off from here, it could not {what}: {one_line(error)}")
+                    self._say(f"W&B logging ends: could not {what}: {one_line(error)}")
                 self._is_sending = False
 
 

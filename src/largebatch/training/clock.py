@@ -10,7 +10,7 @@ import torch
 
 
 class StepClock:
-    """Wall time of a run over its interruptions, and the speed of its latest steps.
+    """Wall time of a run across interruptions, and the speed of its latest steps.
 
     Args:
         seconds_before: wall seconds of the run's earlier processes.

@@ -101,7 +101,7 @@ class MainPhase:
         return None
 
     def _forward_backward(self, batches: Batches) -> Tensor:
-        """Add the gradient over its share of the batch. Return True if every loss is finite (on the device)."""
+        """Add the gradient of this process's share. Return True, on the device, if every loss is finite."""
         run, training, profile = self.run, self.training, self.profile
         training.replica.train()
         finite = torch.ones((), dtype=torch.bool, device=run.device)
