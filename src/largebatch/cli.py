@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = "Show and cancel runs; `python launch.py` starts them."
+    description = "Show, cancel and compare runs; `python launch.py` starts them."
     parser = argparse.ArgumentParser(prog="largebatch", description=description)
     add = parser.add_subparsers(dest="command", required=True).add_parser
     where = argparse.ArgumentParser(add_help=False)
@@ -63,14 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     dashboard = add("dashboard", help="write or update a W&B project's saved view and its report")
     dashboard.add_argument("--entity", required=True, help="W&B user or team")
     dashboard.add_argument("--project", default="largebatch", help="W&B project; default: largebatch")
-    dashboard.add_argument("--name", default="large batch", help="name of view and report; each name has its own")
+    dashboard.add_argument("--name", default="large batch", help="name of view and report; the same name replaces both")
     dashboard.add_argument("--runs", metavar="RUNS_DIR", type=Path, help="add a table of these runs to the report")
     dashboard.add_argument("--print", action="store_true", help="print view and report as JSON; needs no network")
     dashboard.set_defaults(run=_dashboard)
 
-    sync = add("sync", parents=[named], help="upload to W&B what it lacks of runs")
+    sync = add("sync", parents=[named], help="upload to W&B the rows of runs that it lacks")
     sync.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no key or network")
-    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="limit for one run; default: 600")
+    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="time for one run; default: 600")
     sync.set_defaults(run=_sync)
     return parser
 

@@ -61,7 +61,7 @@ def _check_cluster(cluster: ClusterConfig) -> list[str]:
     if cluster.time_limit is not None and cluster.signal_seconds >= 60 * cluster.time_limit:
         problems.append(
             f"cluster.signal_seconds={cluster.signal_seconds}: must be shorter than cluster.time_limit="
-            f"{cluster.time_limit} (minutes). Otherwise SLURM stops a run as soon as it starts"
+            f"{cluster.time_limit} (minutes), else SLURM stops a run as soon as it starts. Fix: shorten it"
         )
     return problems
 

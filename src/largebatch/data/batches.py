@@ -100,9 +100,10 @@ class BatchLoader:
         return augmented(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
 
     def _pixels(self, split: Split, wanted: Iterator[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield uint8 images on the device for each of ``wanted`` (int64 [n]): all and the indices, or the chosen.
+        """Yield uint8 images on the device, and indices into them or None, for each of ``wanted`` (int64 [n]).
 
-        The augmentation itself picks images that are on the device. Others are copied there one batch ahead.
+        A data set on the device is yielded whole, with the indices. Otherwise the images at the indices are copied to
+        the device one batch ahead.
         """
         images = split.images
         if isinstance(images, MemoryImages) and images.pixels.device == self.device:

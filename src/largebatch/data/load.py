@@ -121,7 +121,7 @@ def load_data(
         val = None if held is None else placed(train, held)
         train, test = placed(train, None if held is None else kept), placed(test)
     except torch.OutOfMemoryError:
-        say(f"dataset.location={config.location}: no memory on the device for the pixels, so the host's is used")
+        say(f"dataset.location={config.location}: the pixels don't fit on the device, so they stay on the host")
     else:
         return Data(train, val, test, classes, tuple(mean), tuple(std), place, len(unreadable))
     return load_data(replace(config, location="host"), seed, device, say, processes_here)

@@ -52,7 +52,7 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
 
 @dataclass(frozen=True)
 class _Decoder(Dataset[Tensor | UserError]):
-    """The work of a worker. It returns an error as a value: a raised error would arrive wrapped in a traceback."""
+    """Decoding in a worker process. It returns errors: a raised error would arrive wrapped in a traceback."""
 
     images: FileImages
 

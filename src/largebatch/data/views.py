@@ -39,7 +39,7 @@ def _resized_crop(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
 def _weigh(images: Tensor, axis: int, positions: Tensor, weights: Tensor) -> Tensor:
     """Return the sum along ``axis`` of the pixels at four ``positions`` times their ``weights``, to 8 bits.
 
-    Positions and weights have the four along the other of the axes 2 and 3.
+    The four positions and weights are along the other axis, ``5 - axis``.
     """
     half = torch.full((), 1 << (_TAP_BITS - 1), dtype=torch.int32, device=images.device)
     fixed = half.expand(images.shape)
@@ -90,7 +90,7 @@ def _jitter(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
 
 
 def _blend_step(images: Tensor, step: Tensor, numbers: dict[str, Tensor], on: Tensor) -> Tensor:
-    """Change brightness, contrast or saturation, chosen by ``step`` [N, 1, 1, 1], of the images with ``on``."""
+    """Change brightness, contrast or saturation, chosen by ``step`` [N, 1, 1, 1], of images whose ``on`` is True."""
     gray = _gray(images) if images.shape[1] == 3 else images
     mean = (_over(gray.sum((2, 3), dtype=torch.float64, keepdim=True), gray[0].numel()) + 0.5).floor().float()
     degenerate = torch.where(step == BRIGHTNESS, 0, torch.where(step == CONTRAST, mean, gray))
@@ -106,7 +106,7 @@ def _gray(images: Tensor) -> Tensor:
 
 
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Convert to HSV in bytes, add ``shift`` to the hue modulo 256, convert back; single and double as in PIL."""
+    """Convert to HSV in bytes, add ``shift`` to the hue modulo 256, convert back; fp32 and fp64 as in PIL."""
     red, green = images[:, :1], images[:, 1:2]
     value = images.amax(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
@@ -150,7 +150,7 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _box(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the box of PIL's Gaussian blur: int32 weights of inner and outer pixels, and True if it is wide."""
+    """Return the box of PIL's Gaussian blur: int32 weights of inner and outer pixels, True for three inner ones."""
     variance = _over(sigma * sigma, 3)
     length = (12 * variance.double() + 1).sqrt().float()
     whole = ((length.double() - 1) / 2).floor().float()
@@ -163,5 +163,5 @@ def _box(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _over(numbers: Tensor, divisor: float) -> Tensor:
-    """Return the quotient rounded once: CUDA divides by a Python number by multiplying with its reciprocal."""
+    """Return the quotient, rounded once. For a Python number, CUDA would round its reciprocal too."""
     return numbers / torch.full((), divisor, dtype=numbers.dtype, device=numbers.device)

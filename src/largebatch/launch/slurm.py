@@ -91,6 +91,7 @@ def parameters(run: PlannedRun, count: int) -> dict[str, Any]:
     code = shlex.quote(str(run.folder.code / code_hash()))
     return {
         "job_name": run.folder.name if count == 1 else "largebatch",
+        # Options that submitit knows; others go into additional_parameters.
         **{key: getattr(cluster, key) for key in ("nodes", "partition", "account", "qos", "constraint")},
         "ntasks_per_node": 1,
         "gpus_per_node": cluster.gpus_per_node or None,

@@ -51,8 +51,8 @@ class LARS(LayerwiseOptimizer):
         adapt: in a parameter group: scale all of its parameters (True) or none (False). None: by their dimensions.
         maximize: ascend.
         foreach: use torch's operations, over all tensors at once (True) or one tensor at a time (False).
-        fused: one pass over memory for the norms and one for the update. By default taken where it can be, unless
-            ``foreach`` is set. True warns, once, where the fused step can't be taken.
+        fused: one pass over memory for the norms and one for the update. By default used if possible, unless
+            ``foreach`` is set. True warns once if the fused step isn't possible.
         capturable: use only operations that a CUDA graph can capture. If the learning rate changes between replays,
             ``lr`` has to be a tensor.
 

@@ -113,7 +113,7 @@ class Cell:
 
 
 class Lead(NamedTuple):
-    """Result of a column.
+    """Leader of a column, which is a batch size.
 
     Attributes:
         best: cell with the highest mean. None if no run finished.

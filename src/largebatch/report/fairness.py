@@ -26,7 +26,7 @@ class Warn(NamedTuple):
 
 
 def warnings(comparison: Comparison) -> list[Warn]:
-    """Return everything that a reader must know before trusting the table, the gravest first."""
+    """Return everything that a reader must know before trusting the table, the most serious first."""
     return [warning for check in _CHECKS for warning in check(comparison)]
 
 
@@ -182,7 +182,7 @@ _CHECKS: tuple[Check, ...] = (
     *(
         _cells(
             f"Settings of different length ({key})",
-            "For {}, some settings trained longer than others. Longer training mostly wins.",
+            "For {}, some settings trained longer than others. Longer training usually wins.",
             lambda cell, key=key: len(distinct(cell.settings, key)) > 1,  # type: ignore[misc]
         )
         for key in _LENGTHS

@@ -33,7 +33,7 @@ def page(
 
     Args:
         name: name of the folder of runs.
-        problems: what is left out so far. Unreadable metrics and layers are added.
+        problems: folders and files left out so far. Unreadable metrics and layers are added.
         target: accuracy in 0..1. The page counts the steps to it. None: a target for each comparison.
     """
     style = styles(comparisons)

@@ -23,7 +23,7 @@ RESUMES = "the same command resumes the run from its last checkpoint"
 
 
 class RunBusyError(Exception):
-    """Another process works on the run."""
+    """Another process holds the run's lock."""
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -38,7 +38,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """Paths and status of a run. Reads files only in methods."""
+    """Paths and status of a run. Creating the object reads no file."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -107,7 +107,7 @@ class RunFolder:
             return not _lock(handle)
 
     def held_by(self) -> str:
-        """Describe the process that works on the run, for error messages."""
+        """Describe the process that holds the run's lock, for error messages."""
         status = self.read_status()
         where = f"pid {status['pid']} on {status['host']}" if "pid" in status else "another process"
         return f"{self.path}: {where} works on this run. Fix: stop that process or wait"

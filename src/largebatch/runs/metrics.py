@@ -37,14 +37,14 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return all rows but a last one that a crash cut off; an empty list if there is no file."""
+    """Return all rows, without a last row that a crash cut off; an empty list if there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def newest(path: Path, *names: str) -> float | None:
-    """Return the newest value of the first of ``names`` in the last rows, without reading the other rows.
+    """Return the newest value of the first of ``names`` that the last rows have. Other rows aren't read.
 
     Raises:
         UserError: a row isn't JSON.

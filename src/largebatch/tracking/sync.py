@@ -22,7 +22,7 @@ from largebatch.tracking.wandb_session import choose_mode, close_session, one_li
 
 
 class Upload(NamedTuple):
-    """A W&B run of a run folder: the folder with its files (the same, or a ``previous-N`` in it) and its entry."""
+    """A W&B run: its run folder, the folder of its files (the same, or ``previous-N``), its ``uploads.json`` entry."""
 
     run: RunFolder
     files: RunFolder
@@ -80,7 +80,7 @@ def _check_access() -> None:
         mode, why = choose_mode("online")
         close_session()
     if mode != "online":
-        raise UserError(f"nothing was uploaded: {why}; `wandb login` stores a key, WANDB_BASE_URL names another host")
+        raise UserError(f"nothing was uploaded: {why}. Fix: `wandb login` stores a key, WANDB_BASE_URL sets the host")
 
 
 def _sync_run(upload: Upload, dry_run: bool, seconds: float) -> str:
@@ -120,7 +120,7 @@ def _open(upload: Upload, scratch: Path, say: Callable[[str], None], seconds: fl
             return wandb_run.WandbRun(run, upload.files.path, say, is_recorded=True)
         except Exception as error:  # wandb raises many kinds
             close_session()
-            advice = "W&B takes no run again that was deleted there; rerun=true makes a new one"
+            advice = "W&B refuses the id of a deleted run; rerun=true makes a new run"
             raise UserError(f"{one_line(error)} ({advice})") from error
 
 

@@ -86,7 +86,7 @@ class WandbRun:
         wandb.termsetup(wandb.setup().settings, listener)  # receives wandb's messages
 
     def _hear(self, message: str) -> None:
-        """Note wandb's only sign of refused data."""
+        """Notice refused data: wandb reports it only by a message."""
         self._is_refused |= "Fatal error while uploading data" in message
 
     def log(

@@ -197,7 +197,7 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def _buffer(storage: torch.UntypedStorage, old: Tensor | None) -> Tensor:
-    """Return host memory for ``storage``, uint8 [bytes]: ``old`` if it fits, as new memory costs more than a copy."""
+    """Return host memory for ``storage``, uint8 [bytes]: ``old`` if it fits; new memory costs more than a copy."""
     pinned = storage.device.type == "cuda"
     if old is not None and old.numel() == storage.nbytes() and old.is_pinned() == pinned:
         return old

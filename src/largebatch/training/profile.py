@@ -61,9 +61,8 @@ class StepClock:
 class Profile:
     """Profile of ten steps after three warm-up steps, or of fewer in a short run.
 
-    Writes ``trace.json.gz`` (for Perfetto, chrome://tracing) and ``shares.txt`` to ``folder``. At the end of every
-    profiled phase, waits for the device, so that each phase's time includes only its own work. This makes the profiled
-    steps slower.
+    Writes ``trace.json.gz`` (for Perfetto, chrome://tracing) and ``shares.txt`` to ``folder``. Each profiled phase
+    ends with a wait for the device, so that its time includes only its own work. This makes the profiled steps slower.
 
     Args:
         folder: folder of the two files; None: no profile.
