@@ -166,7 +166,7 @@ class WandbRun:
                 action()
             except Exception as error:  # wandb's or our own; the first is logged
                 if self._is_sending:
-                    self._say(f"W&B is off from here, it could not {what}: {wandb_session.one_line(error)}")
+                    self._say(f"W&B logging ends: could not {what}: {wandb_session.one_line(error)}")
                 self._is_sending = False
 
 
