@@ -49,7 +49,8 @@ def test_validation_part_is_disjoint_stratified_and_seeded():
 
 @pytest.mark.parametrize(("fraction", "side"), [(0.001, "held-out part"), (0.999, "training set")])
 def test_a_validation_part_that_empties_a_class_raises(fraction, side):
-    with pytest.raises(UserError, match=rf"dataset\.val_fraction={fraction}: .*leaves no image of class 0, which has 20, in the {side}"):
+    said = rf"dataset\.val_fraction={fraction}: .*leaves no image of class 0, which has 20, in the {side}"
+    with pytest.raises(UserError, match=said):
         load_data(synthetic(val_fraction=fraction), 0)
 
 
