@@ -16,8 +16,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from largebatch.report.cells import RowKey
 from largebatch.report.chart import Style, styles
-from largebatch.report.compare import Comparison, RowKey, compare
+from largebatch.report.compare import Comparison, compare
 from largebatch.report.export import table
 from largebatch.report.layer_figures import QUANTITIES, Diagnosed, read_diagnosed
 from largebatch.report.load import load_runs

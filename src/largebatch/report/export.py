@@ -7,10 +7,12 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from largebatch.report.compare import REPORTED, Comparison, differing
+from largebatch.report.answer import answer
+from largebatch.report.cells import REPORTED, differing
+from largebatch.report.compare import Comparison
 from largebatch.report.fairness import warnings
 from largebatch.report.load import Problem, Run
-from largebatch.report.wording import answer, cell_accuracy, cell_counts, decimals, row_label, title
+from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label, title
 
 Record = dict[str, Any]
 
@@ -33,7 +35,7 @@ def markdown(comparisons: Sequence[Comparison], problems: Sequence[Problem]) -> 
 
 
 def table(comparison: Comparison) -> str:
-    """Return test accuracy in per cent by optimizer and batch size, as a Markdown table. Clear leaders are bold."""
+    """Return test accuracy in per cent by optimizer and batch size, as a Markdown table. Leaders are bold."""
     digits = decimals(comparison)
     lines = [
         "| test accuracy [%] | " + " | ".join(f"batch {batch:,}" for batch in comparison.columns) + " |",

@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from largebatch.report.compare import BY_TEST, Cell, Comparison, RowKey, distinct
+from largebatch.report.cells import BY_TEST, Cell, RowKey, distinct
+from largebatch.report.compare import Comparison
+from largebatch.report.inference import FEWEST_SEEDS
 from largebatch.report.load import flat
 from largebatch.report.wording import batches, listed, plural, row_label, states, value
 
-FEW_SEEDS = 3
 FEW_STEPS = 100  # the digits' network learns little in 20 steps and most in 100
 # Options that may differ between rows: those of the optimizer, and those that make columns and repetitions.
 _TUNED = ("optimizer.", "schedule.", "lr_scaling.")
@@ -97,6 +98,23 @@ def _unequal_seeds(comparison: Comparison) -> Iterator[Warn]:
         yield Warn(
             "Different seeds",
             f"At batch {batches(unequal)}, the compared settings ran with different seeds.",
+        )
+
+
+def _flattered(comparison: Comparison) -> Iterator[Warn]:
+    """Warn of cells whose accuracy is reported by the same runs that chose the setting."""
+    said = [
+        f"{row_label(cell.row)} at {cell.batch_size:,} "
+        + ("by an unknown amount" if cell.flattery is None else f"by {100 * cell.flattery:.2f} points")
+        for cell in comparison.finished
+        if cell.flattery != 0
+    ]
+    if said:
+        yield Warn(
+            "Accuracy of the best of several settings",
+            f"The same runs choose a setting and report its accuracy, which flatters it: {listed(said)}, estimated "
+            "from the settings that the other seeds choose. p-values are corrected for the number of settings, but "
+            "differences and their intervals aren't.",
         )
 
 
@@ -201,13 +219,13 @@ _CHECKS: tuple[Check, ...] = (
     _cells(
         "One seed only",
         "The accuracy of {} comes from a single seed. Another seed gives another accuracy, and the difference is "
-        "unknown. So the table shows no spread, and nothing in the column is bold.",
+        "unknown. So no other optimizer is compared with it.",
         lambda cell: cell.seeds == 1,
     ),
     _cells(
-        f"Fewer than {FEW_SEEDS} seeds",
-        "The accuracy of {} comes from two seeds, so its spread is very uncertain.",
-        lambda cell: 1 < cell.seeds < FEW_SEEDS,
+        f"Fewer than {FEWEST_SEEDS} seeds",
+        "The accuracy of {} comes from two seeds, which is too few for a comparison.",
+        lambda cell: 1 < cell.seeds < FEWEST_SEEDS,
     ),
     _unequal_seeds,
     _cells(
@@ -219,9 +237,16 @@ _CHECKS: tuple[Check, ...] = (
     _cells(
         "Some seeds diverged",
         "For {}, some seeds of the chosen setting diverged: the loss became infinite or undefined. "
-        "The mean is over the other seeds, and the setting can't lead its column.",
+        "The mean is over the other seeds, and the optimizer is never ahead.",
         lambda cell: cell.chosen is not None and bool(cell.chosen.diverged),
     ),
+    _cells(
+        "Some seeds didn't finish",
+        "For {}, some seeds of the chosen setting failed, stopped or are still running. The mean is over the other "
+        "seeds, and the optimizer is never ahead. The same command resumes these runs.",
+        lambda cell: cell.chosen is not None and not all(run.done for run in cell.chosen.runs),
+    ),
+    _flattered,
     _few_steps,
     _cells(
         "Best learning rate at the edge of the range",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import plotly.graph_objects as go
 from plotly.colors import hex_to_rgb
 
+from largebatch.report.cells import Cell, Place, RowKey
 from largebatch.report.chart import (
     Chart,
     Style,
@@ -21,7 +22,7 @@ from largebatch.report.chart import (
     rounded,
     safe,
 )
-from largebatch.report.compare import Cell, Comparison, Place, RowKey
+from largebatch.report.compare import Comparison
 from largebatch.report.curves import Curve, Histories, Reached, curve
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label
 

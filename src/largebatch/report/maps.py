@@ -8,8 +8,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from largebatch.report.cells import BY_TEST, BY_VALIDATION, Cell, Setting, distinct
 from largebatch.report.chart import Chart, batch_switch, layout, rounded
-from largebatch.report.compare import BY_TEST, BY_VALIDATION, Cell, Comparison, Setting, distinct
+from largebatch.report.compare import Comparison
 from largebatch.report.wording import decimals, row_label, value
 
 _DIVERGED = "#bdbdbd"

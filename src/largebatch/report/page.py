@@ -14,8 +14,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from largebatch.report import figures
+from largebatch.report.answer import answer, differences_table
+from largebatch.report.cells import BY_VALIDATION, Place, differing, distinct
 from largebatch.report.chart import Chart, Styles, styles
-from largebatch.report.compare import BY_VALIDATION, Comparison, Place, differing, distinct
+from largebatch.report.compare import Comparison
 from largebatch.report.curves import (
     MOST_POINTS,
     Histories,
@@ -30,7 +32,6 @@ from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagno
 from largebatch.report.load import Problem, Run
 from largebatch.report.maps import setting_maps
 from largebatch.report.wording import (
-    answer,
     cell_accuracy,
     cell_counts,
     decimals,
@@ -127,6 +128,8 @@ def _section(
         "columns": [f"batch {batch:,}" for batch in comparison.columns],
         "rows": _table(comparison, style),
         "caption": _caption(comparison),
+        "differences": differences_table(comparison),
+        "images": all(verdict.images for verdict in comparison.verdicts),
         "groups": [
             (name, [(f"{anchor}-{i}-{j}", chart) for j, chart in enumerate(filter(None, charts))])
             for i, (name, charts) in enumerate(groups.items())
@@ -168,7 +171,7 @@ def _table(comparison: Comparison, style: Styles) -> list[dict[str, Any]]:
 
 def _caption(comparison: Comparison) -> str:
     by = {cell.chosen_by for cell in comparison.shown if cell.chosen}
-    text = "Test accuracy in per cent: mean ± spread. The spread is the sample standard deviation over seeds. "
+    text = "Test accuracy in per cent: mean ± sample standard deviation over seeds (the mean is more certain). "
     if BY_VALIDATION in by:
         text += (
             "Validation chose the setting with the best mean validation accuracy, and in each run the epoch whose test "
@@ -176,10 +179,7 @@ def _caption(comparison: Comparison) -> str:
         )
     if by - {BY_VALIDATION}:
         text += "Without validation images, the table shows the test accuracy at the end of training. "
-    text += (
-        "Bold: the optimizer leads its column by more than the spread. Its range mean ± spread lies above the range of "
-        "every other optimizer that finished. Without bold, no optimizer leads by more than the spread."
-    )
+    text += "Bold: the optimizer is ahead of every other one in its column, as the section on differences explains."
     images = max((run.metric("test_images") or 0 for run in comparison.runs), default=0)
     return text + (f" Each of the {images:,.0f} test images counts {100 / images:.2g} %." if images else "")
 
