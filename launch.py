@@ -4,8 +4,6 @@ python launch.py optimizer=tvlars batch_size=1024
 python launch.py -m optimizer=lars,lamb,tvlars seed=0,1,2
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

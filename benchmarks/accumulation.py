@@ -39,7 +39,7 @@ from training_step import (
 
 from largebatch.data.augment import augmented
 from largebatch.data.draws import draw
-from largebatch.data.transfer import to_device
+from largebatch.data.stream import to_device
 from largebatch.machine import distributed
 from largebatch.training.phase import MainPhase
 

@@ -38,8 +38,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 from torchvision.transforms import functional, v2
 
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import augment, augment_cpu
-from largebatch.data.draws import draw
+from largebatch.data.draws import draw, draw_view
 
 WORKERS = 2
 IMAGES = 20_000
@@ -234,8 +235,6 @@ def kornia_view(side: int, blur: float, solarize: float) -> Callable[[Tensor], T
 
 
 def two_views_turns(pixels: Pixels, side: int, batches: int) -> dict[str, Turn]:
-    from largebatch.data import view_draws, views, views_cpu
-
     def both(
         make_view: Callable[[int, float, float], Callable[[Any], Tensor]],
     ) -> Callable[[Any], tuple[Tensor, Tensor]]:
@@ -254,19 +253,20 @@ def two_views_turns(pixels: Pixels, side: int, batches: int) -> dict[str, Turn]:
 
     generator = torch.Generator().manual_seed(0)
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    config = DatasetConfig(name="random")
 
     def ours(way: Callable[..., Tensor]) -> Turn:
         def make(indices: Tensor) -> list[Tensor]:
-            draws = [view_draws.draw(generator, pixels.batch, side, view) for view in view_draws.VIEWS]
+            draws = [draw_view(generator, pixels.batch, side, config, view) for view in range(2)]
             return [way(pixels.planes, indices, one, mean, std) for one in draws]
 
         return batches_turn(pixels, make, batches)
 
-    turns["ours, torch eager"] = ours(views.view_torch)
-    if no_kernel := views_cpu.why_not():
+    turns["ours, torch eager"] = ours(augment.augmented_torch)
+    if no_kernel := augment_cpu.why_not(draw_view(generator, 1, side, config, view=0)):
         print(f"ours in C++ is left out: {no_kernel}\n")
     else:
-        turns["ours, C++"] = ours(views.view)
+        turns["ours, C++"] = ours(augment_cpu.augmented)
     return {**turns, LIMIT: limit_turn(pixels, batches)}
 
 

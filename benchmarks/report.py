@@ -90,12 +90,12 @@ def rows(config: Config, draw: random.Random, epoch_steps: int) -> list[Row]:
 
 
 def write_layers(folder: RunFolder, layers: list[str], steps: int, draw: random.Random) -> None:
-    log = LayerLog(folder.layers, 0)
+    log = LayerLog(folder.layers, 0, lambda row: None)
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     every = max(steps // LAYER_ROWS, 1)
     for step in range(every, steps + 1, every):
         log.add(step, layers, {name: torch.rand(len(layers), generator=generator) + 0.01 for name in COLUMNS})
-    log.write()
+    log.to_write()()
 
 
 def main() -> None:

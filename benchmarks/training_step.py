@@ -33,7 +33,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ from torchvision import transforms
 from largebatch.config.schema import Config, defaults, from_composed
 from largebatch.data.augment import augmented
 from largebatch.data.draws import draw
-from largebatch.data.transfer import to_device
+from largebatch.data.stream import to_device
 from largebatch.launch.composition import by_force
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic
@@ -63,10 +63,10 @@ from largebatch.models.build import build_model
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
-from largebatch.training.clock import StepClock
 from largebatch.training.facts import gather_facts
 from largebatch.training.loop import Session, loop
 from largebatch.training.phase import MainPhase
+from largebatch.training.profile import StepClock
 from largebatch.training.set_up import set_up
 from largebatch.training.state import Run
 from largebatch.training.stop import StepBoundary
@@ -177,7 +177,7 @@ def program_turn(phase: MainPhase, steps: int) -> Turn:
     def turn() -> float:
         stopwatch = Stopwatch(run.device)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        phase.run = replace(run, steps=training.step + 1 + steps)
+        phase.end = training.step + 1 + steps
         saving = run.config.checkpoint
         boundary = StepBoundary(saving.every_seconds, saving.every_steps, rank=0)
         state, message = loop(phase, Session(recorder, None, stopwatch, console, boundary))

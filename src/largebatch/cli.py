@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 from pathlib import Path
@@ -12,9 +11,8 @@ from pathlib import Path
 from largebatch.errors import UserError, exit_code_of
 from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder
-from largebatch.runs.logs import show_log
 from largebatch.runs.table import find_run, find_runs
-from largebatch.runs.watch import show_status, watch_status
+from largebatch.runs.watch import show_log, show_status, watch_status
 
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
@@ -25,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = "Show and cancel runs; `python launch.py` starts them."
+    description = "Show, cancel and compare runs; `python launch.py` starts them."
     parser = argparse.ArgumentParser(prog="largebatch", description=description)
     add = parser.add_subparsers(dest="command", required=True).add_parser
     where = argparse.ArgumentParser(add_help=False)
@@ -65,14 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     dashboard = add("dashboard", help="write or update a W&B project's saved view and its report")
     dashboard.add_argument("--entity", required=True, help="W&B user or team")
     dashboard.add_argument("--project", default="largebatch", help="W&B project; default: largebatch")
-    dashboard.add_argument("--name", default="large batch", help="name of view and report; each name has its own")
+    dashboard.add_argument("--name", default="large batch", help="name of view and report; the same name replaces both")
     dashboard.add_argument("--runs", metavar="RUNS_DIR", type=Path, help="add a table of these runs to the report")
     dashboard.add_argument("--print", action="store_true", help="print view and report as JSON; needs no network")
     dashboard.set_defaults(run=_dashboard)
 
-    sync = add("sync", parents=[named], help="upload to W&B what it lacks of runs")
+    sync = add("sync", parents=[named], help="upload to W&B the rows of runs that it lacks")
     sync.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no key or network")
-    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="limit for one run; default: 600")
+    sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="time for one run; default: 600")
     sync.set_defaults(run=_sync)
     return parser
 
@@ -102,12 +100,12 @@ def _dashboard(options: argparse.Namespace) -> None:
     except ModuleNotFoundError:
         problem = "wandb-workspaces is missing. Fix: pip install 'wandb-workspaces>=0.4.13,<0.5'"
         raise UserError(f"dashboard: {problem}") from None
-    from largebatch.report import dashboard, dashboard_report, saved_view
+    from largebatch.report import dashboard, saved_view
 
     where = options.entity, options.project, options.name
     views = [
         saved_view.of_workspace(dashboard.workspace(*where)),
-        saved_view.of_report(dashboard_report.report(*where, options.runs)),
+        saved_view.of_report(dashboard.report(*where, options.runs)),
     ]
     if options.print:
         print(json.dumps([dataclasses.asdict(view) for view in views], indent=1))
@@ -119,8 +117,7 @@ def _dashboard(options: argparse.Namespace) -> None:
 def _sync(options: argparse.Namespace) -> int:
     from largebatch.tracking.sync import sync
 
-    say = functools.partial(print, flush=True)
-    return 1 if sync(_named(options), options.dry_run, say, options.timeout) else 0
+    return 1 if sync(_named(options), options.dry_run, options.timeout) else 0
 
 
 if __name__ == "__main__":

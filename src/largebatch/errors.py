@@ -1,5 +1,7 @@
 """Errors that the user can fix, with suggestions for mistyped names."""
 
+from __future__ import annotations
+
 import difflib
 import os
 import sys

@@ -49,7 +49,7 @@ def _library(source: Path) -> ctypes.CDLL | str:
     except subprocess.CalledProcessError as error:
         return f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
     except (OSError, RuntimeError) as error:  # no writable folder, no home, or a library that doesn't load
-        return f"its library can't be made or loaded: {error}"
+        return f"the compiled library can't be written or loaded: {error}"
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:

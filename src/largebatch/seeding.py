@@ -1,5 +1,7 @@
 """Seeds of independent random streams, each a pure function of the run's seed and the stream's name."""
 
+from __future__ import annotations
+
 import hashlib
 
 

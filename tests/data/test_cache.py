@@ -126,7 +126,7 @@ def test_a_changed_source_is_decoded_again(tmp_path, alter):
     start(folder_config(root))
     alter(root)
     again, lines = start(folder_config(root))
-    assert any("is of other files or settings: it is written again" in line for line in lines)
+    assert any("was made from other files or settings: it is written again" in line for line in lines)
     fresh = shutil.copytree(root, tmp_path / "fresh", ignore=shutil.ignore_patterns(".largebatch"))
     assert same(content(again), content(start(folder_config(fresh))[0]))
     assert start(folder_config(root))[1] == []

@@ -36,11 +36,6 @@ def test_synthetic_needs_its_sizes(key):
         load_data(synthetic(**{key: None}), 0)
 
 
-def test_an_unknown_name_raises_with_the_nearest():
-    with pytest.raises(UserError, match=r"dataset\.name=digitz: allowed: .*did you mean digits\?"):
-        load_data(DatasetConfig(name="digitz"), 0)
-
-
 def test_validation_part_is_disjoint_stratified_and_seeded():
     whole = load_data(synthetic(), 0).train
     first, again, other = (load_data(synthetic(val_fraction=0.2), seed) for seed in (0, 0, 1))

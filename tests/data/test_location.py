@@ -6,7 +6,7 @@ from datafiles import decoded, make_imagefolder
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data import FileImages, MemoryImages, Split, load, load_data
-from largebatch.data.location import choose_location, on_device
+from largebatch.data.load import choose_location, on_device
 
 GIB = 1 << 30
 
@@ -49,7 +49,7 @@ def test_the_reason_contains_the_sizes():
 
 @pytest.mark.parametrize("indices", [None, torch.tensor([6, 0, 3]), torch.tensor([], dtype=torch.int64)])
 def test_on_device_copies_the_selection_only(monkeypatch, indices):
-    monkeypatch.setattr("largebatch.data.location._PIECE_BYTES", 2 * 12)  # several pieces, the last one smaller
+    monkeypatch.setattr("largebatch.data.load._PIECE_BYTES", 2 * 12)  # several pieces, the last one smaller
     pixels = torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = Split(MemoryImages(pixels), torch.arange(7))
     moved = on_device(split, indices, torch.device("cpu"))

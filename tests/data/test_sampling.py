@@ -66,5 +66,5 @@ def test_held_out_part_depends_on_the_seed():
 @pytest.mark.parametrize(("count", "side"), [(2, "the held-out part"), (10, "the training set")])
 def test_a_class_without_images_on_one_side_raises(count, side):
     labels = torch.tensor([0] * 10 + [1])
-    with pytest.raises(UserError, match=rf"class 1, which has 1, with nothing in {side}"):
+    with pytest.raises(UserError, match=rf"leaves no image of class 1, which has 1, in {side}"):
         hold_out(labels, count, seed=0)

@@ -8,15 +8,14 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from largebatch.config.datasets import DatasetConfig, ViewsConfig
-from largebatch.data import views
-from largebatch.data.view_draws import VIEWS, View, ViewDraws, configured_views, draw
-from largebatch.data.views import view_torch
-from largebatch.data.views_cpu import view_cpu
+from largebatch.data import augment, augment_cpu
+from largebatch.data.draws import ViewDraws, draw_view
 
 PATHS = [
-    pytest.param(view_cpu, id="kernel"),
-    pytest.param(view_torch, id="torch"),
+    pytest.param(augment_cpu.augmented, id="kernel"),
+    pytest.param(augment.augmented_torch, id="torch"),
 ]
+FIRST, SECOND = range(2)  # views
 OFF = {"flip": 0, "jitter": 0, "gray": 0, "solarize": 0, "sigma": 0}
 both_paths = pytest.mark.parametrize("path", PATHS)
 
@@ -30,8 +29,10 @@ def some_images(n, channels, side, seed=0):
     return torch.cat([noise, smooth])
 
 
-def draws_for(n, side, view=VIEWS[0], seed=1):
-    return draw(torch.Generator().manual_seed(seed), n, side, view)
+def draws_for(n, side, view=FIRST, seed=1, **options):
+    """Return a view's draws for a configuration with these ``dataset.views``."""
+    config = DatasetConfig(name="x", flip=options.pop("flip", True), views=ViewsConfig(**options))
+    return draw_view(torch.Generator().manual_seed(seed), n, side, config, view)
 
 
 def with_columns(draws, **values):
@@ -95,7 +96,7 @@ def pil_chain(image, row):
 
 
 @both_paths
-@pytest.mark.parametrize("view", VIEWS, ids=["first", "second"])
+@pytest.mark.parametrize("view", [FIRST, SECOND], ids=["first", "second"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("side", [8, 32, 33, 64])
 def test_the_chain_equals_pil_bit_for_bit(path, view, side, channels):
@@ -148,7 +149,7 @@ def test_the_hue_of_every_second_green_and_blue_at_some_reds_equals_pil(path, sh
 
 @both_paths
 def test_values_are_normalised_by_channel(path):
-    images, draws = some_images(4, 3, 8), draws_for(4, 8, VIEWS[1])
+    images, draws = some_images(4, 3, 8), draws_for(4, 8, SECOND)
     mean, std = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.25, 0.3])
     got = path(images, None, draws, mean, std)
     pixels = levels(path, images, draws)
@@ -167,7 +168,7 @@ def test_indices_choose_images_of_the_data_set(path):
 @both_paths
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_last_changes_only_the_memory_format(path, channels):
-    images, draws = some_images(40, channels, 9), draws_for(40, 9, VIEWS[1])
+    images, draws = some_images(40, channels, 9), draws_for(40, 9, SECOND)
     plain, last = (levels(path, images, draws, channels_last=flag) for flag in (False, True))
     assert torch.equal(plain, last)
     assert path(images, None, draws, torch.zeros(channels), torch.ones(channels), channels_last=True).is_contiguous(
@@ -211,17 +212,17 @@ def test_equal_images_get_different_views(path):
     assert len({picture.numpy().tobytes() for picture in got}) == 64
 
 
-def test_view_is_the_kernel_on_cpu_and_the_torch_path_without_a_compiler(monkeypatch):
+def test_a_view_is_by_the_kernel_on_cpu_and_by_torch_without_a_compiler(monkeypatch):
     images, draws = some_images(5, 3, 8), draws_for(5, 8)
     arguments = (images, None, draws, torch.zeros(3), torch.ones(3))
     taken = []
-    for name in ("view_cpu", "view_torch"):
-        real = getattr(views, name)
-        monkeypatch.setattr(views, name, lambda *a, real=real, name=name, **k: taken.append(name) or real(*a, **k))
-    with_compiler = views.view(*arguments)
-    monkeypatch.setattr(views, "why_not", lambda: "there is no C++ compiler")
-    assert torch.equal(views.view(*arguments), with_compiler)
-    assert taken == ["view_cpu", "view_torch"]
+    for module, name in (augment_cpu, "augmented"), (augment, "augmented_torch"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: taken.append(name) or real(*a, **k))
+    with_compiler = augment.augmented(*arguments)
+    monkeypatch.setattr(augment_cpu, "why_not", lambda draws: "there is no C++ compiler")
+    assert torch.equal(augment.augmented(*arguments), with_compiler)
+    assert taken == ["augmented", "augmented_torch"]
 
 
 def test_the_kernel_raises_for_tensors_that_do_not_fit():
@@ -229,20 +230,20 @@ def test_the_kernel_raises_for_tensors_that_do_not_fit():
     numbers = (torch.zeros(3), torch.ones(3))
     for indices in ([0, 4], [-1, 0]):
         with pytest.raises(IndexError, match=r"0\.\.3"):
-            view_cpu(images, torch.tensor(indices), draws, *numbers)
+            augment_cpu.augmented(images, torch.tensor(indices), draws, *numbers)
     with pytest.raises(ValueError, match=r"\(4, 13\).*\(2, 13\)"):
-        view_cpu(images, None, draws, *numbers)
+        augment_cpu.augmented(images, None, draws, *numbers)
     with pytest.raises(ValueError, match="float32"):
-        view_cpu(images[:2].float(), None, draws, *numbers)
-    with pytest.raises(ValueError, match=r"\(2, 2, 8, 8\)"):
-        view_cpu(images[:2, :2], None, draws, *numbers)
+        augment_cpu.augmented(images[:2].float(), None, draws, *numbers)
+    with pytest.raises(ValueError, match=r"\(1, 2, 8, 8\)"):
+        augment_cpu.augmented(images[:2, :2], None, draws, *numbers)
 
 
 def test_draws_have_the_ranges_and_probabilities_of_the_recipe():
     n, side = 20_000, 32
-    for view in VIEWS:
+    for view, blurred, solarized in (FIRST, 1.0, 0.0), (SECOND, 0.1, 0.2):
         drawn = {name: column.double() for name, column in draws_for(n, side, view).columns().items()}
-        for name, probability in (("flip", 0.5), ("jitter", 0.8), ("gray", 0.2), ("solarize", view.solarize)):
+        for name, probability in (("flip", 0.5), ("jitter", 0.8), ("gray", 0.2), ("solarize", solarized)):
             assert set(drawn[name].tolist()) <= {0, 1}
             assert drawn[name].mean() == pytest.approx(probability, abs=0.015)
         for name, spread in (("brightness", 0.4), ("contrast", 0.4), ("saturation", 0.2)):
@@ -250,7 +251,7 @@ def test_draws_have_the_ranges_and_probabilities_of_the_recipe():
             assert drawn[name].max() == pytest.approx(1 + spread, abs=0.001)
             assert drawn[name].mean() == pytest.approx(1, abs=0.01)
         sigma = drawn["sigma"][drawn["sigma"] > 0]
-        assert len(sigma) / n == pytest.approx(view.blur, abs=0.015)
+        assert len(sigma) / n == pytest.approx(blurred, abs=0.015)
         assert (sigma.min(), sigma.max()) == pytest.approx((0.1, 2.0), abs=0.01)
         assert sigma.mean() == pytest.approx(1.05, abs=0.04)
         hues = torch.bincount(drawn["hue"].long() + 25, minlength=51) / n
@@ -288,7 +289,7 @@ def test_equal_seeds_give_equal_draws_and_different_seeds_different_draws():
 
 
 def test_each_view_has_its_own_probabilities():
-    never, always = (draws_for(50, 8, View(blur=p, solarize=p)).columns() for p in (0.0, 1.0))
+    never, always = (draws_for(50, 8, blur=[p, p], solarize=[p, p]).columns() for p in (0.0, 1.0))
     assert (never["sigma"] == 0).all()
     assert (never["solarize"] == 0).all()
     assert (always["sigma"] >= 0.1).all()
@@ -297,13 +298,7 @@ def test_each_view_has_its_own_probabilities():
 
 def drawn_by_config(n, side, **options):
     """Return the columns of both views' draws for a configuration with these ``dataset.views``."""
-    config = DatasetConfig(name="x", flip=options.pop("flip", True), views=ViewsConfig(**options))
-    return [draws_for(n, side, view).columns() for view in configured_views(config)]
-
-
-def test_default_views_are_those_of_the_reference_program():
-    assert configured_views(DatasetConfig(name="x")) == VIEWS
-    assert configured_views(DatasetConfig(name="x", flip=False))[0].flip == 0
+    return [draws_for(n, side, view, **options).columns() for view in (FIRST, SECOND)]
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
@@ -350,12 +345,12 @@ def test_min_area_1_crops_nothing():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("channels", [1, 3])
 def test_cuda_equals_pil_without_a_host_synchronisation(channels):
-    images, draws = some_images(60, channels, 32), draws_for(60, 32, VIEWS[1])
+    images, draws = some_images(60, channels, 32), draws_for(60, 32, SECOND)
     mean, std = torch.zeros(channels, device="cuda"), torch.full((channels,), 1 / 255, device="cuda")
     on_device, indices = images.cuda(), torch.arange(60, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = views.view(on_device, indices, draws.to("cuda"), mean, std)
+        got = augment.augmented(on_device, indices, draws.to("cuda"), mean, std)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got.cpu().round(), pil_levels(images, draws))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from largebatch.modes.collapse import effective_rank, mean_deviation
+from largebatch.modes.features import effective_rank, mean_deviation
 
 
 def gaussian(n: int, width: int, seed: int = 0) -> Tensor:

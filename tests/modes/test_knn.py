@@ -8,8 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from largebatch.modes import knn
-from largebatch.modes.knn import knn_predictions
+from largebatch.modes.features import knn_predictions
 
 CLASSES = 4
 
@@ -96,5 +95,5 @@ def test_queries_in_parts_have_the_same_predictions(monkeypatch: pytest.MonkeyPa
     queries, bank = some_features(40), some_features(60, seed=1)
     at_once = predicted(queries, bank, neighbours=7)
     for similarities in (60 * 7, 60, 1):  # a last part of five; one query per part
-        monkeypatch.setattr(knn, "_AT_ONCE", similarities)
+        monkeypatch.setattr("largebatch.modes.features._AT_ONCE", similarities)
         assert torch.equal(predicted(queries, bank, neighbours=7), at_once)

@@ -451,10 +451,10 @@ def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_why_not_names_the_reason() -> None:
-    assert "fp32, bf16 and fp16" in fused_cuda.why_not([torch.ones(2, dtype=torch.float64)])
+    assert "fp32, bf16 or fp16" in fused_cuda.why_not([torch.ones(2, dtype=torch.float64)])
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     assert fused_cuda.why_not([torch.ones(2)]) == (
-        "" if interpreting else "the fused step in triton is for NVIDIA devices"
+        "" if interpreting else "the fused step in triton requires an NVIDIA device"
     )
 
 
@@ -464,10 +464,10 @@ def test_kernels_that_fail_their_trial_are_not_used(monkeypatch: pytest.MonkeyPa
     def broken(*arguments: Any) -> Tensor:
         raise ValueError("no such\ninstruction")
 
-    for failing, reason in ((broken, "ValueError: no such instruction"), (lambda *arguments: None, "something else")):
+    for failing, reason in ((broken, "ValueError: no such instruction"), (lambda *arguments: None, "wrong results")):
         monkeypatch.setattr(fused_cuda, "lars", failing)
         monkeypatch.setattr(fused_cuda, "lamb", failing)
-        with pytest.warns(UserWarning, match=f"fused step isn't taken: .*{reason}"):
+        with pytest.warns(UserWarning, match=f"fused step isn't used: .*{reason}"):
             assert reason in fused_cuda._failed_trial.__wrapped__(torch.device("cpu"), torch.float32)
 
 

@@ -367,7 +367,7 @@ def test_two_forward_passes_and_two_backward_passes_add_up():
 
 def test_a_first_dimension_that_is_not_samples_raises():
     model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0, 1), nn.Linear(4, 4), nn.Unflatten(0, (N, 3)))
-    with pytest.raises(RuntimeError, match=rf"^0 got {N} rows along its first dimension and 2 {3 * N}"):
+    with pytest.raises(RuntimeError, match=rf"^0 got {N} rows along its first dimension, but 2 got {3 * N}"):
         collected(model, torch.randn(N, 3, 4))
 
 

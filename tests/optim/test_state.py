@@ -11,10 +11,10 @@ from largebatch.optim import LAMB, LARS, TVLARS
 @pytest.mark.parametrize(
     ("build", "other", "message"),
     [
-        (LARS, torch.optim.SGD, "not of LARS: its groups have no .*trust_coefficient"),
-        (TVLARS, LARS, "not of TVLARS: its groups have no alpha, delay"),
-        (LAMB, torch.optim.AdamW, "not of LAMB: its groups have no .*bias_correction"),
-        (LARS, LAMB, "not of LARS"),
+        (LARS, torch.optim.SGD, "isn't from LARS: its groups have no .*trust_coefficient"),
+        (TVLARS, LARS, "isn't from TVLARS: its groups have no alpha, delay"),
+        (LAMB, torch.optim.AdamW, "isn't from LAMB: its groups have no .*bias_correction"),
+        (LARS, LAMB, "isn't from LARS"),
     ],
 )
 def test_the_state_of_another_optimizer_is_refused(build, other, message):
@@ -37,5 +37,5 @@ def test_an_unknown_key_of_state_is_refused():
     optimizer = LARS([weight], lr=0.1)
     state = optimizer.state_dict()
     state["state"] = {0: {"square_avg": torch.ones(3, 2)}}
-    with pytest.raises(ValueError, match="it keeps square_avg for a parameter, and LARS keeps momentum_buffer"):
+    with pytest.raises(ValueError, match=r"state has square_avg\. Allowed: momentum_buffer"):
         optimizer.load_state_dict(state)

@@ -141,7 +141,7 @@ def reference_lamb(
     return weights, stats
 
 
-# Options of each way of stepping, and the type it is tested in: the fused step on CPU is for fp32.
+# Options of each way of stepping, and the type it is tested in: the fused step on CPU requires fp32.
 WAYS = {
     "fused": ({"fused": True}, torch.float32),
     "foreach": ({"foreach": True}, torch.float32),

@@ -87,7 +87,7 @@ def test_the_fused_step_is_the_default(build):
 @pytest.mark.parametrize(
     ("unfit", "reason"),
     [
-        (lambda: torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64)), "for fp32 parameters"),
+        (lambda: torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64)), "requires fp32 parameters"),
         (lambda: torch.nn.Parameter(torch.ones(6, 4)[:, ::2]), "memory layouts"),
     ],
     ids=["fp64", "gaps"],

@@ -50,7 +50,7 @@ def test_several_lambdas_have_a_map() -> None:
     comparison = compare([*runs, made("lars", lr=1.0, val=0.5)])[0]
     (_, chart) = setting_maps(comparison)
     assert [option for option, _ in chart.switches[0].options] == ["1024", "128"]
-    assert [trace.visible for trace in chart.figure.data] == [False, True]
+    assert [trace.meta["pick"] for trace in chart.figure.data] == [{"batch": "128"}, {"batch": "1024"}]
     assert at(chart.figure.data[0], "0.001", "2") == 30.0  # 2 / 10 + 100 * 0.001
 
 

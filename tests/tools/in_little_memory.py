@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +21,11 @@ from largebatch.errors import UserError
 from largebatch.machine.memory import free_memory, host_memory, is_out_of_memory
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
-from largebatch.training.clock import StepClock
 from largebatch.training.loop import Session, loop
 from largebatch.training.micro_batch import smaller_micro_batch
 from largebatch.training.phase import MainPhase
 from largebatch.training.probe import ProbePhase
+from largebatch.training.profile import StepClock
 from largebatch.training.set_up import set_up
 from largebatch.training.state import Training
 from largebatch.training.stop import StepBoundary
@@ -192,7 +191,7 @@ def test_host_memory_does_not_grow_over_2000_steps(tmp_path: Path, one_thread: N
         phase = set_up(config, RunFolder(tmp_path), 0, 1, CPU, console, None)
         boundary, resident = StepBoundary(3600.0, None, rank=0), []
         for steps in (400, 2400):
-            phase.run = replace(phase.run, steps=steps)
+            phase.end = steps
             loop(phase, Session(None, None, StepClock(0.0, CPU), console, boundary))
             resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     assert resident[1] - resident[0] < 4 * MIB

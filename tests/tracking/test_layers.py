@@ -16,7 +16,7 @@ from offline import history_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch.tracking.layers import CAPACITY, LayerLog
-from largebatch.tracking.rows import COLUMNS, RowOrder
+from largebatch.tracking.rows import COLUMNS, LayerRow, RowOrder
 
 NAMES = ["conv1.weight", "head.weight"]
 
@@ -41,6 +41,12 @@ def table(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def layer_log(folder: Path, step: int = 0) -> tuple[LayerLog, list[LayerRow]]:
+    """Return a log of ``layers.parquet``, and the list of the rows that leave the device."""
+    left: list[LayerRow] = []
+    return LayerLog(folder / "layers.parquet", step, left.append), left
+
+
 class Operations(TorchDispatchMode):
     """List the operations on the device, without views."""
 
@@ -55,43 +61,46 @@ class Operations(TorchDispatchMode):
 
 
 def test_adding_a_row_is_one_operation_and_a_full_buffer_is_read_once(tmp_path: Path) -> None:
-    log = LayerLog(tmp_path / "layers.parquet", 0)
-    assert log.add(1, NAMES, statistics(1)) == []
+    log, left = layer_log(tmp_path)
+    log.add(1, NAMES, statistics(1))
     for step in range(2, CAPACITY):
         given = statistics(step)
         with Operations() as operations:
-            assert log.add(step, NAMES, given) == []
+            log.add(step, NAMES, given)
         assert operations.names == ["aten.stack.out"]
-    rows = log.add(CAPACITY, NAMES, statistics(CAPACITY))
-    assert [row.step for row in rows] == list(range(1, CAPACITY + 1))
+    assert left == []
+    log.add(CAPACITY, NAMES, statistics(CAPACITY))
+    assert [row.step for row in left] == list(range(1, CAPACITY + 1))
     assert not (tmp_path / "layers.parquet").exists()
-    assert log.write() == []
+    log.to_write()()
+    assert len(left) == CAPACITY
     assert table(tmp_path / "layers.parquet") == [row for step in range(1, CAPACITY + 1) for row in expected(step)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_not_waited_for(tmp_path: Path) -> None:
-    log = LayerLog(tmp_path / "layers.parquet", 0)
+    log, left = layer_log(tmp_path)
     given = {column: values.cuda() for column, values in statistics(3).items()}
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, CAPACITY):
-            assert log.add(step, NAMES, given) == []
+            log.add(step, NAMES, given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(log.write()) == CAPACITY - 1
+    assert left == []
+    log.to_write()()
+    assert len(left) == CAPACITY - 1
 
 
 @pytest.mark.parametrize("rows", [1, CAPACITY - 1, CAPACITY, CAPACITY + 1, 3 * CAPACITY + 5])
 @pytest.mark.parametrize("write_every", [7, 10**9])
 def test_every_row_is_written_once_and_in_order(tmp_path: Path, rows: int, write_every: int) -> None:
-    log = LayerLog(tmp_path / "layers.parquet", 0)
-    left = []
+    log, left = layer_log(tmp_path)
     for step in range(1, rows + 1):
-        left += log.add(step, NAMES, statistics(step))
+        log.add(step, NAMES, statistics(step))
         if step % write_every == 0:
-            left += log.write()
-    left += log.write()
+            log.to_write()()
+    log.to_write()()
     assert table(tmp_path / "layers.parquet") == [row for step in range(1, rows + 1) for row in expected(step)]
     assert [row.step for row in left] == list(range(1, rows + 1))
     assert left[-1].metrics() == {
@@ -100,54 +109,59 @@ def test_every_row_is_written_once_and_in_order(tmp_path: Path, rows: int, write
 
 
 def test_tensors_that_the_caller_reuses_are_copied(tmp_path: Path) -> None:
-    log = LayerLog(tmp_path / "layers.parquet", 0)
+    log, _ = layer_log(tmp_path)
     given, names = statistics(1), list(NAMES)
     log.add(1, names, given)
     for values in given.values():
         values.zero_()
     names.clear()
-    log.write()
+    log.to_write()()
     assert table(tmp_path / "layers.parquet") == expected(1)
 
 
 def test_another_set_of_layers_starts_a_new_buffer(tmp_path: Path) -> None:
-    log = LayerLog(tmp_path / "layers.parquet", 0)
+    log, left = layer_log(tmp_path)
     for step in (1, 2):
-        assert log.add(step, NAMES, statistics(step)) == []
-    assert [row.step for row in log.add(3, NAMES[:1], statistics(3, layers=1))] == [1, 2]
-    assert log.add(4, [], statistics(4, layers=0)) == []
-    log.write()
+        log.add(step, NAMES, statistics(step))
+    assert left == []
+    log.add(3, NAMES[:1], statistics(3, layers=1))
+    assert [row.step for row in left] == [1, 2]
+    log.add(4, [], statistics(4, layers=0))
+    assert len(left) == 2
+    log.to_write()()
     assert table(tmp_path / "layers.parquet") == [*expected(1), *expected(2), *expected(3, layers=1)]
 
 
 def test_a_resumed_run_keeps_the_rows_up_to_its_step(tmp_path: Path) -> None:
     path = tmp_path / "layers.parquet"
-    first = LayerLog(path, 0)
+    first, _ = layer_log(tmp_path)
     for step in (1, 2, 3, 4):
         first.add(step, NAMES, statistics(step))
-    first.write()
-    second = LayerLog(path, 2)
+    first.to_write()()
+    second, _ = layer_log(tmp_path, 2)
     second.add(3, NAMES, statistics(30))
-    second.write()
+    second.to_write()()
     assert [row["step"] for row in table(path)] == [1, 1, 2, 2, 3, 3]
     assert [row["weight_norm"] for row in table(path)][4:] == [30.0, 30.0625]
-    third = LayerLog(path, 0)  # from the start, as after damaged checkpoints
+    third, _ = layer_log(tmp_path)  # from the start, as after damaged checkpoints
     third.add(1, NAMES, statistics(1))
-    third.write()
+    third.to_write()()
     assert table(path) == expected(1)
 
 
 def test_no_rows_make_no_file(tmp_path: Path) -> None:
-    assert LayerLog(tmp_path / "layers.parquet", 0).write() == []
+    log, left = layer_log(tmp_path)
+    log.to_write()()
+    assert left == []
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_are_stored_in_fp32(tmp_path: Path, dtype: torch.dtype) -> None:
-    log = LayerLog(tmp_path / "layers.parquet", 0)
+    log, _ = layer_log(tmp_path)
     log.add(1, NAMES, {column: torch.tensor([0.5, 1 / 3], dtype=dtype) for column in COLUMNS})
     third = float(torch.tensor(1 / 3, dtype=dtype).float())
-    log.write()
+    log.to_write()()
     assert [row["weight_norm"] for row in table(tmp_path / "layers.parquet")] == [0.5, third]
 
 

@@ -24,8 +24,8 @@ class Run:
         self.folder, self.step = folder, resumed_at
         self.logged: Logged = []
         self.metrics = MetricsLog(folder.metrics, resumed_at)
-        self.layer_log = LayerLog(folder.layers, resumed_at)
         self.order = RowOrder(self.log, EVERY, STEPS, 10)
+        self.layer_log = LayerLog(folder.layers, resumed_at, self.order.layers)
         replay(folder, self.order, resumed_at)
 
     def log(self, number: int, row: dict[str, Any], **_: Any) -> None:
@@ -35,19 +35,15 @@ class Run:
         for step in range(self.step + 1, stop + 1):
             if step % EVERY == 0:
                 self.order.expect_layers(step)
-                self.give(self.layer_log.add(step, NAMES, dict.fromkeys(COLUMNS, torch.ones(2))))
+                self.layer_log.add(step, NAMES, dict.fromkeys(COLUMNS, torch.ones(2)))
             if step % 5 == 0:
                 self.metrics.write({"step": step, "train/loss": 1.0})
                 self.order.row({"step": step, "train/loss": 1.0})
             if step % checkpoints == 0:
-                self.give(self.layer_log.write())
-
-    def give(self, rows: list[Any]) -> None:
-        for row in rows:
-            self.order.layers(row)
+                self.layer_log.to_write()()
 
     def end(self) -> None:
-        self.give(self.layer_log.write())
+        self.layer_log.to_write()()
         self.metrics.close()
 
 

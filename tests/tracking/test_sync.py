@@ -131,7 +131,7 @@ def test_runs_are_uploaded_in_the_order_of_their_first_start(runs: Path, sync: S
 def test_without_a_key_or_a_host_nothing_is_uploaded(runs: Path, sync: Sync) -> None:
     refused = sync()
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "error: nothing was uploaded: no API key; `wandb login`" in refused.stderr
+    assert "error: nothing was uploaded: no API key. Fix: `wandb login`" in refused.stderr
     refused = sync(WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
     assert refused.returncode == 2
     assert "127.0.0.1:9 can't be reached" in refused.stderr
@@ -173,7 +173,7 @@ def test_a_run_that_was_deleted_in_wandb_fails_with_advice(runs: Path, sync: Syn
         server.refused.append(run.name[-8:])
         done = sync(server=server)
     assert done.returncode == 1
-    assert "W&B takes no run again that was deleted there; rerun=true makes a new one" in done.stdout
+    assert "W&B refuses the id of a deleted run; rerun=true makes a new run" in done.stdout
 
 
 # ---- wandb's own tools ----

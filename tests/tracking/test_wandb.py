@@ -362,7 +362,7 @@ def test_two_runs_one_after_the_other_in_one_process(go: Go, tmp_path: Path) -> 
 def test_losing_wandbs_process_is_logged_once(go: Go) -> None:
     report = go(**{"break": "core"})
     assert len(report["said"]) == 2
-    assert report["said"][1].startswith("W&B is off from here, it could not log: ConnectionResetError")
+    assert report["said"][1].startswith("W&B logging ends: could not log: ConnectionResetError")
 
 
 def test_our_own_error_is_logged_and_the_run_is_still_ended(go: Go, tmp_path: Path) -> None:

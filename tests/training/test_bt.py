@@ -25,9 +25,9 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
-from largebatch.training.clock import StepClock
 from largebatch.training.loop import Session, loop
 from largebatch.training.phase import MainPhase
+from largebatch.training.profile import StepClock
 from largebatch.training.set_up import set_up
 from largebatch.training.state import Training
 from largebatch.training.stop import StepBoundary

@@ -1,5 +1,7 @@
 """Division of the global batch over processes and accumulation."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 from largebatch.errors import UserError
@@ -35,13 +37,24 @@ def plan_batch(
     Raises:
         UserError: if a division leaves a remainder. The message names the nearest sizes without a remainder.
     """
-    plan = _divide(global_batch, processes, micro_batch if isinstance(micro_batch, int) else None)
-    if plan.micro_batch % samples_together:
+    if global_batch % processes:
+        fix = f"batch_size={_nearest_multiples(global_batch, processes)}"
+        raise UserError(f"batch_size={global_batch}: can't be divided over {processes} processes. Fix: {fix}")
+    share = global_batch // processes
+    size = min(micro_batch, share) if isinstance(micro_batch, int) else share
+    if share % size:
+        near = _nearest_multiples(global_batch, processes * size)
+        nearest = _nearest_divisor(share, size)
         raise UserError(
-            f"optimizer.sample_size={samples_together}: doesn't divide the micro-batch of {plan.micro_batch} images. "
-            f"Fix: optimizer.sample_size={_nearest_divisor(plan.micro_batch, samples_together)}"
+            f"micro_batch={size}: doesn't divide the {share} images of each process (batch_size={global_batch} "
+            f"over {processes} process(es)). Fix: micro_batch={nearest}, or batch_size={near}"
         )
-    return plan
+    if size % samples_together:
+        raise UserError(
+            f"optimizer.sample_size={samples_together}: doesn't divide the micro-batch of {size} images. "
+            f"Fix: optimizer.sample_size={_nearest_divisor(size, samples_together)}"
+        )
+    return BatchPlan(global_batch, processes, share // size, size)
 
 
 def plan_small_batch(batch: int, images: int, processes: int, micro_batch: int) -> BatchPlan:
@@ -53,23 +66,6 @@ def plan_small_batch(batch: int, images: int, processes: int, micro_batch: int) 
     share = max(min(batch, images) // processes, 1)
     piece = max(size for size in range(1, min(share, micro_batch) + 1) if share % size == 0)
     return BatchPlan(share * processes, processes, share // piece, piece)
-
-
-def _divide(global_batch: int, processes: int, micro_batch: int | None) -> BatchPlan:
-    if global_batch % processes:
-        fix = f"batch_size={_nearest_multiples(global_batch, processes)}"
-        raise UserError(f"batch_size={global_batch}: can't be divided over {processes} processes. Fix: {fix}")
-    share = global_batch // processes
-    if micro_batch is None or micro_batch >= share:
-        return BatchPlan(global_batch, processes, 1, share)
-    if share % micro_batch:
-        near = _nearest_multiples(global_batch, processes * micro_batch)
-        nearest = _nearest_divisor(share, micro_batch)
-        raise UserError(
-            f"micro_batch={micro_batch}: doesn't divide the {share} images of each process (batch_size={global_batch} "
-            f"over {processes} process(es)). Fix: micro_batch={nearest}, or batch_size={near}"
-        )
-    return BatchPlan(global_batch, processes, share // micro_batch, micro_batch)
 
 
 def _nearest_divisor(size: int, wanted: int) -> int:

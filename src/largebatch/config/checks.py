@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields
-from typing import Any
-
 from largebatch.config.batch import plan_batch
 from largebatch.config.options import problems_of
 from largebatch.config.schema import ClusterConfig, Config
@@ -44,11 +41,11 @@ _SHARED_KEYS = ("name", "processes", "device", "threads")
 
 def _check_cluster(cluster: ClusterConfig) -> list[str]:
     if cluster.name == "local":
+        default = ClusterConfig()
         return [
-            f"cluster.{key.name}={getattr(cluster, key.name)}: only cluster=slurm has this key. "
-            "Fix: leave it out, or set cluster=slurm"
-            for key in fields(ClusterConfig)
-            if key.name not in (*_SHARED_KEYS, *_LOCAL_KEYS) and getattr(cluster, key.name) != _default(key)
+            f"cluster.{key}={value}: only cluster=slurm has this key. Fix: leave it out, or set cluster=slurm"
+            for key, value in vars(cluster).items()
+            if key not in (*_SHARED_KEYS, *_LOCAL_KEYS) and value != getattr(default, key)
         ]
     problems = [
         f"cluster.{key}={getattr(cluster, key)}: only cluster=local has this key. Fix: {fix}"
@@ -64,13 +61,9 @@ def _check_cluster(cluster: ClusterConfig) -> list[str]:
     if cluster.time_limit is not None and cluster.signal_seconds >= 60 * cluster.time_limit:
         problems.append(
             f"cluster.signal_seconds={cluster.signal_seconds}: must be shorter than cluster.time_limit="
-            f"{cluster.time_limit} (minutes). Otherwise SLURM stops a run as soon as it starts"
+            f"{cluster.time_limit} (minutes), else SLURM stops a run as soon as it starts. Fix: shorten it"
         )
     return problems
-
-
-def _default(key: Field[Any]) -> Any:
-    return key.default if key.default_factory is MISSING else key.default_factory()
 
 
 def _check_batch(config: Config) -> list[str]:

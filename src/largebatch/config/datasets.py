@@ -80,7 +80,7 @@ class DatasetConfig:
 class Digits(DatasetConfig):
     """scikit-learn's digits: 1,797 grey images of 8x8."""
 
-    loader = "largebatch.data.digits:load_digits"
+    loader = "largebatch.data.builtin:load_digits"
 
     train_size: int | None = 1437
     test_size: int | None = 360
@@ -113,7 +113,7 @@ class Cifar100(Cifar10):
 class TinyImageNet(DatasetConfig):
     """Tiny ImageNet: RGB images of 64x64. Its labelled validation images are the test set."""
 
-    loader = "largebatch.data.tinyimagenet:load_tinyimagenet"
+    loader = "largebatch.data.imagefolder:load_tinyimagenet"
 
     train_size: int | None = 100_000
     test_size: int | None = 10_000
@@ -149,7 +149,7 @@ class ImageNet(DatasetConfig):
 class Synthetic(DatasetConfig):
     """Random images and labels for timing, by default in CIFAR-10's shape."""
 
-    loader = "largebatch.data.synthetic:load_synthetic"
+    loader = "largebatch.data.builtin:load_synthetic"
 
     train_size: int | None = option(50_000, least=1)
     test_size: int | None = option(10_000, least=1)

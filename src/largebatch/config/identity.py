@@ -16,7 +16,7 @@ from largebatch.config.schema import Config
 
 # Keys outside the identity, each with the reason. Every other key is part of it.
 NOT_DECISIVE = {
-    "cluster": "devices, processes and SLURM's options place a run",
+    "cluster": "devices, processes and SLURM's options decide where a run trains",
     "tracker": "logging observes a run",
     "checkpoint": "resuming is exact",
     "runs_dir": "folder of the results",

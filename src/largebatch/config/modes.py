@@ -32,11 +32,6 @@ class ModeConfig:
         """True if the loss isn't a mean over images but a function of the global batch of all processes."""
         return False
 
-    @property
-    def loss_per_micro_batch(self) -> bool:
-        """True if the loss isn't a mean over images but a function of each micro-batch of a process."""
-        return False
-
     def length(self, dataset_epochs: int) -> int:
         """Return the number of epochs to train if neither ``epochs`` nor ``steps`` is given."""
         return dataset_epochs
@@ -83,10 +78,6 @@ class Bt(ModeConfig):
     @property
     def loss_over_global_batch(self) -> bool:
         return self.exact
-
-    @property
-    def loss_per_micro_batch(self) -> bool:
-        return not self.exact
 
     def length(self, dataset_epochs: int) -> int:
         return self.default_epochs

@@ -131,7 +131,7 @@ class Clars(Lars):
             problems.append(
                 "compile=true: clars measures norms with hooks, which compiled passes skip. Fix: compile=false"
             )
-        if config.mode.loss_per_micro_batch:
+        if config.mode.views > 1 and not config.mode.loss_over_global_batch:
             problems.append(
                 "mode.exact=false: clars measures the gradient norms of samples, but one backward pass then has two "
                 "views of each sample. Fix: mode.exact=true"

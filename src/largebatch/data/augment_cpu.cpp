@@ -90,6 +90,7 @@ struct Batch {
   const uint8_t* pixels;    // [images, channels, side, side]; images are `image_stride` apart
   const int64_t* indices;   // [count]; null: all images, in order
   const Draw* draws;        // [count]; null: none
+  const void* real;         // null: of views only
   const float *mean, *std;  // [channels], for pixels in 0..255
   float* result;            // [count, channels, side, side], or with the channels last
   int64_t images, image_stride, count;

@@ -1,38 +1,33 @@
-"""``augment.augmented`` on CPU: ``augment_cpu.cpp``, compiled once for this machine."""
+"""``augment.augmented`` on CPU: ``augment_cpu.cpp`` and ``views_cpu.cpp``, compiled once for this machine."""
 
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from largebatch import native
-from largebatch.data.draws import Draws
-
-_SOURCE = Path(__file__).with_suffix(".cpp")
-why_not = partial(native.why_not, _SOURCE)
+from largebatch.data.draws import AnyDraws, ViewDraws
 
 
 class _Batch(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("pixels", "indices", "draws", "mean", "std", "result")),
+        *((name, ctypes.c_void_p) for name in ("pixels", "indices", "whole", "real", "mean", "std", "result")),
         *((name, ctypes.c_int64) for name in ("images", "image_stride", "count")),
         *((name, ctypes.c_int32) for name in ("channels", "side", "padding", "threads")),
         ("channels_last", ctypes.c_bool),
     )
 
 
+def why_not(draws: AnyDraws = None) -> str:
+    """Return the reason why C++ can't augment with draws of this kind on this machine; empty if it can."""
+    return native.why_not(_source(draws))
+
+
 def augmented(
-    pixels: Tensor,
-    indices: Tensor | None,
-    draws: Draws | None,
-    mean: Tensor,
-    std: Tensor,
-    *,
-    channels_last: bool = False,
+    pixels: Tensor, indices: Tensor | None, draws: AnyDraws, mean: Tensor, std: Tensor, *, channels_last: bool = False
 ) -> Tensor:
     """Do the same as ``augment.augmented``, with ``torch.get_num_threads()`` threads.
 
@@ -42,33 +37,37 @@ def augmented(
     """
     images, channels, side, _ = pixels.shape
     count = images if indices is None else len(indices)
-    table = None if draws is None else draws.table
-    check(pixels[:1], torch.uint8, (min(images, 1), channels, side, side))
-    check(indices, torch.int64, (count,))
-    check(table, torch.int32, (count, 8))
-    check(mean, torch.float32, (channels,))
-    check(std, torch.float32, (channels,))
+    allowed, whole, real, padding = channels, None, None, 0
+    if isinstance(draws, ViewDraws):
+        allowed, whole, real = 3 if channels == 3 else 1, draws.whole, draws.real
+    elif draws is not None:
+        whole, padding = draws.table, draws.padding
+    _check(pixels[:1], torch.uint8, (min(images, 1), allowed, side, side))
+    _check(indices, torch.int64, (count,))
+    _check(whole, torch.int32, (count, 8 if real is None else 13))
+    _check(real, torch.float32, (count, 4))
+    _check(mean, torch.float32, (channels,))
+    _check(std, torch.float32, (channels,))
 
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     result = torch.empty((count, channels, side, side), memory_format=memory_format)
-    mean, std = mean * 255, std * 255
-    padding = 0 if draws is None else draws.padding
+    tensors = (pixels, indices, whole, real, mean * 255, std * 255, result)
     sizes = (images, pixels.stride(0), count, channels, side, padding, torch.get_num_threads())
-    batch = _Batch(*map(address, (pixels, indices, table, mean, std, result)), *sizes, channels_last)
-    compiled = native.library(_SOURCE)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    compiled = native.library(_source(draws))
     compiled.augment.restype = ctypes.c_bool
-    if not compiled.augment(ctypes.byref(batch)):
+    if not compiled.augment(ctypes.byref(_Batch(*addresses, *sizes, channels_last))):
         raise IndexError(f"an index isn't in 0..{images - 1}")
     return result
 
 
-def check(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def _source(draws: AnyDraws) -> Path:
+    return Path(__file__).with_name("views_cpu.cpp" if isinstance(draws, ViewDraws) else "augment_cpu.cpp")
+
+
+def _check(tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Raise ``ValueError`` if C++ can't read the tensor as an array of this type and shape."""
     if tensor is not None:
         given = (tensor.dtype, tuple(tensor.shape), tensor.device.type, tensor.is_contiguous())
         if given != (dtype, shape, "cpu", True):
             raise ValueError(f"expected {dtype} {shape} on cpu, contiguous: {given}")
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -12,14 +12,10 @@ from torch import Tensor
 from largebatch.config.batch import BatchPlan
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.augment import augmented
-from largebatch.data.draws import Draws, draw
+from largebatch.data.draws import AnyDraws, draw, draw_view
 from largebatch.data.images import MemoryImages, Split
 from largebatch.data.sampling import evaluation_share, global_batches
-from largebatch.data.stream import stream
-from largebatch.data.transfer import one_ahead, to_device
-from largebatch.data.view_draws import ViewDraws, configured_views
-from largebatch.data.view_draws import draw as draw_view
-from largebatch.data.views import view
+from largebatch.data.stream import one_ahead, stream, to_device
 from largebatch.seeding import derive_seed
 
 Batch = tuple[Tensor, Tensor]
@@ -100,15 +96,14 @@ class BatchLoader:
     def _statistics(self) -> tuple[Tensor, Tensor]:
         return to_device(torch.tensor(self.mean), self.device), to_device(torch.tensor(self.std), self.device)
 
-    def _augmented(self, pixels: Tensor, indices: Tensor | None, draws: Draws | ViewDraws | None) -> Tensor:
-        if isinstance(draws, ViewDraws):
-            return view(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
+    def _augmented(self, pixels: Tensor, indices: Tensor | None, draws: AnyDraws) -> Tensor:
         return augmented(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
 
     def _pixels(self, split: Split, wanted: Iterator[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield uint8 images on the device for each of ``wanted`` (int64 [n]): all and the indices, or the chosen.
+        """Yield uint8 images on the device, and indices into them or None, for each of ``wanted`` (int64 [n]).
 
-        The augmentation itself picks images that are on the device. Others are copied there one batch ahead.
+        A data set on the device is yielded whole, with the indices. Otherwise the images at the indices are copied to
+        the device one batch ahead.
         """
         images = split.images
         if isinstance(images, MemoryImages) and images.pixels.device == self.device:
@@ -119,11 +114,11 @@ class BatchLoader:
     def _labels(self, split: Split, indices: Tensor) -> Tensor:
         return to_device(split.labels[to_device(indices, split.labels.device)], self.device)
 
-    def _draw(self, generator: torch.Generator, side: int, n: int, views: int) -> Sequence[Draws | ViewDraws | None]:
+    def _draw(self, generator: torch.Generator, side: int, n: int, views: int) -> Sequence[AnyDraws]:
         """Return the draws for a global batch of ``n`` images, one a view; None without augmentation."""
         config = self.config
         if views > 1:
-            return [draw_view(generator, n, side, view) for view in configured_views(config)]
+            return [draw_view(generator, n, side, config, view) for view in range(views)]
         padding, flip, rotation = config.crop_padding, config.flip, config.rotation
         if padding == 0 and not flip and rotation == 0:
             return [None]

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Stale(UserError):
-    """A kept file is missing (empty message) or can't be used; the message continues a sentence after its name."""
+    """A kept file is missing (empty message) or can't be used. The message follows its name in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def read_decoded(file: BinaryIO, fingerprint: str) -> Decoded:
         raise Stale("is damaged or cut short")
     described = json.loads(text)
     if described["fingerprint"] != fingerprint:
-        raise Stale("is of other files or settings")
+        raise Stale("was made from other files or settings")
     if len(body) % 8 or _checksum(body) != described["checksum"]:
         raise Stale("is damaged")
     train, test = (torch.tensor(labels, dtype=torch.int64) for labels in described["labels"])

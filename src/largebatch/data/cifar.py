@@ -155,7 +155,7 @@ _NUMPY_CORE = "numpy.core" if np.__version__.startswith("1.") else "numpy._core"
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows only the parts of numpy arrays, so that no pickle can run code."""
+    """Unpickler that allows only the parts of numpy arrays, so that no pickle can run code."""
 
     _ALLOWED = frozenset(
         {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}

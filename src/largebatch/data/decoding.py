@@ -36,7 +36,7 @@ def read_files(
     """Return both splits of image files without the files that can't be read.
 
     With ``decode``, the images are pixels in memory. Otherwise they stay files, and are only checked, which takes as
-    long as decoding. The result is kept beside the data: pixels, or images of no pixels.
+    long as decoding. A file beside the data keeps the pixels, or without ``decode`` the names of unreadable files.
 
     Raises:
         UserError: naming images that can't be read, unless ``config.on_error`` is ``skip``.
@@ -104,7 +104,7 @@ def _accept(found: Decoded, config: DatasetConfig, say: Say) -> None:
     total = len(found.train) + len(found.test) + count
     some = f"{count:,} of {total:,} images, which can't be read: {named}"
     if config.on_error != "skip":
-        raise UserError(f"{_error(found.unreadable[0], config)}. dataset.on_error=skip skips such images, here {some}")
+        raise UserError(f"{_error(found.unreadable[0], config)}. Fix: dataset.on_error=skip skips {some}")
     say(f"skipped {some}")
     for name, split in (("training", found.train), ("test", found.test)):
         if len(split) == 0:
@@ -112,7 +112,7 @@ def _accept(found: Decoded, config: DatasetConfig, say: Say) -> None:
 
 
 def _error(name: str, config: DatasetConfig) -> str:
-    """Return the message of the error from decoding the file; empty if it can be read."""
+    """Return the message of the error when the file is decoded; empty if it can be read."""
     try:
         decode_file(str(Path(config.root) / name), config.channels, image_size=0)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Search for a published archive's folder, and its download: by one process, and whole or not at all."""
+"""Find or download a published archive. One process downloads; the folder appears whole or not at all."""
 
 from __future__ import annotations
 

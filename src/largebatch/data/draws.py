@@ -1,4 +1,11 @@
-"""Random numbers of the augmentation for classification: crop, flip and rotation of each image."""
+"""Random numbers of the augmentation, drawn for a whole batch at once.
+
+``Draws`` are crop, flip and rotation of each image, for classification. ``ViewDraws`` are a Barlow Twins view. Its
+recipe is that of ``facebookresearch/barlowtwins``, in its order: resized crop (scale 0.08..1, ratio 3/4..4/3, bicubic),
+flip, colour jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1; with probability 0.8, its four steps in
+random order), grayscale (0.2), Gaussian blur (sigma 0.1..2 pixels) and solarize. Each view has its own smallest scale
+and probabilities. Each number is distributed as in torchvision's transforms.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +15,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from largebatch.data.transfer import to_device
+from largebatch.config.datasets import DatasetConfig
+from largebatch.data.stream import to_device
 
 _FIXED_POINT = 1 << 16  # PIL's affine transform counts in 1/65536 of a pixel
 _LARGEST_SIDE = 1 << 14  # pixels
+_LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
+_SIGMA = (0.1, 2.0)
+_TRIES = 10  # attempts to find a crop that fits into the image
+
+# Numbers of the colour jitter's steps in ViewDraws.
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_WHOLE = (
+    *("top", "left", "height", "width", "flip", "jitter"),
+    *("step0", "step1", "step2", "step3", "hue", "gray", "solarize"),
+)
+_REAL = ("brightness", "contrast", "saturation", "sigma")
 
 
 @dataclass(frozen=True)
@@ -59,3 +79,70 @@ def _rotation(angle: Tensor, side: int) -> Tensor:
     first_row = centre + (cos - sin) * (0.5 - centre)
     first_column = centre + (cos + sin) * (0.5 - centre)
     return torch.stack([cos, sin, -sin, first_row, first_column]).mul_(_FIXED_POINT).add_(0.5).floor_()
+
+
+@dataclass(frozen=True)
+class ViewDraws:
+    """Random numbers of one image in each row; ``draws[a:b]`` is a part of the batch.
+
+    ``whole`` is int32 [N, 13]: top, left, height and width of the crop in pixels; flip, 0 or 1; jitter, 0 or 1; its
+    four steps in their order (0 brightness, 1 contrast, 2 saturation, 3 hue); hue, the shift of the hue in bytes,
+    modulo 256; gray and solarize, 0 or 1. ``real`` is float32 [N, 4]: the factors of brightness, contrast and
+    saturation, and the blur's sigma in pixels, at most 2.4, or 0 for no blur. ``views_cpu.cpp`` has the same columns.
+    """
+
+    whole: Tensor
+    real: Tensor
+
+    def __getitem__(self, part: slice) -> ViewDraws:
+        return ViewDraws(self.whole[part], self.real[part])
+
+    def to(self, device: torch.device | str) -> ViewDraws:
+        return ViewDraws(*(to_device(table, torch.device(device)) for table in (self.whole, self.real)))
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return the columns by name, each of shape [N]."""
+        whole = zip(_WHOLE, self.whole.unbind(1), strict=True)
+        return {**dict(whole), **dict(zip(_REAL, self.real.unbind(1), strict=True))}
+
+
+AnyDraws = Draws | ViewDraws | None  # None: no augmentation
+
+
+def draw_view(generator: torch.Generator, n: int, side: int, config: DatasetConfig, view: int) -> ViewDraws:
+    """Return ``n`` draws for the first (0) or second (1) ``view`` of images of ``side`` pixels, on the CPU."""
+    views = config.views
+
+    def chance(probability: float) -> Tensor:
+        return torch.rand(n, generator=generator) < probability
+
+    def factor(spread: float) -> Tensor:
+        return torch.empty(n).uniform_(1 - spread, 1 + spread, generator=generator)
+
+    height, width = _crop_sizes(generator, n, side, views.min_area)
+    top, left = (_up_to(generator, side - length) for length in (height, width))
+    order = torch.rand(n, 4, generator=generator).argsort(1)
+    hue = torch.empty(n).uniform_(-_HUE, _HUE, generator=generator)
+    sigma = torch.empty(n).uniform_(*_SIGMA, generator=generator)
+    whole = [top, left, height, width, chance(0.5 if config.flip else 0.0), chance(views.jitter), *order.unbind(1)]
+    shift = (hue.double() * 255).int()  # towards 0, as in torchvision
+    whole += [shift, chance(views.gray), chance(views.solarize[view])]
+    real = [factor(_BRIGHTNESS), factor(_CONTRAST), factor(_SATURATION), sigma * chance(views.blur[view])]
+    return ViewDraws(torch.stack([column.int() for column in whole], 1), torch.stack(real, 1))
+
+
+def _crop_sizes(generator: torch.Generator, n: int, side: int, min_area: float) -> tuple[Tensor, Tensor]:
+    """Return heights and widths [N]: the first of ten attempts that fits, else the whole image."""
+    shape = (n, _TRIES)
+    area = torch.empty(shape, dtype=torch.float64).uniform_(min_area, 1.0, generator=generator) * side**2
+    ratio = torch.empty(shape, dtype=torch.float64).uniform_(*_LOG_RATIO, generator=generator).exp()
+    height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (height >= 1) & (height <= side) & (width >= 1) & (width <= side)
+    first = fits.byte().argmax(1, keepdim=True)  # the first maximum
+    height, width = (torch.where(fits, length, side).gather(1, first).squeeze(1) for length in (height, width))
+    return height, width
+
+
+def _up_to(generator: torch.Generator, last: Tensor) -> Tensor:
+    """Return whole numbers [N], uniform in 0..last."""
+    return (torch.rand(len(last), dtype=torch.float64, generator=generator) * (last + 1)).floor().minimum(last)

@@ -45,7 +45,7 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Hold out exactly ``count`` of ``labels`` [N], stratified; return indices (kept, held out), each ascending.
 
     A class of n_c images gives ``n_c * count / N``, rounded down. The classes with the largest remainders give one more
-    image each, until there are ``count`` (of equal remainders the first class). ``seed`` determines the images of a
+    image each, until there are ``count`` (if remainders are equal, the first class). ``seed`` chooses the images of a
     class.
 
     Raises:
@@ -61,7 +61,7 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
         if size and part in (0, size):
             nothing = "the training set" if part else "the held-out part"
             raise UserError(
-                f"holding out {count} of {len(labels)} images leaves class {label}, which has {size}, with nothing in "
+                f"holding out {count} of {len(labels)} images leaves no image of class {label}, which has {size}, in "
                 f"{nothing}"
             )
 

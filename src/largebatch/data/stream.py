@@ -1,4 +1,4 @@
-"""Pixels for lists of indices, in order; worker processes decode files ahead of time."""
+"""Pixels for lists of indices, in order: worker processes decode files ahead of time; copies don't wait for a GPU."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
 
 @dataclass(frozen=True)
 class _Decoder(Dataset[Tensor | UserError]):
-    """The work of a worker. It returns an error as a value: a raised error would arrive wrapped in a traceback."""
+    """Decoding in a worker process. It returns errors: a raised error would arrive wrapped in a traceback."""
 
     images: FileImages
 
@@ -69,3 +69,32 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """Ignore Ctrl-C, which reaches the whole process group: the parent ends its workers, without their tracebacks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # instead of the inherited handler of the training process
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy ``tensor`` to ``device``; to a GPU from pinned memory, in the order of its stream."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def one_ahead(tensors: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Yield each of ``tensors`` (host memory) on ``device``; a GPU copies on another stream, one tensor ahead."""
+    if device.type != "cuda":
+        yield from (tensor.to(device) for tensor in tensors)
+        return
+    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def upload(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(copying):
+            return to_device(tensor, device), copying.record_event()
+
+    uploads = map(upload, tensors)
+    coming = next(uploads, None)
+    while coming is not None:
+        uploaded, done = coming
+        coming = next(uploads, None)
+        using = torch.cuda.current_stream(device)
+        using.wait_event(done)
+        uploaded.record_stream(using)  # so that its memory isn't reused while it is read
+        yield uploaded

@@ -1,9 +1,8 @@
-"""The two views of Barlow Twins for a whole batch with one draw an image: pixels to normalised images in one call.
+"""The views of Barlow Twins in torch, for devices other than the CPU, and without a compiler (``views_cpu.cpp``).
 
-The result is that of the per-image chain of torchvision's functions on PIL images at equal parameters. On CPU it is a
-C++ kernel (``views_cpu.cpp``) if that can be compiled. The torch code here is for other devices. It has the same fixed
-point arithmetic in int32 and the same rounding, no shape that depends on data and no host synchronisation. It has no
-matrix product, so that autocast and TF32 don't change it.
+The result is that of the per-image chain of torchvision's functions on PIL images at equal parameters. It has the same
+fixed point arithmetic in int32 and the same rounding, no shape that depends on data and no host synchronisation. It has
+no matrix product, so that autocast and TF32 don't change it.
 """
 
 from __future__ import annotations
@@ -11,57 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from largebatch.data.view_draws import BRIGHTNESS, CONTRAST, HUE, ViewDraws
-from largebatch.data.views_cpu import view_cpu, why_not
+from largebatch.data.draws import BRIGHTNESS, CONTRAST, HUE, ViewDraws
 
-_CPU_SLICE = 32  # images at once, to fit the processor's cache (128: 1.2 times the time)
 _TAP_BITS, _BOX_BITS = 22, 24  # PIL's fixed point in resizing and in blurring
 
 
-def view(
-    pixels: Tensor, indices: Tensor | None, draws: ViewDraws, mean: Tensor, std: Tensor, *, channels_last: bool = False
-) -> Tensor:
-    """Return one view of the images at ``indices``.
-
-    Args:
-        pixels: uint8 [M, C, S, S], the whole data set on its device; C is 1 or 3. With C = 1 grayscale, saturation and
-            hue do nothing, as in torchvision on PIL images.
-        indices: int64 [N] on that device; None for all images in their order.
-        draws: N rows, on that device.
-        mean, std: float32 [C] on that device, for pixels in 0..1.
-        channels_last: the memory format of the result.
-
-    Returns:
-        float32 [N, C, S, S], ``(pixel - 255 * mean) / (255 * std)``.
-
-    Raises:
-        IndexError: on CPU, if an index isn't in 0..M-1.
-        ValueError: on CPU, if shapes or types don't fit.
-    """
-    on_cpu = pixels.device.type == "cpu" and not why_not()
-    return (view_cpu if on_cpu else view_torch)(pixels, indices, draws, mean, std, channels_last=channels_last)
-
-
-def view_torch(
-    pixels: Tensor, indices: Tensor | None, draws: ViewDraws, mean: Tensor, std: Tensor, *, channels_last: bool = False
-) -> Tensor:
-    """Do the same as ``view`` by torch's operations, on any device that has float64."""
-    count = len(pixels) if indices is None else len(indices)
-    if pixels.device.type == "cpu" and count > _CPU_SLICE:
-        chosen = torch.arange(count) if indices is None else indices
-        parts = [slice(first, first + _CPU_SLICE) for first in range(0, count, _CPU_SLICE)]
-        views = [view_torch(pixels, chosen[i], draws[i], mean, std, channels_last=channels_last) for i in parts]
-        return torch.cat(views)
-    images = pixels if indices is None else pixels[indices]
+def viewed(images: Tensor, draws: ViewDraws) -> Tensor:
+    """Return a view of each image, uint8 [N, C, S, S] to int32 in 0..255, on any device that has float64."""
     numbers = {name: column.view(-1, 1, 1, 1) for name, column in draws.columns().items()}
-    images = _resized_crop(images, numbers).float()
-    images = _jitter(images, numbers)
+    images = _jitter(_resized_crop(images, numbers).float(), numbers)
     if images.shape[1] == 3:
         images = torch.where(numbers["gray"] > 0, _gray(images), images)
     images = _blur(images.int(), numbers["sigma"])
-    images = torch.where((numbers["solarize"] > 0) & (images >= 128), 255 - images, images)
-    result = (images.float() - (mean * 255).view(-1, 1, 1)) / (std * 255).view(-1, 1, 1)
-    return result.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return torch.where((numbers["solarize"] > 0) & (images >= 128), 255 - images, images)
 
 
 def _resized_crop(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
@@ -78,7 +39,7 @@ def _resized_crop(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
 def _weigh(images: Tensor, axis: int, positions: Tensor, weights: Tensor) -> Tensor:
     """Return the sum along ``axis`` of the pixels at four ``positions`` times their ``weights``, to 8 bits.
 
-    Positions and weights have the four along the other of the axes 2 and 3.
+    The four positions and weights are along the other axis, ``5 - axis``.
     """
     half = torch.full((), 1 << (_TAP_BITS - 1), dtype=torch.int32, device=images.device)
     fixed = half.expand(images.shape)
@@ -129,7 +90,7 @@ def _jitter(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
 
 
 def _blend_step(images: Tensor, step: Tensor, numbers: dict[str, Tensor], on: Tensor) -> Tensor:
-    """Change brightness, contrast or saturation, chosen by ``step`` [N, 1, 1, 1], of the images with ``on``."""
+    """Change brightness, contrast or saturation, chosen by ``step`` [N, 1, 1, 1], of images whose ``on`` is True."""
     gray = _gray(images) if images.shape[1] == 3 else images
     mean = (_over(gray.sum((2, 3), dtype=torch.float64, keepdim=True), gray[0].numel()) + 0.5).floor().float()
     degenerate = torch.where(step == BRIGHTNESS, 0, torch.where(step == CONTRAST, mean, gray))
@@ -145,7 +106,7 @@ def _gray(images: Tensor) -> Tensor:
 
 
 def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Convert to HSV in bytes, add ``shift`` to the hue modulo 256, convert back; single and double as in PIL."""
+    """Convert to HSV in bytes, add ``shift`` to the hue modulo 256, convert back; fp32 and fp64 as in PIL."""
     red, green = images[:, :1], images[:, 1:2]
     value = images.amax(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
@@ -189,7 +150,7 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _box(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the box of PIL's Gaussian blur: int32 weights of inner and outer pixels, and True if it is wide."""
+    """Return the box of PIL's Gaussian blur: int32 weights of inner and outer pixels, True for three inner ones."""
     variance = _over(sigma * sigma, 3)
     length = (12 * variance.double() + 1).sqrt().float()
     whole = ((length.double() - 1) / 2).floor().float()
@@ -202,5 +163,5 @@ def _box(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _over(numbers: Tensor, divisor: float) -> Tensor:
-    """Return the quotient rounded once: CUDA divides by a Python number by multiplying with its reciprocal."""
+    """Return the quotient, rounded once. For a Python number, CUDA would round its reciprocal too."""
     return numbers / torch.full((), divisor, dtype=numbers.dtype, device=numbers.device)

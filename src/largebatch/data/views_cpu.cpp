@@ -15,7 +15,7 @@ namespace {
 
 using Byte = uint8_t;
 
-// A row of each table of ViewDraws (view_draws.py).
+// A row of each table of ViewDraws (draws.py).
 struct Whole {
   int32_t top, left, height, width, flip, jitter, order[4], hue, gray, solarize;
 };
@@ -318,21 +318,24 @@ void blur(const Box& box, int channels, int side, Scratch& s) {
 
 }  // namespace
 
-extern "C" {
-
+// A batch, with the fields of `_Batch` in augment_cpu.py.
 struct Batch {
-  int32_t count, channels, side, threads;
-  bool channels_last;
-  const Byte* pixels;      // [images, channels, side, side]
-  const int64_t* indices;  // [count]; null: the images in their order
-  const Whole* whole;      // [count]
-  const Real* real;        // [count]
+  const Byte* pixels;       // [images, channels, side, side]; images are `image_stride` apart
+  const int64_t* indices;   // [count]; null: all images, in order
+  const Whole* whole;       // [count]
+  const Real* real;         // [count]
   const float *mean, *std;  // [channels], of pixels in 0..255
-  float* out;              // [count, channels, side, side], or [count, side, side, channels]
+  float* out;               // [count, channels, side, side], or [count, side, side, channels]
+  int64_t images, image_stride, count;
+  int32_t channels, side, padding, threads;
+  bool channels_last;
 };
 
-void view(const Batch* batch) {
+// Returns false and does nothing if an index is out of range.
+extern "C" bool augment(const Batch* batch) {
   const Batch& x = *batch;
+  const auto exists = [&](int64_t index) { return index >= 0 && index < x.images; };
+  if (x.indices && !std::all_of(x.indices, x.indices + x.count, exists)) return false;
   const int area = x.side * x.side, size = x.channels * area;
   const bool interleaved = x.channels_last && x.channels == 3;
 #pragma omp parallel num_threads(x.threads)
@@ -340,16 +343,16 @@ void view(const Batch* batch) {
     Scratch s(x.channels, x.side);
     std::vector<float> planes(interleaved ? size : 0);
 #pragma omp for schedule(dynamic, 4)
-    for (int i = 0; i < x.count; i++) {
+    for (int64_t i = 0; i < x.count; i++) {
       const Whole& draw = x.whole[i];
-      resized_crop(x.pixels + (x.indices ? x.indices[i] : i) * size, draw, x.channels, x.side, s);
+      resized_crop(x.pixels + (x.indices ? x.indices[i] : i) * x.image_stride, draw, x.channels, x.side, s);
       if (draw.jitter) jitter(draw, x.real[i], x.channels, area, s.image.data(), s.gray.data());
       if (draw.gray && x.channels == 3) {
         to_gray(s.image.data(), s.image.data() + area, s.image.data() + 2 * area, area, s.gray.data());
         for (int c = 0; c < 3; c++) std::copy_n(s.gray.data(), area, s.image.data() + c * area);
       }
       if (x.real[i].sigma > 0) blur(box_for(x.real[i].sigma), x.channels, x.side, s);
-      float* image = x.out + static_cast<int64_t>(i) * size;
+      float* image = x.out + i * size;
       float* out = interleaved ? planes.data() : image;
       for (int c = 0; c < x.channels; c++)
         (draw.solarize ? normalise<true> : normalise<false>)(s.image.data() + c * area, area, x.mean[c], x.std[c],
@@ -357,6 +360,5 @@ void view(const Batch* batch) {
       if (interleaved) interleave(planes.data(), area, image);
     }
   }
+  return true;
 }
-
-}  // extern "C"

@@ -1,1 +1,1 @@
-"""From composed configurations to runs: ``plan`` makes the plan, ``grid`` runs it. Imports no torch."""
+"""Planning and running: ``plan`` plans runs from composed configurations, ``grid`` runs the plan. Imports no torch."""

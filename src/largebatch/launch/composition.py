@@ -67,9 +67,9 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
 
     An axis is a key with several values: with commas, ``range``, ``choice`` or ``glob``. Axes come from the command
     line and from the sweep's ``hydra.sweeper.params``. The sweep's ``cases`` are a list of paired axes. The grid has,
-    for each case, every combination of its axes with the other axes. Intervals are drawn from together, ``trials``
-    times. A key on the command line replaces the same key of the sweep and its cases. If the command line has a key
-    twice, the last counts.
+    for each case, every combination of its axes with the other axes. ``trials`` points are drawn from all
+    intervals together. A key on the command line replaces the same key of the sweep and its cases. If the command line
+    has a key twice, the last counts.
 
     Args:
         arguments: overrides, without ``-m``.

@@ -1,5 +1,7 @@
 """Devices and processes of a run: of this machine, found without torch, or of the SLURM request."""
 
+from __future__ import annotations
+
 import functools
 import os
 import re
@@ -86,7 +88,7 @@ def thread_environment(threads: int | None, processes: int, cores: int) -> dict[
 
 
 def _visible_gpus() -> list[str]:
-    """Return identifiers for CUDA_VISIBLE_DEVICES: its present ones, or every GPU of the machine if it is unset."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES lists, or every GPU of the machine if it is unset."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
 from largebatch.launch.devices import chosen_gpus, worker_environment
-from largebatch.launch.estimate import estimated
 from largebatch.launch.local import Outcome, Started, conclude, exit_code, start, stop
-from largebatch.launch.plan import PlannedRun
+from largebatch.launch.plan import PlannedRun, estimated
 from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView, plan_rows, print_plan
 from largebatch.runs.folder import DONE
@@ -60,7 +59,7 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
         print(estimated(to_go))
     print_plan(rows)
     if _on_slurm(plan):
-        for text in sbatch_texts(plan):
+        for text in sbatch_texts(to_go):
             print(f"\nscript for sbatch:\n\n{text}")
     return 0
 
@@ -145,6 +144,5 @@ def _gpus_of(plan: Sequence[PlannedRun]) -> list[str]:
 
 
 def _gpus(run: PlannedRun) -> int:
-    """Return the number of GPUs that a run needs."""
     cluster = run.config.cluster
     return (cluster.processes or 1) if cluster.device == "cuda" else 0

@@ -47,9 +47,9 @@ def submit_plan(plan: Sequence[PlannedRun]) -> int:
             elif outcome.state == "failed":
                 raise UserError(outcome.message)
             elif outcome.skipped:
-                _print(f"      {run.folder.name} {outcome.state} before; not repeated (rerun=true repeats it)")
+                print(f"      {run.folder.name} {outcome.state} before; not repeated (rerun=true repeats it)")
             else:
-                _print(f"      {outcome.message}")
+                print(f"      {outcome.message}")
         for array in arrays_of([run for run, _ in claimed], _largest_array()):
             copy_code(array[0].folder.code)
             jobs[_submit(array)] = array
@@ -63,13 +63,11 @@ def submit_plan(plan: Sequence[PlannedRun]) -> int:
 
 
 def sbatch_texts(plan: Sequence[PlannedRun]) -> Iterator[str]:
-    """Yield sbatch's script for each array of runs to submit; needs no SLURM."""
+    """Yield sbatch's script for each array of the runs that aren't in the queue; needs no SLURM."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    statuses = {run.folder.name: run.folder.read_status() for run in plan}
-    jobs = jobs_of(statuses.values())
-    repeated = [run for run in plan if statuses[run.folder.name].get("state") not in DONE or run.config.rerun]
-    missing = [run for run in repeated if not claim_by_slurm(statuses[run.folder.name], jobs)]
+    jobs = jobs_of(run.folder.read_status() for run in plan)
+    missing = [run for run in plan if not claim_by_slurm(run.folder.read_status(), jobs)]
     for array in arrays_of(missing, _largest_array()):
         folder = array[0].folder.slurm
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
@@ -93,6 +91,7 @@ def parameters(run: PlannedRun, count: int) -> dict[str, Any]:
     code = shlex.quote(str(run.folder.code / code_hash()))
     return {
         "job_name": run.folder.name if count == 1 else "largebatch",
+        # Options that submitit knows; others go into additional_parameters.
         **{key: getattr(cluster, key) for key in ("nodes", "partition", "account", "qos", "constraint")},
         "ntasks_per_node": 1,
         "gpus_per_node": cluster.gpus_per_node or None,
@@ -159,17 +158,17 @@ def _largest_array() -> int:
 
 def _announce(jobs: dict[str, Array]) -> None:
     if not jobs:
-        _print("nothing to submit")
+        print("nothing to submit")
         return
     for job, array in jobs.items():
         folder, most = array[0].folder, array[0].config.cluster.array_parallelism
         at_a_time = f", at most {most} at a time" if most else ""
         what = f"{len(array)} runs as array {job}{at_a_time}" if len(array) > 1 else f"{folder.name} as job {job}"
-        _print(f"submitted {what}")
-    _print(f"  largebatch status {folder.path.parent}   # states of the runs; --watch updates them")
-    _print(f"  largebatch logs {folder.path}   # a run's log; SLURM's own logs are in {folder.slurm}")
-    _print(f"  squeue --jobs={','.join(jobs)}   # SLURM's view")
-    _print(f"  scancel {' '.join(jobs)}   # stop them; the same command resumes from the last checkpoint")
+        print(f"submitted {what}")
+    print(f"  largebatch status {folder.path.parent}   # states of the runs; --watch updates them")
+    print(f"  largebatch logs {folder.path}   # a run's log; SLURM's own logs are in {folder.slurm}")
+    print(f"  squeue --jobs={','.join(jobs)}   # SLURM's view")
+    print(f"  scancel {' '.join(jobs)}   # stop them; the same command resumes from the last checkpoint")
 
 
 def _watch(plan: Sequence[PlannedRun]) -> int:
@@ -177,13 +176,9 @@ def _watch(plan: Sequence[PlannedRun]) -> int:
     try:
         watch_status(lambda: [run.folder for run in plan])
     except KeyboardInterrupt:
-        _print("\nstopped watching; the jobs continue. The same command watches again, scancel stops them")
+        print("\nstopped watching; the jobs continue. The same command watches again, scancel stops them")
         return 130
     rows = plan_rows(plan)
     print_plan(rows)
     failed = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE]
     return exit_code(int(run.folder.read_status().get("exit_code") or 1) for run in failed)
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)

@@ -52,7 +52,7 @@ def carry_out_run(path: str) -> None:
     place = Place(job.job_id, job.node, list(job.hostnames), int(os.environ.get("SLURM_RESTART_COUNT") or 0))
     cluster = load_config(folder.config).cluster
     if len(place.hosts) != cluster.nodes:  # else the nodes would wait for each other
-        message = f"cluster.nodes={cluster.nodes}: SLURM gave {', '.join(place.hosts)}"
+        message = f"cluster.nodes={cluster.nodes}: SLURM allocated {', '.join(place.hosts)}"
         folder.update_status(state="failed", message=message, exit_code=2)
         raise SystemExit(2)
     if place.node == 0 and not _take(folder, place):
@@ -73,7 +73,7 @@ def carry_out_run(path: str) -> None:
 
 
 def torchrun_arguments(cluster: ClusterConfig, place: Place) -> list[str]:
-    """Return arguments of ``python`` before the worker's; empty for one process. The nodes meet on the first host."""
+    """Return the arguments between ``python`` and the worker; empty for one process. Nodes meet on the first host."""
     if cluster.processes == 1:
         return []
     arguments = ["-m", "torch.distributed.run", "--max-restarts=0", f"--nproc-per-node={cluster.processes_per_node}"]
@@ -91,12 +91,12 @@ def torchrun_arguments(cluster: ClusterConfig, place: Place) -> list[str]:
 
 
 def _port(job_id: str) -> int:
-    """Return a port in 20000..32000, below those that systems assign. Jobs of an array on one node differ in it."""
+    """Return a port in 20000..32000, below those that systems assign. An array's jobs get different ports."""
     return 20000 + zlib.crc32(job_id.encode()) % 12000
 
 
 def _take(folder: RunFolder, place: Place) -> bool:
-    """Write this job into the run's status. Return False if the run is done. Exit if another process works on it."""
+    """Write this job into the run's status. Return False if the run is done. Exit if another process holds its lock."""
     try:
         with folder.hold(patience=_LOST_NODE_SECONDS if place.restarts else 5):
             if folder.state() in DONE:
@@ -183,7 +183,7 @@ def _wait_for_requeue(folder: RunFolder, place: Place, lost: list[str], received
 
 
 def _fail(folder: RunFolder, cluster: ClusterConfig, place: Place, code: int, logged: int) -> None:
-    """Write the reason of the failure into the status, if no worker has, or only a worker that lost another. Exit."""
+    """Write the reason of the failure into the status and exit. A worker's own reason stays, if none was killed."""
     if code == 2 and folder.is_held():  # another launcher has started the run since, and owns the status
         raise SystemExit(2)
     status = folder.read_status()
@@ -203,7 +203,7 @@ def _fail(folder: RunFolder, cluster: ClusterConfig, place: Place, code: int, lo
 
 
 def _killed_worker(log: Path, logged: int) -> tuple[str, str] | None:
-    """Return host and end of a worker that a signal ended, from torchrun's lines after the first ``logged`` bytes."""
+    """Return host and exit of a worker that a signal killed, from torchrun's lines after the first ``logged`` bytes."""
     with log.open("rb") as lines:
         lines.seek(logged)
         text = lines.read().decode(errors="replace")
@@ -214,7 +214,7 @@ def _killed_worker(log: Path, logged: int) -> tuple[str, str] | None:
 
 
 def _conclude(folder: RunFolder, cluster: ClusterConfig, place: Place, received: list[int]) -> None:
-    """Requeue or fail by the state that the workers left. The child ended well, or after a signal."""
+    """Requeue the job or exit, by the state that the workers left. The child ended well, or after a signal."""
     if place.node != 0:
         return
     for _ in range(50):  # a file server may show another node's status late

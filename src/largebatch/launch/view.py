@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from largebatch.launch.local import Outcome, Started
 from largebatch.launch.plan import PlannedRun
 from largebatch.runs.metrics import newest
-from largebatch.runs.table import Row, run_rows, table_of
-from largebatch.runs.text_table import live_table, plain_table, print_table
+from largebatch.runs.table import Row, live_table, plain_table, print_table, run_rows, table_of
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -47,9 +46,9 @@ class PlanView:
         self._looked = time.monotonic()
         self._live: Live | None = None
         if parallel > 1 and sys.stdout.isatty():
-            from rich.live import Live
+            import rich.live
 
-            self._live = Live(refresh_per_second=2)
+            self._live = rich.live.Live(refresh_per_second=2)
             self._live.start()
 
     def begins(self, run: PlannedRun) -> None:

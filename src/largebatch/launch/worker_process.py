@@ -19,9 +19,9 @@ def start_worker(
     before_exec: Callable[[], None],
     stdout: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start the child in a session of its own; its standard error goes to the run's log.
+    """Start the child in a session of its own, with standard error in the run's log.
 
-    ``torchrun`` has the arguments of ``python`` before the worker's, and is empty for a single worker.
+    ``torchrun`` are the arguments between ``python`` and the worker; empty for a single worker.
     """
     with folder.log.open("ab") as log:
         return subprocess.Popen(

@@ -73,11 +73,8 @@ def smallest_over_processes(value: Tensor) -> float:
 
 def any_process(here: bool) -> bool:
     """Return True if ``here`` is True in any process; every process must call this."""
-    if not dist.is_initialized():
-        return here
-    answer = torch.tensor(here, dtype=torch.int32)  # on the host, without a wait for the device
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    return bool(answer)
+    # On the host, without a wait for the device.
+    return here if not dist.is_initialized() else smallest_over_processes(torch.tensor(float(not here))) == 0
 
 
 def from_rank_0(value: T) -> T:

@@ -7,19 +7,18 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from largebatch.config.schema import Config
 from largebatch.machine.memory import is_out_of_memory
-from largebatch.machine.trial import Image, trial_images, trial_pass
 from largebatch.native import cache_folder, processor
 from largebatch.runs.folder import write_atomic
+
+Image = tuple[int, int, int]  # channels, height, width
 
 _SMALL = 1_000_000  # parameters; see choose_arithmetic
 _PASS_SECONDS = 0.6  # per trial pass; on two cores 300 images for ResNet-18, or 20 with the CIFAR stem
@@ -69,7 +68,8 @@ def choose_arithmetic(
         seconds = measure(model, candidates, image, micro_batch, device)
         return _fastest(seconds), f"measured now; not cached: {error}"
     path = folder / f"arithmetic-{_key(config, image, micro_batch, device)}.json"
-    with _lock(folder / "arithmetic.lock"):
+    with (folder / "arithmetic.lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
         kept = json.loads(path.read_text()) if path.exists() else {}
         if kept and (kept["calm"] or time.time() - path.stat().st_mtime < _DISTURBED_SECONDS):
             return Arithmetic(**kept["arithmetic"]), "measured before, on a machine of this kind"
@@ -127,14 +127,34 @@ def _affordable(
 
 def _seconds(network: nn.Module, arithmetic: Arithmetic, image: Image, n: int, device: torch.device) -> float:
     images = trial_images(image, n, arithmetic.memory_format, device)
-    _finish(device)
+    synchronize(device)
     start = time.perf_counter()
     trial_pass(network, network, images, arithmetic.autocast(device))
-    _finish(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def _finish(device: torch.device) -> None:
+def trial_images(image: Image, n: int, memory_format: torch.memory_format, device: torch.device) -> Tensor:
+    """Return random images [n, *image]."""
+    return torch.randn(n, *image, device=device).contiguous(memory_format=memory_format)
+
+
+def trial_pass(network: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, autocast: torch.autocast) -> None:
+    """Run ``network`` forward and backward in training mode; leave ``model``, which it calls, unchanged."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    model.train()
+    try:
+        with autocast:
+            loss: Tensor = network(images).float().square().mean()
+        torch.autograd.backward(loss)
+    finally:
+        model.zero_grad(set_to_none=True)
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -164,10 +184,3 @@ def _key(config: Config, image: Image, micro_batch: int, device: torch.device) -
     network = [asdict(config.model), asdict(config.mode)]
     parts = [where, torch.__version__, *network, config.precision, image, micro_batch]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.lockf(handle, fcntl.LOCK_EX)
-        yield

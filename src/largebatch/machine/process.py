@@ -1,5 +1,7 @@
 """Processes that end with their parent (on Linux; elsewhere the parent only signals them)."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import signal

@@ -78,13 +78,11 @@ def options(config: Config) -> Bt:
     return cast(Bt, config.mode)
 
 
-def network(model: nn.Module, config: Config) -> nn.Module:
-    """Return the part of the model that takes a micro-batch: the backbone if the loss is over the global batch."""
-    return cast(BarlowTwins, model).backbone if config.mode.loss_over_global_batch else model
-
-
 def kept_bytes(config: Config, batch: BatchPlan) -> int:
-    """Return the bytes that a process keeps of all its images: each output of the projector, and one gradient."""
+    """Return the bytes that a process keeps of all its images: each output of the projector, and one gradient.
+
+    0 if the loss isn't over the global batch.
+    """
     if not config.mode.loss_over_global_batch:
         return 0
     widths = options(config).projector

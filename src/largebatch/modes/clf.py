@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from largebatch.config.batch import BatchPlan
 from largebatch.config.schema import Config
 from largebatch.data import Data
 from largebatch.models.build import build_model as build_network
@@ -19,16 +18,6 @@ TOTALS = 3
 
 def build_model(config: Config, data: Data) -> nn.Module:
     return build_network(config.model, data.num_classes, data.channels)
-
-
-def network(model: nn.Module, config: Config) -> nn.Module:
-    """Return the part of the model that takes a micro-batch: all of it."""
-    return model
-
-
-def kept_bytes(config: Config, batch: BatchPlan) -> int:
-    """Return the bytes that a process keeps of all its images beside a micro-batch's: none."""
-    return 0
 
 
 def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.lars import LarsFamily
-from largebatch.optim.param_groups import Group, is_adapted, options_of
+from largebatch.optim.lars import LARS
+from largebatch.optim.param_groups import Group, is_adapted
 
 
-class CLARS(LarsFamily):
+class CLARS(LARS):
     """CLARS (arXiv 2002.01576).
 
     For every layer, with weight ``w``, gradient ``g`` of the mean loss and gradient ``g_i`` of sample i (or of the i-th
@@ -52,29 +52,9 @@ class CLARS(LarsFamily):
     _sample_norms: dict[Any, Tensor]
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        trust_coefficient: float = 1e-3,
-        *,
-        adapt_1d: bool = False,
-        decay_1d: bool = False,
-        norm_clip: float | None = None,
-        nesterov: bool = False,
-        denominator: str = "sample_norms",
-        lr_in_momentum: bool = False,
-        max_ratio: float | None = None,
-        larc: bool = False,
-        eps: float = 0.0,
-        adapt: bool | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
+        self, params: ParamsT, lr: float | Tensor, *args: float, denominator: str = "sample_norms", **lars: Any
     ) -> None:
-        super().__init__(params, options_of(locals()))
+        super().__init__(params, lr, *args, denominator=denominator, **lars)
 
     def set_sample_norms(self, means: Mapping[Any, Tensor]) -> None:
         """Set the mean norm of the samples' gradients of each layer, 0-dimensional, for the next step only."""

@@ -24,7 +24,7 @@ def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:
     if part.shards or not {type(weight) for weight in weights} <= {Tensor, torch.nn.Parameter}:
         return None, "parameters are sharded or of a special tensor type"
     if part.gradients[0].dtype != weights[0].dtype:
-        return None, "gradients are of another type than their parameters"
+        return None, "gradients and parameters have different types"
     if not _same_layout(weights, part.gradients, *part.state):
         return None, "parameters, gradients and state have different memory layouts, or gaps in memory"
     if device == "cpu":
@@ -32,7 +32,7 @@ def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:
     elif device == "cuda":
         from largebatch.optim import fused_cuda as kernels  # type: ignore[no-redef]
     else:
-        return None, f"there is none for {device}"
+        return None, f"there is no fused step for {device}"
     reason = kernels.why_not(weights)
     return (None, reason) if reason else (kernels, "")
 

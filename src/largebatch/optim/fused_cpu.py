@@ -35,7 +35,7 @@ _LarsNumbers, _LambNumbers = _structure(LarsNumbers), _structure(LambNumbers)
 def why_not(weights: list[Tensor]) -> str:
     """Return the reason why these tensors can't take the fused step; empty if they can."""
     if weights[0].dtype != torch.float32:  # all are of one type
-        return "the fused step on CPU is for fp32 parameters"
+        return "the fused step on CPU requires fp32 parameters"
     return native.why_not(_SOURCE)
 
 

@@ -28,7 +28,7 @@ _OLDEST = (7, 0)  # compute capability that triton supports
 def why_not(weights: list[Tensor]) -> str:
     """Return the reason why these tensors can't take the fused step; empty if they can."""
     if weights[0].dtype not in _DTYPES:  # all are of one type
-        return "the fused step on CUDA is for fp32, bf16 and fp16 parameters"
+        return "the fused step on CUDA requires fp32, bf16 or fp16 parameters"
     device = weights[0].device
     kernels = _kernels()
     if isinstance(kernels, str):
@@ -36,7 +36,7 @@ def why_not(weights: list[Tensor]) -> str:
     if kernels.INTERPRETED:
         return _failed_trial(device, weights[0].dtype) if device.type == "cpu" else "TRITON_INTERPRET is set"
     if device.type != "cuda" or torch.version.hip is not None:
-        return "the fused step in triton is for NVIDIA devices"
+        return "the fused step in triton requires an NVIDIA device"
     if torch.cuda.get_device_capability(device) < _OLDEST:
         return f"triton needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer"
     return _failed_trial(device, weights[0].dtype)
@@ -195,7 +195,7 @@ def _kernels() -> Any:
 def _failed_trial(device: torch.device, dtype: torch.dtype) -> str:
     """Return the error of a small trial step on this device; empty if there is none.
 
-    The kernels are compiled by the Triton and driver of this machine: a trial protects the model's weights from theirs.
+    The kernels are compiled by the Triton and driver of this machine: a trial protects the model's weights from them.
     """
     weights, gradients = ([torch.full((2, 2), value, device=device, dtype=dtype)] for value in (2.0, 0.5))
     buffer, moment1, moment2 = ([torch.zeros(2, 2, device=device)] for _ in range(3))
@@ -209,9 +209,9 @@ def _failed_trial(device: torch.device, dtype: torch.dtype) -> str:
         right = torch.allclose(weights[0], expected, rtol=0.01)
         lamb(Part(weights, weights, gradients, (moment1, moment2, []), [True], [False]), adam)
         right &= torch.allclose(weights[0], expected / 2, rtol=0.01)
-        failed = "" if right else "its Triton kernels compute something else on this device"
+        failed = "" if right else "its Triton kernels give wrong results on this device"
     except Exception as error:  # any error: the unfused step takes over, and the warning names the reason
         failed = f"its Triton kernels don't run on this device ({type(error).__name__}: {error})".replace("\n", " ")
     if failed:
-        warnings.warn(f"largebatch's fused step isn't taken: {failed}", stacklevel=2)
+        warnings.warn(f"largebatch's fused step isn't used: {failed}", stacklevel=2)
     return failed

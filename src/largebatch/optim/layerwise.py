@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -36,8 +37,10 @@ class LayerwiseOptimizer(Optimizer):
     _tables: dict[Any, dict[Any, Any]]  # ``Part.tables`` by group, device and type
     _warned: bool
 
+    _own_options: Mapping[str, Any] = MappingProxyType({})  # of a subclass, beside its base class's options
+
     def __init__(self, params: Any, defaults: Group) -> None:
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, **self._own_options})
         self._forget()
 
     def _check_group(self, group: Group) -> None:
@@ -95,8 +98,8 @@ class LayerwiseOptimizer(Optimizer):
             if gradient.layout != torch.strided or gradient.is_complex():
                 kind = "complex" if gradient.layout == torch.strided else "sparse"
                 raise RuntimeError(
-                    f"{type(self).__name__} takes dense real gradients only, and that of {self._name(parameter)} is "
-                    f"{kind}; give this parameter to another optimizer"
+                    f"{type(self).__name__} requires dense real gradients; the gradient of {self._name(parameter)} is "
+                    f"{kind}. Fix: give this parameter to another optimizer"
                 )
         return parameters, gradients
 
@@ -198,12 +201,12 @@ class LayerwiseOptimizer(Optimizer):
         name = type(self).__name__
         for group in state_dict["param_groups"]:
             if missing := sorted(self.defaults.keys() - group.keys()):
-                raise ValueError(f"this state_dict is not of {name}: its groups have no {', '.join(missing)}")
+                raise ValueError(f"this state_dict isn't from {name}: its groups have no {', '.join(missing)}")
         for state in state_dict["state"].values():
             if unknown := sorted(state.keys() - set(self.STATE)):
                 raise ValueError(
-                    f"this state_dict is not of {name}: it keeps {', '.join(unknown)} for a parameter, "
-                    f"and {name} keeps {', '.join(self.STATE)}"
+                    f"this state_dict isn't from {name}: a parameter's state has "
+                    f"{', '.join(unknown)}. Allowed: {', '.join(self.STATE)}"
                 )
         super().load_state_dict(state_dict)
         # torch has cast all state to its parameter's type, which rounds the fp32 state of half-precision parameters.

@@ -91,14 +91,14 @@ class SampleNorms:
     def means(self, scale: float = 1.0) -> dict[nn.Parameter, Tensor]:
         """Return the mean over groups of each layer's gradient norm since the last call, and reset the sums.
 
-        With ``torch.distributed`` initialised it is the mean over all ranks, as the loss of DistributedDataParallel;
-        every rank must call it. No synchronisation with the device.
+        With ``torch.distributed`` initialised it is the mean over all ranks, like the loss of DistributedDataParallel,
+        and every rank must call it. The call doesn't synchronise with the device.
 
         Args:
             scale: the factor of the loss, as ``GradScaler.get_scale()``.
 
         Returns:
-            fp32 tensors of no dimension, on the model's device.
+            0-dimensional fp32 tensors, on the model's device.
 
         Raises:
             RuntimeError: if no backward pass has run since the last call.
@@ -182,8 +182,8 @@ class SampleNorms:
             self._batch = (task, samples, name)
         elif self._batch[1] != samples:
             raise RuntimeError(
-                f"{name} got {samples} rows along its first dimension and {self._batch[2]} {self._batch[1]}: hooks "
-                f"need one row per sample; {_PASSES}"
+                f"{name} got {samples} rows along its first dimension, but {self._batch[2]} got {self._batch[1]}: "
+                f"hooks need one row per sample; {_PASSES}"
             )
         if samples % self.sample_size:
             raise RuntimeError(f"a micro-batch of {samples} samples isn't a multiple of sample_size={self.sample_size}")
@@ -231,7 +231,7 @@ def _layers(names: dict[Tensor, str], wanted: Iterable[Tensor] | None) -> list[n
             what = f"{names[layer]} is frozen" if layer in names else f"a tensor of shape {list(layer.shape)} isn't"
             raise ValueError(f"the layers must be trainable parameters of the model: {what}")
     if not layers:
-        raise ValueError("no layers: the model has no trainable parameter of more than one dimension, or none is given")
+        raise ValueError("no layers: the model has no trainable weight of two or more dimensions, or parameters=[]")
     return cast(list[nn.Parameter], layers)
 
 

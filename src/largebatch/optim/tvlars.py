@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from largebatch.optim.lars import LarsFamily
-from largebatch.optim.param_groups import Group, check_non_negative, options_of
+from largebatch.optim.lars import LARS
+from largebatch.optim.param_groups import Group, check_non_negative
 
 
 def phi(step: Any, lmbda: float, alpha: float, delay: float, gamma_min: float) -> Any:
@@ -29,7 +29,7 @@ def phi(step: Any, lmbda: float, alpha: float, delay: float, gamma_min: float) -
     return 1 / max(denominator, sys.float_info.min) + gamma_min
 
 
-class TVLARS(LarsFamily):
+class TVLARS(LARS):
     """TVLARS (arXiv 2309.14053), in the form of its program: LARS with ``q`` multiplied by ``phi(t)``.
 
     For every layer, with gradient ``g``, weight ``w`` and ``t = 1`` at the first optimizer step::
@@ -59,32 +59,17 @@ class TVLARS(LarsFamily):
         self,
         params: ParamsT,
         lr: float | Tensor,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        trust_coefficient: float = 1e-3,
-        *,
+        *args: float,
         lmbda: float = 1e-3,
         alpha: float = 1.0,
         delay: float = 0,
         gamma_min: float = 0.0,
-        adapt_1d: bool = False,
-        decay_1d: bool = False,
-        norm_clip: float | None = None,
-        nesterov: bool = False,
-        denominator: str = "norm_of_sum",
-        lr_in_momentum: bool = False,
-        max_ratio: float | None = None,
-        larc: bool = False,
-        eps: float = 0.0,
-        adapt: bool | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
+        **lars: Any,
     ) -> None:
         # step is t, the optimizer steps taken. It is in the groups because state_dict carries them, and because the
         # clock belongs to no parameter: it goes on while a parameter has no gradient.
-        super().__init__(params, options_of(locals()) | {"step": 0})
+        self._own_options = {"lmbda": lmbda, "alpha": alpha, "delay": delay, "gamma_min": gamma_min, "step": 0}
+        super().__init__(params, lr, *args, **lars)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group that may set any option for itself; its phi runs on the optimizer's clock."""

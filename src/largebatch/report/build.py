@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from largebatch.errors import UserError, choices
-from largebatch.report import export
-from largebatch.report.compare import compare
-from largebatch.report.load import load_runs
+from largebatch.report.answer import answer
+from largebatch.report.cells import REPORTED, differing
+from largebatch.report.compare import Comparison, compare
+from largebatch.report.fairness import warnings
+from largebatch.report.load import Problem, load_runs
+from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label, title
 from largebatch.runs.folder import write_atomic
 from largebatch.runs.metrics import write_table
 
 FORMATS = ("html", "md", "csv", "parquet")
+
+Record = dict[str, Any]
+
+_METRICS = (
+    "test/accuracy", "test/loss", "val/accuracy", "best/epoch", "best/val/accuracy", "best/test/accuracy",
+    "images_per_second", "wall_seconds", "step",
+)  # fmt: skip
+_FACTS = ("precision", "device", "git_commit", "git_dirty")
 
 
 def report(
@@ -39,8 +53,7 @@ def report(
         raise UserError(f"--target={target:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir}: not a folder. Fix: give the folder that holds the runs")
-    kind = format_ or _format_of(out)
-    path = _path(out, kind)
+    kind, path = _output(out, format_)
     runs, problems = load_runs(runs_dir)
     known = sorted({key for run in runs for key in run.given}) if by else []
     for key in by:
@@ -57,14 +70,14 @@ def report(
     if not runs:
         raise UserError(f"{runs_dir}: holds no readable run. Fix: give the folder that holds the runs")
     if kind == "md":
-        text = export.markdown(comparisons, problems)
+        text = _markdown(comparisons, problems)
     elif kind == "csv":
-        text = export.csv_text(export.records(comparisons))
+        text = _csv(_records(comparisons))
     if path is None:
         return text.rstrip("\n")
     try:
         if kind == "parquet":
-            write_table(export.records(comparisons), path)
+            write_table(_records(comparisons), path)
         else:
             write_atomic(path, text)
     except OSError as error:
@@ -72,27 +85,101 @@ def report(
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
 
 
-def _path(out: str | None, kind: str) -> Path | None:
-    """Return the file to write. None: print."""
+def _output(out: str | None, format_: str | None) -> tuple[str, Path | None]:
+    """Return the format, and the file to write. None: print."""
+    name = "report.html" if out is None or out == "-" else out
+    ending = Path(name).suffix.lstrip(".").lower()
+    kind = format_ or {"htm": "html", "markdown": "md"}.get(ending, ending)
+    if kind not in FORMATS:
+        raise UserError(
+            f"--out={out}: unknown ending. Allowed: .html, .md, .csv, .parquet. Fix: rename the file or add --format"
+        )
     if out == "-" or (out is None and kind in ("md", "csv")):
         if kind == "parquet":
             raise UserError("--format=parquet --out=-: Parquet can't be printed. Fix: name a file")
-        return None
+        return kind, None
     path = Path(out or f"report.{kind}")
     if not path.parent.is_dir():
         raise UserError(f"--out={path}: there is no folder {path.parent}. Fix: create it or name another file")
     if path.is_dir():
         raise UserError(f"--out={path}: is a folder. Fix: name a file in it")
-    return path
+    return kind, path
 
 
-def _format_of(out: str | None) -> str:
-    if out is None or out == "-":
-        return "html"
-    ending = Path(out).suffix.lstrip(".").lower()
-    kind = {"htm": "html", "markdown": "md"}.get(ending, ending)
-    if kind not in FORMATS:
-        raise UserError(
-            f"--out={out}: unknown ending. Allowed: .html, .md, .csv, .parquet. Fix: rename the file or add --format"
-        )
-    return kind
+def _markdown(comparisons: Sequence[Comparison], problems: Sequence[Problem]) -> str:
+    """Return a section with answer, warnings and table for each comparison, and a list of what is left out."""
+    parts = []
+    for comparison in comparisons:
+        warned = "\n".join(f"- **{_escaped(one.title)}.** {_escaped(one.text)}" for one in warnings(comparison))
+        parts += [f"## {_escaped(title(comparison))}", _escaped(answer(comparison)), warned, table(comparison)]
+    if problems:
+        parts.append("Left out:\n\n" + "\n".join(f"- {_escaped(f'{p.where}: {p.what}')}" for p in problems))
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def table(comparison: Comparison) -> str:
+    """Return test accuracy in per cent by optimizer and batch size, as a Markdown table. Clear leaders are bold."""
+    digits = decimals(comparison)
+    lines = [
+        "| test accuracy [%] | " + " | ".join(f"batch {batch:,}" for batch in comparison.columns) + " |",
+        "|---|" + "---|" * len(comparison.columns),
+    ]
+    for row in comparison.rows:
+        texts = []
+        for batch in comparison.columns:
+            cell = comparison.cells.get((row, batch))
+            bold = "**" if cell in comparison.bold else ""
+            texts.append(f"{bold}{cell_accuracy(cell, digits)}{bold} ({cell_counts(cell)})" if cell else "-")
+        lines.append(f"| {_escaped(row_label(row))} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Escape text from run folders, as one line of plain text in Markdown."""
+    return "".join(f"\\{c}" if c in "\\`*_|<>[]" else c for c in " ".join(text.split()))
+
+
+def _records(comparisons: Sequence[Comparison]) -> list[Record]:
+    """Return one flat row for each run: its configuration, its outcome, and True if its setting was chosen.
+
+    Each configuration key that differs between runs has a column of its own, under its dotted name.
+    """
+    keys = differing(run for comparison in comparisons for run in comparison.runs)
+    found: list[Record] = []
+    for cell in (cell for comparison in comparisons for cell in comparison.cells.values()):
+        for setting in cell.settings:
+            chosen = setting is cell.chosen
+            for run in setting.runs:
+                config = run.config
+                record = {
+                    "run": run.name,
+                    **{group: config[group]["name"] for group in ("dataset", "model", "mode", "optimizer", "schedule")},
+                    "batch_size": config["batch_size"],
+                    "lr": float(config["optimizer"]["lr"]),
+                    "seed": config["seed"],
+                    "state": run.state,
+                    **{name: run.metric(name) for name in _METRICS},
+                    **{name: run.summary.get(name) for name in _FACTS},
+                    "message": run.message,
+                    "row": row_label(cell.row),
+                    "chosen": chosen,
+                    "reported": REPORTED[cell.chosen_by] if chosen else None,
+                    **{key: run.options.get(key) for key in keys},
+                }
+                found.append(record)
+    for key in found[0]:  # Parquet needs one type for each column
+        types = {type(record[key]) for record in found if record[key] is not None}
+        if len(types) > 1 or not types <= {bool, int, float, str}:
+            convert = float if types == {int, float} else str
+            for record in found:
+                record[key] = None if record[key] is None else convert(record[key])
+    return found
+
+
+def _csv(rows: Sequence[Record]) -> str:
+    """Return CSV with a heading. Unknown values are empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -56,20 +56,12 @@ class Switch:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with its title, the note below it and its switches. Shows the first option of each switch."""
+    """A figure with its title, the note below it and its switches, which page.js applies."""
 
     title: str
     note: str
     figure: go.Figure
     switches: Sequence[Switch] = ()
-
-    def __post_init__(self) -> None:
-        first = {switch.key: switch.options[0][0] for switch in self.switches}
-        for trace in self.figure.data if first else ():
-            trace.visible = all(first[key] == value for key, value in trace.meta["pick"].items())
-        for switch in self.switches:
-            for key, value in switch.axes.get(first[switch.key], {}).items():
-                self.figure.update_layout({key.replace(".", "_"): value})
 
 
 def styles(comparisons: Iterable[Comparison]) -> dict[RowKey, Style]:
@@ -91,13 +83,13 @@ def line(style: Style) -> dict[str, Any]:
     return {"mode": "lines", "line": {"color": style.colour, "dash": style.dash, "width": 2}}
 
 
-def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
-    """Return a plain white layout with axes titled ``x`` and ``y``. ``more`` is merged into it, key by key."""
+def new_figure(x: str, y: str, **more: Any) -> go.Figure:
+    """Return a plain white figure with axes titled ``x`` and ``y``. ``more`` is merged into its layout, key by key."""
     axis = {
         "showline": True, "linecolor": "#888", "gridcolor": "#e3e3e3", "zeroline": False, "automargin": True,
         "ticks": "outside", "tickcolor": "#888",
     }  # fmt: skip
-    base: dict[str, Any] = {
+    base = {
         "template": "none",
         "height": 380,
         "showlegend": True,  # for a single line too
@@ -108,9 +100,7 @@ def layout(x: str, y: str, **more: Any) -> dict[str, Any]:
         "xaxis": {**axis, "title": {"text": x}},
         "yaxis": {**axis, "title": {"text": y, "standoff": 8}},
     }
-    for key, value in more.items():
-        base[key] = {**base[key], **value} if isinstance(value, dict) and key in base else value
-    return base
+    return go.Figure(layout=base).update_layout(more)
 
 
 def batch_axis(columns: Sequence[int]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Reached(NamedTuple):
 
 
 def read_histories(comparison: Comparison, problems: list[Problem]) -> Histories:
-    """Read the histories of all runs that curves are drawn of."""
+    """Read the histories of all runs with a curve."""
     return {run.name: read_history(run, problems) for cell in comparison.shown for run in cell.drawn}
 
 

@@ -1,4 +1,4 @@
-"""Define the W&B dashboard: the panels of a project's saved view.
+"""Define the W&B dashboard: a project's saved view, and the report of a comparison with the same panels.
 
 Panels name metrics as ``metrics.jsonl`` does and configuration keys as ``config/schema.py`` does. A test compares both
 with what runs log. Needs the package wandb-workspaces, which takes half a second to import.
@@ -6,19 +6,33 @@ with what runs log. Needs the package wandb-workspaces, which takes half a secon
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 from largebatch.errors import UserError
+from largebatch.report.build import report as build_report
 
-OPTIMIZER = "optimizer_label"  # optimizer and schedule
-LAYERS = {"trust_ratio": "Trust ratio", "weight_norm": "Weight norm", "gradient_norm": "Gradient norm"}
-SEARCHED = ("optimizer.lr", "optimizer.weight_decay", "optimizer.lmbda", "batch_size")  # on logarithmic axes
-CHOSEN = ("schedule.name", "optimizer.name")
-FIRST_COLUMNS = ("optimizer.name", "schedule.name", "batch_size", "optimizer.lr", "seed")  # of the table of runs
-OUTCOMES = ("best/val/accuracy", "test/accuracy")  # validation, to choose by, and test, to report
+_OPTIMIZER = "optimizer_label"  # optimizer and schedule
+_LAYERS = {"trust_ratio": "Trust ratio", "weight_norm": "Weight norm", "gradient_norm": "Gradient norm"}
+_OUTCOMES = ("best/val/accuracy", "test/accuracy")  # validation, to choose by, and test, to report
+# First columns of the table of runs. W&B keeps a configuration as {first: {"value": {...}}}.
+_COLUMNS = [
+    "run:displayName", "config:optimizer.value.name", "config:schedule.value.name", "config:batch_size.value",
+    "config:optimizer.value.lr", "config:seed.value", "summary:test/accuracy", "summary:best/val/accuracy",
+]  # fmt: skip
+_HOW_TO_READ = """\
+- **Choose by validation, report the test set.** With `dataset.val_fraction` above 0, `best/val/accuracy` chooses the
+  setting and the epoch, and `best/test/accuracy` is their result. The test set chooses nothing.
+- **Count the trials.** The best of 49 settings is better than the best of 3 by chance alone. Compare optimizers with
+  the same number of settings.
+- **Seeds.** A difference within the spread over seeds of one setting is no difference.
+- **Divergence is a result.** A diverged run has the `state` `diverged` and counts as a trial.
+- Curves are means over the runs of an optimizer in the table. The band goes from the smallest to the largest value.
+  Filter the table to compare like with like: one data set, one mode, one batch size.
+"""
 
 Panels = list[Any]
 
@@ -30,8 +44,8 @@ def workspace(entity: str, project: str, name: str) -> ws.Workspace:
         UserError: when W&B doesn't allow the name.
     """
     found = [
-        ws.Section(name=title, panels=number(panels, title), is_open=index < 2)
-        for index, (title, panels) in enumerate(sections().items())
+        ws.Section(name=title, panels=_numbered(panels, title), is_open=index < 2)
+        for index, (title, panels) in enumerate(_sections().items())
     ]
     try:
         return ws.Workspace(
@@ -40,16 +54,61 @@ def workspace(entity: str, project: str, name: str) -> ws.Workspace:
             name=name,
             sections=found,
             settings=ws.WorkspaceSettings(x_axis="step", max_runs=100),
-            runset_settings=ws.RunsetSettings(pinned_columns=table_columns()),
+            runset_settings=ws.RunsetSettings(pinned_columns=_COLUMNS),
         )
     except ValueError as error:
         raise UserError(f"--name={name}: W&B refuses the name. Allowed: names without symbols") from error
 
 
-def sections() -> dict[str, Panels]:
+def report(entity: str, project: str, title: str, runs_dir: Path | None) -> wr.Report:
+    """Return the report ``title``, without sending it.
+
+    Args:
+        runs_dir: folder of runs. The report contains their comparison in Markdown.
+    """
+    panels = _sections()
+    tables = [] if runs_dir is None else [wr.MarkdownBlock(build_report(runs_dir, "-", "md"))]
+    blocks = [
+        wr.H1("How to read this"),
+        wr.MarkdownBlock(_HOW_TO_READ),
+        wr.H1("The comparison"),
+        *tables,
+        wr.P("Runs by optimizer and batch size. Unfold a group to see its settings and seeds."),
+        _grid("comparison", _outcome_bars(), [f"config.{_OPTIMIZER}", "config.batch_size"]),
+        wr.H1("Accuracy against batch size"),
+        _grid("batch-size", panels["Batch size"]),
+        wr.H1("Accuracy and loss"),
+        _grid("curves", panels["Accuracy and loss"]),
+        wr.H1("Layers"),
+        wr.P("Trust ratio, weight norm and gradient norm of every layer, over optimizer steps."),
+        _grid("layers", panels["Layers"]),
+        wr.H1("Differences between runs"),
+        _grid("runs", panels["Runs"]),
+    ]
+    return wr.Report(
+        entity=entity,
+        project=project,
+        title=title,
+        description="Written by `largebatch dashboard`. Running it again replaces this report.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def _grid(name: str, panels: Panels, groups: list[str] | None = None) -> wr.PanelGrid:
+    """Return panels over all runs. With ``groups``, show the table of runs too, grouped by these keys."""
+    columns = [*_COLUMNS, "summary:best/test/accuracy", "summary:state"]
+    runs = wr.Runset(name="Runs", groupby=groups or [], pinned_columns=columns)
+    runs._id = f"report-{name}"
+    return wr.PanelGrid(runsets=[runs], panels=_numbered(panels, f"report-{name}"), hide_run_sets=groups is None)
+
+
+def _sections() -> dict[str, Panels]:
     """Return the panels of each section. A new panel needs one line here."""
     column = wr.ParallelCoordinatesPlotColumn
-    keys = [*(column(wr.Config(key), log=True) for key in SEARCHED), *(column(wr.Config(key)) for key in CHOSEN)]
+    searched = ("optimizer.lr", "optimizer.weight_decay", "optimizer.lmbda", "batch_size")
+    keys = [column(wr.Config(key), log=True) for key in searched]
+    keys += [column(wr.Config(key)) for key in ("schedule.name", "optimizer.name")]
     return {
         "Accuracy and loss": [
             _curves("Test accuracy", "test/accuracy"),
@@ -64,12 +123,12 @@ def sections() -> dict[str, Panels]:
         "Batch size": [
             _points("Test accuracy against batch size", "test/accuracy"),
             _points("Best validation accuracy against batch size", "best/val/accuracy"),
-            *outcome_bars(),
+            *_outcome_bars(),
         ],
         "Layers": [
-            *(_curves(title, x="step", metric_regex=f"^layers/{name}/", log_y=True) for name, title in LAYERS.items()),
+            *(_curves(title, x="step", metric_regex=f"^layers/{name}/", log_y=True) for name, title in _LAYERS.items()),
             # W&B draws the key of a histogram as a histogram over all layers.
-            *(_lines(f"{title}, all layers", f"layers/{name}") for name, title in LAYERS.items()),
+            *(_lines(f"{title}, all layers", f"layers/{name}") for name, title in _LAYERS.items()),
         ],
         "Schedules": [  # by run: a mean of two schedules is no schedule
             _lines("Learning rate: of weights, and of biases and norm parameters", "optim/lr", "optim/lr_1d"),
@@ -85,9 +144,9 @@ def sections() -> dict[str, Panels]:
                 wr.ParallelCoordinatesPlot(
                     title=f"Settings and {outcome}", columns=[*keys, column(wr.SummaryMetric(outcome))]
                 )
-                for outcome in OUTCOMES
+                for outcome in _OUTCOMES
             ),
-            *(wr.ParameterImportancePlot(with_respect_to=outcome) for outcome in OUTCOMES),
+            *(wr.ParameterImportancePlot(with_respect_to=outcome) for outcome in _OUTCOMES),
         ],
         "Barlow Twins": [
             _curves("Pre-training loss: on the diagonal", "train/on_diagonal"),
@@ -104,31 +163,19 @@ def sections() -> dict[str, Panels]:
     }
 
 
-def outcome_bars() -> Panels:
+def _outcome_bars() -> Panels:
     return [
-        _bars("Test accuracy of each optimizer", "test/accuracy", by=OPTIMIZER),
+        _bars("Test accuracy of each optimizer", "test/accuracy", by=_OPTIMIZER),
         _bars("Test accuracy of each batch size", "test/accuracy", by="batch_size"),
     ]
 
 
-def table_columns() -> list[str]:
-    """Return the first columns of the table of runs, as W&B names columns."""
-    outcomes = [f"summary:{outcome}" for outcome in reversed(OUTCOMES)]
-    return ["run:displayName", *map(_config_column, FIRST_COLUMNS), *outcomes]
-
-
-def _config_column(key: str) -> str:
-    first, *rest = key.split(".")
-    return "config:" + ".".join([first, "value", *rest])  # W&B keeps a configuration as {first: {"value": {...}}}
-
-
 def _curves(title: str, *metrics: str, x: str = "epoch", **more: Any) -> wr.LinePlot:
     """Return curves by optimizer: the mean over its runs, in a band from the smallest to the largest value."""
-    return wr.LinePlot(title=title, x=x, y=list(metrics), **_grouped(OPTIMIZER), **more)
+    return wr.LinePlot(title=title, x=x, y=list(metrics), **_grouped(_OPTIMIZER), **more)
 
 
 def _lines(title: str, *metrics: str) -> wr.LinePlot:
-    """Return curves by run."""
     return wr.LinePlot(title=title, x="step", y=list(metrics))
 
 
@@ -144,7 +191,7 @@ def _grouped(key: str) -> dict[str, Any]:
     return {"groupby": wr.Config(key), "groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"}
 
 
-def number(panels: Panels, prefix: str) -> Panels:
+def _numbered(panels: Panels, prefix: str) -> Panels:
     """Replace the library's random panel ids by fixed ones, so that the same command sends the same view."""
     for index, panel in enumerate(panels):
         panel._id = f"{prefix.lower().replace(' ', '-')}-{index}"

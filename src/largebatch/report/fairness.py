@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from largebatch.report.cells import BY_TEST, Cell, RowKey, distinct
+from largebatch.report.cells import BY_TEST, Cell, distinct
 from largebatch.report.compare import Comparison
 from largebatch.report.inference import FEWEST_SEEDS
 from largebatch.report.load import flat
@@ -27,7 +27,7 @@ class Warn(NamedTuple):
 
 
 def warnings(comparison: Comparison) -> list[Warn]:
-    """Return everything that a reader must know before trusting the table, the gravest first."""
+    """Return everything that a reader must know before trusting the table, the most serious first."""
     return [warning for check in _CHECKS for warning in check(comparison)]
 
 
@@ -95,10 +95,7 @@ def _unequal_seeds(comparison: Comparison) -> Iterator[Warn]:
         if len({tuple(run.config["seed"] for run in setting.runs) for setting in chosen}) > 1:
             unequal.append(batch)
     if unequal:
-        yield Warn(
-            "Different seeds",
-            f"At batch {batches(unequal)}, the compared settings ran with different seeds.",
-        )
+        yield Warn("Different seeds", f"At batch {batches(unequal)}, the compared settings ran with different seeds.")
 
 
 def _flattered(comparison: Comparison) -> Iterator[Warn]:
@@ -143,36 +140,33 @@ def _missing(comparison: Comparison) -> Iterator[Warn]:
         yield Warn("Missing runs", f"There are no runs of {listed(missing)}.")
 
 
-def _arithmetic(comparison: Comparison) -> Iterator[Warn]:
+def _provenance(comparison: Comparison) -> Iterator[Warn]:
+    """Warn of different arithmetic and different code."""
+    summaries = [flat(run.summary) for run in comparison.runs if run.done]
+
+    def distinct_facts(key: str) -> list[str]:
+        return sorted({str(summary[key]) for summary in summaries if key in summary})
+
     for name, key in {"precision": "precision", "device": "device", "version of torch": "versions.torch"}.items():
-        values = _facts(comparison, key)
+        values = distinct_facts(key)
         if len(values) > 1:
             yield Warn(
                 f"Different {name}",
                 f"The runs differ in their {name}: {listed(values)}. So their speeds can't be compared, and small "
                 "differences in accuracy may come from it.",
             )
-
-
-def _code(comparison: Comparison) -> Iterator[Warn]:
-    commits = [commit[:10] for commit in _facts(comparison, "git_commit")]
+    commits = [commit[:10] for commit in distinct_facts("git_commit")]
     if len(commits) > 1:
         yield Warn(
             "Different versions of the program",
             f"The runs come from several commits: {listed(commits)}. Differences between runs may come from the code.",
         )
-    dirty = sum(bool(run.summary.get("git_dirty")) for run in comparison.runs if run.done)
+    dirty = sum(bool(summary.get("git_dirty")) for summary in summaries)
     if dirty:
         yield Warn(
             "Uncommitted changes",
             f"The program had uncommitted changes in {plural(dirty, 'run')}. Such a run can't be repeated exactly.",
         )
-
-
-def _facts(comparison: Comparison, key: str) -> list[str]:
-    """Return the different values of a dotted key of the summaries."""
-    found = (flat(run.summary).get(key) for run in comparison.runs if run.done)
-    return sorted({str(fact) for fact in found if fact is not None})
 
 
 def _unfinished(comparison: Comparison) -> Iterator[Warn]:
@@ -181,21 +175,17 @@ def _unfinished(comparison: Comparison) -> Iterator[Warn]:
         yield Warn("Runs without a result", f"These runs don't count yet: {said}. The table may change.")
 
 
-def _names(comparison: Comparison, cells: Iterable[Cell]) -> str:
+def _names(comparison: Comparison, cells: Sequence[Cell]) -> str:
     """Return ``"LARS at 64 and 128, TVLARS"``. A row without sizes stands for all of its batch sizes with a result."""
-
-    def by_row(cells: Iterable[Cell]) -> dict[RowKey, list[int]]:
-        found: dict[RowKey, list[int]] = defaultdict(list)
-        for cell in cells:
-            found[cell.row].append(cell.batch_size)
-        return found
-
-    named, finished = by_row(cells), by_row(comparison.finished)
-    if named == finished and len(named) > 1:
+    rows = list(dict.fromkeys(cell.row for cell in cells))
+    if cells == comparison.finished and len(rows) > 1:
         return "every optimizer at every batch size"
-    return listed([
-        row_label(row) + ("" if sizes == finished.get(row) else f" at {batches(sizes)}") for row, sizes in named.items()
-    ])  # fmt: skip
+    names = []
+    for row in rows:
+        of_row = [cell for cell in cells if cell.row == row]
+        is_whole = of_row == [cell for cell in comparison.finished if cell.row == row]
+        names.append(row_label(row) + ("" if is_whole else f" at {batches(cell.batch_size for cell in of_row)}"))
+    return listed(names)
 
 
 _CHECKS: tuple[Check, ...] = (
@@ -210,7 +200,7 @@ _CHECKS: tuple[Check, ...] = (
     *(
         _cells(
             f"Settings of different length ({key})",
-            "For {}, some settings trained longer than others. Longer training mostly wins.",
+            "For {}, some settings trained longer than others. Longer training usually wins.",
             lambda cell, key=key: len(distinct(cell.settings, key)) > 1,  # type: ignore[misc]
         )
         for key in _LENGTHS
@@ -255,7 +245,6 @@ _CHECKS: tuple[Check, ...] = (
         _at_edge,
     ),
     _missing,
-    _arithmetic,
-    _code,
+    _provenance,
     _unfinished,
 )

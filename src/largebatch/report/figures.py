@@ -16,9 +16,9 @@ from largebatch.report.chart import (
     Switch,
     batch_axis,
     batch_switch,
-    layout,
     line,
     log_axis,
+    new_figure,
     rounded,
     safe,
 )
@@ -36,16 +36,8 @@ METRICS = {
     "val/knn_accuracy": "nearest-neighbour validation accuracy", "probe/loss": "probe loss",
     "embedding/std": "standard deviation of embeddings", "embedding/effective_rank": "effective rank of embeddings",
 }  # fmt: skip
-_X = Switch(
-    "x",
-    "over",
-    [("epochs", "epochs"), ("steps", "steps"), ("seconds", "wall time")],
-    {
-        "epochs": {"xaxis.title.text": "epoch"},
-        "steps": {"xaxis.title.text": "optimizer step"},
-        "seconds": {"xaxis.title.text": "wall time [s]"},
-    },
-)
+_AXES = {"epochs": "epoch", "steps": "optimizer step", "seconds": "wall time [s]"}
+_X = Switch("x", "over", list(_AXES.items()), {key: {"xaxis.title.text": title} for key, title in _AXES.items()})
 
 
 def accuracy_by_batch(comparison: Comparison, style: Styles) -> Chart:
@@ -101,7 +93,7 @@ def _by_batch(
     title: str, note: str, y: str, comparison: Comparison, style: Styles, point: Callable[[Cell], Point | None]
 ) -> Chart:
     """Draw a line over batch sizes for each row, through the cells' points that aren't None."""
-    figure = go.Figure()
+    figure = new_figure("batch size", y, xaxis=batch_axis(comparison.columns))
     for index, row in enumerate(comparison.rows):
         aside = 2 ** (0.05 * (index - (len(comparison.rows) - 1) / 2))  # keeps marks from hiding each other
         points = [(cell, found) for cell in comparison.row(row) if (found := point(cell)) is not None]
@@ -123,7 +115,6 @@ def _by_batch(
             marker={"color": style[row].colour, "symbol": style[row].symbol, "size": 9},
             **line(style[row]) | {"mode": "lines+markers"},
         )  # fmt: skip
-    figure.update_layout(layout("batch size", y, xaxis=batch_axis(comparison.columns)))
     return Chart(title, note, figure)
 
 
@@ -149,11 +140,7 @@ def _over_training(
     title: str, note: str, names: Mapping[str, str], comparison: Comparison, histories: Histories, style: Styles,
     most_points: int,
 ) -> Chart | None:  # fmt: skip
-    """Draw the curves of every cell, for one metric and batch size at a time. None if no run logged such a metric.
-
-    Args:
-        names: metrics with the page's words for them.
-    """
+    """Draw the curves of every cell, for one metric and batch size at a time. None if no run logged such a metric."""
     found = {
         (metric, cell.batch_size, cell.row): drawn
         for metric in names
@@ -162,7 +149,7 @@ def _over_training(
     }
     if not found:
         return None
-    figure = go.Figure()
+    figure = new_figure("epoch", "")
     for (metric, batch, row), drawn in found.items():
         _add_curve(figure, drawn, {"metric": metric, "batch": f"{batch}"}, row, style[row], "accuracy" in metric)
     offered = list(dict.fromkeys(metric for metric, _, _ in found))
@@ -174,13 +161,12 @@ def _over_training(
         for metric in offered
     }
     show = Switch("metric", "show", [(metric, names[metric]) for metric in offered], axes)
-    figure.update_layout(layout("epoch", ""))
     return Chart(title, note, figure, [show, _X, batch_switch(batch for _, batch, _ in found)])
 
 
 def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKey, style: Style, percent: bool) -> None:
     scale = 100 if percent else 1
-    x = {name: [rounded(getattr(at, name)) for at in drawn.at] for name, _ in _X.options}
+    x = {name: [rounded(getattr(at, name)) for at in drawn.at] for name in _AXES}
     if drawn.spread is not None and any(drawn.spread):
         pairs = list(zip(drawn.mean, drawn.spread, strict=True))
         edge = [mean + spread for mean, spread in pairs] + [mean - spread for mean, spread in reversed(pairs)]

@@ -7,11 +7,10 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from largebatch.report.cells import Cell
-from largebatch.report.chart import Chart, Styles, Switch, batch_switch, layout, line, log_axis, rounded, safe
+from largebatch.report.chart import Chart, Styles, Switch, batch_switch, line, log_axis, new_figure, rounded, safe
 from largebatch.report.compare import Comparison
 from largebatch.report.load import Layers, Problem, read_layers, thinned
 from largebatch.report.wording import row_label
@@ -92,7 +91,7 @@ def layer_charts(diagnosed: Sequence[Diagnosed], share: float, style: Styles) ->
 
 def middle_layer(diagnosed: Sequence[Diagnosed], style: Styles) -> Chart:
     """Draw the median over layers, a line for each optimizer."""
-    figure = go.Figure()
+    figure = new_figure("optimizer step", "", yaxis=log_axis([]))
     for cell, layers, pick, grid in _grids(diagnosed):
         label = safe(row_label(cell.row))
         columns = [[v for v in column if v is not None and v > 0] for column in zip(*grid, strict=True)]
@@ -106,13 +105,12 @@ def middle_layer(diagnosed: Sequence[Diagnosed], style: Styles) -> Chart:
         "Median over the layers of one run, the run with the smallest seed. LARS, TVLARS and CLARS multiply each "
         "layer's learning rate by a ratio like LNR. If it is high at the start, warm-up or phi makes the step smaller."
     )
-    figure.update_layout(layout("optimizer step", "", yaxis=log_axis([])))
     quantity, _, batch = _switches(diagnosed, figure.data)
     return Chart("Layers, by optimizer", note, figure, [quantity, batch])
 
 
 def layer_lines(diagnosed: Sequence[Diagnosed]) -> Chart:
-    figure = go.Figure()
+    figure = new_figure("optimizer step", "", yaxis=log_axis([]))
     for _, layers, pick, grid in _grids(diagnosed):
         last = max(len(layers.names) - 1, 1)
         colours = sample_colorscale("Viridis", [0.9 * i / last for i in range(len(layers.names))])
@@ -123,12 +121,13 @@ def layer_lines(diagnosed: Sequence[Diagnosed]) -> Chart:
                 hovertemplate=f"{safe(name)}, step %{{x}}: %{{y:.3g}}<extra></extra>", meta={"pick": pick},
             )  # fmt: skip
     note = "A line for each layer, from dark (first layer) to light (last layer). Point at a line for its layer's name."
-    figure.update_layout(layout("optimizer step", "", yaxis=log_axis([])))
     return Chart("Every layer, as lines", note, figure, _switches(diagnosed, figure.data))
 
 
 def layer_map(diagnosed: Sequence[Diagnosed]) -> Chart:
-    figure = go.Figure()
+    most = max(len(one.layers.names) for one in diagnosed)
+    yaxis = {"autorange": "reversed", "type": "category", "showgrid": False, "tickfont": {"size": 10}}
+    figure = new_figure("optimizer step", "layer", yaxis=yaxis, height=min(max(200 + 14 * most, 300), 900))
     for _, layers, pick, grid in _grids(diagnosed):
         figure.add_heatmap(
             x=layers.steps, y=[safe(name) for name in layers.names],
@@ -136,10 +135,7 @@ def layer_map(diagnosed: Sequence[Diagnosed]) -> Chart:
             colorbar={"title": {"text": "log₁₀"}, "thickness": 12, "len": 0.9},
             hovertemplate="%{y}, step %{x}: 10^%{z:.2f}<extra></extra>", meta={"pick": pick},
         )  # fmt: skip
-    most = max(len(one.layers.names) for one in diagnosed)
-    yaxis = {"autorange": "reversed", "type": "category", "showgrid": False, "tickfont": {"size": 10}}
     note = "The first layer is at the top. Colours are powers of ten: 2 means 100, -1 means 0.1."
-    figure.update_layout(layout("optimizer step", "layer", yaxis=yaxis, height=min(max(200 + 14 * most, 300), 900)))
     return Chart("Every layer, as a map", note, figure, _switches(diagnosed))
 
 

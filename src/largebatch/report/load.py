@@ -230,11 +230,7 @@ def thinned(items: list[Item], most: int) -> list[Item]:
 
 
 def _attempt(path: Path, read: Callable[[Path], Item]) -> Item:
-    """Return the result of ``read``.
-
-    Raises:
-        _Broken: for any error in the file's content, so that a bad file doesn't stop the report.
-    """
+    """Return the result of ``read``. An error in the file becomes ``_Broken``, so that it doesn't stop the report."""
     try:
         return read(path)
     except FileNotFoundError:

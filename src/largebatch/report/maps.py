@@ -9,11 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from largebatch.report.cells import BY_TEST, BY_VALIDATION, Cell, Setting, distinct
-from largebatch.report.chart import Chart, batch_switch, layout, rounded
+from largebatch.report.chart import Chart, batch_switch, new_figure, rounded
 from largebatch.report.compare import Comparison
 from largebatch.report.wording import decimals, row_label, value
-
-_DIVERGED = "#bdbdbd"
 
 Places = dict[tuple[str, str], list[Setting]]  # settings by their x and y value
 
@@ -35,14 +33,13 @@ def _maps(comparison: Comparison, varied: str, x: str, name: str) -> list[Chart]
         if len(_values(cells, varied)) < 2:
             continue
         by_validation = all(cell.chosen_by == BY_VALIDATION for cell in cells if cell.chosen)
-        figure = go.Figure()
+        xs, ys = _values(cells, x), _values(cells, "optimizer.lr")
+        height = 150 + 44 * max(len(ys), 2)
+        figure = new_figure(name, "learning rate", xaxis=_axis(xs), yaxis=_axis(ys), height=height)
         switches = [] if x == "batch_size" else [batch_switch(cell.batch_size for cell in cells)]
         for of_map in [[cell] for cell in cells] if switches else [cells]:
             pick = {"batch": f"{of_map[0].batch_size}"} if switches else {}
             _add_map(figure, _places(of_map, x), BY_VALIDATION if by_validation else BY_TEST, comparison, pick)
-        xs, ys = _values(cells, x), _values(cells, "optimizer.lr")
-        height = 150 + 44 * max(len(ys), 2)
-        figure.update_layout(layout(name, "learning rate", xaxis=_axis(xs), yaxis=_axis(ys), height=height))
         note = (
             f"{'Best validation' if by_validation else 'Test'} accuracy [%], mean over seeds. "
             "Bold: the chosen setting. ✕: diverged seeds. Grey: all seeds diverged."
@@ -113,7 +110,7 @@ def _add_map(
         "hovertemplate": "%{x}, learning rate %{y}: %{text} %<extra></extra>",
     }  # fmt: skip
     grey = {
-        "colorscale": [[0, _DIVERGED], [1, _DIVERGED]], "showscale": False,
+        "colorscale": ["#bdbdbd", "#bdbdbd"], "showscale": False,
         "hovertemplate": "%{x}, learning rate %{y}: diverged<extra></extra>",
     }  # fmt: skip
     for numbers, look in ((means, coloured), (lost, grey)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,15 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from largebatch.report import figures
+from largebatch.report import curves, figures, wording
 from largebatch.report.answer import answer, differences_table
-from largebatch.report.cells import BY_VALIDATION, Place, differing, distinct
+from largebatch.report.cells import BY_VALIDATION, RowKey, differing, distinct
 from largebatch.report.chart import Chart, Styles, styles
 from largebatch.report.compare import Comparison
-from largebatch.report.curves import (
-    MOST_POINTS,
-    Histories,
-    Reached,
-    default_target,
-    progress_metric,
-    reach,
-    read_histories,
-)
 from largebatch.report.fairness import warnings
 from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagnosed
 from largebatch.report.load import Problem, Run
 from largebatch.report.maps import setting_maps
-from largebatch.report.wording import (
-    cell_accuracy,
-    cell_counts,
-    decimals,
-    plural,
-    row_label,
-    short,
-    states,
-    title,
-    value,
-)
 
 # Points of all curves on the page, counted by cell. With all metrics, bands and axes a point takes about 600 bytes.
 _BUDGET = 3_500
@@ -55,14 +35,14 @@ def page(
 
     Args:
         name: name of the folder of runs.
-        problems: what is left out so far. Unreadable metrics and layers are added.
+        problems: folders and files left out so far. Unreadable metrics and layers are added.
         target: accuracy in 0..1. The page counts the steps to it. None: a target for each comparison.
     """
     style = styles(comparisons)
-    histories = [read_histories(comparison, problems) for comparison in comparisons]
+    histories = [curves.read_histories(comparison, problems) for comparison in comparisons]
     diagnosed = [read_diagnosed(comparison, problems) for comparison in comparisons]
     cells = sum(len(comparison.shown) for comparison in comparisons)
-    points = max(_FEWEST_POINTS, min(MOST_POINTS, _BUDGET // max(cells, 1)))
+    points = max(_FEWEST_POINTS, min(curves.MOST_POINTS, _BUDGET // max(cells, 1)))
     with_layers = max(sum(map(len, diagnosed)), 1)
     sections = [
         _section(f"c{number}", comparison, history, layers, len(layers) / with_layers, style, target, points)
@@ -90,8 +70,8 @@ def page(
 
 
 def _section(
-    anchor: str, comparison: Comparison, histories: Histories, layers: list[Diagnosed], share: float, style: Styles,
-    target: float | None, points: int,
+    anchor: str, comparison: Comparison, histories: curves.Histories, layers: list[Diagnosed], share: float,
+    style: Styles, target: float | None, points: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the template's values for one comparison.
 
@@ -99,9 +79,11 @@ def _section(
         share: part of the page's budget of layers, 0..1.
         points: most points of a curve.
     """
-    metric = progress_metric(comparison, histories)
-    target = target or default_target(comparison, metric, histories)
-    reached = {place: reach(cell, metric, target, histories) for place, cell in comparison.cells.items() if target}
+    metric = curves.progress_metric(comparison, histories)
+    target = target or curves.default_target(comparison, metric, histories)
+    reached = {
+        place: curves.reach(cell, metric, target, histories) for place, cell in comparison.cells.items() if target
+    }
     goal = f"{100 * target:.4g} % {figures.METRICS[metric]}" if target else ""
     runs_of = [[run for cell in comparison.row(row) for run in cell.runs] for row in comparison.rows]
     # A new chart needs its function in a file of figures and an entry here.
@@ -122,11 +104,19 @@ def _section(
     }
     return {
         "anchor": anchor,
-        "title": title(comparison),
+        "title": wording.title(comparison),
         "answer": answer(comparison),
         "warnings": warnings(comparison),
         "columns": [f"batch {batch:,}" for batch in comparison.columns],
-        "rows": _table(comparison, style),
+        "rows": [
+            {
+                "label": wording.row_label(row),
+                "style": style[row],
+                "cells": _cells(comparison, row),
+                "reached": [_reached(reached.get((row, batch))) for batch in comparison.columns],
+            }
+            for row in comparison.rows
+        ],
         "caption": _caption(comparison),
         "differences": differences_table(comparison),
         "images": all(verdict.images for verdict in comparison.verdicts),
@@ -135,38 +125,33 @@ def _section(
             for i, (name, charts) in enumerate(groups.items())
         ],
         "goal": goal,
-        "reached": _reached_table(comparison, reached),
-        "labels": [row_label(row) for row in comparison.rows],
         "keys": [
-            [key, *(", ".join(map(value, distinct(of_row, key))) for of_row in runs_of)]
+            [key, *(", ".join(map(wording.value, distinct(of_row, key))) for of_row in runs_of)]
             for key in differing(comparison.runs)
         ],
         "settings": _settings_table(comparison),
     }
 
 
-def _table(comparison: Comparison, style: Styles) -> list[dict[str, Any]]:
-    digits = decimals(comparison)
-    rows = []
-    for row in comparison.rows:
-        # Keys that vary within a cell: choosing a setting meant choosing their values.
-        varied = sorted({key for cell in comparison.row(row) for key in differing(cell.runs)} - {"seed"})
-        cells: list[dict[str, Any]] = []
-        for batch in comparison.columns:
-            cell = comparison.cells.get((row, batch))
-            if cell is None:
-                cells.append({"accuracy": "-"})
-                continue
-            options = cell.chosen.options if cell.chosen else {}
-            cells.append({
-                "accuracy": cell_accuracy(cell, digits),
-                "bold": cell in comparison.bold,
-                "lost": cell.mean is None,
-                "setting": ", ".join(f"{short(key)} {value(options[key])}" for key in varied if key in options),
-                "counts": cell_counts(cell),
-            })  # fmt: skip
-        rows.append({"label": row_label(row), "style": style[row], "cells": cells})
-    return rows
+def _cells(comparison: Comparison, row: RowKey) -> list[dict[str, Any]]:
+    """Return the row's results, for each batch size."""
+    # Keys that vary within a cell: choosing a setting meant choosing their values.
+    varied = sorted({key for cell in comparison.row(row) for key in differing(cell.runs)} - {"seed"})
+    cells: list[dict[str, Any]] = []
+    for batch in comparison.columns:
+        cell = comparison.cells.get((row, batch))
+        if cell is None:
+            cells.append({"text": "-"})
+            continue
+        options = cell.chosen.options if cell.chosen else {}
+        setting = ", ".join(f"{wording.short(key)} {wording.value(options[key])}" for key in varied if key in options)
+        cells.append({
+            "text": wording.cell_accuracy(cell, wording.decimals(comparison)),
+            "bold": cell in comparison.bold,
+            "lost": cell.mean is None,
+            "small": [setting, wording.cell_counts(cell)],
+        })  # fmt: skip
+    return cells
 
 
 def _caption(comparison: Comparison) -> str:
@@ -184,23 +169,19 @@ def _caption(comparison: Comparison) -> str:
     return text + (f" Each of the {images:,.0f} test images counts {100 / images:.2g} %." if images else "")
 
 
-def _reached_table(comparison: Comparison, reached: Mapping[Place, Reached]) -> list[list[tuple[str, str]]]:
-    """Return two lines of text for each batch size of each row."""
-
-    def lines(result: Reached | None) -> tuple[str, str]:
-        if result is None or not result.runs:
-            return "-", ""
-        seeds = f"{result.reached} of {plural(result.runs, 'seed')}"
-        if result.at is None:
-            return "never", seeds
-        return f"{result.at.steps:,.0f} steps", f"{result.at.epochs:.3g} epochs, {result.at.seconds:.3g} s; {seeds}"
-
-    return [[lines(reached.get((row, batch))) for batch in comparison.columns] for row in comparison.rows]
+def _reached(result: curves.Reached | None) -> dict[str, Any]:
+    if result is None or not result.runs:
+        return {"text": "-"}
+    seeds = f"{result.reached} of {wording.plural(result.runs, 'seed')}"
+    if result.at is None:
+        return {"text": "never", "small": [seeds]}
+    more = f"{result.at.epochs:.3g} epochs, {result.at.seconds:.3g} s; {seeds}"
+    return {"text": f"{result.at.steps:,.0f} steps", "small": [more]}
 
 
 def _settings_table(comparison: Comparison) -> dict[str, Any]:
     """Return a line for every setting, with the keys that differ between settings."""
-    digits = decimals(comparison)
+    digits = wording.decimals(comparison)
     keys = sorted(differing(comparison.runs).keys() - {"optimizer.name", "schedule.name", "batch_size", "seed"})
 
     def mean(values: list[float]) -> str:
@@ -208,13 +189,13 @@ def _settings_table(comparison: Comparison) -> dict[str, Any]:
 
     lines = [
         [
-            row_label(cell.row),
+            wording.row_label(cell.row),
             f"{cell.batch_size:,}",
-            *(value(setting.options.get(key)) for key in keys),
+            *(wording.value(setting.options.get(key)) for key in keys),
             ", ".join(str(run.config["seed"]) for run in setting.runs),
             mean(setting.values("best/val/accuracy")),
             mean(setting.values("test/accuracy")),
-            ", ".join(states(setting.runs)),
+            ", ".join(wording.states(setting.runs)),
             "chosen" if setting is cell.chosen else "",
         ]
         for cell in comparison.cells.values()
@@ -240,7 +221,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
             versions[str(package)].add(str(version))
     set_aside = sum(1 for run in runs for _ in run.folder.path.glob("previous-*"))
     return [
-        ("runs", f"{plural(len(runs), 'run')}: {', '.join(states(runs))}"),
+        ("runs", f"{wording.plural(len(runs), 'run')}: {', '.join(wording.states(runs))}"),
         ("earlier repetitions", f"{set_aside} in previous-N folders, not counted" if set_aside else ""),
         ("seeds", ", ".join(map(str, distinct(runs, "seed")))),
         ("commit", ", ".join(commits)),

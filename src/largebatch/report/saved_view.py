@@ -22,7 +22,6 @@ from wandb_workspaces.reports.v2 import gql
 from largebatch.errors import UserError
 from largebatch.tracking.wandb_session import choose_mode, close_session, one_line, session_environment
 
-_SECONDS = 20  # timeout of a request
 _FIND = """
     query View($entityName: String, $name: String, $viewType: String, $viewName: String) {
         project(name: $name, entityName: $entityName) {
@@ -51,12 +50,6 @@ class SavedView:
     description: str
     spec: dict[str, Any]
 
-    def url(self, app: str, view_id: str) -> str:
-        at = f"{app}/{quote(self.entity)}/{quote(self.project)}"
-        if self.kind == "project-view":
-            return f"{at}?nw={self.name.removeprefix('nw-').removesuffix('-v')}"
-        return f"{at}/reports/{quote(self.title.replace(' ', '-'))}--{view_id.rstrip('=')}"
-
 
 def of_workspace(workspace: ws.Workspace) -> SavedView:
     name = f"nw-{_hash(workspace.entity, workspace.project, 'workspace', workspace.name)}-v"
@@ -83,12 +76,15 @@ def save(views: list[SavedView]) -> list[str]:
     Raises:
         UserError: when there is no API key, W&B can't be reached, or W&B refuses.
     """
+    import wandb
+
     with tempfile.TemporaryDirectory(prefix="largebatch-") as scratch, session_environment(Path(scratch), "online"):
         mode, why = choose_mode("online")
         if mode != "online":
             raise UserError(f"W&B can't be reached: {why}. Fix: store a key with `wandb login`, or use --print")
         try:
-            return _save(views)
+            api = wandb.Api(timeout=20)  # seconds for a request
+            return [_save(api, view) for view in views]
         except UserError:
             raise
         except Exception as error:  # of many types, from wandb and from its process
@@ -97,25 +93,23 @@ def save(views: list[SavedView]) -> list[str]:
             close_session()
 
 
-def _save(views: list[SavedView]) -> list[str]:
-    import wandb
-
-    api = wandb.Api(timeout=_SECONDS)
-    saved = []
-    for view in views:
-        given = {
-            "id": _find(api, view),
-            "name": view.name,
-            "entityName": view.entity,
-            "projectName": view.project,
-            "displayName": view.title,
-            "description": view.description,
-            "type": view.kind,
-            "spec": json.dumps(view.spec),
-        }
-        answer = execute_graphql(api, gql.upsert_view, {k: v for k, v in given.items() if v is not None})
-        saved.append(view.url(get_app_url(api).rstrip("/"), answer["upsertView"]["view"]["id"]))
-    return saved
+def _save(api: Any, view: SavedView) -> str:
+    """Save a view. Return its address."""
+    given = {
+        "id": _find(api, view),
+        "name": view.name,
+        "entityName": view.entity,
+        "projectName": view.project,
+        "displayName": view.title,
+        "description": view.description,
+        "type": view.kind,
+        "spec": json.dumps(view.spec),
+    }
+    answer = execute_graphql(api, gql.upsert_view, {k: v for k, v in given.items() if v is not None})
+    at = f"{get_app_url(api).rstrip('/')}/{quote(view.entity)}/{quote(view.project)}"
+    if view.kind == "project-view":
+        return f"{at}?nw={view.name.removeprefix('nw-').removesuffix('-v')}"
+    return f"{at}/reports/{quote(view.title.replace(' ', '-'))}--{answer['upsertView']['view']['id'].rstrip('=')}"
 
 
 def _find(api: Any, view: SavedView) -> str | None:

@@ -33,7 +33,7 @@ def title(comparison: Comparison) -> str:
 
 
 def decimals(comparison: Comparison) -> int:
-    """Return the number of decimals of a percentage that the test set is large enough for."""
+    """Return the number of decimals of a percentage that the size of the test set justifies."""
     images = [run.metric("test_images") or 0 for run in comparison.runs if run.done]
     return 1 if images and max(images) < _SMALL_TEST_SET else 2
 

@@ -1,1 +1,1 @@
-"""Run folders from outside: status, metrics, logs, cancelling. Never imports torch."""
+"""Run folders: status, metrics, logs, cancelling. Never imports torch."""

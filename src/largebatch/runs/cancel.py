@@ -54,7 +54,7 @@ def cancel(folders: Sequence[RunFolder]) -> int:
 
 
 def _is_here(folder: RunFolder, status: dict[str, Any]) -> bool:
-    """Return True if the status names a process of this machine that still works on the run."""
+    """Return True if the status names a process of this machine that still runs it."""
     if status.get("host") != socket.gethostname() or "pid" not in status:
         return False
     try:

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -23,17 +23,22 @@ RESUMES = "the same command resumes the run from its last checkpoint"
 
 
 class RunBusyError(Exception):
-    """Another process works on the run."""
+    """Another process holds the run's lock."""
 
 
-def write_atomic(path: Path, text: str) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary name, and rename the file to ``path``."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    write(temporary)
     os.replace(temporary, path)
 
 
+def write_atomic(path: Path, text: str) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(text))
+
+
 class RunFolder:
-    """Paths and status of a run. Reads files only in methods."""
+    """Paths and status of a run. Creating the object reads no file."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -103,7 +108,7 @@ class RunFolder:
             return not _lock(handle)
 
     def held_by(self) -> str:
-        """Describe the process that works on the run, for error messages."""
+        """Describe the process that holds the run's lock, for error messages."""
         status = self.read_status()
         where = f"pid {status['pid']} on {status['host']}" if "pid" in status else "another process"
         return f"{self.path}: {where} works on this run. Fix: stop that process or wait"

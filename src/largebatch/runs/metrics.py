@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
-from largebatch.runs.folder import read_tail, write_atomic
+from largebatch.runs.folder import read_tail, replace_file, write_atomic
 
 Row = dict[str, Any]
 _TAIL = 1 << 15  # bytes: some hundred rows
@@ -37,14 +37,14 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return all rows but a last one that a crash cut off; an empty list if there is no file."""
+    """Return all rows, without a last row that a crash cut off; an empty list if there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def newest(path: Path, *names: str) -> float | None:
-    """Return the newest value of the first of ``names`` in the last rows, without reading the other rows.
+    """Return the newest value of the first of ``names`` that the last rows have. Other rows aren't read.
 
     Raises:
         UserError: a row isn't JSON.
@@ -63,9 +63,7 @@ def write_table(rows: list[Row], path: Path) -> None:
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
-    temporary = path.with_name(f".{path.name}.tmp")
-    pyarrow.parquet.write_table(table, temporary)
-    os.replace(temporary, path)
+    replace_file(path, partial(pyarrow.parquet.write_table, table))
 
 
 def _line(row: Row) -> str:

@@ -19,7 +19,7 @@ _GIT_STATE = "git.json"  # beside a copied package
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit and whether the code has changes; None outside a git checkout.
+    """Return the commit, and True if the code has uncommitted changes; None outside a git checkout.
 
     A copied package has the state of its checkout when it was copied.
     """
@@ -32,7 +32,7 @@ def git_state() -> dict[str, Any]:
 
 @functools.cache
 def code_hash() -> str:
-    """Return sixteen hex digits over the names and contents of all files, the name of their one copy."""
+    """Return sixteen hex digits, a hash of names and contents of the package's files. Its copy has this name."""
     digest = hashlib.sha256()
     for path in sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
         content = path.read_bytes()

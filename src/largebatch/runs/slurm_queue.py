@@ -1,4 +1,4 @@
-"""States of SLURM's jobs, by its commands; needs neither accounting nor submitit."""
+"""States of SLURM's jobs, from SLURM's commands; needs neither accounting nor submitit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def slurm_states(job_ids: Iterable[str]) -> dict[str, Job]:
         job_ids: as ``12``, or ``12_3`` for an element of an array.
 
     Raises:
-        UserError: SLURM doesn't answer; with its words.
+        UserError: SLURM doesn't answer. The message has SLURM's words.
     """
     wanted = set(job_ids)
     if not wanted or shutil.which("squeue") is None:

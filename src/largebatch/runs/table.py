@@ -1,18 +1,21 @@
-"""Rows that describe runs, and the search for runs by name."""
+"""Rows that describe runs, the search for runs by name, and tables for terminals and pipes."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from largebatch.errors import UserError
 from largebatch.runs.folder import DONE, RESUMES, RunFolder, read_tail
 from largebatch.runs.metrics import newest
 from largebatch.runs.slurm_queue import Job, jobs_of
-from largebatch.runs.text_table import plain_table
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 Row = dict[str, Any]
 _STARTING_SECONDS = 120.0  # a worker on this machine has written its status by then
@@ -68,7 +71,7 @@ def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
 
 
 def _should_be_held(status: dict[str, Any], job: Job | None) -> bool:
-    """Return True if a process should hold the run's lock. ``job``: given if SLURM has forgotten the run's job."""
+    """Return True if a process should hold the run's lock. ``job``: the run's job if SLURM has forgotten it."""
     if status.get("state") == "queued":
         late = time.time() - status.get("updated", 0) > _STARTING_SECONDS
         return job is not None or (status.get("cluster") == "local" and late)
@@ -154,3 +157,33 @@ def _cell(key: str, value: Any) -> str:
     if key.endswith("/accuracy"):
         return f"{100 * value:.2f} %"
     return f"{value:.1f}" if key == "seconds" else str(value)
+
+
+def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as text, with two spaces between columns and whole cells."""
+    columns = []
+    for heading, *cells in zip(headings, *rows, strict=True):
+        lines = [heading, *(" ".join(cell.splitlines()) for cell in cells)]
+        width = max(map(len, lines))
+        numeric = any(cells) and all(cell[:1].isdigit() or cell in ("-", "") for cell in cells)
+        columns.append([line.rjust(width) if numeric else line.ljust(width) for line in lines])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def print_table(table: str) -> None:
+    """Print a table with whole cells; each row is one line, which a narrow terminal wraps."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.text import Text
+
+        first, _, rest = table.partition("\n")
+        Console().print(Text(first, "bold"), Text(rest), sep="\n", soft_wrap=True)
+    else:
+        print(table, flush=True)
+
+
+def live_table(headline: str, table: str) -> Text:
+    """Return a headline and a table for rich's live view, which cuts lines that are too long."""
+    from rich.text import Text
+
+    return Text(f"{headline}\n\n{table}", no_wrap=True, overflow="ellipsis")

@@ -1,4 +1,4 @@
-"""``largebatch status``: the states of runs, once or until all runs have ended."""
+"""``largebatch status`` and ``largebatch logs``: states and log of runs, once or until the runs have ended."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from largebatch.errors import UserError
 from largebatch.runs.folder import DONE, RunFolder
-from largebatch.runs.table import Row, counted, run_rows, table_of
-from largebatch.runs.text_table import live_table, print_table
+from largebatch.runs.table import Row, counted, live_table, print_table, run_rows, table_of
 
 _LOOK_SECONDS = 2.0
+_LOG_SECONDS = 0.5  # between looks at a log
+_STATE_SECONDS = 5.0  # between looks at the state of the log's run, which may ask SLURM
+_OPEN = ("queued", "running")
 _COLUMNS = {
     "run": "run", "state": "state", "step": "step", "steps": "of", "test/accuracy": "test", "job": "job",
     "node": "node", "news": "",
@@ -61,7 +64,7 @@ def _looks(find: Callable[[], Sequence[RunFolder]]) -> Iterator[list[Row]]:
     while True:
         rows = _rows(find())
         yield rows
-        if not any(row["state"] in ("queued", "running") for row in rows):
+        if not any(row["state"] in _OPEN for row in rows):
             return
         time.sleep(_LOOK_SECONDS)
 
@@ -91,3 +94,48 @@ def _table(rows: list[Row]) -> str:
 def _news(row: Row) -> str:
     """Return the reason for a run's state, or else the last line of its log if it has no outcome."""
     return str(row["message"] if row["message"] or row["state"] in DONE else row["log"])
+
+
+def show_log(folder: RunFolder, lines: int | None, follow: bool) -> None:
+    """Print a run's log, or SLURM's logs of its job if the run's own log is empty.
+
+    Args:
+        lines: print only the last ``lines``.
+        follow: print new lines until the run is neither queued nor running.
+
+    Raises:
+        UserError: there is no log yet, and ``follow`` is False.
+    """
+    logs = _logs(folder)
+    if not logs and not follow:
+        raise UserError(f"{folder.path}: no log yet; the run is {folder.state()}")
+    for log in logs:
+        if log != folder.log:
+            print(f"==> {log}")
+        text = log.read_text(errors="replace").splitlines()
+        print("\n".join(text[-lines:] if lines is not None else text), flush=True)
+    if follow:
+        _follow(folder, folder.log.stat().st_size if folder.log in logs else 0)
+
+
+def _logs(folder: RunFolder) -> list[Path]:
+    """Return the run's own log, or else SLURM's logs, which hold failures from before the run started."""
+    of_job = sorted(folder.slurm.glob(f"{folder.read_status().get('job_id')}_*_log.*"))
+    with_text = [path for path in (folder.log, *of_job) if path.exists() and path.stat().st_size > 0]
+    return [folder.log] if folder.log in with_text else with_text
+
+
+def _follow(folder: RunFolder, position: int) -> None:
+    looked, is_open = 0.0, True
+    while is_open:
+        if time.monotonic() - looked >= _STATE_SECONDS:
+            looked = time.monotonic()
+            is_open = run_rows([folder])[0]["state"] in _OPEN
+        if folder.log.exists():
+            with folder.log.open("rb") as log:
+                log.seek(position)
+                new = log.read()
+            position += len(new)
+            print(new.decode(errors="replace"), end="", flush=True)
+        if is_open:
+            time.sleep(_LOG_SECONDS)

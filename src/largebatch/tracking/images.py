@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from largebatch.runs.folder import replace_file
 
 _IMAGES = 16
 _COLUMNS = 8
@@ -34,6 +36,5 @@ def save_images(batch: Tensor, views: int, mean: tuple[float, ...], std: tuple[f
     grid = rows.flatten(0, 2).flatten(1, 2)
     times = -(-_SMALLEST // pixels.shape[-1])
     image = Image.fromarray((255 * grid).round().to(torch.uint8).squeeze(-1).numpy())
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    larger = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
+    replace_file(path, partial(larger.save, format="PNG"))

@@ -5,7 +5,6 @@ Reading a value waits for the device, so rows gather on the device and are read 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from largebatch.runs.folder import replace_file
 from largebatch.tracking.rows import COLUMNS, LayerRow, read_layer_table
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ class LayerLog:
     Args:
         path: the Parquet file; its rows up to ``step`` are kept.
         step: the optimizer step that the run continues from.
+        left: called with each row that leaves the device.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, step: int, left: Callable[[LayerRow], object]) -> None:
+        self._path, self._left = path, left
         kept = read_layer_table(path, step)
         # Rows that left the device. Not as Python objects, because there may be a million.
         self._tables: list[pyarrow.Table] = [] if kept is None else [kept]
@@ -40,44 +41,42 @@ class LayerLog:
         self._buffer = torch.empty(0)
         self._steps: list[int] = []
 
-    def add(self, step: int, names: list[str], statistics: dict[str, Tensor]) -> list[LayerRow]:
-        """Keep a tensor of shape [layers] for each of ``COLUMNS``, with one operation on its device and no wait.
-
-        Returns:
-            The rows that left the device in this call: usually none.
-        """
+    def add(self, step: int, names: list[str], statistics: dict[str, Tensor]) -> None:
+        """Keep a tensor of shape [layers] for each of ``COLUMNS``, with one operation on its device and no wait."""
         if not names:  # the optimizer may be configured to adapt no layer
-            return []
+            return
         columns = [statistics[column].detach() for column in COLUMNS]
-        left = []
         if names != self._names:
-            left = self._read_back()
+            self._read_back()
             self._names = list(names)
             shape = (CAPACITY, len(COLUMNS), len(names))
             self._buffer = torch.empty(shape, dtype=torch.float32, device=columns[0].device)
         torch.stack(columns, out=self._buffer[len(self._steps)])
         self._steps.append(step)
-        return left + self._read_back() if len(self._steps) == CAPACITY else left
+        if len(self._steps) == CAPACITY:
+            self._read_back()
 
-    def to_write(self) -> tuple[list[LayerRow], Callable[[], None]]:
-        """Return the rows that left the device now, and a function that writes all rows so far, in any thread."""
-        left = self._read_back()
-        return left, partial(_write, list(self._tables), self._path)
+    def to_write(self) -> Callable[[], None]:
+        """Return a function that writes all rows so far, in any thread."""
+        self._read_back()
+        return partial(_write, list(self._tables), self._path)
 
-    def write(self) -> list[LayerRow]:
-        """Write all rows so far. Return those that left the device now."""
-        left, write = self.to_write()
-        write()
-        return left
-
-    def _read_back(self) -> list[LayerRow]:
+    def _read_back(self) -> None:
         """Empty the buffer, with one copy."""
         values = self._buffer[: len(self._steps)].tolist()
         rows = [LayerRow(step, self._names, row) for step, row in zip(self._steps, values, strict=True)]
         self._steps = []
         if rows:
-            self._tables.append(_table(rows))
-        return rows
+            import pyarrow
+
+            columns = {
+                "step": [row.step for row in rows for _ in row.names],
+                "layer": [name for row in rows for name in row.names],
+                **{column: [value for row in rows for value in row.values[i]] for i, column in enumerate(COLUMNS)},
+            }
+            self._tables.append(pyarrow.table(columns))
+        for row in rows:
+            self._left(row)
 
 
 def _write(tables: list[pyarrow.Table], path: Path) -> None:
@@ -85,21 +84,7 @@ def _write(tables: list[pyarrow.Table], path: Path) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        temporary = path.with_name(f".{path.name}.tmp")
-        pyarrow.parquet.write_table(pyarrow.concat_tables(tables), temporary)
-        os.replace(temporary, path)
-
-
-def _table(rows: list[LayerRow]) -> pyarrow.Table:
-    """Return a table with one row for each step and layer."""
-    import pyarrow
-
-    columns = {
-        "step": [row.step for row in rows for _ in row.names],
-        "layer": [name for row in rows for name in row.names],
-        **{column: [value for row in rows for value in row.values[i]] for i, column in enumerate(COLUMNS)},
-    }
-    return pyarrow.table(columns)
+        replace_file(path, partial(pyarrow.parquet.write_table, pyarrow.concat_tables(tables)))
 
 
 def plain_statistics(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -37,7 +36,7 @@ class Recorder:
     def __init__(self, config: Config, folder: RunFolder, step: int, facts: dict[str, Any], console: Console) -> None:
         self._folder, self._facts, self._console, self._tracker = folder, facts, console, config.tracker
         self._metrics = MetricsLog(folder.metrics, step)
-        self._layers = LayerLog(folder.layers, step)
+        self._layers = LayerLog(folder.layers, step, self._layer_row)
         self._status_at = 0.0
         repetition = folder.read_status().get("repetition", 0)
         run_id = folder.name.rsplit("-", 1)[-1] + (f"-{repetition}" if repetition else "")
@@ -64,22 +63,19 @@ class Recorder:
         """Record statistics after optimizer step ``step``: a tensor of shape [layers] for each of ``rows.COLUMNS``."""
         if self._order and names:
             self._order.expect_layers(step)
-        self._layers_to_wandb(self._layers.add(step, names, statistics))
+        self._layers.add(step, names, statistics)
 
     def layers_to_write(self) -> Callable[[], None]:
         """Return a function that writes the layer rows so far to their file, in any thread."""
-        rows, write = self._layers.to_write()
-        self._layers_to_wandb(rows)
-        return write
+        return self._layers.to_write()
 
-    def _layers_to_wandb(self, rows: list[LayerRow]) -> None:
-        for row in rows:
-            if self._order:
-                self._order.layers(row)
+    def _layer_row(self, row: LayerRow) -> None:
+        if self._order:
+            self._order.layers(row)
 
     def finish(self, state: str, step: int, message: str, seconds: float) -> None:
         """Close the run in ``state``. Write the table and the summary of a run that is over."""
-        self._layers_to_wandb(self._layers.write())
+        self.layers_to_write()()
         self._metrics.close()
         if state in DONE:
             rows = read_rows(self._folder.metrics)
@@ -100,7 +96,7 @@ class Recorder:
             self._wandb.finish(exit_code)
             self._wandb = self._order = None
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -116,14 +112,13 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     epoch of the best validation accuracy and ``best/test/accuracy`` the test accuracy there: the test set chooses
     nothing. Without a validation part, the best is the test set's own and only an upper bound.
     """
-    last = {k: v for row in rows for k, v in row.items() if k.startswith(_LAST)}
+    metrics: dict[str, Any] = {k: v for row in rows for k, v in row.items() if k.startswith(_LAST)}
     evaluations = [row for row in rows if row.get("test/accuracy") is not None]
     chosen_by = "val/accuracy" if any("val/accuracy" in row for row in evaluations) else "test/accuracy"
     best = max(evaluations, key=lambda row: (row[chosen_by] or 0.0, -row["step"]), default=None)
     speeds = sorted(row["perf/images_per_second"] for row in rows if "perf/images_per_second" in row)
-    metrics: dict[str, Any] = dict(last)
     if best is not None:
         metrics |= {f"best/{k}": v for k, v in best.items() if k.startswith(("val/", "test/")) or k == "epoch"}
         metrics["best/chosen_by"] = chosen_by
     metrics["images_per_second"] = speeds[len(speeds) // 2] if speeds else None
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+    return metrics

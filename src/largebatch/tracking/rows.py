@@ -71,10 +71,6 @@ class RowOrder:
         self._waiting: deque[Row] = deque()
         self._awaited: deque[int] = deque()  # steps of layer rows that are still on the device
 
-    def images(self, path: Path) -> None:
-        """Log an image file as the first row."""
-        self._next({"step": 0, "epoch": 0}, images=path)
-
     def expect_layers(self, step: int) -> None:
         """Let rows of this step and later steps wait for the layer row of this step."""
         if step % self.layers_every == 0:
@@ -116,7 +112,7 @@ def replay(folder: RunFolder, order: RowOrder, step: int = sys.maxsize, is_over:
             after its next layer row have no known number and are left out.
     """
     if folder.images.exists():
-        order.images(folder.images)
+        order._next({"step": 0, "epoch": 0}, images=folder.images)
     table = read_layer_table(folder.layers, step) if order.layers_every else None
     layers = _layer_rows(table, order.layers_every) if table else []
     for layer_row in layers:
@@ -133,11 +129,9 @@ def read_layer_table(path: Path, step: int) -> pyarrow.Table | None:
     """Return ``layers.parquet`` up to ``step``, or None without such rows."""
     if not path.exists():
         return None
-    import pyarrow.compute
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path)
-    table = table.filter(pyarrow.compute.less_equal(table["step"], step))
+    table = pyarrow.parquet.read_table(path, filters=[("step", "<=", step)])
     return table if table.num_rows else None
 
 

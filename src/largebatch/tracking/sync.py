@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,34 +20,21 @@ from largebatch.tracking.rows import RowOrder, replay
 from largebatch.tracking.wandb_arguments import run_settings
 from largebatch.tracking.wandb_session import choose_mode, close_session, one_line, session_environment
 
-# W&B must not show the syncing machine as the run's.
-_NO_MACHINE = {
-    "x_disable_stats": True,
-    "x_disable_meta": True,
-    "x_disable_machine_info": True,
-    "x_save_requirements": False,
-}
-
 
 class Upload(NamedTuple):
-    """A W&B run of a run folder: the folder with its files (the same, or a ``previous-N`` in it) and its entry."""
+    """A W&B run: its run folder, the folder of its files (the same, or ``previous-N``), its ``uploads.json`` entry."""
 
     run: RunFolder
     files: RunFolder
     entry: wandb_run.Entry
 
-    @property
-    def name(self) -> str:
-        return self.run.name + (f" ({self.files.name})" if self.files.name.startswith("previous-") else "")
 
-
-def sync(folders: Iterable[RunFolder], dry_run: bool, say: Callable[[str], None], seconds: float) -> int:
-    """Upload what W&B lacks of some runs, in the order of their first start; log a line for each.
+def sync(folders: Iterable[RunFolder], dry_run: bool, seconds: float) -> int:
+    """Upload what W&B lacks of some runs, in the order of their first start; print a line for each.
 
     Args:
         folders: run folders.
-        dry_run: only log what would be uploaded; needs no key and no network.
-        say: takes one line at a time.
+        dry_run: only print what would be uploaded; needs no key and no network.
         seconds: time limit for one run.
 
     Returns:
@@ -60,32 +47,31 @@ def sync(folders: Iterable[RunFolder], dry_run: bool, say: Callable[[str], None]
         import wandb  # noqa: F401
     except Exception as error:  # missing, or broken by another package
         raise UserError(f"wandb can't be imported ({one_line(error)})") from error
-    uploads = sorted(_uploads(folders), key=lambda upload: float(upload.entry["started"]))
+    uploads = [
+        Upload(run, RunFolder(path.absolute()), entry)
+        for run in folders
+        for path in [run.path, *sorted(run.path.glob("previous-*"))]  # earlier repetitions
+        for entry in wandb_run.read_uploads(path).values()
+    ]
+    uploads.sort(key=lambda upload: float(upload.entry["started"]))
     pending = [upload for upload in uploads if not upload.entry["uploaded"]]
     if pending and not dry_run:
         _check_access()
     failed = 0
     for upload in pending:
+        name = upload.run.name + ("" if upload.files.name == upload.run.name else f" ({upload.files.name})")
         try:
-            say(f"{upload.name}  {_sync_run(upload, dry_run, seconds)}")
+            print(f"{name}  {_sync_run(upload, dry_run, seconds)}", flush=True)
         except UserError as error:
             failed += 1
-            say(f"{upload.name}  FAILED: {error}")
+            print(f"{name}  FAILED: {error}", flush=True)
     if uploaded := len(uploads) - len(pending):
-        say(f"{uploaded} run(s) were uploaded before")
+        print(f"{uploaded} run(s) were uploaded before")
     if not uploads:
-        say("none of these runs was started with W&B")
+        print("none of these runs was started with W&B")
     if failed:
-        say(f"{failed} run(s) could not be uploaded; repeat the command to try again")
+        print(f"{failed} run(s) could not be uploaded; repeat the command to try again")
     return failed
-
-
-def _uploads(folders: Iterable[RunFolder]) -> Iterator[Upload]:
-    """Yield the W&B runs of the folders and of earlier repetitions in ``previous-1``, ..."""
-    for run in folders:
-        for path in [run.path, *sorted(run.path.glob("previous-*"))]:
-            for entry in wandb_run.read_uploads(path).values():
-                yield Upload(run, RunFolder(path.absolute()), entry)
 
 
 def _check_access() -> None:
@@ -94,15 +80,11 @@ def _check_access() -> None:
         mode, why = choose_mode("online")
         close_session()
     if mode != "online":
-        raise UserError(f"nothing was uploaded: {why}; `wandb login` stores a key, WANDB_BASE_URL names another host")
+        raise UserError(f"nothing was uploaded: {why}. Fix: `wandb login` stores a key, WANDB_BASE_URL sets the host")
 
 
 def _sync_run(upload: Upload, dry_run: bool, seconds: float) -> str:
-    """Upload one run. Return what was done.
-
-    Raises:
-        UserError: W&B did not take the run in ``seconds``.
-    """
+    """Upload one run and return what was done. Raise a ``UserError`` if W&B did not take the run in ``seconds``."""
     if upload.run.is_held():
         return "skipped: the run is running"
     config = upload.entry["arguments"]["config"]
@@ -128,15 +110,17 @@ def _sync_run(upload: Upload, dry_run: bool, seconds: float) -> str:
 
 
 def _open(upload: Upload, scratch: Path, say: Callable[[str], None], seconds: float) -> wandb_run.WandbRun:
-    settings = run_settings(min(seconds, wandb_run.INIT_TIMEOUT), seconds) | _NO_MACHINE
-    settings["sweep_id"] = upload.entry["sweep"]
+    settings = run_settings(min(seconds, wandb_run.INIT_TIMEOUT), seconds) | {"sweep_id": upload.entry["sweep"]}
+    # W&B must not show the syncing machine as the run's.
+    settings |= dict.fromkeys(("x_disable_stats", "x_disable_meta", "x_disable_machine_info"), True)
+    settings["x_save_requirements"] = False
     with session_environment(scratch, "online"):
         try:
             run = wandb_run.open_run("online", scratch, upload.entry["arguments"], settings)
             return wandb_run.WandbRun(run, upload.files.path, say, is_recorded=True)
         except Exception as error:  # wandb raises many kinds
             close_session()
-            advice = "W&B takes no run again that was deleted there; rerun=true makes a new one"
+            advice = "W&B refuses the id of a deleted run; rerun=true makes a new run"
             raise UserError(f"{one_line(error)} ({advice})") from error
 
 

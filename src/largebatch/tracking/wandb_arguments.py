@@ -51,16 +51,14 @@ def run_settings(init_timeout: float, finish_timeout: float) -> dict[str, Any]:
 
 def wandb_config(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration under its own names, without unused options, and the keys to group runs by."""
-    shown: dict[str, Any] = without_none(
-        {
-            **dataclasses.asdict(config),
-            "setting": setting_name(config),
-            "setting_hash": setting_hash(config),
-            "optimizer_label": f"{config.optimizer.name} + {config.schedule.name}",
-            "resolved": facts or None,
-        }
-    )
-    return shown
+    shown = {
+        **dataclasses.asdict(config),
+        "setting": setting_name(config),
+        "setting_hash": setting_hash(config),
+        "optimizer_label": f"{config.optimizer.name} + {config.schedule.name}",
+        "resolved": facts or None,
+    }
+    return dict(without_none(shown))
 
 
 def run_tags(config: Config) -> list[str]:

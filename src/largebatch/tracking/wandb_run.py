@@ -20,14 +20,8 @@ from largebatch.config.identity import without_none
 from largebatch.config.schema import Config
 from largebatch.runs.folder import DONE, RunFolder, read_json, write_atomic
 from largebatch.runs.metrics import Row
+from largebatch.tracking import wandb_session
 from largebatch.tracking.wandb_arguments import agent_run_id, run_arguments, run_settings
-from largebatch.tracking.wandb_session import (
-    choose_mode,
-    close_session,
-    one_line,
-    session_environment,
-    without_password,
-)
 
 if TYPE_CHECKING:
     import wandb
@@ -92,7 +86,7 @@ class WandbRun:
         wandb.termsetup(wandb.setup().settings, listener)  # receives wandb's messages
 
     def _hear(self, message: str) -> None:
-        """Note wandb's only sign of refused data."""
+        """Notice refused data: wandb reports it only by a message."""
         self._is_refused |= "Fatal error while uploading data" in message
 
     def log(
@@ -146,7 +140,7 @@ class WandbRun:
         import wandb
 
         artifact = wandb.Artifact(f"checkpoint-{self.id}", "model", metadata=without_none(metadata))
-        with session_environment(self._folder, "auto"):  # else wandb makes folders in the home
+        with wandb_session.session_environment(self._folder, "auto"):  # else wandb makes folders in the home
             artifact.add_file(str(checkpoint), name="checkpoint.pt", policy="immutable", skip_cache=True)
             self._run.log_artifact(artifact, aliases=aliases)
 
@@ -157,7 +151,7 @@ class WandbRun:
     def finish(self, exit_code: int) -> None:
         """End the run and wandb's session. W&B shows exit code 0 as finished, any other as failed."""
         self._attempt("finish", lambda: self._finish(exit_code), always=True)
-        close_session()
+        wandb_session.close_session()
 
     def _finish(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
@@ -172,7 +166,7 @@ class WandbRun:
                 action()
             except Exception as error:  # wandb's or our own; the first is logged
                 if self._is_sending:
-                    self._say(f"W&B is off from here, it could not {what}: {one_line(error)}")
+                    self._say(f"W&B is off from here, it could not {what}: {wandb_session.one_line(error)}")
                 self._is_sending = False
 
 
@@ -204,12 +198,12 @@ def start(
     try:
         import wandb  # noqa: F401
     except Exception as error:  # missing, or broken by another package
-        say(f"W&B is off: wandb can't be imported ({one_line(error)})")
+        say(f"W&B is off: wandb can't be imported ({wandb_session.one_line(error)})")
         return None
     directory = directory.absolute()
     settings = run_settings(INIT_TIMEOUT, CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT)
     started, files = None, directory
-    with session_environment(directory, config.tracker.mode):
+    with wandb_session.session_environment(directory, config.tracker.mode):
         try:
             (directory / "wandb").mkdir(parents=True, exist_ok=True)
             arguments = run_arguments(config, agent_run_id() or run_id, name, facts)
@@ -221,10 +215,10 @@ def start(
             if run:
                 started, files = WandbRun(run, directory, say, bool(facts)), Path(run.dir)
         except Exception as error:  # training matters more than any failure here
-            mode, why = "is off", one_line(error)
+            mode, why = "is off", wandb_session.one_line(error)
     say(f"W&B {mode}: {why}")
     if started is None:
-        close_session()
+        wandb_session.close_session()
     elif not files.resolve().is_relative_to(directory.resolve()):
         say(f"W&B could not write to {directory}, its files are in {files}")
     return started
@@ -234,17 +228,17 @@ def _begin(
     asked: str, directory: Path, arguments: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[wandb.Run | None, str, str]:
     """Return the run, its mode and the reason. If the server fails to start it, the run is offline."""
-    mode, why = choose_mode(asked)
+    mode, why = wandb_session.choose_mode(asked)
     if mode == "disabled":
         return None, "is off", why
     if mode == "online":
         before = set(directory.glob("wandb/run-*"))
         try:
             run = open_run("online", directory, arguments, settings)
-            return run, mode, without_password(str(run.url))
+            return run, mode, wandb_session.without_password(str(run.url))
         except Exception as error:
-            why = f"the server did not start the run ({one_line(error)})"
-            close_session()  # otherwise the half-open run keeps its id, and going offline fails
+            why = f"the server did not start the run ({wandb_session.one_line(error)})"
+            wandb_session.close_session()  # otherwise the half-open run keeps its id, and going offline fails
             for left in set(directory.glob("wandb/run-*")) - before:
                 shutil.rmtree(left)  # holds no row, and wandb would show it as a run of its own
     return open_run("offline", directory, arguments, settings), "offline", why

@@ -81,7 +81,17 @@ class CheckpointWriter:
         if self._device.type == "cuda":
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(torch.cuda.current_stream(self._device))
-        self._writing = self._thread.submit(_write, self._folder, step, copied, done, first, best)
+
+        def write() -> None:
+            if first is not None:
+                first()
+            if done is not None:
+                done.synchronize()
+            path = save_checkpoint(self._folder, step, copied)
+            if best is not None:
+                _keep(path, best)
+
+        self._writing = self._thread.submit(write)
 
     def wait(self) -> None:
         """Wait until all saved checkpoints are on disk."""
@@ -114,8 +124,8 @@ class CheckpointWriter:
         return copy.deepcopy(state, copies)  # copies all that isn't in copies yet
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain values only) as the checkpoint after optimizer step ``step``.
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write ``state`` (tensors and plain values only) as the checkpoint after optimizer step ``step``. Return its path.
 
     Raises:
         OSError: if the file can't be written. Earlier checkpoints stay intact.
@@ -136,6 +146,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
     for old in _newest_first(folder)[KEPT:]:
         old.unlink()
+    return path
 
 
 def load_newest(folder: Path, device: torch.device, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -159,23 +170,6 @@ def _give_way() -> None:
     """Lower the thread's priority: a training step during a write then takes a tenth longer instead of half."""
     if sys.platform == "linux":  # only on Linux does a thread have its own priority
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _write(
-    folder: Path,
-    step: int,
-    state: dict[str, Any],
-    copied: torch.cuda.Event | None,
-    first: Callable[[], None] | None,
-    best: Path | None,
-) -> None:
-    if first is not None:
-        first()
-    if copied is not None:
-        copied.synchronize()
-    save_checkpoint(folder, step, state)
-    if best is not None:
-        _keep(folder / f"step-{step:08d}.pt", best)
 
 
 def _keep(checkpoint: Path, name: Path) -> None:
@@ -203,7 +197,7 @@ def _tensors(state: Any) -> Iterator[Tensor]:
 
 
 def _buffer(storage: torch.UntypedStorage, old: Tensor | None) -> Tensor:
-    """Return host memory for ``storage``, uint8 [bytes]: ``old`` if it fits, as new memory costs more than a copy."""
+    """Return host memory for ``storage``, uint8 [bytes]: ``old`` if it fits; new memory costs more than a copy."""
     pinned = storage.device.type == "cuda"
     if old is not None and old.numel() == storage.nbytes() and old.is_pinned() == pinned:
         return old

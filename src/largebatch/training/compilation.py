@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.errors import UserError
-from largebatch.machine.trial import trial_images, trial_pass
+from largebatch.machine.precision import trial_images, trial_pass
 from largebatch.training.state import Run
 
 _PAYS_FROM = 5_000_000  # images in total (100 epochs of CIFAR): compiling takes half a minute or more

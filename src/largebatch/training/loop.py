@@ -11,8 +11,8 @@ from largebatch.machine import distributed
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
 from largebatch.training.checkpoint import CheckpointWriter
-from largebatch.training.clock import StepClock
 from largebatch.training.phase import MainPhase
+from largebatch.training.profile import StepClock
 from largebatch.training.stop import StepBoundary
 
 

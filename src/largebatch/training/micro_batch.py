@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,7 @@ from largebatch.config.batch import BatchPlan
 from largebatch.errors import UserError
 from largebatch.machine import distributed
 from largebatch.machine.memory import free_memory, is_out_of_memory
-from largebatch.machine.precision import Arithmetic
-from largebatch.machine.trial import Image, trial_images, trial_pass
+from largebatch.machine.precision import Arithmetic, Image, trial_images, trial_pass
 
 _PART_TO_USE = 0.8  # of the host's free memory; the rest is for other processes and uncounted memory
 _GRADIENTS = 2.0  # peak of a backward pass per saved byte of the forward pass: the byte and its gradient
@@ -47,90 +45,77 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class MicroBatchSearch:
-    """Search for the largest micro-batch of a model.
+def largest_micro_batch(
+    model: nn.Module,
+    batch: BatchPlan,
+    together: int,
+    image: Image,
+    views: int,
+    arithmetic: Arithmetic,
+    device: torch.device,
+    kept_bytes: int,
+) -> int:
+    """Return the largest divisor of this process's share that fits into memory and that ``together`` divides.
 
-    Attributes:
+    On a GPU, try a forward and backward pass of each size, largest first, next to an allocation as large as gradients
+    and optimizer states. On the host, where allocations don't fail in time, compute the size: bytes per image that a
+    forward pass saves for its backward pass, against the free memory.
+
+    Args:
         batch: the division of the global batch over processes.
         together: number of samples that must be in one micro-batch; divides the micro-batch.
         image: shape of an image.
         views: views of an image per pass.
         kept_bytes: bytes that the mode keeps for all images of a process.
+
+    Raises:
+        UserError: if the smallest size doesn't fit.
     """
+    # Of gradients, of two optimizer states per parameter, and of the mode.
+    other_bytes = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + kept_bytes
 
-    model: nn.Module
-    batch: BatchPlan
-    together: int
-    image: Image
-    views: int
-    arithmetic: Arithmetic
-    device: torch.device
-    kept_bytes: int
+    def trial(n: int) -> None:
+        images = trial_images(image, n * views, arithmetic.memory_format, device)
+        trial_pass(model, model, images, arithmetic.autocast(device))
 
-    def largest(self) -> int:
-        """Return the largest divisor of this process's share that fits into memory and that ``together`` divides.
-
-        On a GPU, try a forward and backward pass of each size, largest first, next to an allocation as large as
-        gradients and optimizer states. On the host, where allocations don't fail in time, compute the size: bytes per
-        image that a forward pass saves for its backward pass, against the free memory.
-
-        Raises:
-            UserError: if the smallest size doesn't fit.
-        """
-        sizes = _sizes(self.batch, self.together, self.batch.per_process)
-        fits = self._fits if self.device.type == "cuda" else self._host_fits()
-        largest = next(filter(fits, sizes), None)
-        if largest is None:
-            raise UserError(
-                f"micro_batch=auto: {sizes[-1]} image(s), the smallest size, don't fit into the memory of "
-                f"{self.device}. Fix: use a smaller model, or a device with more memory"
-            )
-        return largest
-
-    def _host_fits(self) -> Callable[[int], bool]:
-        room = _PART_TO_USE * free_memory(self.device) / distributed.processes_here() - self._other_bytes()
-        per_image = _GRADIENTS * self._saved_bytes()
-        return lambda n: n * per_image <= room
-
-    def _fits(self, n: int) -> bool:
-        fits = True
+    def fits(n: int) -> bool:
+        enough = True
         try:
-            beside = torch.empty(self._other_bytes(), dtype=torch.uint8, device=self.device)
-            self._pass(self._images(n))
+            beside = torch.empty(other_bytes, dtype=torch.uint8, device=device)
+            trial(n)
             del beside
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            fits = False
-        release_memory(self.device)
-        return fits
+            enough = False
+        release_memory(device)
+        return enough
 
-    def _pass(self, images: Tensor) -> None:
-        trial_pass(self.model, self.model, images, self.arithmetic.autocast(self.device))
+    sizes = _sizes(batch, together, batch.per_process)
+    if device.type == "cuda":
+        largest = next(filter(fits, sizes), None)
+    else:
+        room = _PART_TO_USE * free_memory(device) / distributed.processes_here() - other_bytes
+        per_image = max((_saved_bytes(model, trial, 4) - _saved_bytes(model, trial, 2)) / 2, 1.0)
+        largest = next((n for n in sizes if n * _GRADIENTS * per_image <= room), None)
+    if largest is None:
+        raise UserError(
+            f"micro_batch=auto: {sizes[-1]} image(s), the smallest size, don't fit into the memory of {device}. "
+            "Fix: use a smaller model, or a device with more memory"
+        )
+    return largest
 
-    def _images(self, n: int) -> Tensor:
-        return trial_images(self.image, n * self.views, self.arithmetic.memory_format, self.device)
 
-    def _saved_bytes(self) -> float:
-        """Return the bytes per image that a forward pass saves for its backward pass, without parameters."""
-        few, more = (self._saved_by(n) for n in (2, 4))
-        return max((more - few) / 2, 1.0)
+def _saved_bytes(model: nn.Module, trial: Callable[[int], None], n: int) -> int:
+    """Return the bytes that a forward pass of ``n`` images saves for its backward pass, without parameters."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: list[Tensor] = []  # alive until counted, so that no address is reused
 
-    def _saved_by(self, n: int) -> int:
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
-        kept: list[Tensor] = []  # alive until counted, so that no address is reused
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
 
-        def keep(tensor: Tensor) -> Tensor:
-            kept.append(tensor)
-            return tensor
-
-        images = self._images(n)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self._pass(images)
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-        return sum(size for pointer, size in storages.items() if pointer not in own)
-
-    def _other_bytes(self) -> int:
-        """Return the bytes of gradients, of two optimizer states per parameter, and of the mode's ``kept_bytes``."""
-        return 3 * sum(p.numel() * p.element_size() for p in self.model.parameters()) + self.kept_bytes
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trial(n)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for pointer, size in storages.items() if pointer not in own)

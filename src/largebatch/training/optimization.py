@@ -60,7 +60,7 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> t
 def _timm_optimizer(
     config: Config, model: nn.Module, parameters: list[Any], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return timm's optimizer. As in timm's own parameter groups, biases and norms have no decay with ``lr_1d`` too."""
+    """Return timm's optimizer. Biases and norms have no decay, as in timm's parameter groups, with ``lr_1d`` too."""
     import timm.optim
 
     name = config.optimizer.name

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
@@ -33,6 +33,10 @@ class MainPhase:
 
     Args:
         mode: module of ``largebatch.modes``.
+
+    Attributes:
+        start, end: numbers of optimizer steps done at the start and at the end of the phase.
+        total_steps: number of the run's last optimizer step, over all phases.
     """
 
     start = 0
@@ -41,16 +45,7 @@ class MainPhase:
         self.run, self.training, self.mode = run, training, mode
         folder = run.folder.profile if run.config.profile and run.rank == 0 else None
         self.profile = Profile(folder, run.device, run.steps)
-
-    @property
-    def end(self) -> int:
-        """Number of the last optimizer step."""
-        return self.run.steps
-
-    @property
-    def total_steps(self) -> int:
-        """Number of the run's last optimizer step, over all phases."""
-        return self.end
+        self.end = self.total_steps = run.steps
 
     def following(self) -> MainPhase | None:
         """Return the next phase, if any."""
@@ -102,14 +97,15 @@ class MainPhase:
 
     def _forward_backward(self, batches: Batches) -> Tensor:
         """Add the gradient over its share of the batch. Return True if every loss is finite (on the device)."""
-        run, training, profile = self.run, self.training, self.profile
-        training.replica.train()
+        run, training, profile, replica = self.run, self.training, self.profile, self.training.replica
+        replica.train()
         finite = torch.ones((), dtype=torch.bool, device=run.device)
         accumulation = run.batch.accumulation
         for part in range(accumulation):
             with profile.phase("data"):
                 images, labels = next(batches)
-            with self._without_sync(more_to_come=part + 1 < accumulation):
+            more = part + 1 < accumulation  # DDP averages gradients over processes only in the last micro-batch
+            with replica.no_sync() if more and isinstance(replica, DistributedDataParallel) else nullcontext():
                 with profile.phase("forward"), run.autocast:
                     loss, counted = self.mode.loss(run.config, training.network, images, labels)
                 with profile.phase("backward"):
@@ -117,13 +113,6 @@ class MainPhase:
             training.totals += counted
             finite &= loss.detach().isfinite()
         return finite
-
-    def _without_sync(self, more_to_come: bool) -> contextlib.AbstractContextManager[None]:
-        """Make DDP average gradients over processes only in the last micro-batch of a step."""
-        replica = self.training.replica
-        if more_to_come and isinstance(replica, DistributedDataParallel):
-            return replica.no_sync()
-        return contextlib.nullcontext()
 
     def update(self, recorder: Recorder | None) -> None:
         """Take one optimizer and schedule step. Record layer statistics every ``tracker.layers_every`` steps."""

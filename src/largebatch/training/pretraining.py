@@ -1,7 +1,15 @@
-"""Pre-training with Barlow Twins, the main phase of ``mode=bt``."""
+"""Pre-training with Barlow Twins, the main phase of ``mode=bt``.
+
+The gradient of the loss over a global batch (``mode.exact``) takes two passes over the same micro-batches. The first,
+without gradients, collects the outputs of backbone and first layer of the projector. The loss over the global batch
+follows from them, and its gradient with respect to them (``global_loss.py``). The second pass takes each micro-batch
+through the backbone again, and that gradient back. A process that holds its whole share at once keeps the first pass's
+graph and needs no second pass.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import cast
 
@@ -9,12 +17,11 @@ import torch
 from torch import Tensor
 
 from largebatch.data import evaluation_share
-from largebatch.data.location import in_words
+from largebatch.data.load import in_words
 from largebatch.machine import distributed
 from largebatch.modes import bt
-from largebatch.modes.collapse import effective_rank, mean_deviation
-from largebatch.modes.exact import ExactGradient
-from largebatch.modes.knn import knn_predictions
+from largebatch.modes.features import effective_rank, knn_predictions, mean_deviation
+from largebatch.modes.global_loss import global_loss
 from largebatch.seeding import derive_seed
 from largebatch.training.evaluation import held_out, split_features
 from largebatch.training.facts import Facts
@@ -35,29 +42,57 @@ class Pretraining(MainPhase):
         self.model = cast(bt.BarlowTwins, training.model)
         batch = probe_batch(run)
         self.probe_steps = len(run.data.train) // batch.global_batch * self.options.eval_epochs
+        self.total_steps = self.end + self.probe_steps
         training.probe = build_probe(run, self.model)
-
-    @property
-    def total_steps(self) -> int:
-        return self.end + self.probe_steps
 
     def following(self) -> MainPhase:
         return ProbePhase(self.run, self.training, self.total_steps)
 
     def _forward_backward(self, batches: Batches) -> Tensor:
-        run, training = self.run, self.training
+        """With ``mode.exact``, add a gradient whose mean over processes is that of the loss over the global batch."""
+        run, model, options = self.run, self.model, self.options
         if not run.exact:
             return super()._forward_backward(batches)
+        model.train()
+        whole = run.batch.accumulation == 1
+        buffers = [] if whole else list(model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        graphs: list[tuple[int, slice, Tensor]] = []
+        collected = torch.empty(0)
+        with torch.set_grad_enabled(whole):
+            for view, rows, output in self._first_layer(batches):
+                if not len(collected):
+                    collected = output.new_empty(2, run.batch.per_process, output.shape[1])
+                collected[view, rows] = output.detach()
+                if whole:
+                    graphs.append((view, rows, output))
+        for buffer, saved in zip(buffers, before, strict=True):  # the second pass updates the running statistics
+            buffer.copy_(saved)
+        with self.profile.phase("forward"):
+            parts, gradient = global_loss(
+                model.projector, collected, run.batch.micro_batch, run.autocast,
+                lmbda=options.lmbda, scale=options.loss_scale,
+            )  # fmt: skip
+        for view, rows, output in graphs or self._first_layer(batches):
+            with self.profile.phase("backward"):
+                torch.autograd.backward(output, gradient[view, rows])
+        self.training.totals += bt.counted(options.loss_scale, parts, run.batch.per_process)
+        return parts[0].isfinite()
 
-        def seed(number: int, view: int) -> None:
-            torch.manual_seed(derive_seed(run.config.seed, "view", training.step, run.rank, number, view))
+    def _first_layer(self, batches: Batches) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield view (0 or 1), rows among this process's images, and output of backbone and projector's first layer.
 
-        exact = ExactGradient(
-            self.model, training.network, self.options, batches, run.batch, run.autocast, seed, self.profile.phase
-        )
-        counted, finite = exact.compute()
-        training.totals += counted
-        return finite
+        The seed of a view of a micro-batch is the same in both passes, and so is dropout.
+        """
+        run, training, size = self.run, self.training, self.run.batch.micro_batch
+        for number in range(run.batch.accumulation):
+            with self.profile.phase("data"):
+                images, _ = next(batches)
+            for view, pixels in enumerate(images.chunk(2)):
+                torch.manual_seed(derive_seed(run.config.seed, "view", training.step, run.rank, number, view))
+                with self.profile.phase("forward"), run.autocast:
+                    output: Tensor = self.model.projector.first(training.network(pixels))
+                yield view, slice(number * size, (number + 1) * size), output
 
     def evaluates_after(self, step: int) -> bool:
         every = self.options.knn_every

@@ -63,7 +63,7 @@ class ProbePhase(MainPhase):
         assert training.probe is not None
         self.probe, self.model = training.probe, cast(BarlowTwins, training.model)
         self.options, self.batch = bt.options(run.config), probe_batch(run)
-        self.start, self._end = run.steps, end
+        self.start, self.end = run.steps, end
         self.epoch_steps = len(run.data.train) // self.batch.global_batch
         self.profile = Profile(None, run.device, end)
         distributed.share_buffers(self.model)
@@ -75,10 +75,6 @@ class ProbePhase(MainPhase):
         # Features of the held-out sets, constant with a frozen backbone.
         splits = dict(held_out(run)) if self.frozen else {}
         self._held_out = {name: split_features(run, self.model, split) for name, split in splits.items()}
-
-    @property
-    def end(self) -> int:
-        return self._end
 
     @property
     def _step(self) -> int:

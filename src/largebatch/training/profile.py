@@ -1,4 +1,4 @@
-"""Profile of training steps: a trace, and a table of the time of each phase."""
+"""Time of training steps: their speed; and on request a trace, and a table of the time of each phase."""
 
 from __future__ import annotations
 
@@ -10,20 +10,59 @@ from typing import Any
 
 import torch
 
+from largebatch.machine.precision import synchronize
 from largebatch.runs.folder import write_atomic
-from largebatch.runs.text_table import plain_table
+from largebatch.runs.table import plain_table
 
 _WARM_UP = 3  # steps; they include allocations, the choice of convolution algorithms and compilation
 _STEPS = 10
 PHASES = ("data", "forward", "backward", "optimizer", "logging", "evaluation", "checkpoint")
 
 
+class StepClock:
+    """Wall time of a run over its interruptions, and the speed of its latest steps.
+
+    Args:
+        seconds_before: wall seconds of the run's earlier processes.
+        device: the device to wait for before a pause, because a GPU's work is only queued.
+    """
+
+    def __init__(self, seconds_before: float, device: torch.device) -> None:
+        self._device = device
+        self._started = time.perf_counter() - seconds_before
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure speed from now on, without atypical time such as the first step's set-up."""
+        self._mark, self._paused, self._steps = time.perf_counter(), 0.0, 0
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._started
+
+    def speed(self, batch_size: int) -> dict[str, float]:
+        """Return images per second and milliseconds per step since the last call; empty without a step."""
+        if self._steps == 0:
+            return {}
+        seconds = (time.perf_counter() - self._mark - self._paused) / self._steps
+        self.restart()
+        return {"perf/images_per_second": batch_size / seconds, "perf/step_ms": 1000 * seconds}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        synchronize(self._device)
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+
 class Profile:
     """Profile of ten steps after three warm-up steps, or of fewer in a short run.
 
-    Writes ``trace.json.gz`` (for Perfetto, chrome://tracing) and ``shares.txt`` to ``folder``. At the end of every
-    profiled phase, waits for the device, so that each phase's time includes only its own work. This makes the profiled
-    steps slower.
+    Writes ``trace.json.gz`` (for Perfetto, chrome://tracing) and ``shares.txt`` to ``folder``. Each profiled phase
+    ends with a wait for the device, so that its time includes only its own work. This makes the profiled steps slower.
 
     Args:
         folder: folder of the two files; None: no profile.
@@ -46,7 +85,7 @@ class Profile:
         start = time.perf_counter()
         with torch.profiler.record_function(name):
             yield
-            self._wait()
+            synchronize(self._device)
         self._seconds[name] += time.perf_counter() - start
 
     def before_step(self) -> None:
@@ -57,7 +96,7 @@ class Profile:
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
             self._profiler = torch.profiler.profile(activities=activities)
             self._profiler.start()
-            self._wait()
+            synchronize(self._device)
             self._started = time.perf_counter()
 
     def after_step(self, step: int) -> list[str]:
@@ -65,7 +104,7 @@ class Profile:
         profiled = self._begun - _WARM_UP
         if self._profiler is None or (profiled < _STEPS and step < self._last_step):
             return []
-        self._wait()
+        synchronize(self._device)
         total = time.perf_counter() - self._started
         self._profiler.stop()
         assert self._folder is not None
@@ -80,7 +119,3 @@ class Profile:
         seconds = self._seconds | {"other": total - sum(self._seconds.values()), "all": total}
         rows = [(name, f"{1000 * spent / steps:.2f}", f"{spent / total:.1%}") for name, spent in seconds.items()]
         return plain_table(("phase", "ms a step", "share"), rows)
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from largebatch.config.batch import BatchPlan, plan_batch
+from largebatch.config.batch import plan_batch
 from largebatch.config.schema import Config
-from largebatch.data import Data, load_data, steps_per_epoch
+from largebatch.data import load_data, steps_per_epoch
+from largebatch.data.cache import Say
 from largebatch.machine import distributed
-from largebatch.machine.precision import Arithmetic, choose_arithmetic
+from largebatch.machine.precision import Arithmetic, Image, choose_arithmetic
 from largebatch.modes import bt, clf
 from largebatch.optim import CLARS, SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
 from largebatch.training.compilation import compiled
-from largebatch.training.micro_batch import MicroBatchSearch
+from largebatch.training.micro_batch import largest_micro_batch
 from largebatch.training.optimization import build_optimizer
 from largebatch.training.phase import MainPhase
 from largebatch.training.pretraining import Pretraining
@@ -54,11 +53,21 @@ def set_up(
     steps = config.steps if config.steps is not None else (config.epochs or 0) * epoch_steps
 
     batch = plan_batch(config.batch_size, processes, config.micro_batch, config.optimizer.samples_together)
-    decisions = _Decisions(config, mode, model, data, batch, rank, device, saved)
-    arithmetic = decisions.arithmetic(console.say)
+    if saved is not None:
+        arithmetic = Arithmetic(**saved["arithmetic"])
+    else:
+        at_once = config.mode.views * batch.micro_batch
+        arithmetic = _agreed_arithmetic(config, model, data.image, at_once, rank, device, console.say)
     model = model.to(memory_format=arithmetic.memory_format)
-    if config.micro_batch == "auto":
-        batch = plan_batch(config.batch_size, processes, decisions.micro_batch(arithmetic))
+    if config.micro_batch == "auto" and saved is not None:
+        batch = plan_batch(config.batch_size, processes, saved["micro_batch"])
+    elif config.micro_batch == "auto":
+        largest = largest_micro_batch(
+            model, batch, config.optimizer.samples_together, data.image, config.mode.views, arithmetic, device,
+            bt.kept_bytes(config, batch),
+        )  # fmt: skip
+        largest = int(distributed.smallest_over_processes(torch.tensor(float(largest))))
+        batch = plan_batch(config.batch_size, processes, largest)
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, device)
     optimizer = build_optimizer(config, model, epoch_steps)
@@ -71,7 +80,7 @@ def set_up(
             batch = plan_batch(config.batch_size, processes, norms.sample_size)
 
     run = Run(config, folder, rank, processes, device, data, batch, epoch_steps, steps, arithmetic)
-    replica = mode.network(model, config)
+    replica = cast(bt.BarlowTwins, model).backbone if run.exact else model
     if not run.averages_afterwards:
         example = torch.zeros(2 * config.mode.views, *data.image, device=device)
         replica = distributed.replicate(replica, example)
@@ -83,40 +92,15 @@ def set_up(
     return phase(run, Training(model, replica, network, optimizer, schedule, norms, totals), mode)
 
 
-@dataclass(frozen=True)
-class _Decisions:
-    """Choice of the arithmetic and of ``micro_batch=auto``."""
-
-    config: Config
-    mode: ModuleType
-    model: nn.Module
-    data: Data
-    batch: BatchPlan
-    rank: int
-    device: torch.device
-    saved: Saved | None
-
-    def arithmetic(self, say: Callable[[str], None]) -> Arithmetic:
-        """Return the arithmetic of the resumed run, or rank 0's choice."""
-        if self.saved is not None:
-            return Arithmetic(**self.saved["arithmetic"])
-        chosen = None
-        if self.rank == 0:
-            at_once = self.config.mode.views * self.batch.micro_batch
-            chosen, how = choose_arithmetic(self.config, self.model, self.data.image, at_once, self.device)
-            if how:
-                say(f"{chosen}: the fastest for {self.config.model.name} here ({how})")
-        chosen = distributed.from_rank_0(chosen)
-        assert chosen is not None
-        return chosen
-
-    def micro_batch(self, arithmetic: Arithmetic) -> int:
-        """Return the micro-batch of the resumed run, or the largest that fits in every process."""
-        if self.saved is not None:
-            return int(self.saved["micro_batch"])
-        config = self.config
-        search = MicroBatchSearch(
-            self.model, self.batch, config.optimizer.samples_together, self.data.image, config.mode.views, arithmetic,
-            self.device, self.mode.kept_bytes(config, self.batch),
-        )  # fmt: skip
-        return int(distributed.smallest_over_processes(torch.tensor(float(search.largest()))))
+def _agreed_arithmetic(
+    config: Config, model: nn.Module, image: Image, at_once: int, rank: int, device: torch.device, say: Say
+) -> Arithmetic:
+    """Return rank 0's choice for passes of ``at_once`` images."""
+    chosen = None
+    if rank == 0:
+        chosen, how = choose_arithmetic(config, model, image, at_once, device)
+        if how:
+            say(f"{chosen}: the fastest for {config.model.name} here ({how})")
+    chosen = distributed.from_rank_0(chosen)
+    assert chosen is not None
+    return chosen

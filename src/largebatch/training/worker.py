@@ -24,10 +24,10 @@ from largebatch.tracking.console import Console
 from largebatch.tracking.images import save_images
 from largebatch.tracking.recorder import Recorder
 from largebatch.training.checkpoint import CheckpointWriter, load_newest
-from largebatch.training.clock import StepClock
 from largebatch.training.facts import facts_in_words, gather_facts
 from largebatch.training.loop import Session, loop
 from largebatch.training.phase import MainPhase
+from largebatch.training.profile import StepClock
 from largebatch.training.set_up import set_up
 from largebatch.training.stop import StepBoundary
 

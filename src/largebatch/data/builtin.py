@@ -1,0 +1,67 @@
+"""Data sets without a download: scikit-learn's digits, and random images for timing."""
+
+from __future__ import annotations
+
+import importlib.util
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from largebatch.config.datasets import DatasetConfig
+from largebatch.data.cache import Say
+from largebatch.data.images import MemoryImages, Split, resize
+from largebatch.data.sampling import hold_out
+from largebatch.errors import UserError
+
+_TEST_SIZE = 360  # of digits
+_SEED = 0  # fixed: every run has the same test set of digits, and the same random images
+
+
+def load_digits(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
+    """Load a training set of 1437 and a test set of 360 images, stratified and equal for every seed.
+
+    They are grey, of 8x8 pixels, in 10 classes. Pixels of 0..16 become 0..255 (``round(x * 255 / 16)``). The file is
+    read without importing scikit-learn, in 0.02 s instead of 0.8 s.
+
+    Raises:
+        UserError: if scikit-learn's file is missing or damaged.
+    """
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    try:
+        table = np.loadtxt(path, delimiter=",")
+        images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"dataset=digits: can't read {path} ({error}); reinstall scikit-learn") from error
+    labels = torch.from_numpy(table[:, -1].astype(np.int64))
+    whole = Split(MemoryImages(resize(torch.from_numpy(images), config.image_size or 8)), labels)
+    train, test = hold_out(labels, _TEST_SIZE, _SEED)
+    return whole.select(train), whole.select(test), tuple(str(digit) for digit in range(10))
+
+
+def load_synthetic(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
+    """Return uniformly random bytes with balanced labels in random order, equal for every run.
+
+    Raises:
+        UserError: if a size isn't set.
+    """
+    train_size, test_size = _given(config, "train_size"), _given(config, "test_size")
+    num_classes, side = _given(config, "num_classes"), _given(config, "image_size")
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def random_split(n: int) -> Split:
+        pixels = torch.randint(0, 256, (n, config.channels, side, side), dtype=torch.uint8, generator=generator)
+        return Split(MemoryImages(pixels), torch.randperm(n, generator=generator) % num_classes)
+
+    return random_split(train_size), random_split(test_size), tuple(str(label) for label in range(num_classes))
+
+
+def _given(config: DatasetConfig, key: str) -> int:
+    value: int | None = getattr(config, key)
+    if value is None:
+        raise UserError(f"dataset.{key}=null: dataset=synthetic needs a number")
+    return value
