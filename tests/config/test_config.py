@@ -172,7 +172,8 @@ def test_a_plus_does_not_allow_an_unknown_key() -> None:
 IDENTITY_FREE = [
     "profile=true", "dataset.location=host", "dataset.location=device",
     "cluster.processes=2", "tracker=none", "tracker.project=x", "tracker.log_every=3", "runs_dir=elsewhere",
-    "rerun=true", "dry_run=true", "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
+    "rerun=true", "dry_run=true", "confirms=true",
+    "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
     "dataset.verify=false", "checkpoint.every_seconds=1", "epochs=120", "lr_scaling.force=true",
 ]  # fmt: skip
 

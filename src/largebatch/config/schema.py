@@ -102,6 +102,7 @@ class Config:
     rerun: bool = False  # repeat a finished run from scratch
     dry_run: bool = False  # show the plan, start nothing
     profile: bool = False  # write a trace of ten steps, and a table of the time of each phase
+    confirms: bool = False  # a run of `largebatch confirm`: it reports a setting and takes no part in choosing it
 
 
 # Dataclasses by group and name.

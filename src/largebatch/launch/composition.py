@@ -20,9 +20,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.errors import UserError
+from largebatch.config.schema import explain
+from largebatch.errors import UserError, choices
 
 Tree = dict[str, Any]
 
@@ -230,3 +233,21 @@ def _set(tree: Tree, key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise UserError(f"unknown key {key}: {part} is a value without keys of its own")
     node[last] = value
+
+
+def composition_error(error: Exception) -> str:
+    """Return a message with the key, its value and the allowed values if ``error`` has them, else its own text."""
+    if isinstance(error, OmegaConfBaseException):
+        return explain(error)
+    text = str(error).replace("++", "")  # added by by_force
+    if isinstance(error, OverrideParseException):
+        reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
+        return f"{error.override}: {reason}. Fix: quote values with commas, brackets or spaces for the shell"
+    if match := re.search(
+        r"Could not find '([^'/]+)/([^']+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text
+    ):
+        options = match[3].split()
+        return f"{match[1]}={match[2]}: {choices(match[2], options)}"
+    if match := re.search(r"Error merging override ([^\n]+)", text):
+        return f"{match[1]}: {str(error.__cause__).splitlines()[0]}"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from largebatch.errors import UserError, choices
 from largebatch.report import export
-from largebatch.report.compare import compare
-from largebatch.report.load import load_runs
+from largebatch.report.compare import Comparison, compare
+from largebatch.report.load import Problem, Run, load_runs
 from largebatch.runs.folder import write_atomic
 from largebatch.runs.metrics import write_table
 
@@ -37,25 +37,16 @@ def report(
     """
     if target is not None and not 0 < target < 1:
         raise UserError(f"--target={target:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
-    if not runs_dir.is_dir():
-        raise UserError(f"{runs_dir}: not a folder. Fix: give the folder that holds the runs")
     kind = format_ or _format_of(out)
     path = _path(out, kind)
     runs, problems = load_runs(runs_dir)
-    known = sorted({key for run in runs for key in run.given}) if by else []
-    for key in by:
-        if runs and key not in known:
-            raise UserError(f"--by={key}: no run has this key; {choices(key, known)}")
-    comparisons = compare(runs, by)
+    comparisons = compared(runs, by)
     text = ""
     if kind == "html" and runs:
         from largebatch.report.page import page  # imports Plotly and Jinja2, which the other formats don't need
 
         text = page(runs_dir.resolve().name, runs, problems, comparisons, target)
-    for problem in sorted(set(problems)):
-        print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
-    if not runs:
-        raise UserError(f"{runs_dir}: holds no readable run. Fix: give the folder that holds the runs")
+    name_problems(runs_dir, runs, problems)
     if kind == "md":
         text = export.markdown(comparisons, problems)
     elif kind == "csv":
@@ -70,6 +61,31 @@ def report(
     except OSError as error:
         raise UserError(f"--out={path}: {error.strerror}. Fix: name a file that can be written") from None
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
+
+
+def compared(runs: Sequence[Run], by: Sequence[str]) -> list[Comparison]:
+    """Return ``compare(runs, by)``.
+
+    Raises:
+        UserError: no run has a key of ``by``.
+    """
+    known = sorted({key for run in runs for key in run.given}) if by else []
+    for key in by:
+        if runs and key not in known:
+            raise UserError(f"--by={key}: no run has this key; {choices(key, known)}")
+    return compare(runs, by)
+
+
+def name_problems(runs_dir: Path, runs: Sequence[Run], problems: Sequence[Problem]) -> None:
+    """Print the problems to stderr.
+
+    Raises:
+        UserError: there is no run.
+    """
+    for problem in sorted(set(problems)):
+        print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
+    if not runs:
+        raise UserError(f"{runs_dir}: holds no readable run. Fix: give the folder that holds the runs")
 
 
 def _path(out: str | None, kind: str) -> Path | None:

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -36,10 +36,17 @@ Place = tuple[RowKey, int]  # of a cell: row and batch size
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ only in their seed."""
+    """Runs that differ only in their seed.
 
-    options: dict[str, Any]  # by dotted key, without the seed
-    runs: list[Run]  # by seed
+    Attributes:
+        options: by dotted key, without the seed.
+        runs: runs that take part in the choice, by seed.
+        confirming: runs of ``largebatch confirm``, by seed.
+    """
+
+    options: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+    confirming: list[Run] = field(default_factory=list)
 
     @cached_property
     def finished(self) -> list[Run]:
@@ -54,9 +61,18 @@ class Setting:
         """True if the setting counts as a trial: at least one seed finished or diverged."""
         return bool(self.finished or self.diverged)
 
+    @property
+    def confirmed(self) -> bool:
+        """True if a confirmation run has ended."""
+        return any(run.done or run.state == "failed" for run in self.confirming)
+
+    @property
+    def reported(self) -> list[Run]:
+        return self.confirming if self.confirmed else self.runs
+
     def values(self, metric: str) -> list[float]:
-        """Return ``metric`` of the finished runs, by seed."""
-        return [value for run in self.finished if (value := run.metric(metric)) is not None]
+        """Return ``metric`` of the finished runs that take part in the choice, by seed."""
+        return values(self.runs, metric)
 
     def score(self, metric: str) -> float:
         """Return the mean of ``metric`` over seeds. A diverged seed counts as 0."""
@@ -90,7 +106,21 @@ class Cell:
 
     @property
     def runs(self) -> list[Run]:
-        return [run for setting in self.settings for run in setting.runs]
+        return [run for setting in self.settings for run in (*setting.runs, *setting.confirming)]
+
+    @property
+    def confirmed(self) -> bool:
+        return self.chosen is not None and self.chosen.confirmed
+
+    @property
+    def reported(self) -> list[Run]:
+        """Runs of the chosen setting that the table reports: its confirmation runs, else the runs that chose it."""
+        return self.chosen.reported if self.chosen else []
+
+    @property
+    def lost(self) -> list[Run]:
+        """Reported runs that keep the cell from leading: diverged runs, and confirmation runs without a result."""
+        return [run for run in self.reported if run.state == "diverged" or (run.confirms and not run.done)]
 
     @property
     def trials(self) -> int:
@@ -98,18 +128,19 @@ class Cell:
 
     @property
     def seeds(self) -> int:
-        """Number of finished seeds of the chosen setting."""
-        return len(self.chosen.finished) if self.chosen else 0
+        """Number of finished seeds among the reported runs."""
+        return sum(run.state == "finished" for run in self.reported)
 
     @property
     def diverged(self) -> int:
         """Number of diverged runs of all settings."""
-        return sum(len(setting.diverged) for setting in self.settings)
+        return sum(run.state == "diverged" for run in self.runs)
 
     @property
     def drawn(self) -> list[Run]:
-        """Runs to draw: the finished runs of the chosen setting. If no run finished, one setting's diverged runs."""
-        return self.chosen.finished if self.chosen else next((s.diverged for s in self.settings if s.diverged), [])
+        """Runs to draw: the finished reported runs. If no run finished, one setting's diverged runs."""
+        runs = self.reported or next((setting.diverged for setting in self.settings if setting.diverged), [])
+        return [run for run in runs if run.state == "finished"] or [run for run in runs if run.state == "diverged"]
 
 
 class Lead(NamedTuple):
@@ -156,6 +187,11 @@ class Comparison:
         return [cell for cell in self.cells.values() if cell.mean is not None]
 
     @property
+    def confirmed(self) -> bool:
+        """True if at least one cell is confirmed."""
+        return any(cell.confirmed for cell in self.cells.values())
+
+    @property
     def bold(self) -> list[Cell]:
         """Cells that lead their column clearly."""
         return [lead.best for lead in self.leads if lead.clear and lead.best]
@@ -200,7 +236,8 @@ def settings_of(runs: Iterable[Run]) -> tuple[Setting, ...]:
     found: dict[str, Setting] = {}
     for run in sorted(runs, key=lambda run: run.config["seed"]):
         options = {key: value for key, value in run.options.items() if key != "seed"}
-        found.setdefault(json.dumps(options, sort_keys=True, default=str), Setting(options, [])).runs.append(run)
+        setting = found.setdefault(json.dumps(options, sort_keys=True, default=str), Setting(options))
+        (setting.confirming if run.confirms else setting.runs).append(run)
     return tuple(sorted(found.values(), key=lambda s: (s.options["optimizer.lr"], json.dumps(s.options, default=str))))
 
 
@@ -209,17 +246,23 @@ def choose(row: RowKey, batch_size: int, settings: tuple[Setting, ...]) -> Cell:
 
     The highest mean over seeds of the best validation accuracy wins; a diverged seed counts as 0. Ties: the setting
     with more finished seeds wins, then the first. The test set chooses only if a setting has no validation accuracy.
+    Confirmation runs take no part. If the chosen setting has some that have ended, the cell reports only these.
     """
     candidates = [setting for setting in settings if setting.finished]
     validated = all(_has_validation(run) for setting in candidates for run in setting.finished)
     chosen_by = BY_VALIDATION if validated and candidates else BY_TEST
     chosen = max(candidates, key=lambda s: (s.score(chosen_by), len(s.finished)), default=None)
-    values = chosen.values(REPORTED[chosen_by]) if chosen else []
+    accuracies = values(chosen.reported, REPORTED[chosen_by]) if chosen else []
     return Cell(
         row, batch_size, settings, chosen, chosen_by,
-        mean=statistics.fmean(values) if values else None,
-        spread=statistics.stdev(values) if len(values) > 1 else None,
+        mean=statistics.fmean(accuracies) if accuracies else None,
+        spread=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
     )  # fmt: skip
+
+
+def values(runs: Iterable[Run], metric: str) -> list[float]:
+    """Return ``metric`` of the finished runs, in their order."""
+    return [value for run in runs if run.state == "finished" and (value := run.metric(metric)) is not None]
 
 
 def _has_validation(run: Run) -> bool:
@@ -232,15 +275,15 @@ def lead(batch_size: int, cells: Sequence[Cell]) -> Lead:
     """Return the leader of a column.
 
     The best mean leads clearly if its range mean ± spread lies above the range of every other cell. So each of these
-    cells needs at least two seeds, and at least two cells must have finished. A cell whose chosen setting has a
-    diverged seed never leads clearly, because its mean leaves that seed out.
+    cells needs at least two seeds, and at least two cells must have finished. A cell with lost seeds never leads
+    clearly, because its mean leaves them out. Nor does an unconfirmed cell lead confirmed cells.
     """
     finished = sorted((cell for cell in cells if cell.mean is not None), key=lambda cell: -(cell.mean or 0))
     best, runner_up = [*finished, None, None][:2]
     clear = (
         best is not None
-        and best.chosen is not None
-        and not best.chosen.diverged
+        and not best.lost
+        and (best.confirmed or not any(cell.confirmed for cell in finished))
         and runner_up is not None
         # Ranges that touch have no gap; 1e-9 absorbs rounding.
         and best.range[0] - max(other.range[1] for other in finished[1:]) > 1e-9

@@ -44,7 +44,9 @@ def table(comparison: Comparison) -> str:
         for batch in comparison.columns:
             cell = comparison.cells.get((row, batch))
             bold = "**" if cell in comparison.bold else ""
-            texts.append(f"{bold}{cell_accuracy(cell, digits)}{bold} ({cell_counts(cell)})" if cell else "-")
+            texts.append(
+                f"{bold}{cell_accuracy(cell, digits)}{bold} ({cell_counts(cell, comparison)})" if cell else "-"
+            )
         lines.append(f"| {_escaped(row_label(row))} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
@@ -55,7 +57,7 @@ def _escaped(text: str) -> str:
 
 
 def records(comparisons: Sequence[Comparison]) -> list[Record]:
-    """Return one flat row for each run: its configuration, its outcome, and True if its setting was chosen.
+    """Return one flat row for each run: its configuration, its outcome, and its part in the table.
 
     Each configuration key that differs between runs has a column of its own, under its dotted name.
     """
@@ -64,9 +66,9 @@ def records(comparisons: Sequence[Comparison]) -> list[Record]:
     for cell in (cell for comparison in comparisons for cell in comparison.cells.values()):
         for setting in cell.settings:
             chosen = setting is cell.chosen
-            reported = REPORTED[cell.chosen_by] if chosen else None
-            for run in setting.runs:
-                place = {"row": row_label(cell.row), "chosen": chosen, "reported": reported}
+            for run in (*setting.runs, *setting.confirming):
+                reported = REPORTED[cell.chosen_by] if run in cell.reported else None
+                place = {"row": row_label(cell.row), "chosen": chosen, "confirms": run.confirms, "reported": reported}
                 found.append(_record(run) | place | {key: run.options.get(key) for key in keys})
     return _one_type_a_column(found)
 

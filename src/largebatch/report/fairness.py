@@ -90,8 +90,8 @@ def _unequal_trials(comparison: Comparison) -> Iterator[Warn]:
 def _unequal_seeds(comparison: Comparison) -> Iterator[Warn]:
     unequal = []
     for batch in comparison.columns:
-        chosen = [cell.chosen for cell in comparison.column(batch) if cell.chosen]
-        if len({tuple(run.config["seed"] for run in setting.runs) for setting in chosen}) > 1:
+        reported = [cell.reported for cell in comparison.column(batch) if cell.reported]
+        if len({tuple(run.config["seed"] for run in runs) for runs in reported}) > 1:
             unequal.append(batch)
     if unequal:
         yield Warn(
@@ -100,10 +100,20 @@ def _unequal_seeds(comparison: Comparison) -> Iterator[Warn]:
         )
 
 
+def _unconfirmed(comparison: Comparison) -> Iterator[Warn]:
+    cells = [cell for cell in comparison.finished if not cell.confirmed]
+    if comparison.confirmed and cells:
+        yield Warn(
+            "Unconfirmed cells",
+            f"For {_names(comparison, cells)}, the same runs chose the setting and report it, so their accuracy may "
+            "be high by luck. The other cells show confirmation runs. Run largebatch confirm again.",
+        )
+
+
 def _few_steps(comparison: Comparison) -> Iterator[Warn]:
     found: dict[int, int] = {}
     for cell in comparison.finished:
-        steps = [int(run.summary.get("steps") or 0) for run in cell.chosen.finished] if cell.chosen else []
+        steps = [int(run.summary.get("steps") or 0) for run in cell.drawn]
         if 0 < min(steps, default=0) < FEW_STEPS:
             found[cell.batch_size] = min(steps)
     if found:
@@ -220,8 +230,9 @@ _CHECKS: tuple[Check, ...] = (
         "Some seeds diverged",
         "For {}, some seeds of the chosen setting diverged: the loss became infinite or undefined. "
         "The mean is over the other seeds, and the setting can't lead its column.",
-        lambda cell: cell.chosen is not None and bool(cell.chosen.diverged),
+        lambda cell: any(run.state == "diverged" for run in cell.reported),
     ),
+    _unconfirmed,
     _few_steps,
     _cells(
         "Best learning rate at the edge of the range",

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from largebatch.report import figures
 from largebatch.report.chart import Chart, Styles, styles
-from largebatch.report.compare import BY_VALIDATION, Comparison, Place, differing, distinct
+from largebatch.report.compare import BY_VALIDATION, Comparison, Place, differing, distinct, values
 from largebatch.report.curves import (
     MOST_POINTS,
     Histories,
@@ -160,7 +160,7 @@ def _table(comparison: Comparison, style: Styles) -> list[dict[str, Any]]:
                 "bold": cell in comparison.bold,
                 "lost": cell.mean is None,
                 "setting": ", ".join(f"{short(key)} {value(options[key])}" for key in varied if key in options),
-                "counts": cell_counts(cell),
+                "counts": cell_counts(cell, comparison),
             })  # fmt: skip
         rows.append({"label": row_label(row), "style": style[row], "cells": cells})
     return rows
@@ -176,6 +176,11 @@ def _caption(comparison: Comparison) -> str:
         )
     if by - {BY_VALIDATION}:
         text += "Without validation images, the table shows the test accuracy at the end of training. "
+    if comparison.confirmed:
+        text += (
+            "Confirmation seeds: the chosen setting ran again on seeds that took no part in the choice, and the table "
+            "shows only these runs. "
+        )
     text += (
         "Bold: the optimizer leads its column by more than the spread. Its range mean ± spread lies above the range of "
         "every other optimizer that finished. Without bold, no optimizer leads by more than the spread."
@@ -203,22 +208,28 @@ def _settings_table(comparison: Comparison) -> dict[str, Any]:
     digits = decimals(comparison)
     keys = sorted(differing(comparison.runs).keys() - {"optimizer.name", "schedule.name", "batch_size", "seed"})
 
-    def mean(values: list[float]) -> str:
-        return f"{100 * statistics.fmean(values):.{digits}f}" if values else "-"
+    def mean(runs: Sequence[Run], metric: str) -> str:
+        accuracies = values(runs, metric)
+        return f"{100 * statistics.fmean(accuracies):.{digits}f}" if accuracies else "-"
 
     lines = [
         [
             row_label(cell.row),
             f"{cell.batch_size:,}",
             *(value(setting.options.get(key)) for key in keys),
-            ", ".join(str(run.config["seed"]) for run in setting.runs),
-            mean(setting.values("best/val/accuracy")),
-            mean(setting.values("test/accuracy")),
-            ", ".join(states(setting.runs)),
-            "chosen" if setting is cell.chosen else "",
+            ", ".join(str(run.config["seed"]) for run in runs),
+            mean(runs, "best/val/accuracy"),
+            mean(runs, "test/accuracy"),
+            ", ".join(states(runs)),
+            word,
         ]
         for cell in comparison.cells.values()
         for setting in cell.settings
+        for runs, word in (
+            (setting.runs, "chosen" if setting is cell.chosen else ""),
+            (setting.confirming, "confirmation"),
+        )
+        if runs
     ]
     heads = ["optimizer", "batch", *keys, "seeds", "best validation [%]", "test at the end [%]", "runs", ""]
     return {"heads": heads, "lines": lines}
