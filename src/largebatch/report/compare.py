@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schedules import SCHEDULES
 from largebatch.report.load import Run
+from largebatch.report.trials import distinct_trials
 
 BY_VALIDATION = "best/val/accuracy"
 BY_TEST = "test/accuracy"
@@ -122,9 +123,10 @@ class Cell:
         """Reported runs that keep the cell from leading: diverged runs, and confirmation runs without a result."""
         return [run for run in self.reported if run.state == "diverged" or (run.confirms and not run.done)]
 
-    @property
+    @cached_property
     def trials(self) -> int:
-        return sum(setting.tried for setting in self.settings)
+        """Number of settings tried, without those next to another (``trials.apart``)."""
+        return distinct_trials([setting.options for setting in self.settings if setting.tried])
 
     @property
     def seeds(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
-from largebatch.report.compare import BY_TEST, Cell, Comparison, RowKey, distinct
+from largebatch.report import spaces
+from largebatch.report.compare import BY_TEST, Comparison, distinct
 from largebatch.report.load import flat
+from largebatch.report.warn import Check, Warn, check_cells, names_of
 from largebatch.report.wording import batches, listed, plural, row_label, states, value
 
 FEW_SEEDS = 3
@@ -18,36 +19,9 @@ _PLACES = ("batch_size", "seed")
 _LENGTHS = ("epochs", "steps")
 
 
-class Warn(NamedTuple):
-    """A problem's short name, and its meaning for the reader."""
-
-    title: str
-    text: str
-
-
 def warnings(comparison: Comparison) -> list[Warn]:
     """Return everything that a reader must know before trusting the table, the gravest first."""
     return [warning for check in _CHECKS for warning in check(comparison)]
-
-
-Check = Callable[[Comparison], Iterator[Warn]]
-
-
-def _cells(title: str, text: str, test: Callable[[Cell], bool]) -> Check:
-    """Return a check that warns about the cells that pass ``test``. ``text`` has ``{}`` for their names."""
-
-    def check(comparison: Comparison) -> Iterator[Warn]:
-        found = [cell for cell in comparison.shown if test(cell)]
-        if found:
-            yield Warn(title, text.format(_names(comparison, found)))
-
-    return check
-
-
-def _at_edge(cell: Cell) -> bool:
-    """Return True if the chosen learning rate is the smallest or largest tried. Diverged settings count as tried."""
-    rates = sorted({setting.options["optimizer.lr"] for setting in cell.settings if setting.tried})
-    return len(rates) > 1 and cell.chosen is not None and cell.chosen.options["optimizer.lr"] in (rates[0], rates[-1])
 
 
 def _unequal_conditions(comparison: Comparison) -> Iterator[Warn]:
@@ -105,7 +79,7 @@ def _unconfirmed(comparison: Comparison) -> Iterator[Warn]:
     if comparison.confirmed and cells:
         yield Warn(
             "Unconfirmed cells",
-            f"For {_names(comparison, cells)}, the same runs chose the setting and report it, so their accuracy may "
+            f"For {names_of(comparison, cells)}, the same runs chose the setting and report it, so their accuracy may "
             "be high by luck. The other cells show confirmation runs. Run largebatch confirm again.",
         )
 
@@ -173,25 +147,8 @@ def _unfinished(comparison: Comparison) -> Iterator[Warn]:
         yield Warn("Runs without a result", f"These runs don't count yet: {said}. The table may change.")
 
 
-def _names(comparison: Comparison, cells: Iterable[Cell]) -> str:
-    """Return ``"LARS at 64 and 128, TVLARS"``. A row without sizes stands for all of its batch sizes with a result."""
-
-    def by_row(cells: Iterable[Cell]) -> dict[RowKey, list[int]]:
-        found: dict[RowKey, list[int]] = defaultdict(list)
-        for cell in cells:
-            found[cell.row].append(cell.batch_size)
-        return found
-
-    named, finished = by_row(cells), by_row(comparison.finished)
-    if named == finished and len(named) > 1:
-        return "every optimizer at every batch size"
-    return listed([
-        row_label(row) + ("" if sizes == finished.get(row) else f" at {batches(sizes)}") for row, sizes in named.items()
-    ])  # fmt: skip
-
-
 _CHECKS: tuple[Check, ...] = (
-    _cells(
+    check_cells(
         "Settings chosen on the test set",
         "For {}, the test set itself chose the best of several settings, because there are no validation images. "
         "Such an accuracy is too high, and more so with more settings. "
@@ -200,7 +157,7 @@ _CHECKS: tuple[Check, ...] = (
     ),
     _unequal_conditions,
     *(
-        _cells(
+        check_cells(
             f"Settings of different length ({key})",
             "For {}, some settings trained longer than others. Longer training mostly wins.",
             lambda cell, key=key: len(distinct(cell.settings, key)) > 1,  # type: ignore[misc]
@@ -208,25 +165,25 @@ _CHECKS: tuple[Check, ...] = (
         for key in _LENGTHS
     ),
     _unequal_trials,
-    _cells(
+    check_cells(
         "One seed only",
         "The accuracy of {} comes from a single seed. Another seed gives another accuracy, and the difference is "
         "unknown. So the table shows no spread, and nothing in the column is bold.",
         lambda cell: cell.seeds == 1,
     ),
-    _cells(
+    check_cells(
         f"Fewer than {FEW_SEEDS} seeds",
         "The accuracy of {} comes from two seeds, so its spread is very uncertain.",
         lambda cell: 1 < cell.seeds < FEW_SEEDS,
     ),
     _unequal_seeds,
-    _cells(
+    check_cells(
         "Settings with unequal numbers of seeds",
         "For {}, some settings have fewer seeds than others. A mean of few seeds is more often high by luck, so luck "
         "may have chosen the setting.",
         lambda cell: len({len(setting.runs) for setting in cell.settings if setting.tried}) > 1,
     ),
-    _cells(
+    check_cells(
         "Some seeds diverged",
         "For {}, some seeds of the chosen setting diverged: the loss became infinite or undefined. "
         "The mean is over the other seeds, and the setting can't lead its column.",
@@ -234,12 +191,7 @@ _CHECKS: tuple[Check, ...] = (
     ),
     _unconfirmed,
     _few_steps,
-    _cells(
-        "Best learning rate at the edge of the range",
-        "For {}, the chosen learning rate is the smallest or the largest tried. A better learning rate may lie beyond. "
-        "Compare again with a wider range.",
-        _at_edge,
-    ),
+    *spaces.CHECKS,
     _missing,
     _arithmetic,
     _code,

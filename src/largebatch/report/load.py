@@ -146,6 +146,11 @@ def _load(folder: RunFolder) -> Run:
         raise _Broken("config.yaml has an unknown data set or mode")
     if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:
         raise _Broken("config.yaml has an invalid batch size or learning rate")
+    space = config.get("space") or {}
+    if not isinstance(space, dict) or not all(
+        isinstance(of, list) and len(set(map(str, of))) > 1 for of in space.values()
+    ):
+        raise _Broken("config.yaml has an invalid space")
     status = _attempt(folder.status, _read_tree)
     state = status.get("state")
     if state not in STATES:
