@@ -79,7 +79,7 @@ def interval(difference: Difference, digits: int) -> str:
 def shown(difference: Difference, verdict: Verdict, digits: int) -> str:
     """Return the difference that these seeds show, and the number of seeds that would show the observed one."""
     pair = difference.pair
-    level = verdict.level / difference.first.trials
+    level = verdict.level / (1 if difference.first.confirmed else difference.first.trials)
     smallest = f"{100 * pair.smallest_shown(level):.{digits}f}"
     more = pair.seeds_to_settle(level)
     settle = (

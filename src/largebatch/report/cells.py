@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from largebatch.report.load import Run
+from largebatch.report.trials import distinct_trials
 
 BY_VALIDATION = "best/val/accuracy"
 BY_TEST = "test/accuracy"
@@ -37,14 +38,21 @@ Place = tuple[RowKey, int]  # of a cell: row and batch size
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ only in their seed."""
+    """Runs that differ only in their seed.
 
-    options: dict[str, Any]  # by dotted key, without the seed
-    runs: list[Run]  # by seed
+    Attributes:
+        options: by dotted key, without the seed.
+        runs: runs that take part in the choice, by seed.
+        confirming: runs of ``largebatch confirm``, by seed.
+    """
+
+    options: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+    confirming: list[Run] = field(default_factory=list)
 
     @cached_property
     def finished(self) -> list[Run]:
-        return [run for run in self.runs if run.state == "finished"]
+        return finished(self.runs)
 
     @cached_property
     def diverged(self) -> list[Run]:
@@ -55,9 +63,10 @@ class Setting:
         """True if the setting counts as a trial: at least one seed finished or diverged."""
         return bool(self.finished or self.diverged)
 
-    def values(self, metric: str) -> list[float]:
-        """Return ``metric`` of the finished runs, by seed."""
-        return [value for run in self.finished if (value := run.metric(metric)) is not None]
+    @property
+    def confirmed(self) -> bool:
+        """True if a confirmation run has ended."""
+        return any(run.done or run.state == "failed" for run in self.confirming)
 
     def score(self, metric: str, without: int | None = None) -> float:
         """Return the mean of ``metric`` over seeds, except seed ``without``. A diverged seed counts as 0.
@@ -76,10 +85,8 @@ class Cell:
     Attributes:
         chosen: None if no run finished.
         chosen_by: ``BY_VALIDATION``, or ``BY_TEST`` if a setting has no validation accuracy.
-        mean: test accuracy of the chosen setting, in 0..1, averaged over its finished seeds.
-        spread: its sample standard deviation (divided by n - 1). None with fewer than two seeds.
-        flattery: test accuracy that the mean gains because the same seeds choose and report; 0 without a choice. None
-            with a single seed.
+        flattery: test accuracy that the mean gains because the same seeds choose and report; 0 without a choice, and in
+            a confirmed cell. None with a single seed.
     """
 
     row: RowKey
@@ -87,8 +94,6 @@ class Cell:
     settings: tuple[Setting, ...]
     chosen: Setting | None
     chosen_by: str
-    mean: float | None
-    spread: float | None
     flattery: float | None
 
     @property
@@ -97,38 +102,69 @@ class Cell:
         return REPORTED[self.chosen_by]
 
     @property
-    def complete(self) -> bool:
-        """True if every seed of the chosen setting finished."""
-        return self.chosen is not None and len(self.chosen.finished) == len(self.chosen.runs)
+    def confirmed(self) -> bool:
+        return self.chosen is not None and self.chosen.confirmed
 
     @property
+    def reported(self) -> list[Run]:
+        """Runs of the chosen setting that the table reports: its confirmation runs, else the runs that chose it."""
+        if self.chosen is None:
+            return []
+        return self.chosen.confirming if self.confirmed else self.chosen.runs
+
+    @property
+    def complete(self) -> bool:
+        """True if every reported run finished."""
+        return bool(self.reported) and all(run.state == "finished" for run in self.reported)
+
+    @cached_property
     def accuracies(self) -> dict[int, float]:
-        """Reported test accuracy by seed."""
-        runs = self.chosen.finished if self.chosen else []
-        return {run.seed: value for run in runs if (value := run.metric(self.metric)) is not None}
+        """Reported test accuracy, in 0..1, of the finished runs, by seed."""
+        return {run.seed: a for run in finished(self.reported) if (a := run.metric(self.metric)) is not None}
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of ``accuracies``."""
+        return statistics.fmean(self.accuracies.values()) if self.accuracies else None
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation of ``accuracies`` (divided by n - 1). None with fewer than two seeds."""
+        return statistics.stdev(self.accuracies.values()) if self.seeds > 1 else None
 
     @property
     def runs(self) -> list[Run]:
-        return [run for setting in self.settings for run in setting.runs]
+        return [run for setting in self.settings for run in (*setting.runs, *setting.confirming)]
 
-    @property
+    @cached_property
     def trials(self) -> int:
-        return sum(setting.tried for setting in self.settings)
+        """Number of settings tried, without those next to another (``trials.apart``)."""
+        return distinct_trials([setting.options for setting in self.settings if setting.tried])
 
     @property
     def seeds(self) -> int:
-        """Number of finished seeds of the chosen setting."""
-        return len(self.chosen.finished) if self.chosen else 0
+        """Number of finished seeds among the reported runs."""
+        return len(self.accuracies)
 
     @property
     def diverged(self) -> int:
         """Number of diverged runs of all settings."""
-        return sum(len(setting.diverged) for setting in self.settings)
+        return sum(run.state == "diverged" for run in self.runs)
 
     @property
     def drawn(self) -> list[Run]:
-        """Runs to draw: the finished runs of the chosen setting. If no run finished, one setting's diverged runs."""
-        return self.chosen.finished if self.chosen else next((s.diverged for s in self.settings if s.diverged), [])
+        """Runs to draw: the finished reported runs. If no run finished, one setting's diverged runs."""
+        runs = self.reported or next((setting.diverged for setting in self.settings if setting.diverged), [])
+        return finished(runs) or [run for run in runs if run.state == "diverged"]
+
+
+def finished(runs: Iterable[Run]) -> list[Run]:
+    return [run for run in runs if run.state == "finished"]
+
+
+def values(runs: Iterable[Run], metric: str) -> list[float]:
+    """Return ``metric`` of the finished runs, in their order."""
+    return [value for run in finished(runs) if (value := run.metric(metric)) is not None]
 
 
 def settings_of(runs: Iterable[Run]) -> tuple[Setting, ...]:
@@ -136,7 +172,8 @@ def settings_of(runs: Iterable[Run]) -> tuple[Setting, ...]:
     found: dict[str, Setting] = {}
     for run in sorted(runs, key=lambda run: run.config["seed"]):
         options = {key: value for key, value in run.options.items() if key != "seed"}
-        found.setdefault(json.dumps(options, sort_keys=True, default=str), Setting(options, [])).runs.append(run)
+        setting = found.setdefault(json.dumps(options, sort_keys=True, default=str), Setting(options))
+        (setting.confirming if run.confirms else setting.runs).append(run)
     return tuple(sorted(found.values(), key=lambda s: (s.options["optimizer.lr"], json.dumps(s.options, default=str))))
 
 
@@ -145,18 +182,14 @@ def choose(row: RowKey, batch_size: int, settings: tuple[Setting, ...]) -> Cell:
 
     The highest mean over seeds of the best validation accuracy wins; a diverged seed counts as 0. Ties: the setting
     with more finished seeds wins, then the first. The test set chooses only if a setting has no validation accuracy.
+    Confirmation runs take no part. If the chosen setting has some that have ended, the cell reports only these.
     """
     candidates = [setting for setting in settings if setting.finished]
     validated = all(_has_validation(run) for setting in candidates for run in setting.finished)
     chosen_by = BY_VALIDATION if validated and candidates else BY_TEST
     chosen = max(candidates, key=lambda s: (s.score(chosen_by), len(s.finished)), default=None)
-    values = chosen.values(REPORTED[chosen_by]) if chosen else []
-    return Cell(
-        row, batch_size, settings, chosen, chosen_by,
-        mean=statistics.fmean(values) if values else None,
-        spread=statistics.stdev(values) if len(values) > 1 else None,
-        flattery=_flattery(chosen, candidates, chosen_by) if chosen else 0.0,
-    )  # fmt: skip
+    flattery = 0.0 if chosen is None or chosen.confirmed else _flattery(chosen, candidates, chosen_by)
+    return Cell(row, batch_size, settings, chosen, chosen_by, flattery)
 
 
 def _flattery(chosen: Setting, candidates: Sequence[Setting], chosen_by: str) -> float | None:

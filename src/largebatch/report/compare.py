@@ -45,6 +45,11 @@ class Comparison:
         return [cell for cell in self.cells.values() if cell.mean is not None]
 
     @property
+    def confirmed(self) -> bool:
+        """True if at least one cell is confirmed."""
+        return any(cell.confirmed for cell in self.cells.values())
+
+    @property
     def bold(self) -> list[Cell]:
         """Cells that are ahead of all others in their column."""
         return [verdict.leader for verdict in self.verdicts if verdict.leader]

@@ -19,6 +19,7 @@ import yaml
 from largebatch.config.datasets import DATASETS
 from largebatch.config.identity import decisive
 from largebatch.config.modes import MODES
+from largebatch.errors import UserError
 from largebatch.runs.correct import Bits, read_correct
 from largebatch.runs.folder import DONE, STATES, RunFolder
 from largebatch.runs.metrics import Row, read_rows
@@ -73,6 +74,11 @@ class Run:
     def done(self) -> bool:
         return self.state in DONE
 
+    @property
+    def confirms(self) -> bool:
+        """True for a run of ``largebatch confirm``."""
+        return bool(self.config.get("confirms"))
+
     @cached_property
     def options(self) -> Tree:
         """Configuration that can change the result, by dotted key, without None."""
@@ -118,7 +124,12 @@ def load_runs(runs_dir: Path) -> tuple[list[Run], list[Problem]]:
 
     Hidden folders and plain files are skipped without a problem. ``previous-N`` folders inside a run are no runs: a
     repetition moved them there.
+
+    Raises:
+        UserError: ``runs_dir`` is no folder.
     """
+    if not runs_dir.is_dir():
+        raise UserError(f"{runs_dir}: not a folder. Fix: give the folder that holds the runs")
     runs: dict[str, Run] = {}
     problems, copies = [], []
     for path in sorted(path for path in runs_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
@@ -155,6 +166,11 @@ def _load(folder: RunFolder) -> Run:
         raise _Broken("config.yaml has an unknown data set or mode")
     if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:
         raise _Broken("config.yaml has an invalid batch size or learning rate")
+    space = config.get("space") or {}
+    if not isinstance(space, dict) or not all(
+        isinstance(of, list) and len(set(map(str, of))) > 1 for of in space.values()
+    ):
+        raise _Broken("config.yaml has an invalid space")
     status = _attempt(folder.status, _read_tree)
     state = status.get("state")
     if state not in STATES:

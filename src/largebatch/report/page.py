@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from largebatch.report import curves, figures, wording
 from largebatch.report.answer import answer, differences_table
-from largebatch.report.cells import BY_VALIDATION, RowKey, differing, distinct
+from largebatch.report.cells import BY_VALIDATION, RowKey, differing, distinct, values
 from largebatch.report.chart import Chart, Styles, styles
 from largebatch.report.compare import Comparison
 from largebatch.report.fairness import warnings
@@ -149,7 +149,7 @@ def _cells(comparison: Comparison, row: RowKey) -> list[dict[str, Any]]:
             "text": wording.cell_accuracy(cell, wording.decimals(comparison)),
             "bold": cell in comparison.bold,
             "lost": cell.mean is None,
-            "small": [setting, wording.cell_counts(cell)],
+            "small": [setting, wording.cell_counts(cell, comparison)],
         })  # fmt: skip
     return cells
 
@@ -164,6 +164,11 @@ def _caption(comparison: Comparison) -> str:
         )
     if by - {BY_VALIDATION}:
         text += "Without validation images, the table shows the test accuracy at the end of training. "
+    if comparison.confirmed:
+        text += (
+            "Confirmation seeds: the chosen setting ran again on seeds that took no part in the choice, and the table "
+            "shows only these runs. "
+        )
     text += "Bold: the optimizer is ahead of every other one in its column, as the section on differences explains."
     images = max((run.metric("test_images") or 0 for run in comparison.runs), default=0)
     return text + (f" Each of the {images:,.0f} test images counts {100 / images:.2g} %." if images else "")
@@ -184,22 +189,28 @@ def _settings_table(comparison: Comparison) -> dict[str, Any]:
     digits = wording.decimals(comparison)
     keys = sorted(differing(comparison.runs).keys() - {"optimizer.name", "schedule.name", "batch_size", "seed"})
 
-    def mean(values: list[float]) -> str:
-        return f"{100 * statistics.fmean(values):.{digits}f}" if values else "-"
+    def mean(runs: Sequence[Run], metric: str) -> str:
+        accuracies = values(runs, metric)
+        return f"{100 * statistics.fmean(accuracies):.{digits}f}" if accuracies else "-"
 
     lines = [
         [
             wording.row_label(cell.row),
             f"{cell.batch_size:,}",
             *(wording.value(setting.options.get(key)) for key in keys),
-            ", ".join(str(run.config["seed"]) for run in setting.runs),
-            mean(setting.values("best/val/accuracy")),
-            mean(setting.values("test/accuracy")),
-            ", ".join(wording.states(setting.runs)),
-            "chosen" if setting is cell.chosen else "",
+            ", ".join(str(run.config["seed"]) for run in runs),
+            mean(runs, "best/val/accuracy"),
+            mean(runs, "test/accuracy"),
+            ", ".join(wording.states(runs)),
+            word,
         ]
         for cell in comparison.cells.values()
         for setting in cell.settings
+        for runs, word in (
+            (setting.runs, "chosen" if setting is cell.chosen else ""),
+            (setting.confirming, "confirmation"),
+        )
+        if runs
     ]
     heads = ["optimizer", "batch", *keys, "seeds", "best validation [%]", "test at the end [%]", "runs", ""]
     return {"heads": heads, "lines": lines}

@@ -62,7 +62,8 @@ class Verdict:
 def verdicts(columns: Sequence[tuple[int, Sequence[Cell]]]) -> list[Verdict]:
     """Return the verdict on each column, from its batch size and its cells.
 
-    A cell with a seed that diverged or didn't finish is never ahead, because its mean leaves that seed out.
+    A cell with a seed that diverged or didn't finish is never ahead, because its mean leaves that seed out. Nor is an
+    unconfirmed cell in a column with confirmed cells.
     """
     ranked = [sorted((c for c in cells if c.mean is not None), key=lambda c: -(c.mean or 0)) for _, cells in columns]
     runs = [run for cells in ranked for cell in cells for run in cell.drawn]
@@ -78,8 +79,17 @@ def verdicts(columns: Sequence[tuple[int, Sequence[Cell]]]) -> list[Verdict]:
         known,
         resolution=1 / test_images if test_images else 0.0,
     )
-    incomplete = {(column, cell.row) for column, cells in enumerate(ranked) for cell in cells if not cell.complete}
-    trials = {(column, cell.row): cell.trials for column, cells in enumerate(ranked) for cell in cells}
+    incomplete = {
+        (column, cell.row)
+        for column, cells in enumerate(ranked)
+        for cell in cells
+        if not cell.complete or (not cell.confirmed and any(other.confirmed for other in cells))
+    }
+    trials = {
+        (column, cell.row): 1 if cell.confirmed else cell.trials
+        for column, cells in enumerate(ranked)
+        for cell in cells
+    }
     decisions = decide([[cell.row for cell in cells] for cells in ranked], pairs, incomplete, trials)
     level = LEVEL / max(sum(len(cells) > 1 for cells in ranked), 1)
     found = []

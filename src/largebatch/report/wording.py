@@ -41,13 +41,19 @@ def decimals(comparison: Comparison) -> int:
 def cell_accuracy(cell: Cell, digits: int) -> str:
     """Return ``"97.1 ± 0.3"``, without the spread if there is one seed, or ``"diverged"`` if no run finished."""
     if cell.mean is None:
-        return "diverged" if cell.diverged else "not finished"
+        return "diverged" if any(run.state == "diverged" for run in cell.reported or cell.runs) else "not finished"
     spread = f" ± {100 * cell.spread:.{digits}f}" if cell.spread is not None else ""
     return f"{100 * cell.mean:.{digits}f}{spread}"
 
 
-def cell_counts(cell: Cell) -> str:
-    """Return ``"2 settings, 3 seeds, 1 diverged"``: trials, seeds of the chosen setting, runs without a result."""
+def cell_counts(cell: Cell, comparison: Comparison | None = None) -> str:
+    """Return ``"2 settings, 3 seeds, 1 diverged"``: trials, reported seeds, runs without a result.
+
+    The text has ``unconfirmed`` if other cells of ``comparison`` are confirmed.
+    """
+    if cell.confirmed:
+        lost = states(run for run in cell.reported if run.state != "finished")
+        return ", ".join([plural(cell.trials, "setting"), plural(cell.seeds, "confirmation seed"), *lost])
     unfinished = sum(not run.done for run in cell.runs)
     elsewhere = " at other settings" if cell.chosen and not cell.chosen.diverged else ""
     counts = [
@@ -55,6 +61,7 @@ def cell_counts(cell: Cell) -> str:
         plural(cell.seeds, "seed"),
         f"{cell.diverged} diverged{elsewhere}" if cell.diverged else "",
         f"{unfinished} not finished" if unfinished else "",
+        "unconfirmed" if comparison and comparison.confirmed else "",
     ]
     return ", ".join(filter(None, counts))
 
