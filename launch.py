@@ -6,7 +6,6 @@ python launch.py -m optimizer=lars,lamb,tvlars seed=0,1,2
 
 import argparse
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -15,14 +14,14 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.config.schema import defaults, explain, from_composed
-from largebatch.errors import UserError, choices, exit_code_of
+from largebatch.config.schema import defaults, from_composed
+from largebatch.errors import UserError, exit_code_of
 from largebatch.launch import sweep_agent
-from largebatch.launch.composition import Composed, by_force, compose_grid, plain
+from largebatch.launch.composition import Composed, by_force, compose_grid, composition_error, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.plan import make_plan
 from largebatch.tracking.wandb_arguments import agent_run_id
@@ -72,24 +71,6 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
             raise
         raise UserError(composition_error(error)) from error
     return _job
-
-
-def composition_error(error: Exception) -> str:
-    """Return a message with the key, its value and the allowed values if ``error`` has them, else its own text."""
-    if isinstance(error, OmegaConfBaseException):
-        return explain(error)
-    text = str(error).replace("++", "")  # added by composition.by_force
-    if isinstance(error, OverrideParseException):
-        reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
-        return f"{error.override}: {reason}. Fix: quote values with commas, brackets or spaces for the shell"
-    if match := re.search(
-        r"Could not find '([^'/]+)/([^']+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text
-    ):
-        options = match[3].split()
-        return f"{match[1]}={match[2]}: {choices(match[2], options)}"
-    if match := re.search(r"Error merging override ([^\n]+)", text):
-        return f"{match[1]}: {str(error.__cause__).splitlines()[0]}"
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def show_configuration(arguments: list[str]) -> bool:

@@ -16,12 +16,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from largebatch.report.answer import answer
 from largebatch.report.build import table
+from largebatch.report.cells import RowKey
 from largebatch.report.chart import Style, styles
-from largebatch.report.compare import Comparison, RowKey, compare
+from largebatch.report.compare import Comparison, compare
 from largebatch.report.layer_figures import QUANTITIES, Diagnosed, read_diagnosed
 from largebatch.report.load import load_runs
-from largebatch.report.wording import answer, row_label
+from largebatch.report.wording import row_label
 
 _LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 _MARKS = {"circle": "o", "square": "s", "diamond-open": "D", "triangle-up-open": "^"}

@@ -1,4 +1,4 @@
-"""The ``largebatch`` command shows, cancels and compares runs. ``python launch.py`` starts them."""
+"""The ``largebatch`` command shows, cancels, compares and confirms runs. ``python launch.py`` starts them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    options.overrides = [other for other in others if not other.startswith("-")]
+    if len(options.overrides) < len(others) or (others and options.command != "confirm"):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     return exit_code_of(lambda: int(options.run(options) or 0))
 
 
@@ -60,6 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
+    confirm = add(
+        "confirm",
+        usage="largebatch confirm RUNS_DIR [--seeds N] [--by KEY] [--dry-run] [OVERRIDE ...]",
+        help="run the chosen settings again on fresh seeds, which the report then shows",
+        epilog="OVERRIDE: as for launch.py, such as cluster=slurm; it can't change a setting.",
+    )
+    confirm.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder of runs; the new runs go there too")
+    confirm.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of each setting; default: 5")
+    confirm.add_argument("--by", action="append", default=[], metavar="KEY", help="as for report")
+    confirm.add_argument("--dry-run", action="store_true", help="show the runs, start nothing")
+    confirm.set_defaults(run=_confirm)
+
     dashboard = add("dashboard", help="write or update a W&B project's saved view and its report")
     dashboard.add_argument("--entity", required=True, help="W&B user or team")
     dashboard.add_argument("--project", default="largebatch", help="W&B project; default: largebatch")
@@ -92,6 +108,24 @@ def _report(options: argparse.Namespace) -> None:
     from largebatch.report.build import report
 
     print(report(options.runs_dir, options.out, options.format, options.target, options.by))
+
+
+def _confirm(options: argparse.Namespace) -> int:
+    from largebatch.launch.confirm import confirmation_jobs
+    from largebatch.launch.grid import carry_out_plan, show_plan
+    from largebatch.launch.plan import make_plan
+    from largebatch.report.confirm import confirmation
+
+    found = confirmation(options.runs_dir, options.seeds, options.by)
+    overrides = [*options.overrides, *(["dry_run=true"] if options.dry_run else [])]
+    plan = make_plan(confirmation_jobs(found.configs, found.seeds, options.runs_dir, overrides))
+    print("\n".join([*found.notes, f"seeds: {', '.join(map(str, found.seeds))}"]), flush=True)
+    if plan[0].config.dry_run:
+        return show_plan(plan)
+    code = carry_out_plan(plan)
+    by = "".join(f" --by {key}" for key in options.by)
+    print(f"When all runs have ended: largebatch report {options.runs_dir}{by}", flush=True)
+    return code
 
 
 def _dashboard(options: argparse.Namespace) -> None:

@@ -78,6 +78,35 @@ def test_the_message_names_a_wrong_value(override: str, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            "optimizer.lrr:[1,2]",
+            "space: the run has no key optimizer.lrr. Fix: declare it only in the cases that have it",
+        ),
+        ("optimizer.lr:[1,1.9]", r"optimizer.lr=2.0: outside of its declared space \[1, 1.9\]"),
+        ("optimizer.lr:[3,2]", r"space: optimizer.lr=\[3, 2\]: invalid. Allowed: \[low, high\] for numbers"),
+        ("optimizer.lr:[1,2,3]", "invalid"),
+        ("optimizer.lr:2", "space: optimizer.lr=2: invalid"),
+        ("optimizer.denominator:[a,b]", "optimizer.denominator=norm_of_sum: outside of its declared space"),
+    ],
+)
+def test_an_invalid_search_space_is_refused(space: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(configuration(f"space={{{space}}}"))
+
+
+def test_a_search_space_has_the_run_s_value_and_is_frozen(tmp_path: Path) -> None:
+    config = configuration(
+        "space={optimizer.lr:[0.1,2],optimizer.nesterov:[true,false],schedule.name:[constant,cosine]}"
+    )
+    validate(config)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml").space == config.space
+    assert config.space["optimizer.nesterov"] == [True, False]
+
+
 def test_one_error_lists_all_problems() -> None:
     with pytest.raises(UserError) as caught:
         validate(configuration("batch_size=-1", "seed=-2", "precision=fp8"))
@@ -172,7 +201,8 @@ def test_a_plus_does_not_allow_an_unknown_key() -> None:
 IDENTITY_FREE = [
     "profile=true", "dataset.location=host", "dataset.location=device",
     "cluster.processes=2", "tracker=none", "tracker.project=x", "tracker.log_every=3", "runs_dir=elsewhere",
-    "rerun=true", "dry_run=true", "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
+    "rerun=true", "dry_run=true", "confirms=true", "space={optimizer.lr:[1,2]}",
+    "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
     "dataset.verify=false", "checkpoint.every_seconds=1", "epochs=120", "lr_scaling.force=true",
 ]  # fmt: skip
 

@@ -331,6 +331,59 @@ def test_each_case_draws_from_its_own_intervals(conf: Path) -> None:
     ]  # fmt: skip
 
 
+def spaces(jobs: list[Composed]) -> list[dict[str, list[object]]]:
+    return [job.tree["space"] for job in jobs]
+
+
+def test_intervals_declare_the_search_space() -> None:
+    command = [
+        "trials=1",
+        "optimizer=tvlars",
+        "optimizer.lr=tag(log,interval(0.1,10))",
+        "optimizer.lmbda=interval(0,1)",
+    ]
+    assert spaces(compose_grid(command, CONF)) == [{"optimizer.lr": [0.1, 10], "optimizer.lmbda": [0, 1]}]
+    assert spaces(compose_grid(["optimizer.lr=1,2"], CONF)) == [{}, {}]
+
+
+SPACES = """
+space: {batch_size: [32, 512]}
+cases:
+  - {optimizer: lars, optimizer.lr: [1, 2], space: {optimizer.lr: [0.1, 10]}}
+  - {optimizer: sgd, optimizer.lr: 'interval(1,2)', space: {optimizer.nesterov: [false, true]}}
+  - {optimizer: lamb}
+trials: 1
+"""
+
+
+def test_each_case_declares_its_own_space(conf: Path) -> None:
+    shared = {"batch_size": [32, 512]}
+    lars = shared | {"optimizer.lr": [0.1, 10]}
+    sgd = shared | {"optimizer.lr": [1, 2], "optimizer.nesterov": [False, True]}
+    jobs = mine(conf, SPACES)
+    assert spaces(jobs) == [lars, lars, sgd, shared]
+    for job in jobs:
+        config = from_composed(job.tree)
+        validate(config)
+        assert config.space == job.tree["space"]
+
+
+def test_a_value_from_the_command_line_is_not_of_the_declared_space(conf: Path) -> None:
+    sgd = {"optimizer.nesterov": [False, True]}
+    changed = mine(conf, SPACES, "trials=null", "optimizer.lr=5", "batch_size=64")
+    assert spaces(changed[:2]) == [{}, sgd]
+    own = mine(conf, SPACES, "trials=null", "optimizer.lr=5", "space={optimizer.lr:[1,9]}")
+    lars = {"batch_size": [32, 512], "optimizer.lr": [1, 9]}
+    assert spaces(own) == [lars, lars | sgd, lars]
+    drawn = mine(conf, SPACES, "optimizer.lr=interval(3,4)", "batch_size=64")
+    assert spaces(drawn[:1]) == [{"optimizer.lr": [3, 4]}]
+
+
+def test_a_space_that_is_no_mapping_is_refused(conf: Path) -> None:
+    with pytest.raises(UserError, match="space=3: must be a mapping from a key to its range"):
+        mine(conf, "cases: [{seed: 1, space: 3}]")
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml")))
 def test_named_grids_are_valid_and_have_the_number_of_runs_in_their_header(name: str) -> None:
     header = (ROOT / "sweeps" / f"{name}.yaml").read_text().partition("\ndefaults:")[0]

@@ -1,17 +1,17 @@
-"""Choice of settings, means, spreads and leaders, compared with values computed by hand and by NumPy."""
+"""Rows, settings, the choice among settings, means and spreads, compared with values computed by hand."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from made_runs import made, seeds
 
-from largebatch.report.compare import RowKey, compare, differing
+from largebatch.report.answer import answer
+from largebatch.report.cells import RowKey, differing
+from largebatch.report.compare import compare
 from largebatch.report.curves import default_target, reach
-from largebatch.report.load import Run
-from largebatch.report.wording import answer, cell_accuracy, cell_counts, row_label
+from largebatch.report.wording import cell_accuracy, cell_counts, row_label
 
-LARS, TVLARS, LAMB = (RowKey(name, "constant") for name in ("lars", "tvlars", "lamb"))
+LARS = RowKey("lars", "constant")
 
 
 def test_a_cell_has_the_mean_and_the_sample_deviation_over_seeds() -> None:
@@ -94,17 +94,36 @@ def test_unfinished_runs_are_counted_but_are_no_trials() -> None:
 
 
 def test_each_optimizer_each_schedule_and_each_by_value_has_its_own_row() -> None:
-    runs = [
-        made("tvlars"), made("lars", "warmup_cosine"), made("lars"), made("sgd"), made("newcomer"),
-        made("lars", optimizer__denominator="sum_of_norms"),
-    ]  # fmt: skip
+    runs = [made("tvlars"), made("lars", "warmup_cosine"), made("lars"), made("sgd"), made("newcomer")]
     (comparison,) = compare(runs)
     names = [(row.optimizer, row.schedule) for row in comparison.rows]
     expected = [("lars", "constant"), ("lars", "warmup_cosine"), ("tvlars", "constant"), ("sgd", "constant")]
     assert names == [*expected, ("newcomer", "constant")]
-    (comparison,) = compare(runs, by=["optimizer.denominator"])
-    assert sum(row.optimizer == "lars" for row in comparison.rows) == 3
-    assert row_label(comparison.rows[1]) == "LARS, denominator=sum_of_norms"
+    (comparison,) = compare([*runs, made("lars", lr=2.0)], by=["optimizer.lr"])
+    assert [row_label(row) for row in comparison.rows if row[:2] == ("lars", "constant")] == [
+        "LARS, lr=1.0",
+        "LARS, lr=2.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "option", "value", "labels"),
+    [
+        ("lars", "denominator", "sum_of_norms", ["LARS, denominator=norm_of_sum", "LARS, denominator=sum_of_norms"]),
+        ("tvlars", "norm_clip", 10.0, ["TVLARS, norm_clip=off", "TVLARS, norm_clip=on"]),
+        ("sgd", "nesterov", True, ["SGD, nesterov=false", "SGD, nesterov=true"]),
+        ("lamb", "bias_correction", False, ["LAMB, bias_correction=false", "LAMB, bias_correction=true"]),
+        ("tvlars", "gamma_min", "auto", ["TVLARS"]),
+        ("lars", "weight_decay", 1e-4, ["LARS"]),
+        ("sgd", "momentum", 0.5, ["SGD"]),
+        ("lamb", "betas", [0.9, 0.95], ["LAMB"]),
+    ],
+)
+def test_another_algorithm_is_another_row_and_another_number_is_not(
+    optimizer: str, option: str, value: object, labels: list[str]
+) -> None:
+    (comparison,) = compare([made(optimizer), made(optimizer, lr=2.0, **{f"optimizer__{option}": value})])
+    assert [row_label(row) for row in comparison.rows] == labels
 
 
 def test_each_data_set_model_and_mode_is_its_own_comparison() -> None:
@@ -119,80 +138,6 @@ def test_seeds_share_a_setting_and_warm_up_lengths_do_not() -> None:
     runs = [made("lars", "warmup_cosine", seed=s, schedule__warmup_epochs=w) for s in (0, 1) for w in (5, 10)]
     (cell,) = compare(runs)[0].cells.values()
     assert (cell.trials, [len(setting.runs) for setting in cell.settings]) == (2, [2, 2])
-
-
-# Leaders.
-
-AHEAD = seeds("tvlars", 0.90, 0.92, 0.94)  # 0.92 ± 0.02: range from 0.90 to 0.94
-
-
-@pytest.mark.parametrize(
-    ("others", "clear"),
-    [
-        (seeds("lars", 0.85, 0.87, 0.89), True),  # range up to 0.89
-        (seeds("lars", 0.86, 0.88, 0.90), False),  # range up to 0.90: the ranges touch
-        (seeds("lars", 0.87, 0.89, 0.91), False),
-        (seeds("lars", 0.50), False),  # one seed: no spread
-        (
-            seeds("lars", 0.5, 0.5) + seeds("lamb", 0.50, 0.95),
-            False,
-        ),  # 0.725 ± 0.318: the third range counts too
-        (seeds("lars", 0.5, 0.5) + [made("lamb", seed=s, state="diverged") for s in (0, 1)], True),
-        ([made("lamb", seed=s, state="diverged") for s in (0, 1)], False),  # no other optimizer finished
-        ([], False),
-    ],
-)
-def test_the_best_leads_clearly_if_its_range_is_above_all_others(others: list[Run], clear: bool) -> None:
-    (lead,) = compare(AHEAD + others)[0].leads
-    assert lead.best is not None
-    assert (lead.best.row, lead.clear) == (TVLARS, clear)
-
-
-def test_a_cell_with_a_diverged_seed_never_leads_clearly() -> None:
-    runs = [*AHEAD, made("tvlars", seed=3, state="diverged"), *seeds("lars", 0.5, 0.5)]
-    (lead,) = compare(runs)[0].leads
-    assert not lead.clear
-
-
-def test_equal_means_have_no_leader() -> None:
-    (lead,) = compare(seeds("tvlars", 0.9, 0.9) + seeds("lars", 0.9, 0.9))[0].leads
-    assert not lead.clear
-
-
-def test_leaders_match_the_formula_in_numpy() -> None:
-    draws = np.random.default_rng(0)
-    kinds = set()
-    for _ in range(300):
-        figures = draws.normal(draws.uniform(0.5, 0.6, (3, 1)), 0.02, (3, 4))
-        (lead,) = compare([run for name, row in zip(("lars", "lamb", "tvlars"), figures, strict=True)
-                           for run in seeds(name, *row)])[0].leads  # fmt: skip
-        low, high = (figures.mean(1) + sign * figures.std(1, ddof=1) for sign in (-1, 1))
-        best = int(figures.mean(1).argmax())
-        assert lead.best is not None
-        assert lead.best.row == (LARS, LAMB, TVLARS)[best]
-        assert lead.clear == bool(low[best] > np.delete(high, best).max())
-        kinds.add(lead.clear)
-    assert kinds == {True, False}
-
-
-def test_the_answer_names_each_leader_and_the_columns_without_a_leader() -> None:
-    runs = [
-        *seeds("tvlars", 0.968, 0.971, 0.974, batch=1024), *seeds("lars", 0.90, 0.91, 0.92, batch=1024),
-        *seeds("tvlars", 0.98, 0.99, 0.985, batch=64), *seeds("lars", 0.985, 0.985, 0.98, batch=64),
-    ]  # fmt: skip
-    (comparison,) = compare(runs)
-    assert answer(comparison) == (
-        "At batch 1,024 TVLARS leads with 97.1 ± 0.3 %, n = 3 (next: LARS, 91.0 ± 1.0 %). "
-        "At batch 64 no optimizer is ahead beyond the spread (highest mean: TVLARS 98.5 ± 0.5 %)."
-    )
-
-
-def test_the_answer_explains_why_there_is_no_leader() -> None:
-    (comparison,) = compare([*seeds("lars", 0.9), *seeds("tvlars", 0.95, 0.96), *seeds("lars", 0.8, batch=64)])
-    assert answer(comparison) == (
-        "At batch 128 no leader can be named, because an optimizer has only one seed and so no spread "
-        "(highest mean: TVLARS 95.5 ± 0.7 %). At batch 64 only one optimizer has a result (LARS 80.0 %)."
-    )
 
 
 def test_differing_returns_the_keys_with_several_values() -> None:

@@ -159,7 +159,7 @@ def test_an_agents_none_is_null() -> None:
 
 
 def test_the_whole_configuration_of_a_preempted_run_gives_the_same_run() -> None:
-    fixed = ["optimizer=tvlars", "batch_size=64", "dataset.val_fraction=0.1"]
+    fixed = ["optimizer=tvlars", "batch_size=64", "dataset.val_fraction=0.1", "space={optimizer.lr:[1e-6,1]}"]
     chosen = {"optimizer.lr": 1.25e-05, "seed": 3}
     config = configuration(*fixed, *overrides(arguments(chosen)))
     held_by_wandb = {
@@ -170,7 +170,7 @@ def test_the_whole_configuration_of_a_preempted_run_gives_the_same_run() -> None
         "setting": "x",
     }
     again = overrides([*fixed, *arguments(held_by_wandb)])
-    assert not [item for item in again if "{" in item]
+    assert [item for item in again if "{" in item] == fixed[-1:]
     assert configuration(*again) == config
 
 
@@ -220,6 +220,7 @@ def test_every_sweep_is_valid_at_the_ends_of_its_parameters(file: Path) -> None:
         chosen = {key: ends(parameter)[end] for key, parameter in sweep["parameters"].items()}
         config = configuration(*fixed, *overrides(arguments(chosen)))
         validate(config)
+        assert config.space == {key: [min(ends(p)), max(ends(p))] for key, p in sweep["parameters"].items()}
         assert config.dataset.val_fraction > 0
         assert config.tracker.name == "wandb"
     assert sweep["metric"]["goal"] == "maximize"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING
+from typing import Any
+
 from largebatch.config.batch import plan_batch
 from largebatch.config.options import problems_of
 from largebatch.config.schema import ClusterConfig, Config
@@ -20,6 +23,7 @@ def validate(config: Config) -> None:
         *_check_length(config),
         *_check_cluster(config.cluster),
         *_check_batch(config),
+        *_check_space(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -76,3 +80,32 @@ def _check_batch(config: Config) -> list[str]:
     except UserError as error:
         return [str(error)]
     return []
+
+
+def _check_space(config: Config) -> list[str]:
+    """Return a problem for each key of the search space that the run lacks, or whose value isn't in its space."""
+    problems = []
+    for key, declared in config.space.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part, MISSING)
+        numbers = isinstance(declared, list) and not any(isinstance(one, bool | str | list) for one in declared)
+        if value is MISSING:
+            problems.append(f"space: the run has no key {key}. Fix: declare it only in the cases that have it")
+        elif not isinstance(declared, list) or len(declared) < 2 or (numbers and not _is_range(declared)):
+            problems.append(f"space: {key}={declared}: invalid. Allowed: [low, high] for numbers, else all values")
+        elif not _is_in(value, declared, numbers):
+            problems.append(f"{key}={value}: outside of its declared space {declared}. Fix: widen the space")
+    return problems
+
+
+def _is_range(numbers: list[Any]) -> bool:
+    return len(numbers) == 2 and numbers[0] < numbers[1]
+
+
+def _is_in(value: Any, declared: list[Any], numbers: bool) -> bool:
+    """Return True if ``value`` is in a range of numbers, with 0.1 % for the rounding of drawn values, or in a list."""
+    if not numbers:
+        return value in declared
+    margin = 1e-3 * max(map(abs, declared))
+    return isinstance(value, int | float) and declared[0] - margin <= value <= declared[1] + margin

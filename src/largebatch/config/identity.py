@@ -23,6 +23,8 @@ NOT_DECISIVE = {
     "rerun": "an instruction to the launcher",
     "dry_run": "an instruction to the launcher",
     "profile": "observes a run",
+    "space": "declares the values that a search may choose",
+    "confirms": "decides if a run chooses or reports",
     "dataset.root": "folder of the files; decisive for data sets with ``named_by_root``",
     "dataset.download": "permission to download files",
     "dataset.verify": "a check of the files",

@@ -6,6 +6,7 @@ test compares them. To add an optimizer, add its dataclass here and to ``OPTIMIZ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -68,8 +69,8 @@ class Lars(OptimizerConfig):
     eps: float = option(0.0, least=0)
     adapt_1d: bool = False  # scale biases and norm parameters layer-wise too
     decay_1d: bool = False  # decay them too
-    norm_clip: float | None = option(None, above=0)  # upper bound of the norms in the trust ratio
-    max_ratio: float | None = option(None, above=0)  # upper bound of the trust ratio itself
+    norm_clip: float | None = option(None, above=0, switch=True)  # upper bound of the norms in the trust ratio
+    max_ratio: float | None = option(None, above=0, switch=True)  # upper bound of the trust ratio itself
     larc: bool = False  # divide the trust ratio by lr before max_ratio clips it
     lr_in_momentum: bool = False  # keep the learning rate inside the momentum buffer
 
@@ -151,8 +152,8 @@ class Lamb(OptimizerConfig):
     bias_correction: bool = True
     adapt_1d: bool = False  # scale biases and norm parameters layer-wise too
     decay_1d: bool = False  # decay them too
-    norm_clip: float | None = option(None, above=0)  # upper bound of the norms in the trust ratio
-    max_ratio: float | None = option(None, above=0)  # upper bound of the trust ratio itself
+    norm_clip: float | None = option(None, above=0, switch=True)  # upper bound of the norms in the trust ratio
+    max_ratio: float | None = option(None, above=0, switch=True)  # upper bound of the trust ratio itself
 
 
 @dataclass
@@ -254,3 +255,22 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adagrad": Adagrad,
     "rmsprop": RmsProp,
 }
+
+
+def structure(optimizer: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options that make another algorithm: booleans, choices by name, and bounds that are on or off.
+
+    Numbers are tuned and aren't part of it.
+
+    Args:
+        optimizer: the optimizer's part of a configuration; a missing option has its default.
+    """
+    found = {}
+    for field_ in fields(OPTIMIZERS.get(optimizer["name"], TimmOptimizer)):
+        value = optimizer.get(field_.name, field_.default)
+        if field_.metadata.get("switch"):
+            found[field_.name] = "off" if value is None else "on"
+        elif field_.type in ("bool", "str") and field_.name not in ("name", "library"):
+            found[field_.name] = str(value).lower()
+    options = optimizer.get("options") or {}  # of timm
+    return found | {name: str(value).lower() for name, value in options.items() if isinstance(value, bool | str)}

@@ -61,9 +61,15 @@ class Limits:
         return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
 
 
-def option(default: Any, **limits: Any) -> Any:
-    """Return a dataclass field with ``Limits``. Each instance gets its own copy of a default list."""
-    metadata = {"limits": Limits(**limits)}
+def option(default: Any, *, switch: bool = False, **limits: Any) -> Any:
+    """Return a dataclass field with ``Limits``. Each instance gets its own copy of a default list.
+
+    Args:
+        default: value of the field if the user sets none.
+        switch: None turns something off, and any number makes another algorithm.
+        limits: arguments of ``Limits``.
+    """
+    metadata = {"limits": Limits(**limits), "switch": switch}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -98,10 +98,13 @@ class Config:
     sync_bn: bool = False  # batch-norm statistics over all processes
     deterministic: bool = False  # deterministic CUDA kernels, for bit-exact repeats on a GPU
     eval_every: int = option(1, least=1)  # epochs between evaluations; a run always ends with an evaluation
+    # Declared search space of the run's grid, by dotted key: [low, high] for numbers, else all values.
+    space: dict[str, Any] = field(default_factory=dict)
     runs_dir: str = "runs"
     rerun: bool = False  # repeat a finished run from scratch
     dry_run: bool = False  # show the plan, start nothing
     profile: bool = False  # write a trace of ten steps, and a table of the time of each phase
+    confirms: bool = False  # a run of `largebatch confirm`: it reports a setting and takes no part in choosing it
 
 
 # Dataclasses by group and name.

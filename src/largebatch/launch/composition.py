@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.errors import UserError
+from largebatch.config.schema import explain
+from largebatch.errors import UserError, choices
 
 Tree = dict[str, Any]
 
@@ -55,6 +58,7 @@ class Interval:
 
 Axis = list[str] | Interval  # its overrides, or the interval to draw them from
 Axes = dict[str, Axis]  # by key
+Space = dict[str, list[Any]]  # declared values by key, as in Config.space
 
 
 def plain(tree: DictConfig) -> Tree:
@@ -69,7 +73,7 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
     line and from the sweep's ``hydra.sweeper.params``. The sweep's ``cases`` are a list of paired axes. The grid has,
     for each case, every combination of its axes with the other axes. ``trials`` points are drawn from all
     intervals together. A key on the command line replaces the same key of the sweep and its cases. If the command line
-    has a key twice, the last counts.
+    has a key twice, the last counts. A point's ``space`` joins those of the file, its case and its intervals.
 
     Args:
         arguments: overrides, without ``-m``.
@@ -100,11 +104,34 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
             return plain(compose("config", [*forced, *by_force(presets, conf)]))
 
         sweep = base.hydra.runtime.choices.get("sweeps")
-        points = dict.fromkeys(point for axes in grids for point in _combinations(axes, trials))
-        return [
-            Composed((*fixed, *point), _tree(parser.parse_overrides(list(point)), composed, conf), sweep, multirun=True)
-            for point in points
-        ]
+        points: dict[tuple[str, ...], Space] = {}
+        for axes, space in zip(grids, _spaces(base, grids, given), strict=True):
+            for point in _combinations(axes, trials):
+                points.setdefault(point, space)
+        jobs = []
+        for point, space in points.items():
+            tree = _tree(parser.parse_overrides(list(point)), composed, conf)
+            jobs.append(Composed((*fixed, *point), tree | {"space": space}, sweep, multirun=True))
+        return jobs
+
+
+def _spaces(base: DictConfig, grids: list[Axes], given: Mapping[str, Override]) -> list[Space]:
+    """Return the declared search space of each case: its intervals, its ``space``, and the file's.
+
+    Keys of the command line are left out, unless the command line has them as intervals or in a ``space``.
+    """
+    file: Any = OmegaConf.to_container(base)
+    own: Any = given["space"].value() if "space" in given else {}
+    found = []
+    for case, axes in zip(file.get("cases") or [{}], grids, strict=True):
+        declared = case.get("space", {})
+        for space in (file["space"], declared, own):
+            if not isinstance(space, dict):
+                raise UserError(f"space={space}: must be a mapping from a key to its range, such as [0.1, 10]")
+        kept = {key: values for key, values in (file["space"] | declared).items() if key not in given}
+        drawn = {key: [axis.low, axis.high] for key, axis in axes.items() if isinstance(axis, Interval)}
+        found.append(kept | drawn | {key: file["space"][key] for key in own})
+    return found
 
 
 def _check_trials(trials: Any, grids: list[Axes]) -> None:
@@ -178,7 +205,7 @@ def _cases(cases: Any, given: Collection[str], of_file: Collection[str], parser:
     for case in listed:
         axes: Axes = {}
         for key in case:
-            if key not in given:
+            if key not in given and key != "space":
                 values = case[key] if isinstance(case[key], list) else [case[key]]
                 if not values:
                     raise UserError(f"cases: {key} has no value")
@@ -230,3 +257,21 @@ def _set(tree: Tree, key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise UserError(f"unknown key {key}: {part} is a value without keys of its own")
     node[last] = value
+
+
+def composition_error(error: Exception) -> str:
+    """Return a message with the key, its value and the allowed values if ``error`` has them, else its own text."""
+    if isinstance(error, OmegaConfBaseException):
+        return explain(error)
+    text = str(error).replace("++", "")  # added by by_force
+    if isinstance(error, OverrideParseException):
+        reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
+        return f"{error.override}: {reason}. Fix: quote values with commas, brackets or spaces for the shell"
+    if match := re.search(
+        r"Could not find '([^'/]+)/([^']+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text
+    ):
+        options = match[3].split()
+        return f"{match[1]}={match[2]}: {choices(match[2], options)}"
+    if match := re.search(r"Error merging override ([^\n]+)", text):
+        return f"{match[1]}: {str(error.__cause__).splitlines()[0]}"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -24,7 +24,7 @@ def overrides(arguments: Sequence[str]) -> list[str]:
     """Return an agent's arguments as overrides; ``None`` becomes ``null``.
 
     For a preempted run the agent gives W&B's whole configuration of the run. The command's own arguments, plain values
-    and the W&B sweep's values (``optimizer.lr=1``) stay.
+    and the W&B sweep's values (``optimizer.lr=1``) stay, and W&B's mappings (``optimizer={'lr': 1}``) go.
     """
     given = [f"{argument[:-5]}=null" if argument.endswith("=None") else argument for argument in arguments]
     if not any(argument.startswith(_NOT_OURS) for argument in given):
@@ -33,7 +33,7 @@ def overrides(arguments: Sequence[str]) -> list[str]:
     kept = []
     for argument in given:
         key, _, value = argument.partition("=")
-        if key.startswith("-") or (key.lstrip("+~").partition(".")[0] in known and not value.startswith("{")):
+        if key.startswith("-") or (key.lstrip("+~").partition(".")[0] in known and not value.startswith(("{'", "{}"))):
             kept.append(argument)
     return kept
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError, choices
-from largebatch.report.compare import REPORTED, Comparison, compare, differing
+from largebatch.report.answer import answer
+from largebatch.report.cells import differing
+from largebatch.report.compare import Comparison, compare
 from largebatch.report.fairness import warnings
-from largebatch.report.load import Problem, load_runs
-from largebatch.report.wording import answer, cell_accuracy, cell_counts, decimals, row_label, title
+from largebatch.report.load import Problem, Run, load_runs
+from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label, title
 from largebatch.runs.folder import write_atomic
 from largebatch.runs.metrics import write_table
 
@@ -49,24 +51,15 @@ def report(
     """
     if target is not None and not 0 < target < 1:
         raise UserError(f"--target={target:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
-    if not runs_dir.is_dir():
-        raise UserError(f"{runs_dir}: not a folder. Fix: give the folder that holds the runs")
     kind, path = _output(out, format_)
     runs, problems = load_runs(runs_dir)
-    known = sorted({key for run in runs for key in run.given}) if by else []
-    for key in by:
-        if runs and key not in known:
-            raise UserError(f"--by={key}: no run has this key; {choices(key, known)}")
-    comparisons = compare(runs, by)
+    comparisons = compared(runs, by)
     text = ""
     if kind == "html" and runs:
         from largebatch.report.page import page  # imports Plotly and Jinja2, which the other formats don't need
 
         text = page(runs_dir.resolve().name, runs, problems, comparisons, target)
-    for problem in sorted(set(problems)):
-        print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
-    if not runs:
-        raise UserError(f"{runs_dir}: holds no readable run. Fix: give the folder that holds the runs")
+    name_problems(runs_dir, runs, problems)
     if kind == "md":
         text = _markdown(comparisons, problems)
     elif kind == "csv":
@@ -81,6 +74,31 @@ def report(
     except OSError as error:
         raise UserError(f"--out={path}: {error.strerror}. Fix: name a file that can be written") from None
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
+
+
+def compared(runs: Sequence[Run], by: Sequence[str]) -> list[Comparison]:
+    """Return ``compare(runs, by)``.
+
+    Raises:
+        UserError: no run has a key of ``by``.
+    """
+    known = sorted({key for run in runs for key in run.given}) if by else []
+    for key in by:
+        if runs and key not in known:
+            raise UserError(f"--by={key}: no run has this key; {choices(key, known)}")
+    return compare(runs, by)
+
+
+def name_problems(runs_dir: Path, runs: Sequence[Run], problems: Sequence[Problem]) -> None:
+    """Print the problems to stderr.
+
+    Raises:
+        UserError: there is no run.
+    """
+    for problem in sorted(set(problems)):
+        print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
+    if not runs:
+        raise UserError(f"{runs_dir}: holds no readable run. Fix: give the folder that holds the runs")
 
 
 def _output(out: str | None, format_: str | None) -> tuple[str, Path | None]:
@@ -127,7 +145,8 @@ def table(comparison: Comparison) -> str:
         for batch in comparison.columns:
             cell = comparison.cells.get((row, batch))
             bold = "**" if cell in comparison.bold else ""
-            texts.append(f"{bold}{cell_accuracy(cell, digits)}{bold} ({cell_counts(cell)})" if cell else "-")
+            counts = cell_counts(cell, comparison) if cell else ""
+            texts.append(f"{bold}{cell_accuracy(cell, digits)}{bold} ({counts})" if cell else "-")
         lines.append(f"| {_escaped(row_label(row))} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
@@ -138,7 +157,7 @@ def _escaped(text: str) -> str:
 
 
 def _records(comparisons: Sequence[Comparison]) -> list[Record]:
-    """Return one flat row for each run: its configuration, its outcome, and True if its setting was chosen.
+    """Return one flat row for each run: its configuration, its outcome, and its part in the table.
 
     Each configuration key that differs between runs has a column of its own, under its dotted name.
     """
@@ -147,7 +166,7 @@ def _records(comparisons: Sequence[Comparison]) -> list[Record]:
     for cell in (cell for comparison in comparisons for cell in comparison.cells.values()):
         for setting in cell.settings:
             chosen = setting is cell.chosen
-            for run in setting.runs:
+            for run in (*setting.runs, *setting.confirming):
                 config = run.config
                 record = {
                     "run": run.name,
@@ -161,7 +180,8 @@ def _records(comparisons: Sequence[Comparison]) -> list[Record]:
                     "message": run.message,
                     "row": row_label(cell.row),
                     "chosen": chosen,
-                    "reported": REPORTED[cell.chosen_by] if chosen else None,
+                    "confirms": run.confirms,
+                    "reported": cell.metric if run in cell.reported else None,
                     **{key: run.options.get(key) for key in keys},
                 }
                 found.append(record)

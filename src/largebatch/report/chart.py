@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from largebatch.config.optimizers import OPTIMIZERS
-from largebatch.report.compare import Comparison, RowKey
+from largebatch.report.cells import RowKey
+from largebatch.report.compare import Comparison
 
 # Okabe and Ito's colours, which colour-blind people can tell apart. Their yellow is too pale for lines on white.
 _COLOURS = {

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from largebatch.config.modes import MODES
-from largebatch.report.compare import Cell, Comparison
+from largebatch.report.cells import Cell
+from largebatch.report.compare import Comparison
 from largebatch.report.load import Problem, number, read_history, thinned
 from largebatch.runs.metrics import Row
 

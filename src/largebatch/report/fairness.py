@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
-from largebatch.report.compare import BY_TEST, Cell, Comparison, distinct
+from largebatch.report import spaces
+from largebatch.report.cells import BY_TEST, distinct
+from largebatch.report.compare import Comparison
+from largebatch.report.inference import FEWEST_SEEDS
 from largebatch.report.load import flat
+from largebatch.report.warn import Check, Warn, check_cells, names_of
 from largebatch.report.wording import batches, listed, plural, row_label, states, value
 
-FEW_SEEDS = 3
 FEW_STEPS = 100  # the digits' network learns little in 20 steps and most in 100
 # Options that may differ between rows: those of the optimizer, and those that make columns and repetitions.
 _TUNED = ("optimizer.", "schedule.", "lr_scaling.")
@@ -18,36 +20,9 @@ _PLACES = ("batch_size", "seed")
 _LENGTHS = ("epochs", "steps")
 
 
-class Warn(NamedTuple):
-    """A problem's short name, and its meaning for the reader."""
-
-    title: str
-    text: str
-
-
 def warnings(comparison: Comparison) -> list[Warn]:
     """Return everything that a reader must know before trusting the table, the most serious first."""
     return [warning for check in _CHECKS for warning in check(comparison)]
-
-
-Check = Callable[[Comparison], Iterator[Warn]]
-
-
-def _cells(title: str, text: str, test: Callable[[Cell], bool]) -> Check:
-    """Return a check that warns about the cells that pass ``test``. ``text`` has ``{}`` for their names."""
-
-    def check(comparison: Comparison) -> Iterator[Warn]:
-        found = [cell for cell in comparison.shown if test(cell)]
-        if found:
-            yield Warn(title, text.format(_names(comparison, found)))
-
-    return check
-
-
-def _at_edge(cell: Cell) -> bool:
-    """Return True if the chosen learning rate is the smallest or largest tried. Diverged settings count as tried."""
-    rates = sorted({setting.options["optimizer.lr"] for setting in cell.settings if setting.tried})
-    return len(rates) > 1 and cell.chosen is not None and cell.chosen.options["optimizer.lr"] in (rates[0], rates[-1])
 
 
 def _unequal_conditions(comparison: Comparison) -> Iterator[Warn]:
@@ -90,17 +65,44 @@ def _unequal_trials(comparison: Comparison) -> Iterator[Warn]:
 def _unequal_seeds(comparison: Comparison) -> Iterator[Warn]:
     unequal = []
     for batch in comparison.columns:
-        chosen = [cell.chosen for cell in comparison.column(batch) if cell.chosen]
-        if len({tuple(run.config["seed"] for run in setting.runs) for setting in chosen}) > 1:
+        reported = [cell.reported for cell in comparison.column(batch) if cell.reported]
+        if len({tuple(run.config["seed"] for run in runs) for runs in reported}) > 1:
             unequal.append(batch)
     if unequal:
         yield Warn("Different seeds", f"At batch {batches(unequal)}, the compared settings ran with different seeds.")
 
 
+def _flattered(comparison: Comparison) -> Iterator[Warn]:
+    """Warn of cells whose accuracy is reported by the same runs that chose the setting."""
+    said = [
+        f"{row_label(cell.row)} at {cell.batch_size:,} "
+        + ("by an unknown amount" if cell.flattery is None else f"by {100 * cell.flattery:.2f} points")
+        for cell in comparison.finished
+        if cell.flattery != 0
+    ]
+    if said:
+        yield Warn(
+            "Accuracy of the best of several settings",
+            f"The same runs choose a setting and report its accuracy, which flatters it: {listed(said)}, estimated "
+            "from the settings that the other seeds choose. p-values are corrected for the number of settings, but "
+            "differences and their intervals aren't.",
+        )
+
+
+def _unconfirmed(comparison: Comparison) -> Iterator[Warn]:
+    cells = [cell for cell in comparison.finished if not cell.confirmed]
+    if comparison.confirmed and cells:
+        yield Warn(
+            "Unconfirmed cells",
+            f"For {names_of(comparison, cells)}, the same runs chose the setting and report it, so their accuracy may "
+            "be high by luck. The other cells show confirmation runs. Run largebatch confirm again.",
+        )
+
+
 def _few_steps(comparison: Comparison) -> Iterator[Warn]:
     found: dict[int, int] = {}
     for cell in comparison.finished:
-        steps = [int(run.summary.get("steps") or 0) for run in cell.chosen.finished] if cell.chosen else []
+        steps = [int(run.summary.get("steps") or 0) for run in cell.drawn]
         if 0 < min(steps, default=0) < FEW_STEPS:
             found[cell.batch_size] = min(steps)
     if found:
@@ -157,21 +159,8 @@ def _unfinished(comparison: Comparison) -> Iterator[Warn]:
         yield Warn("Runs without a result", f"These runs don't count yet: {said}. The table may change.")
 
 
-def _names(comparison: Comparison, cells: Sequence[Cell]) -> str:
-    """Return ``"LARS at 64 and 128, TVLARS"``. A row without sizes stands for all of its batch sizes with a result."""
-    rows = list(dict.fromkeys(cell.row for cell in cells))
-    if cells == comparison.finished and len(rows) > 1:
-        return "every optimizer at every batch size"
-    names = []
-    for row in rows:
-        of_row = [cell for cell in cells if cell.row == row]
-        is_whole = of_row == [cell for cell in comparison.finished if cell.row == row]
-        names.append(row_label(row) + ("" if is_whole else f" at {batches(cell.batch_size for cell in of_row)}"))
-    return listed(names)
-
-
 _CHECKS: tuple[Check, ...] = (
-    _cells(
+    check_cells(
         "Settings chosen on the test set",
         "For {}, the test set itself chose the best of several settings, because there are no validation images. "
         "Such an accuracy is too high, and more so with more settings. "
@@ -180,7 +169,7 @@ _CHECKS: tuple[Check, ...] = (
     ),
     _unequal_conditions,
     *(
-        _cells(
+        check_cells(
             f"Settings of different length ({key})",
             "For {}, some settings trained longer than others. Longer training usually wins.",
             lambda cell, key=key: len(distinct(cell.settings, key)) > 1,  # type: ignore[misc]
@@ -188,37 +177,40 @@ _CHECKS: tuple[Check, ...] = (
         for key in _LENGTHS
     ),
     _unequal_trials,
-    _cells(
+    check_cells(
         "One seed only",
         "The accuracy of {} comes from a single seed. Another seed gives another accuracy, and the difference is "
-        "unknown. So the table shows no spread, and nothing in the column is bold.",
+        "unknown. So no other optimizer is compared with it.",
         lambda cell: cell.seeds == 1,
     ),
-    _cells(
-        f"Fewer than {FEW_SEEDS} seeds",
-        "The accuracy of {} comes from two seeds, so its spread is very uncertain.",
-        lambda cell: 1 < cell.seeds < FEW_SEEDS,
+    check_cells(
+        f"Fewer than {FEWEST_SEEDS} seeds",
+        "The accuracy of {} comes from two seeds, which is too few for a comparison.",
+        lambda cell: 1 < cell.seeds < FEWEST_SEEDS,
     ),
     _unequal_seeds,
-    _cells(
+    check_cells(
         "Settings with unequal numbers of seeds",
         "For {}, some settings have fewer seeds than others. A mean of few seeds is more often high by luck, so luck "
         "may have chosen the setting.",
         lambda cell: len({len(setting.runs) for setting in cell.settings if setting.tried}) > 1,
     ),
-    _cells(
+    check_cells(
         "Some seeds diverged",
         "For {}, some seeds of the chosen setting diverged: the loss became infinite or undefined. "
-        "The mean is over the other seeds, and the setting can't lead its column.",
-        lambda cell: cell.chosen is not None and bool(cell.chosen.diverged),
+        "The mean is over the other seeds, and the optimizer is never ahead.",
+        lambda cell: any(run.state == "diverged" for run in cell.reported),
     ),
+    check_cells(
+        "Some seeds didn't finish",
+        "For {}, some seeds of the chosen setting failed, stopped or are still running. The mean is over the other "
+        "seeds, and the optimizer is never ahead. The same command resumes these runs.",
+        lambda cell: not all(run.done for run in cell.reported),
+    ),
+    _flattered,
+    _unconfirmed,
     _few_steps,
-    _cells(
-        "Best learning rate at the edge of the range",
-        "For {}, the chosen learning rate is the smallest or the largest tried. A better learning rate may lie beyond. "
-        "Compare again with a wider range.",
-        _at_edge,
-    ),
+    *spaces.CHECKS,
     _missing,
     _provenance,
     _unfinished,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import plotly.graph_objects as go
 from plotly.colors import hex_to_rgb
 
+from largebatch.report.cells import Cell, Place, RowKey, values
 from largebatch.report.chart import (
     Chart,
     Style,
@@ -21,7 +22,7 @@ from largebatch.report.chart import (
     rounded,
     safe,
 )
-from largebatch.report.compare import Cell, Comparison, Place, RowKey
+from largebatch.report.compare import Comparison
 from largebatch.report.curves import Curve, Histories, Reached, curve
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label
 
@@ -57,7 +58,7 @@ def accuracy_by_batch(comparison: Comparison, style: Styles) -> Chart:
 
 def speed_by_batch(comparison: Comparison, style: Styles) -> Chart | None:
     def point(cell: Cell) -> Point | None:
-        speeds = cell.chosen.values("images_per_second") if cell.chosen else []
+        speeds = values(cell.reported, "images_per_second")
         if not speeds:
             return None
         middle = statistics.median(speeds)
@@ -107,7 +108,7 @@ def _by_batch(
             },
             name=safe(row_label(row)),
             hovertext=[
-                safe(f"{row_label(row)}, batch {cell.batch_size:,}: {found[2]}") + f"<br>{cell_counts(cell)}"
+                f"{safe(f'{row_label(row)}, batch {cell.batch_size:,}: {found[2]}')}<br>{cell_counts(cell, comparison)}"
                 for cell, found in points
             ],
             hoverinfo="text",

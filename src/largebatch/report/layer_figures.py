@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from plotly.colors import sample_colorscale
 
+from largebatch.report.cells import Cell
 from largebatch.report.chart import Chart, Styles, Switch, batch_switch, line, log_axis, new_figure, rounded, safe
-from largebatch.report.compare import Cell, Comparison
+from largebatch.report.compare import Comparison
 from largebatch.report.load import Layers, Problem, read_layers, thinned
 from largebatch.report.wording import row_label
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +19,8 @@ import yaml
 from largebatch.config.datasets import DATASETS
 from largebatch.config.identity import decisive
 from largebatch.config.modes import MODES
+from largebatch.errors import UserError
+from largebatch.runs.correct import Bits, read_correct
 from largebatch.runs.folder import DONE, STATES, RunFolder
 from largebatch.runs.metrics import Row, read_rows
 
@@ -48,6 +52,7 @@ class Run:
     Attributes:
         state: one of ``runs.folder.STATES``, or ``interrupted``: the process ended without writing a state.
         summary: content of ``summary.json``. Empty for a run that neither finished nor diverged.
+        correct: correct test images, bool [number of images], of the ``last`` and the ``best`` evaluation.
     """
 
     folder: RunFolder
@@ -55,14 +60,24 @@ class Run:
     state: str
     message: str
     summary: Tree
+    correct: Mapping[str, Bits] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    @property
     def done(self) -> bool:
         return self.state in DONE
+
+    @property
+    def confirms(self) -> bool:
+        """True for a run of ``largebatch confirm``."""
+        return bool(self.config.get("confirms"))
 
     @cached_property
     def options(self) -> Tree:
@@ -77,6 +92,11 @@ class Run:
     def metric(self, name: str) -> float | None:
         """Return a number from the summary, or None if the summary has no such number."""
         return number(self.summary.get(name))
+
+    def correct_images(self, metric: str) -> Bits | None:
+        """Return the test images of which ``metric`` is the accuracy, or None if they aren't known."""
+        bits, accuracy = self.correct.get("best" if metric.startswith("best/") else "last"), self.metric(metric)
+        return bits if bits is not None and accuracy is not None and abs(bits.mean() - accuracy) < 1e-9 else None
 
 
 def number(value: Any) -> float | None:
@@ -104,7 +124,12 @@ def load_runs(runs_dir: Path) -> tuple[list[Run], list[Problem]]:
 
     Hidden folders and plain files are skipped without a problem. ``previous-N`` folders inside a run are no runs: a
     repetition moved them there.
+
+    Raises:
+        UserError: ``runs_dir`` is no folder.
     """
+    if not runs_dir.is_dir():
+        raise UserError(f"{runs_dir}: not a folder. Fix: give the folder that holds the runs")
     runs: dict[str, Run] = {}
     problems, copies = [], []
     for path in sorted(path for path in runs_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
@@ -118,6 +143,12 @@ def load_runs(runs_dir: Path) -> tuple[list[Run], list[Problem]]:
         if first is not run:
             what = f"the same configuration and seed as {first.name}; only {first.name} counts"
             copies.append(Problem(run.name, what))
+    for key, run in runs.items():
+        if run.folder.correct.exists():
+            try:
+                runs[key] = dataclasses.replace(run, correct=_attempt(run.folder.correct, read_correct))
+            except _Broken as error:
+                problems.append(Problem(run.name, f"{error}; its test images count as unknown"))
     return list(runs.values()), problems + copies
 
 
@@ -135,6 +166,11 @@ def _load(folder: RunFolder) -> Run:
         raise _Broken("config.yaml has an unknown data set or mode")
     if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:
         raise _Broken("config.yaml has an invalid batch size or learning rate")
+    space = config.get("space") or {}
+    if not isinstance(space, dict) or not all(
+        isinstance(of, list) and len(set(map(str, of))) > 1 for of in space.values()
+    ):
+        raise _Broken("config.yaml has an invalid space")
     status = _attempt(folder.status, _read_tree)
     state = status.get("state")
     if state not in STATES:
@@ -215,7 +251,9 @@ def _attempt(path: Path, read: Callable[[Path], Item]) -> Item:
         return read(path)
     except FileNotFoundError:
         raise _Broken(f"{path.name} is missing") from None
-    except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError, pyarrow.ArrowException) as error:
+    except (
+        ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, yaml.YAMLError, pyarrow.ArrowException,
+    ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _Broken(f"{path.name} can't be read ({reason})") from None
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from largebatch.report.cells import BY_TEST, BY_VALIDATION, Cell, Setting, distinct, values
 from largebatch.report.chart import Chart, batch_switch, new_figure, rounded
-from largebatch.report.compare import BY_TEST, BY_VALIDATION, Cell, Comparison, Setting, distinct
+from largebatch.report.compare import Comparison
 from largebatch.report.wording import decimals, row_label, value
 
 Places = dict[tuple[str, str], list[Setting]]  # settings by their x and y value
@@ -89,9 +90,9 @@ def _add_map(
     for place, settings in places.items():
         best = max(settings, key=lambda setting: (bool(setting.finished), setting.score(chosen_by)))
         diverged = f"✕{len(best.diverged)}" if best.diverged else ""
-        if values := best.values(chosen_by):
-            means[place] = rounded(100 * statistics.fmean(values))
-            number = f"{100 * statistics.fmean(values):.{digits}f}"
+        if found := values(best.runs, chosen_by):
+            means[place] = rounded(100 * statistics.fmean(found))
+            number = f"{100 * statistics.fmean(found):.{digits}f}"
             bold = any(id(setting) in chosen for setting in settings)
             texts[place] = f"{f'<b>{number}</b>' if bold else number} {diverged}".strip()
         elif diverged:
@@ -100,9 +101,9 @@ def _add_map(
     xs, ys = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
     # The same colours in all maps of a comparison.
     of_settings = [
-        setting.values(metric) for metric in (BY_VALIDATION, BY_TEST) for setting in _tried(comparison.shown)
+        values(setting.runs, metric) for metric in (BY_VALIDATION, BY_TEST) for setting in _tried(comparison.shown)
     ]
-    extent = [100 * statistics.fmean(values) for values in of_settings if values]
+    extent = [100 * statistics.fmean(found) for found in of_settings if found]
     coloured = {
         "colorscale": "Viridis", "colorbar": {"title": {"text": "%"}, "thickness": 12, "len": 0.9},
         "zmin": rounded(min(extent, default=0.0)), "zmax": rounded(max(extent, default=100.0)),

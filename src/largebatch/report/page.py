@@ -14,8 +14,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from largebatch.report import curves, figures, wording
+from largebatch.report.answer import answer, differences_table
+from largebatch.report.cells import BY_VALIDATION, RowKey, differing, distinct, values
 from largebatch.report.chart import Chart, Styles, styles
-from largebatch.report.compare import BY_VALIDATION, Comparison, RowKey, differing, distinct
+from largebatch.report.compare import Comparison
 from largebatch.report.fairness import warnings
 from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagnosed
 from largebatch.report.load import Problem, Run
@@ -103,7 +105,7 @@ def _section(
     return {
         "anchor": anchor,
         "title": wording.title(comparison),
-        "answer": wording.answer(comparison),
+        "answer": answer(comparison),
         "warnings": warnings(comparison),
         "columns": [f"batch {batch:,}" for batch in comparison.columns],
         "rows": [
@@ -116,6 +118,8 @@ def _section(
             for row in comparison.rows
         ],
         "caption": _caption(comparison),
+        "differences": differences_table(comparison),
+        "images": all(verdict.images for verdict in comparison.verdicts),
         "groups": [
             (name, [(f"{anchor}-{i}-{j}", chart) for j, chart in enumerate(filter(None, charts))])
             for i, (name, charts) in enumerate(groups.items())
@@ -145,14 +149,14 @@ def _cells(comparison: Comparison, row: RowKey) -> list[dict[str, Any]]:
             "text": wording.cell_accuracy(cell, wording.decimals(comparison)),
             "bold": cell in comparison.bold,
             "lost": cell.mean is None,
-            "small": [setting, wording.cell_counts(cell)],
+            "small": [setting, wording.cell_counts(cell, comparison)],
         })  # fmt: skip
     return cells
 
 
 def _caption(comparison: Comparison) -> str:
     by = {cell.chosen_by for cell in comparison.shown if cell.chosen}
-    text = "Test accuracy in per cent: mean ± spread. The spread is the sample standard deviation over seeds. "
+    text = "Test accuracy in per cent: mean ± sample standard deviation over seeds (the mean is more certain). "
     if BY_VALIDATION in by:
         text += (
             "Validation chose the setting with the best mean validation accuracy, and in each run the epoch whose test "
@@ -160,10 +164,12 @@ def _caption(comparison: Comparison) -> str:
         )
     if by - {BY_VALIDATION}:
         text += "Without validation images, the table shows the test accuracy at the end of training. "
-    text += (
-        "Bold: the optimizer leads its column by more than the spread. Its range mean ± spread lies above the range of "
-        "every other optimizer that finished. Without bold, no optimizer leads by more than the spread."
-    )
+    if comparison.confirmed:
+        text += (
+            "Confirmation seeds: the chosen setting ran again on seeds that took no part in the choice, and the table "
+            "shows only these runs. "
+        )
+    text += "Bold: the optimizer is ahead of every other one in its column, as the section on differences explains."
     images = max((run.metric("test_images") or 0 for run in comparison.runs), default=0)
     return text + (f" Each of the {images:,.0f} test images counts {100 / images:.2g} %." if images else "")
 
@@ -183,22 +189,28 @@ def _settings_table(comparison: Comparison) -> dict[str, Any]:
     digits = wording.decimals(comparison)
     keys = sorted(differing(comparison.runs).keys() - {"optimizer.name", "schedule.name", "batch_size", "seed"})
 
-    def mean(values: list[float]) -> str:
-        return f"{100 * statistics.fmean(values):.{digits}f}" if values else "-"
+    def mean(runs: Sequence[Run], metric: str) -> str:
+        accuracies = values(runs, metric)
+        return f"{100 * statistics.fmean(accuracies):.{digits}f}" if accuracies else "-"
 
     lines = [
         [
             wording.row_label(cell.row),
             f"{cell.batch_size:,}",
             *(wording.value(setting.options.get(key)) for key in keys),
-            ", ".join(str(run.config["seed"]) for run in setting.runs),
-            mean(setting.values("best/val/accuracy")),
-            mean(setting.values("test/accuracy")),
-            ", ".join(wording.states(setting.runs)),
-            "chosen" if setting is cell.chosen else "",
+            ", ".join(str(run.config["seed"]) for run in runs),
+            mean(runs, "best/val/accuracy"),
+            mean(runs, "test/accuracy"),
+            ", ".join(wording.states(runs)),
+            word,
         ]
         for cell in comparison.cells.values()
         for setting in cell.settings
+        for runs, word in (
+            (setting.runs, "chosen" if setting is cell.chosen else ""),
+            (setting.confirming, "confirmation"),
+        )
+        if runs
     ]
     heads = ["optimizer", "batch", *keys, "seeds", "best validation [%]", "test at the end [%]", "runs", ""]
     return {"heads": heads, "lines": lines}

@@ -47,6 +47,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.metrics_table = self.path / "metrics.parquet"
         self.layers = self.path / "layers.parquet"
+        self.correct = self.path / "correct.npz"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.best_checkpoint = self.checkpoints / "best.pt"

@@ -12,6 +12,7 @@ from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.modes import clf
 from largebatch.modes.bt import BarlowTwins
+from largebatch.runs.correct import write_correct
 from largebatch.training.micro_batch import release_memory
 from largebatch.training.state import Run
 
@@ -20,14 +21,25 @@ _AT_ONCE = (256, 1024)  # bounds of the evaluation batch: a micro-batch that fit
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def classification_metrics(run: Run, model: nn.Module) -> dict[str, float]:
-    """Return loss and accuracy on the whole validation and test sets, over all processes."""
+def classification_metrics(run: Run, model: nn.Module, step: int) -> dict[str, float]:
+    """Return loss and accuracy on the whole validation and test sets, over all processes, after ``step``."""
     distributed.share_buffers(model)
     model.eval()
-    metrics: dict[str, float] = {}
+    images = {}
     for name, split in held_out(run):
-        totals = without_gradient(run, split, lambda batches: clf.evaluate(model, batches, run.device))
-        metrics |= clf.evaluation_metrics(name, distributed.sum_over_processes(totals).tolist())
+        here = without_gradient(run, split, lambda batches: clf.evaluate(model, batches, run.device))
+        images[name] = distributed.gather_rows(here, _shares(run, len(split)))
+    return metrics_of_images(run, images, step)
+
+
+def metrics_of_images(run: Run, images: dict[str, Tensor], step: int) -> dict[str, float]:
+    """Return the metrics of the results of ``clf.evaluate`` by split. Rank 0 records the correct test images."""
+    metrics: dict[str, float] = {}
+    for name, results in images.items():
+        metrics |= clf.evaluation_metrics(name, results)
+    if run.rank == 0:
+        chooses = metrics.get("val/accuracy", metrics["test/accuracy"])
+        write_correct(run.folder.correct, step, chooses, images["test"][:, 1].bool().cpu().numpy())
     return metrics
 
 
@@ -54,9 +66,13 @@ def split_features(run: Run, model: BarlowTwins, split: Split, most: int | None 
         return torch.cat(found) if found else torch.empty(0, model.features, device=run.device)
 
     here = without_gradient(run, split, features, chosen)
-    rows = [len(evaluation_share(len(chosen), rank, run.processes)) for rank in range(run.processes)]
     labels = split.labels[chosen.to(split.labels.device)].to(run.device)
-    return distributed.gather_rows(here, rows), labels
+    return distributed.gather_rows(here, _shares(run, len(chosen))), labels
+
+
+def _shares(run: Run, images: int) -> list[int]:
+    """Return the number of images that each process evaluates."""
+    return [len(evaluation_share(images, rank, run.processes)) for rank in range(run.processes)]
 
 
 @torch.no_grad()

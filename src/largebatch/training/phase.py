@@ -165,7 +165,7 @@ class MainPhase:
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the validation and test sets, over all processes."""
-        return classification_metrics(self.run, self.training.model)
+        return classification_metrics(self.run, self.training.model, self.training.step)
 
     def facts(self) -> Facts:
         """Return the facts specific to the mode."""

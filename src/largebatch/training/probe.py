@@ -17,7 +17,7 @@ from largebatch.modes import bt, clf
 from largebatch.modes.bt import BarlowTwins
 from largebatch.seeding import derive_seed
 from largebatch.tracking.recorder import Recorder
-from largebatch.training.evaluation import classification_metrics, held_out, split_features
+from largebatch.training.evaluation import classification_metrics, held_out, metrics_of_images, split_features
 from largebatch.training.phase import Batches, MainPhase
 from largebatch.training.profile import Profile
 from largebatch.training.state import ProbeState, Run, Training
@@ -158,11 +158,13 @@ class ProbePhase(MainPhase):
         metrics = {name.replace("train/", "probe/"): value for name, value in clf.train_metrics(totals).items()}
         metrics["probe/lr"] = self.probe.optimizer.param_groups[0]["lr"]
         if self.frozen:
-            for name, features_and_labels in self._held_out.items():
-                counted = clf.evaluate(self.probe.head, [features_and_labels], self.run.device)
-                metrics |= clf.evaluation_metrics(name, counted.tolist())
+            images = {
+                name: clf.evaluate(self.probe.head, [features_and_labels], self.run.device)
+                for name, features_and_labels in self._held_out.items()
+            }
+            metrics |= metrics_of_images(self.run, images, self.training.step)
         elif (self._step // self.epoch_steps) % self.run.config.eval_every == 0 or self.training.step == self.end:
-            metrics |= classification_metrics(self.run, self.classifier)
+            metrics |= classification_metrics(self.run, self.classifier, self.training.step)
         return metrics
 
     def close(self) -> None:

@@ -1,0 +1,47 @@
+"""Count trials: settings that are far enough apart to be different attempts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Options that people tune in log scale, by the last part of their key.
+LOG_SCALE = ("lr", "lr_1d", "lmbda", "weight_decay")
+_APART = math.log(1.05)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_log(key: str) -> bool:
+    """Return True if people tune the option in log scale."""
+    return key.rpartition(".")[2] in LOG_SCALE
+
+
+def apart(key: str, one: Any, other: Any) -> bool:
+    """Return True if two values of an option make different trials.
+
+    Numbers do if they are at least 5 % apart in log scale. For options between 0 and 1 outside ``LOG_SCALE``, such as
+    momentum, the distances to 1 count too. All other values do if they are different.
+    """
+    if one == other or not (is_number(one) and is_number(other)):
+        return bool(one != other)
+    pairs = [(one, other)]
+    if not is_log(key) and 0 < one < 1 and 0 < other < 1:
+        pairs.append((1 - one, 1 - other))
+    return any(a * b <= 0 or abs(math.log(a / b)) >= _APART for a, b in pairs)
+
+
+def distinct_trials(settings: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of settings that are apart from all settings counted before, in at least one option.
+
+    Args:
+        settings: options of each setting, by dotted key.
+    """
+    counted: list[Mapping[str, Any]] = []
+    for options in settings:
+        if all(any(apart(k, options.get(k), other.get(k)) for k in options.keys() | other.keys()) for other in counted):
+            counted.append(options)
+    return len(counted)

@@ -1,0 +1,42 @@
+"""``correct.npz``: the test images that a run classifies correctly, in the data set's order, 1 bit for each image."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bits = NDArray[np.bool_]
+
+
+def write_correct(path: Path, step: int, accuracy: float, correct: Bits) -> None:
+    """Replace the bits of the last evaluation, and those of the best evaluation if this one is better.
+
+    A resumed run continues with the file, and repeats evaluations that the file has already.
+
+    Args:
+        path: the file.
+        step: optimizer step of the evaluation.
+        accuracy: the accuracy that chooses the best evaluation; the earlier of equal ones.
+        correct: bool [number of test images].
+    """
+    found: dict[str, Any] = {}
+    if path.exists():
+        with np.load(path) as file:
+            found = dict(file)
+    found |= {"images": len(correct), "last": np.packbits(correct)}
+    if "best" not in found or accuracy > found["accuracy"] or step == found["step"]:
+        found |= {"best": found["last"], "accuracy": accuracy, "step": step}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as new:
+        np.savez(new, **found)
+    os.replace(temporary, path)
+
+
+def read_correct(path: Path) -> dict[str, Bits]:
+    """Return bool [number of test images] of the ``last`` and the ``best`` evaluation."""
+    with np.load(path) as file:
+        return {name: np.unpackbits(file[name], count=int(file["images"])).astype(bool) for name in ("last", "best")}
