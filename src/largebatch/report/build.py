@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +10,18 @@ from pathlib import Path
 from largebatch.errors import UserError, choices
 from largebatch.report import export
 from largebatch.report.compare import compare
+from largebatch.report.curves import read_histories
 from largebatch.report.load import load_runs
+from largebatch.report.targets import TARGET_METRICS, Target, time_to_target
 from largebatch.runs.folder import write_atomic
 from largebatch.runs.metrics import write_table
 
 FORMATS = ("html", "md", "csv", "parquet")
+_DEFAULT = Target()
 
 
 def report(
-    runs_dir: Path, out: str | None = None, format_: str | None = None, target: float | None = None,
+    runs_dir: Path, out: str | None = None, format_: str | None = None, target: Target = _DEFAULT,
     by: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Write the report of ``runs_dir``.
@@ -26,7 +30,7 @@ def report(
         out: file to write; ``-`` prints. None prints Markdown and CSV, and writes ``report.html`` or
             ``report.parquet``.
         format_: one of ``FORMATS``. None: by the ending of ``out``, else HTML.
-        target: accuracy in 0..1. The page counts the steps to it.
+        target: the page, and Markdown if the target has a value, show the training to it.
         by: dotted configuration keys. Each of their values gets its own row.
 
     Returns:
@@ -35,8 +39,7 @@ def report(
     Raises:
         UserError: for an invalid target, format, path or key, and for a folder without a readable run.
     """
-    if target is not None and not 0 < target < 1:
-        raise UserError(f"--target={target:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
+    _check(target)
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir}: not a folder. Fix: give the folder that holds the runs")
     kind = format_ or _format_of(out)
@@ -52,13 +55,15 @@ def report(
         from largebatch.report.page import page  # imports Plotly and Jinja2, which the other formats don't need
 
         text = page(runs_dir.resolve().name, runs, problems, comparisons, target)
+    elif kind == "md":
+        histories = [read_histories(comparison, problems) for comparison in comparisons if target.value]
+        times = [time_to_target(*pair, target) for pair in zip(comparisons, histories, strict=False)]
+        text = export.markdown(comparisons, problems, times)
     for problem in sorted(set(problems)):
         print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
     if not runs:
         raise UserError(f"{runs_dir}: holds no readable run. Fix: give the folder that holds the runs")
-    if kind == "md":
-        text = export.markdown(comparisons, problems)
-    elif kind == "csv":
+    if kind == "csv":
         text = export.csv_text(export.records(comparisons))
     if path is None:
         return text.rstrip("\n")
@@ -70,6 +75,20 @@ def report(
     except OSError as error:
         raise UserError(f"--out={path}: {error.strerror}. Fix: name a file that can be written") from None
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
+
+
+def _check(target: Target) -> None:
+    """Raise a ``UserError`` if no run can have such a metric or value."""
+    value, metric = target
+    if metric is not None and metric not in TARGET_METRICS:
+        raise UserError(f"--target-metric={metric}: unknown metric; {choices(metric, TARGET_METRICS)}")
+    if metric is not None and metric.endswith("loss"):
+        if value is None:
+            raise UserError(f"--target-metric={metric}: no loss given. Fix: add --target, such as --target 0.5")
+        if not 0 < value < math.inf:
+            raise UserError(f"--target={value:g}: not a loss. Allowed: numbers above 0")
+    elif value is not None and not 0 < value < 1:
+        raise UserError(f"--target={value:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
 
 
 def _path(out: str | None, kind: str) -> Path | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from largebatch.report.compare import REPORTED, Comparison, differing
 from largebatch.report.fairness import warnings
 from largebatch.report.load import Problem, Run
+from largebatch.report.profiles import profiles, score_table
+from largebatch.report.targets import TimeToTarget, reached_table
 from largebatch.report.wording import answer, cell_accuracy, cell_counts, decimals, row_label, title
 
 Record = dict[str, Any]
@@ -21,12 +24,25 @@ _METRICS = (
 _FACTS = ("precision", "device", "git_commit", "git_dirty")
 
 
-def markdown(comparisons: Sequence[Comparison], problems: Sequence[Problem]) -> str:
-    """Return a section with answer, warnings and table for each comparison, and a list of what is left out."""
+def markdown(
+    comparisons: Sequence[Comparison], problems: Sequence[Problem], times: Sequence[TimeToTarget | None] = ()
+) -> str:
+    """Return a section with answer, warnings and tables for each comparison, and a list of what is left out.
+
+    Args:
+        times: for each comparison, the training to its target, which gets tables too. Empty: no target.
+    """
     parts = []
-    for comparison in comparisons:
+    for comparison, time in itertools.zip_longest(comparisons, times):
         warned = "\n".join(f"- **{_escaped(one.title)}.** {_escaped(one.text)}" for one in warnings(comparison))
         parts += [f"## {_escaped(title(comparison))}", _escaped(answer(comparison)), warned, table(comparison)]
+        if time:
+            parts.append(_by_batch(f"time to {time.goal.text}", comparison, reached_table(comparison, time)))
+    if found := profiles(comparisons, times) if times else None:
+        left_out = f"Left out: {', '.join(map(_escaped, found.left_out))}." if found.left_out else ""
+        parts += ["## All workloads", left_out]
+        lines = ["| AlgoPerf's score | by steps | by seconds | targets reached |", "|---|---|---|---|"]
+        parts.append("\n".join([*lines, *(f"| {' | '.join(map(_escaped, line))} |" for line in score_table(found))]))
     if problems:
         parts.append("Left out:\n\n" + "\n".join(f"- {_escaped(f'{p.where}: {p.what}')}" for p in problems))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -35,10 +51,7 @@ def markdown(comparisons: Sequence[Comparison], problems: Sequence[Problem]) -> 
 def table(comparison: Comparison) -> str:
     """Return test accuracy in per cent by optimizer and batch size, as a Markdown table. Clear leaders are bold."""
     digits = decimals(comparison)
-    lines = [
-        "| test accuracy [%] | " + " | ".join(f"batch {batch:,}" for batch in comparison.columns) + " |",
-        "|---|" + "---|" * len(comparison.columns),
-    ]
+    lines = _head("test accuracy [%]", comparison)
     for row in comparison.rows:
         texts = []
         for batch in comparison.columns:
@@ -47,6 +60,20 @@ def table(comparison: Comparison) -> str:
             texts.append(f"{bold}{cell_accuracy(cell, digits)}{bold} ({cell_counts(cell)})" if cell else "-")
         lines.append(f"| {_escaped(row_label(row))} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def _by_batch(name: str, comparison: Comparison, cells: Sequence[Sequence[tuple[str, str]]]) -> str:
+    """Return a table of pairs of texts, for each row and batch size. Empty without any pair."""
+    lines = [
+        f"| {_escaped(row_label(row))} | {' | '.join(_escaped('; '.join(filter(None, pair))) for pair in pairs)} |"
+        for row, pairs in zip(comparison.rows, cells, strict=False)
+    ]
+    return "\n".join([*_head(name, comparison), *lines]) if lines else ""
+
+
+def _head(name: str, comparison: Comparison) -> list[str]:
+    sizes = " | ".join(f"batch {batch:,}" for batch in comparison.columns)
+    return [f"| {name} | {sizes} |", "|---|" + "---|" * len(comparison.columns)]
 
 
 def _escaped(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,16 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from largebatch.report import figures
+from largebatch.report import figures, target_figures
 from largebatch.report.chart import Chart, Styles, styles
-from largebatch.report.compare import BY_VALIDATION, Comparison, Place, differing, distinct
-from largebatch.report.curves import (
-    MOST_POINTS,
-    Histories,
-    Reached,
-    default_target,
-    progress_metric,
-    reach,
-    read_histories,
-)
+from largebatch.report.compare import BY_VALIDATION, Comparison, differing, distinct
+from largebatch.report.curves import MOST_POINTS, Histories, read_histories
 from largebatch.report.fairness import warnings
 from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagnosed
 from largebatch.report.load import Problem, Run
 from largebatch.report.maps import setting_maps
+from largebatch.report.profiles import profiles, score_table
+from largebatch.report.targets import Target, TimeToTarget, reached_table, time_to_target
 from largebatch.report.wording import (
     answer,
     cell_accuracy,
@@ -48,14 +42,14 @@ _FEWEST_POINTS = 24
 
 
 def page(
-    name: str, runs: Sequence[Run], problems: list[Problem], comparisons: Sequence[Comparison], target: float | None
+    name: str, runs: Sequence[Run], problems: list[Problem], comparisons: Sequence[Comparison], target: Target
 ) -> str:
     """Return the whole file.
 
     Args:
         name: name of the folder of runs.
         problems: what is left out so far. Unreadable metrics and layers are added.
-        target: accuracy in 0..1. The page counts the steps to it. None: a target for each comparison.
+        target: the page shows the training to it.
     """
     style = styles(comparisons)
     histories = [read_histories(comparison, problems) for comparison in comparisons]
@@ -63,13 +57,24 @@ def page(
     cells = sum(len(comparison.shown) for comparison in comparisons)
     points = max(_FEWEST_POINTS, min(MOST_POINTS, _BUDGET // max(cells, 1)))
     with_layers = max(sum(map(len, diagnosed)), 1)
-    sections = [
-        _section(f"c{number}", comparison, history, layers, len(layers) / with_layers, style, target, points)
-        for number, (comparison, history, layers) in enumerate(zip(comparisons, histories, diagnosed, strict=True), 1)
+    times = [
+        time_to_target(comparison, history, target) for comparison, history in zip(comparisons, histories, strict=True)
     ]
+    of_sections = zip(comparisons, histories, times, diagnosed, strict=True)
+    sections = [
+        _section(f"c{number}", comparison, history, time, layers, len(layers) / with_layers, style, points)
+        for number, (comparison, history, time, layers) in enumerate(of_sections, 1)
+    ]
+    found = profiles(comparisons, times)
+    charts = [("profiles", target_figures.profile_chart(found, style))] if found else []
+    charts += [named for section in sections for _, of_group in section["groups"] for named in of_group]
     payload = {
         key: chart.figure.to_plotly_json() | {"axes": {s.key: s.axes for s in chart.switches if s.axes}}
-        for section in sections for _, charts in section["groups"] for key, chart in charts
+        for key, chart in charts
+    }  # fmt: skip
+    overall = None if found is None else {
+        "charts": charts[:1], "scores": score_table(found), "left_out": found.left_out,
+        "workloads": [[workload] for workload in found.workloads],
     }  # fmt: skip
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
     environment = Environment(
@@ -78,6 +83,7 @@ def page(
     return environment.get_template("page.html.j2").render(
         name=name,
         sections=sections,
+        overall=overall,
         problems=sorted(set(problems)),
         facts=_facts(runs),
         trouble=[
@@ -89,8 +95,8 @@ def page(
 
 
 def _section(
-    anchor: str, comparison: Comparison, histories: Histories, layers: list[Diagnosed], share: float, style: Styles,
-    target: float | None, points: int,
+    anchor: str, comparison: Comparison, histories: Histories, times: TimeToTarget | None, layers: list[Diagnosed],
+    share: float, style: Styles, points: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the template's values for one comparison.
 
@@ -98,10 +104,6 @@ def _section(
         share: part of the page's budget of layers, 0..1.
         points: most points of a curve.
     """
-    metric = progress_metric(comparison, histories)
-    target = target or default_target(comparison, metric, histories)
-    reached = {place: reach(cell, metric, target, histories) for place, cell in comparison.cells.items() if target}
-    goal = f"{100 * target:.4g} % {figures.METRICS[metric]}" if target else ""
     runs_of = [[run for cell in comparison.row(row) for run in cell.runs] for row in comparison.rows]
     # A new chart needs its function in a file of figures and an entry here.
     groups: dict[str, list[Chart | None]] = {
@@ -111,7 +113,7 @@ def _section(
         ],
         "Settings tried": [*setting_maps(comparison)],
         "Speed": [
-            figures.steps_to_target(comparison, reached, goal, style),
+            target_figures.time_by_batch(comparison, times, style) if times else None,
             figures.speed_by_batch(comparison, style),
         ],
         "Schedules and layers": [
@@ -131,8 +133,10 @@ def _section(
             (name, [(f"{anchor}-{i}-{j}", chart) for j, chart in enumerate(filter(None, charts))])
             for i, (name, charts) in enumerate(groups.items())
         ],
-        "goal": goal,
-        "reached": _reached_table(comparison, reached),
+        # Tables below the charts of a group, with their notes.
+        "tables": {
+            "Speed": (_reached_note(times), reached_table(comparison, times)) if times else ("", []),
+        },
         "labels": [row_label(row) for row in comparison.rows],
         "keys": [
             [key, *(", ".join(map(value, distinct(of_row, key))) for of_row in runs_of)]
@@ -184,18 +188,11 @@ def _caption(comparison: Comparison) -> str:
     return text + (f" Each of the {images:,.0f} test images counts {100 / images:.2g} %." if images else "")
 
 
-def _reached_table(comparison: Comparison, reached: Mapping[Place, Reached]) -> list[list[tuple[str, str]]]:
-    """Return two lines of text for each batch size of each row."""
-
-    def lines(result: Reached | None) -> tuple[str, str]:
-        if result is None or not result.runs:
-            return "-", ""
-        seeds = f"{result.reached} of {plural(result.runs, 'seed')}"
-        if result.at is None:
-            return "never", seeds
-        return f"{result.at.steps:,.0f} steps", f"{result.at.epochs:.3g} epochs, {result.at.seconds:.3g} s; {seeds}"
-
-    return [[lines(reached.get((row, batch))) for batch in comparison.columns] for row in comparison.rows]
+def _reached_note(times: TimeToTarget) -> str:
+    return (
+        f"Training until the first evaluation or log entry that reaches {times.goal.text}: medians over the seeds of "
+        "the chosen setting. A seed that never reaches it counts as infinity. A failed or unfinished run doesn't count."
+    )
 
 
 def _settings_table(comparison: Comparison) -> dict[str, Any]:
