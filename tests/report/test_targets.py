@@ -238,8 +238,10 @@ def report(*arguments: str | Path, cwd: Path) -> str:
     return result.stdout
 
 
-def test_markdown_has_tables_of_the_target(runs_dir: Path, tmp_path: Path) -> None:
+def test_markdown_has_tables_of_the_learning_rate_and_of_the_target(runs_dir: Path, tmp_path: Path) -> None:
     lines = report(runs_dir, "--format", "md", "--target", "0.5", cwd=tmp_path).splitlines()
+    assert "| points lost by another learning rate | batch 64 | batch 128 |" in lines
+    assert "| LARS | factor 2: ≥ 2.0; factor 4: ≥ 6.0 | factor 2: ≥ 2.0; factor 4: ≥ 6.0 |" in lines
     assert "| time to 50 % test accuracy | batch 64 | batch 128 |" in lines
     reached = "20 steps; 2 epochs, 2,560 images, 4 s; 2 of 2 seeds"
     assert f"| LARS | {reached} | {reached} |" in lines
@@ -251,13 +253,14 @@ def test_markdown_has_tables_of_the_target(runs_dir: Path, tmp_path: Path) -> No
     assert "AlgoPerf" not in without
 
 
-def test_the_page_has_the_target_and_profiles(runs_dir: Path, tmp_path: Path) -> None:
+def test_the_page_has_tuning_curves_the_target_and_profiles(runs_dir: Path, tmp_path: Path) -> None:
     options = (runs_dir, "--target", "0.4", "--target-metric", "train/loss")
     report(*options, "--out", "first.html", cwd=tmp_path)
     report(*options, "--out", "second.html", cwd=tmp_path)
     text = (tmp_path / "first.html").read_text(encoding="utf-8")
     assert text == (tmp_path / "second.html").read_text(encoding="utf-8")
-    for title in ("Time to a training loss of 0.4", "Performance profiles over 2 workloads"):
+    for title in ("Tuning curves", "Time to a training loss of 0.4", "Performance profiles over 2 workloads"):
         assert f"<h4>{title}</h4>" in text
     assert "<td>30 steps<small>3 epochs, 3,840 images, 6 s; 2 of 2 seeds</small></td>" in text  # 1/3 at epoch 3
+    assert "<td>factor 2: ≥ 2.0<small>factor 4: ≥ 6.0</small></td>" in text
     assert re.search(r'<th scope="row">LARS</th><td>1.000</td><td>1.000</td><td>2 of 2</td>', text)

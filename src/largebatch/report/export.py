@@ -12,6 +12,7 @@ from largebatch.report.compare import REPORTED, Comparison, differing
 from largebatch.report.fairness import warnings
 from largebatch.report.load import Problem, Run
 from largebatch.report.profiles import profiles, score_table
+from largebatch.report.sensitivity import sensitivity_table
 from largebatch.report.targets import TimeToTarget, reached_table
 from largebatch.report.wording import answer, cell_accuracy, cell_counts, decimals, row_label, title
 
@@ -36,6 +37,7 @@ def markdown(
     for comparison, time in itertools.zip_longest(comparisons, times):
         warned = "\n".join(f"- **{_escaped(one.title)}.** {_escaped(one.text)}" for one in warnings(comparison))
         parts += [f"## {_escaped(title(comparison))}", _escaped(answer(comparison)), warned, table(comparison)]
+        parts.append(_by_batch("points lost by another learning rate", comparison, sensitivity_table(comparison)))
         if time:
             parts.append(_by_batch(f"time to {time.goal.text}", comparison, reached_table(comparison, time)))
     if found := profiles(comparisons, times) if times else None:

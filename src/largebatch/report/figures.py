@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable, Mapping
 
 import plotly.graph_objects as go
-from plotly.colors import hex_to_rgb
 
 from largebatch.report.chart import (
     Chart,
@@ -15,6 +14,7 @@ from largebatch.report.chart import (
     Switch,
     batch_axis,
     batch_switch,
+    filled,
     layout,
     line,
     rounded,
@@ -155,12 +155,10 @@ def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKe
     if drawn.spread is not None and any(drawn.spread):
         pairs = list(zip(drawn.mean, drawn.spread, strict=True))
         edge = [mean + spread for mean, spread in pairs] + [mean - spread for mean, spread in reversed(pairs)]
-        red, green, blue = hex_to_rgb(style.colour)
         around = {name: values + values[::-1] for name, values in x.items()}
         figure.add_scatter(
-            x=around["epochs"], y=[rounded(scale * at) for at in edge], mode="lines", line={"width": 0}, fill="toself",
-            fillcolor=f"rgba({red},{green},{blue},0.15)", hoverinfo="skip", showlegend=False,
-            meta={"pick": pick, "x": around}, legendgroup=row_label(row),
+            x=around["epochs"], y=[rounded(scale * at) for at in edge], meta={"pick": pick, "x": around},
+            legendgroup=row_label(row), **filled(style),
         )  # fmt: skip
     label = safe(row_label(row))
     figure.add_scatter(

@@ -22,7 +22,9 @@ from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagno
 from largebatch.report.load import Problem, Run
 from largebatch.report.maps import setting_maps
 from largebatch.report.profiles import profiles, score_table
+from largebatch.report.sensitivity import sensitivity_note, sensitivity_table
 from largebatch.report.targets import Target, TimeToTarget, reached_table, time_to_target
+from largebatch.report.tuning import tuning_curves
 from largebatch.report.wording import (
     answer,
     cell_accuracy,
@@ -111,7 +113,7 @@ def _section(
             figures.accuracy_by_batch(comparison, style),
             figures.training_curves(comparison, histories, style, points),
         ],
-        "Settings tried": [*setting_maps(comparison)],
+        "Settings tried": [tuning_curves(comparison, style), *setting_maps(comparison)],
         "Speed": [
             target_figures.time_by_batch(comparison, times, style) if times else None,
             figures.speed_by_batch(comparison, style),
@@ -135,6 +137,7 @@ def _section(
         ],
         # Tables below the charts of a group, with their notes.
         "tables": {
+            "Settings tried": (sensitivity_note(comparison), sensitivity_table(comparison)),
             "Speed": (_reached_note(times), reached_table(comparison, times)) if times else ("", []),
         },
         "labels": [row_label(row) for row in comparison.rows],
