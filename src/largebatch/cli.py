@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--format", choices=("html", "md", "csv", "parquet"), help="default: by the ending of --out, else html"
     )
-    report.add_argument("--target", type=float, help="accuracy in 0..1; the page shows the steps to reach it")
+    report.add_argument("--target", type=float, help="accuracy in 0..1, or a loss; shows the training to reach it")
+    report.add_argument(
+        "--target-metric", metavar="METRIC", help="metric of --target, such as train/loss; default: the main accuracy"
+    )
     report.add_argument(
         "--by", action="append", default=[], metavar="KEY", help="give each value of this key its own row"
     )
@@ -106,8 +109,10 @@ def _status(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from largebatch.report.build import report
+    from largebatch.report.targets import Target
 
-    print(report(options.runs_dir, options.out, options.format, options.target, options.by))
+    target = Target(options.target, options.target_metric)
+    print(report(options.runs_dir, options.out, options.format, target, options.by))
 
 
 def _confirm(options: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ from made_runs import made, seeds
 from largebatch.report.answer import answer
 from largebatch.report.cells import RowKey, differing
 from largebatch.report.compare import compare
-from largebatch.report.curves import default_target, reach
 from largebatch.report.wording import cell_accuracy, cell_counts, row_label
 
 LARS = RowKey("lars", "constant")
@@ -151,25 +150,3 @@ def test_keys_that_cannot_change_a_result_make_no_setting() -> None:
     runs = [made(seed=0, runs_dir="here"), made(seed=1, runs_dir="there")]
     (cell,) = compare(runs)[0].cells.values()
     assert (cell.trials, cell.seeds) == (1, 2)
-
-
-# Steps to a target.
-
-
-def test_steps_to_a_target_end_at_the_first_evaluation_that_reaches_it() -> None:
-    runs = seeds("lars", 0.9, 0.9, 0.9)
-    (comparison,) = compare(runs)
-    accuracies = ((0.1, 0.5, 0.9), (0.1, 0.9, 0.6), (0.1, 0.2, 0.3))
-    histories = {
-        run.name: [
-            {"step": 10 * i, "epoch": float(i), "wall_seconds": 2.0 * i, "test/accuracy": accuracy}
-            for i, accuracy in enumerate(of_run, 1)
-        ]
-        for run, of_run in zip(runs, accuracies, strict=True)
-    }
-    found = reach(comparison.cells[LARS, 128], "test/accuracy", 0.5, histories)
-    assert (found.reached, found.runs) == (2, 3)
-    assert found.at == (20, 2.0, 4.0)  # both at their second evaluation
-    never = reach(comparison.cells[LARS, 128], "test/accuracy", 0.95, histories)
-    assert (never.reached, never.at) == (0, None)
-    assert default_target(comparison, "test/accuracy", histories) == 0.3  # reached by the worst seed of the only cell

@@ -75,7 +75,10 @@ def test_a_curve_is_the_mean_in_a_band_of_the_spread() -> None:
     runs = seeds("lars", 0.5, 0.5)
     (comparison,) = compare(runs)
     histories = {
-        run.name: [{"step": s, "epoch": s / 10, "wall_seconds": float(s), "test/accuracy": a} for s, a in points]
+        run.name: [
+            {"step": s, "epoch": s / 10, "examples": 128 * s, "wall_seconds": float(s), "test/accuracy": a}
+            for s, a in points
+        ]
         for run, points in zip(runs, (((10, 0.2), (20, 0.5), (25, 0.1)), ((10, 0.4), (20, 0.5))), strict=True)
     }
     chart = training_curves(comparison, histories, styles([comparison]), 100)

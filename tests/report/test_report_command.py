@@ -152,6 +152,13 @@ def test_a_dash_prints_the_page(runs_dir: Path, written: Path, tmp_path: Path) -
     ("arguments", "says"),
     [
         (["--target", "90"], "--target=90: not an accuracy. Allowed: numbers between 0 and 1"),
+        (
+            ["--target-metric", "train/los", "--target", "1"],
+            "--target-metric=train/los: unknown metric; allowed",
+        ),
+        (["--target-metric", "embedding/std"], "--target-metric=embedding/std: unknown metric"),
+        (["--target-metric", "train/loss"], "--target-metric=train/loss: no loss given. Fix: add --target"),
+        (["--target-metric", "train/loss", "--target", "0"], "--target=0: not a loss. Allowed: numbers above 0"),
         (["--out", "report.pdf"], "--out=report.pdf: unknown ending. Allowed: .html"),
         (["--out", "nowhere/report.html"], "there is no folder nowhere"),
         (["--out", "/", "--format", "html"], "--out=/: is a folder"),

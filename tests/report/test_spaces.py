@@ -90,9 +90,9 @@ def test_options_are_apart(key: str, one: object, other: object, expected: bool)
 
 def test_a_trial_needs_one_option_that_is_apart() -> None:
     near = [{"optimizer.lr": 1.0, "optimizer.lmbda": 1e-3}, {"optimizer.lr": 1.01, "optimizer.lmbda": 1.01e-3}]
-    assert distinct_trials(near) == 1
-    assert distinct_trials([*near, {"optimizer.lr": 1.0, "optimizer.lmbda": 1e-4}]) == 2
-    assert distinct_trials([]) == 0
+    assert len(distinct_trials(near)) == 1
+    assert len(distinct_trials([*near, {"optimizer.lr": 1.0, "optimizer.lmbda": 1e-4}])) == 2
+    assert distinct_trials([]) == []
 
 
 def test_a_diverged_setting_is_a_trial_and_an_unfinished_one_is_not() -> None:

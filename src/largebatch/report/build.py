@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +15,18 @@ from largebatch.errors import UserError, choices
 from largebatch.report.answer import answer
 from largebatch.report.cells import differing
 from largebatch.report.compare import Comparison, compare
+from largebatch.report.curves import read_histories
 from largebatch.report.fairness import warnings
 from largebatch.report.load import Problem, Run, load_runs
+from largebatch.report.profiles import profiles, score_table
+from largebatch.report.sensitivity import sensitivity_table
+from largebatch.report.targets import TARGET_METRICS, Target, TimeToTarget, reached_table, time_to_target
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label, title
 from largebatch.runs.folder import write_atomic
 from largebatch.runs.metrics import write_table
 
 FORMATS = ("html", "md", "csv", "parquet")
+_NO_TARGET = Target()
 
 Record = dict[str, Any]
 
@@ -31,7 +38,7 @@ _FACTS = ("precision", "device", "git_commit", "git_dirty")
 
 
 def report(
-    runs_dir: Path, out: str | None = None, format_: str | None = None, target: float | None = None,
+    runs_dir: Path, out: str | None = None, format_: str | None = None, target: Target = _NO_TARGET,
     by: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Write the report of ``runs_dir``.
@@ -40,7 +47,7 @@ def report(
         out: file to write; ``-`` prints. None prints Markdown and CSV, and writes ``report.html`` or
             ``report.parquet``.
         format_: one of ``FORMATS``. None: by the ending of ``out``, else HTML.
-        target: accuracy in 0..1. The page counts the steps to it.
+        target: the page, and Markdown if the target has a value, show the training to it.
         by: dotted configuration keys. Each of their values gets its own row.
 
     Returns:
@@ -49,8 +56,7 @@ def report(
     Raises:
         UserError: for an invalid target, format, path or key, and for a folder without a readable run.
     """
-    if target is not None and not 0 < target < 1:
-        raise UserError(f"--target={target:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
+    _check(target)
     kind, path = _output(out, format_)
     runs, problems = load_runs(runs_dir)
     comparisons = compared(runs, by)
@@ -59,10 +65,11 @@ def report(
         from largebatch.report.page import page  # imports Plotly and Jinja2, which the other formats don't need
 
         text = page(runs_dir.resolve().name, runs, problems, comparisons, target)
+    elif kind == "md":
+        times = [time_to_target(one, read_histories(one, problems), target) for one in comparisons if target.value]
+        text = _markdown(comparisons, problems, times)
     name_problems(runs_dir, runs, problems)
-    if kind == "md":
-        text = _markdown(comparisons, problems)
-    elif kind == "csv":
+    if kind == "csv":
         text = _csv(_records(comparisons))
     if path is None:
         return text.rstrip("\n")
@@ -74,6 +81,20 @@ def report(
     except OSError as error:
         raise UserError(f"--out={path}: {error.strerror}. Fix: name a file that can be written") from None
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
+
+
+def _check(target: Target) -> None:
+    """Raise a ``UserError`` if no run can have such a metric or value."""
+    value, metric = target
+    if metric is not None and metric not in TARGET_METRICS:
+        raise UserError(f"--target-metric={metric}: unknown metric; {choices(metric, TARGET_METRICS)}")
+    if metric is not None and metric.endswith("loss"):
+        if value is None:
+            raise UserError(f"--target-metric={metric}: no loss given. Fix: add --target, such as --target 0.5")
+        if not 0 < value < math.inf:
+            raise UserError(f"--target={value:g}: not a loss. Allowed: numbers above 0")
+    elif value is not None and not 0 < value < 1:
+        raise UserError(f"--target={value:g}: not an accuracy. Allowed: numbers between 0 and 1, such as 0.9 for 90 %")
 
 
 def compared(runs: Sequence[Run], by: Sequence[str]) -> list[Comparison]:
@@ -122,12 +143,26 @@ def _output(out: str | None, format_: str | None) -> tuple[str, Path | None]:
     return kind, path
 
 
-def _markdown(comparisons: Sequence[Comparison], problems: Sequence[Problem]) -> str:
-    """Return a section with answer, warnings and table for each comparison, and a list of what is left out."""
+def _markdown(
+    comparisons: Sequence[Comparison], problems: Sequence[Problem], times: Sequence[TimeToTarget | None]
+) -> str:
+    """Return a section with answer, warnings and tables for each comparison, and a list of what is left out.
+
+    Args:
+        times: for each comparison, the training to its target, which gets tables too. Empty: no target.
+    """
     parts = []
-    for comparison in comparisons:
+    for comparison, time in itertools.zip_longest(comparisons, times):
         warned = "\n".join(f"- **{_escaped(one.title)}.** {_escaped(one.text)}" for one in warnings(comparison))
         parts += [f"## {_escaped(title(comparison))}", _escaped(answer(comparison)), warned, table(comparison)]
+        parts.append(_by_batch("points lost by another learning rate", comparison, sensitivity_table(comparison)))
+        if time:
+            parts.append(_by_batch(f"time to {time.goal.text}", comparison, reached_table(comparison, time)))
+    if found := profiles(comparisons, times) if times else None:
+        left_out = f"Left out: {', '.join(map(_escaped, found.left_out))}." if found.left_out else ""
+        parts += ["## All workloads", left_out]
+        lines = ["| AlgoPerf's score | by steps | by seconds | targets reached |", "|---|---|---|---|"]
+        parts.append("\n".join([*lines, *(f"| {' | '.join(map(_escaped, line))} |" for line in score_table(found))]))
     if problems:
         parts.append("Left out:\n\n" + "\n".join(f"- {_escaped(f'{p.where}: {p.what}')}" for p in problems))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -136,10 +171,7 @@ def _markdown(comparisons: Sequence[Comparison], problems: Sequence[Problem]) ->
 def table(comparison: Comparison) -> str:
     """Return test accuracy in per cent by optimizer and batch size, as a Markdown table. Clear leaders are bold."""
     digits = decimals(comparison)
-    lines = [
-        "| test accuracy [%] | " + " | ".join(f"batch {batch:,}" for batch in comparison.columns) + " |",
-        "|---|" + "---|" * len(comparison.columns),
-    ]
+    lines = _head("test accuracy [%]", comparison)
     for row in comparison.rows:
         texts = []
         for batch in comparison.columns:
@@ -149,6 +181,20 @@ def table(comparison: Comparison) -> str:
             texts.append(f"{bold}{cell_accuracy(cell, digits)}{bold} ({counts})" if cell else "-")
         lines.append(f"| {_escaped(row_label(row))} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def _by_batch(name: str, comparison: Comparison, cells: Sequence[Sequence[tuple[str, str]]]) -> str:
+    """Return a table of pairs of texts, for each row and batch size. Empty without any pair."""
+    lines = [
+        f"| {_escaped(row_label(row))} | {' | '.join(_escaped('; '.join(filter(None, pair))) for pair in pairs)} |"
+        for row, pairs in zip(comparison.rows, cells, strict=False)
+    ]
+    return "\n".join([*_head(name, comparison), *lines]) if lines else ""
+
+
+def _head(name: str, comparison: Comparison) -> list[str]:
+    sizes = " | ".join(f"batch {batch:,}" for batch in comparison.columns)
+    return [f"| {name} | {sizes} |", "|---|" + "---|" * len(comparison.columns)]
 
 
 def _escaped(text: str) -> str:

@@ -137,9 +137,15 @@ class Cell:
         return [run for setting in self.settings for run in (*setting.runs, *setting.confirming)]
 
     @cached_property
+    def attempts(self) -> list[list[Setting]]:
+        """Settings tried. Those next to another (``trials.apart``) are one attempt."""
+        tried = [setting for setting in self.settings if setting.tried]
+        return [[tried[i] for i in trial] for trial in distinct_trials([setting.options for setting in tried])]
+
+    @property
     def trials(self) -> int:
-        """Number of settings tried, without those next to another (``trials.apart``)."""
-        return distinct_trials([setting.options for setting in self.settings if setting.tried])
+        """Number of attempts."""
+        return len(self.attempts)
 
     @property
     def seeds(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
+from plotly.colors import hex_to_rgb
 
 from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.report.cells import RowKey
@@ -81,6 +82,15 @@ def styles(comparisons: Iterable[Comparison]) -> dict[RowKey, Style]:
 
 def line(style: Style) -> dict[str, Any]:
     return {"mode": "lines", "line": {"color": style.colour, "dash": style.dash, "width": 2}}
+
+
+def filled(style: Style) -> dict[str, Any]:
+    """Return the look of a band, which is drawn as its upper edge and then, backwards, its lower edge."""
+    red, green, blue = hex_to_rgb(style.colour)
+    return {
+        "mode": "lines", "line": {"width": 0}, "fill": "toself", "fillcolor": f"rgba({red},{green},{blue},0.15)",
+        "hoverinfo": "skip", "showlegend": False,
+    }  # fmt: skip
 
 
 def new_figure(x: str, y: str, **more: Any) -> go.Figure:

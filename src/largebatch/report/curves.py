@@ -1,8 +1,7 @@
-"""Compute curves over training, averaged over seeds, and the step at which runs reach a target."""
+"""Compute curves over training, averaged over seeds."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -17,12 +16,22 @@ MOST_POINTS = 120  # points of a curve: a screen shows no more
 
 Histories = dict[str, list[Row]]  # by the run's name
 
+# Metrics with the page's words for them, in the order of the menu.
+METRICS = {
+    "test/accuracy": "test accuracy", "val/accuracy": "validation accuracy", "train/accuracy": "training accuracy",
+    "test/loss": "test loss", "val/loss": "validation loss", "train/loss": "training loss",
+    "test/knn_accuracy": "nearest-neighbour test accuracy",
+    "val/knn_accuracy": "nearest-neighbour validation accuracy", "probe/loss": "probe loss",
+    "embedding/std": "standard deviation of embeddings", "embedding/effective_rank": "effective rank of embeddings",
+}  # fmt: skip
+
 
 class Progress(NamedTuple):
     """Training so far."""
 
     steps: float
     epochs: float
+    images: float
     seconds: float
 
 
@@ -30,7 +39,7 @@ class Curve(NamedTuple):
     """Mean of a metric over a cell's runs, at each step that all of them logged.
 
     Attributes:
-        at: progress at each point. Steps and epochs are the same for all runs, seconds are averaged.
+        at: progress at each point. Seconds are averaged, the rest is the same for all runs.
         spread: sample standard deviation over seeds at each step. None with a single run.
     """
 
@@ -39,28 +48,15 @@ class Curve(NamedTuple):
     spread: list[float] | None
 
 
-class Reached(NamedTuple):
-    """Training that a cell's runs needed to reach a target.
-
-    Attributes:
-        runs: number of runs.
-        reached: number of runs that reached the target.
-        at: medians over the runs that reached it. None if none did.
-    """
-
-    runs: int
-    reached: int
-    at: Progress | None
-
-
 def read_histories(comparison: Comparison, problems: list[Problem]) -> Histories:
-    """Read the histories of all runs with a curve."""
-    return {run.name: read_history(run, problems) for cell in comparison.shown for run in cell.drawn}
+    """Read the histories of the reported runs that finished or diverged. If a cell reports none, of those to draw."""
+    runs = [run for cell in comparison.shown for run in cell.reported or cell.drawn if run.done]
+    return {run.name: read_history(run, problems) for run in runs}
 
 
 def curve(cell: Cell, metric: str, histories: Histories, most_points: int = MOST_POINTS) -> Curve | None:
     """Return the curve of ``metric``, or None with fewer than two points."""
-    series = [points for run in cell.drawn if (points := _points(histories[run.name], metric))]
+    series = [points for run in cell.drawn if (points := points_of(histories[run.name], metric))]
     common = sorted(set.intersection(*map(set, series))) if series else []
     if len(common) < 2:
         return None
@@ -68,7 +64,7 @@ def curve(cell: Cell, metric: str, histories: Histories, most_points: int = MOST
     values = [[points[step][0] for points in series] for step in steps]
     return Curve(
         at=[
-            Progress(step, series[0][step][1].epochs, statistics.fmean(points[step][1].seconds for points in series))
+            series[0][step][1]._replace(seconds=statistics.fmean(points[step][1].seconds for points in series))
             for step in steps
         ],
         mean=[statistics.fmean(at_step) for at_step in values],
@@ -76,13 +72,14 @@ def curve(cell: Cell, metric: str, histories: Histories, most_points: int = MOST
     )
 
 
-def _points(rows: Iterable[Row], metric: str) -> dict[float, tuple[float, Progress]]:
+def points_of(rows: Iterable[Row], metric: str) -> dict[float, tuple[float, Progress]]:
     """Return value and progress by step, for the rows whose value is a finite number."""
     found = {}
     for row in rows:
-        value, epochs, seconds = (number(row.get(name)) for name in (metric, "epoch", "wall_seconds"))
-        if value is not None and epochs is not None and seconds is not None:
-            found[row["step"]] = value, Progress(row["step"], epochs, seconds)
+        value, *at = (number(row.get(name)) for name in (metric, "epoch", "examples", "wall_seconds"))
+        known = [part for part in at if part is not None]
+        if value is not None and len(known) == len(at):
+            found[row["step"]] = value, Progress(row["step"], *known)
     return found
 
 
@@ -92,23 +89,3 @@ def progress_metric(comparison: Comparison, histories: Histories) -> str:
     evaluated = [rows for rows in histories.values() if any(f"test/{name}" in row for row in rows)]
     held_out = evaluated and all(any(f"val/{name}" in row for row in rows) for rows in evaluated)
     return f"{'val' if held_out else 'test'}/{name}"
-
-
-def default_target(comparison: Comparison, metric: str, histories: Histories) -> float | None:
-    """Return the highest whole percentage that every seed of at least half of the cells reached. None if it is 0."""
-    worst_seeds = sorted(
-        min(max((value for value, _ in points.values()), default=0.0) for points in series)
-        for cell in comparison.shown
-        if (series := [_points(histories[run.name], metric) for run in cell.drawn])
-    )
-    target = math.floor(100 * worst_seeds[len(worst_seeds) // 2]) / 100 if worst_seeds else 0.0
-    return target or None
-
-
-def reach(cell: Cell, metric: str, target: float, histories: Histories) -> Reached:
-    """Find each run's first evaluation with ``metric`` at or above ``target``."""
-    series = [_points(histories[run.name], metric) for run in cell.drawn]
-    firsts = (next((points[step] for step in sorted(points) if points[step][0] >= target), None) for points in series)
-    hits = [first[1] for first in firsts if first]
-    medians = Progress(*map(statistics.median, zip(*hits, strict=True))) if hits else None
-    return Reached(len(series), len(hits), medians)

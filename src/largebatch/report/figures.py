@@ -1,4 +1,4 @@
-"""Draw the charts of a comparison: accuracy, curves, steps to the target, speed and schedules."""
+"""Draw the charts of a comparison: accuracy, curves, speed and schedules."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping
 
 import plotly.graph_objects as go
-from plotly.colors import hex_to_rgb
 
-from largebatch.report.cells import Cell, Place, RowKey, values
+from largebatch.report.cells import Cell, RowKey, values
 from largebatch.report.chart import (
     Chart,
     Style,
@@ -16,26 +15,18 @@ from largebatch.report.chart import (
     Switch,
     batch_axis,
     batch_switch,
+    filled,
     line,
-    log_axis,
     new_figure,
     rounded,
     safe,
 )
 from largebatch.report.compare import Comparison
-from largebatch.report.curves import Curve, Histories, Reached, curve
+from largebatch.report.curves import METRICS, Curve, Histories, curve
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label
 
 Point = tuple[float, float | None, str]  # y, half the length of its error bar, text at the pointer
 
-# Metrics with the page's words for them, in the order of the menu.
-METRICS = {
-    "test/accuracy": "test accuracy", "val/accuracy": "validation accuracy", "train/accuracy": "training accuracy",
-    "test/loss": "test loss", "val/loss": "validation loss", "train/loss": "training loss",
-    "test/knn_accuracy": "nearest-neighbour test accuracy",
-    "val/knn_accuracy": "nearest-neighbour validation accuracy", "probe/loss": "probe loss",
-    "embedding/std": "standard deviation of embeddings", "embedding/effective_rank": "effective rank of embeddings",
-}  # fmt: skip
 _AXES = {"epochs": "epoch", "steps": "optimizer step", "seconds": "wall time [s]"}
 _X = Switch("x", "over", list(_AXES.items()), {key: {"xaxis.title.text": title} for key, title in _AXES.items()})
 
@@ -53,7 +44,7 @@ def accuracy_by_batch(comparison: Comparison, style: Styles) -> Chart:
     gone = [f"{row_label(cell.row)} at {cell.batch_size:,}" for cell in comparison.shown if cell.mean is None]
     if gone:
         note += f" Not drawn because every run diverged: {', '.join(gone)}."
-    return _by_batch("Accuracy against batch size", note, "test accuracy [%]", comparison, style, point)
+    return by_batch("Accuracy against batch size", note, "test accuracy [%]", comparison, style, point)
 
 
 def speed_by_batch(comparison: Comparison, style: Styles) -> Chart | None:
@@ -65,31 +56,12 @@ def speed_by_batch(comparison: Comparison, style: Styles) -> Chart | None:
         return rounded(middle), None, f"{middle:,.0f} images/s"
 
     note = "Median over seeds, without evaluation and start-up. Runs that shared a machine slowed each other down."
-    chart = _by_batch("Images per second", note, "training speed [images/s]", comparison, style, point)
+    chart = by_batch("Images per second", note, "training speed [images/s]", comparison, style, point)
     chart.figure.update_layout(yaxis_rangemode="tozero")
     return chart if chart.figure.data else None
 
 
-def steps_to_target(
-    comparison: Comparison, reached: Mapping[Place, Reached], target: str, style: Styles
-) -> Chart | None:
-    def point(cell: Cell) -> Point | None:
-        result = reached.get((cell.row, cell.batch_size))
-        # A logarithmic axis has no 0, the steps of features that are good before training.
-        if result is None or result.at is None or not result.at.steps or result.reached < result.runs:
-            return None
-        return result.at.steps, None, f"{result.at.steps:,.0f} steps, {result.at.epochs:.4g} epochs"
-
-    note = (
-        "Steps until the first evaluation that reaches the target, median over seeds. Lower is better. Drawn only if "
-        "every seed reached the target; the table below has the others."
-    )
-    chart = _by_batch(f"Steps to {target}", note, "optimizer steps, logarithmic", comparison, style, point)
-    chart.figure.update_layout(yaxis=log_axis(trace.y for trace in chart.figure.data))
-    return chart if chart.figure.data else None
-
-
-def _by_batch(
+def by_batch(
     title: str, note: str, y: str, comparison: Comparison, style: Styles, point: Callable[[Cell], Point | None]
 ) -> Chart:
     """Draw a line over batch sizes for each row, through the cells' points that aren't None."""
@@ -170,12 +142,10 @@ def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKe
     if drawn.spread is not None and any(drawn.spread):
         pairs = list(zip(drawn.mean, drawn.spread, strict=True))
         edge = [mean + spread for mean, spread in pairs] + [mean - spread for mean, spread in reversed(pairs)]
-        red, green, blue = hex_to_rgb(style.colour)
         around = {name: values + values[::-1] for name, values in x.items()}
         figure.add_scatter(
-            x=around["epochs"], y=[rounded(scale * at) for at in edge], mode="lines", line={"width": 0}, fill="toself",
-            fillcolor=f"rgba({red},{green},{blue},0.15)", hoverinfo="skip", showlegend=False,
-            meta={"pick": pick, "x": around}, legendgroup=row_label(row),
+            x=around["epochs"], y=[rounded(scale * at) for at in edge], meta={"pick": pick, "x": around},
+            legendgroup=row_label(row), **filled(style),
         )  # fmt: skip
     label = safe(row_label(row))
     figure.add_scatter(

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from largebatch.report import curves, figures, wording
+from largebatch.report import curves, figures, target_figures, wording
 from largebatch.report.answer import answer, differences_table
 from largebatch.report.cells import BY_VALIDATION, RowKey, differing, distinct, values
 from largebatch.report.chart import Chart, Styles, styles
@@ -22,6 +22,10 @@ from largebatch.report.fairness import warnings
 from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagnosed
 from largebatch.report.load import Problem, Run
 from largebatch.report.maps import setting_maps
+from largebatch.report.profiles import profiles, score_table
+from largebatch.report.sensitivity import sensitivity_note, sensitivity_table
+from largebatch.report.targets import Target, TimeToTarget, reached_table, time_to_target
+from largebatch.report.tuning import tuning_curves
 
 # Points of all curves on the page, counted by cell. With all metrics, bands and axes a point takes about 600 bytes.
 _BUDGET = 3_500
@@ -29,14 +33,14 @@ _FEWEST_POINTS = 24
 
 
 def page(
-    name: str, runs: Sequence[Run], problems: list[Problem], comparisons: Sequence[Comparison], target: float | None
+    name: str, runs: Sequence[Run], problems: list[Problem], comparisons: Sequence[Comparison], target: Target
 ) -> str:
     """Return the whole file.
 
     Args:
         name: name of the folder of runs.
         problems: folders and files left out so far. Unreadable metrics and layers are added.
-        target: accuracy in 0..1. The page counts the steps to it. None: a target for each comparison.
+        target: the page shows the training to it.
     """
     style = styles(comparisons)
     histories = [curves.read_histories(comparison, problems) for comparison in comparisons]
@@ -44,14 +48,23 @@ def page(
     cells = sum(len(comparison.shown) for comparison in comparisons)
     points = max(_FEWEST_POINTS, min(curves.MOST_POINTS, _BUDGET // max(cells, 1)))
     with_layers = max(sum(map(len, diagnosed)), 1)
+    times = [time_to_target(*pair, target) for pair in zip(comparisons, histories, strict=True)]
+    of_sections = zip(comparisons, histories, times, diagnosed, strict=True)
     sections = [
-        _section(f"c{number}", comparison, history, layers, len(layers) / with_layers, style, target, points)
-        for number, (comparison, history, layers) in enumerate(zip(comparisons, histories, diagnosed, strict=True), 1)
+        _section(f"c{number}", comparison, history, time, layers, len(layers) / with_layers, style, points)
+        for number, (comparison, history, time, layers) in enumerate(of_sections, 1)
     ]
+    found = profiles(comparisons, times)
+    charts = [("profiles", target_figures.profile_chart(found, style))] if found else []
+    overall = None if found is None else {
+        "charts": charts[:], "scores": score_table(found), "left_out": found.left_out,
+        "workloads": [[workload] for workload in found.workloads],
+    }  # fmt: skip
+    charts += [named for section in sections for _, of_group in section["groups"] for named in of_group]
     payload = {
         key: chart.figure.to_plotly_json() | {"axes": {s.key: s.axes for s in chart.switches if s.axes}}
-        for section in sections for _, charts in section["groups"] for key, chart in charts
-    }  # fmt: skip
+        for key, chart in charts
+    }
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -59,6 +72,7 @@ def page(
     return environment.get_template("page.html.j2").render(
         name=name,
         sections=sections,
+        overall=overall,
         problems=sorted(set(problems)),
         facts=_facts(runs),
         trouble=[
@@ -70,8 +84,8 @@ def page(
 
 
 def _section(
-    anchor: str, comparison: Comparison, histories: curves.Histories, layers: list[Diagnosed], share: float,
-    style: Styles, target: float | None, points: int,
+    anchor: str, comparison: Comparison, histories: curves.Histories, times: TimeToTarget | None,
+    layers: list[Diagnosed], share: float, style: Styles, points: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the template's values for one comparison.
 
@@ -79,12 +93,6 @@ def _section(
         share: part of the page's budget of layers, 0..1.
         points: most points of a curve.
     """
-    metric = curves.progress_metric(comparison, histories)
-    target = target or curves.default_target(comparison, metric, histories)
-    reached = {
-        place: curves.reach(cell, metric, target, histories) for place, cell in comparison.cells.items() if target
-    }
-    goal = f"{100 * target:.4g} % {figures.METRICS[metric]}" if target else ""
     runs_of = [[run for cell in comparison.row(row) for run in cell.runs] for row in comparison.rows]
     # A new chart needs its function in a file of figures and an entry here.
     groups: dict[str, list[Chart | None]] = {
@@ -92,9 +100,9 @@ def _section(
             figures.accuracy_by_batch(comparison, style),
             figures.training_curves(comparison, histories, style, points),
         ],
-        "Settings tried": [*setting_maps(comparison)],
+        "Settings tried": [tuning_curves(comparison, style), *setting_maps(comparison)],
         "Speed": [
-            figures.steps_to_target(comparison, reached, goal, style),
+            target_figures.time_by_batch(comparison, times, style) if times else None,
             figures.speed_by_batch(comparison, style),
         ],
         "Schedules and layers": [
@@ -108,15 +116,8 @@ def _section(
         "answer": answer(comparison),
         "warnings": warnings(comparison),
         "columns": [f"batch {batch:,}" for batch in comparison.columns],
-        "rows": [
-            {
-                "label": wording.row_label(row),
-                "style": style[row],
-                "cells": _cells(comparison, row),
-                "reached": [_reached(reached.get((row, batch))) for batch in comparison.columns],
-            }
-            for row in comparison.rows
-        ],
+        "rows": [{"label": wording.row_label(row), "style": style[row]} for row in comparison.rows],
+        "cells": [_cells(comparison, row) for row in comparison.rows],
         "caption": _caption(comparison),
         "differences": differences_table(comparison),
         "images": all(verdict.images for verdict in comparison.verdicts),
@@ -124,7 +125,11 @@ def _section(
             (name, [(f"{anchor}-{i}-{j}", chart) for j, chart in enumerate(filter(None, charts))])
             for i, (name, charts) in enumerate(groups.items())
         ],
-        "goal": goal,
+        # Tables below the charts of a group, with their notes.
+        "tables": {
+            "Settings tried": (sensitivity_note(comparison), _plain(sensitivity_table(comparison))),
+            "Speed": (_reached_note(times), _plain(reached_table(comparison, times))) if times else ("", []),
+        },
         "keys": [
             [key, *(", ".join(map(wording.value, distinct(of_row, key))) for of_row in runs_of)]
             for key in differing(comparison.runs)
@@ -174,14 +179,16 @@ def _caption(comparison: Comparison) -> str:
     return text + (f" Each of the {images:,.0f} test images counts {100 / images:.2g} %." if images else "")
 
 
-def _reached(result: curves.Reached | None) -> dict[str, Any]:
-    if result is None or not result.runs:
-        return {"text": "-"}
-    seeds = f"{result.reached} of {wording.plural(result.runs, 'seed')}"
-    if result.at is None:
-        return {"text": "never", "small": [seeds]}
-    more = f"{result.at.epochs:.3g} epochs, {result.at.seconds:.3g} s; {seeds}"
-    return {"text": f"{result.at.steps:,.0f} steps", "small": [more]}
+def _plain(lines: Sequence[Sequence[tuple[str, str]]]) -> list[list[dict[str, Any]]]:
+    """Return cells of pairs of texts, as ``_cells`` does."""
+    return [[{"text": main, "small": [more]} for main, more in of_row] for of_row in lines]
+
+
+def _reached_note(times: TimeToTarget) -> str:
+    return (
+        f"Training until the first evaluation or log entry that reaches {times.goal.text}: medians over the seeds of "
+        "the chosen setting. A seed that never reaches it counts as infinity. A failed or unfinished run doesn't count."
+    )
 
 
 def _settings_table(comparison: Comparison) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Count trials: settings that are far enough apart to be different attempts."""
+"""Group settings into trials: settings that are far enough apart to be different attempts."""
 
 from __future__ import annotations
 
@@ -34,14 +34,22 @@ def apart(key: str, one: Any, other: Any) -> bool:
     return any(a * b <= 0 or abs(math.log(a / b)) >= _APART for a, b in pairs)
 
 
-def distinct_trials(settings: Sequence[Mapping[str, Any]]) -> int:
-    """Return the number of settings that are apart from all settings counted before, in at least one option.
+def distinct_trials(settings: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Group settings into trials. A setting joins the first trial whose first setting isn't apart from it.
 
     Args:
         settings: options of each setting, by dotted key.
+
+    Returns:
+        For each trial, the indices of its settings.
     """
-    counted: list[Mapping[str, Any]] = []
-    for options in settings:
-        if all(any(apart(k, options.get(k), other.get(k)) for k in options.keys() | other.keys()) for other in counted):
-            counted.append(options)
-    return len(counted)
+    trials: list[list[int]] = []
+    for i, options in enumerate(settings):
+        for trial in trials:
+            first = settings[trial[0]]
+            if not any(apart(key, options.get(key), first.get(key)) for key in options.keys() | first.keys()):
+                trial.append(i)
+                break
+        else:
+            trials.append([i])
+    return trials
