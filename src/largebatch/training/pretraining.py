@@ -44,7 +44,7 @@ class Pretraining(MainPhase):
     def following(self) -> MainPhase:
         return ProbePhase(self.run, self.training, self.total_steps)
 
-    def _forward_backward(self, batches: Batches) -> Tensor:
+    def _forward_backward(self, batches: Batches) -> tuple[Tensor, Tensor]:
         run, training = self.run, self.training
         if not run.exact:
             return super()._forward_backward(batches)
@@ -55,9 +55,7 @@ class Pretraining(MainPhase):
         exact = ExactGradient(
             self.model, training.network, self.options, batches, run.batch, run.autocast, seed, self.profile.phase
         )
-        counted, finite = exact.compute()
-        training.totals += counted
-        return finite
+        return exact.compute()
 
     def evaluates_after(self, step: int) -> bool:
         every = self.options.knn_every

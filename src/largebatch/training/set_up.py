@@ -26,7 +26,7 @@ from largebatch.training.micro_batch import MicroBatchSearch
 from largebatch.training.optimization import build_optimizer
 from largebatch.training.phase import MainPhase
 from largebatch.training.pretraining import Pretraining
-from largebatch.training.state import Run, Training
+from largebatch.training.state import Run, Training, Unlogged
 
 MODES: dict[str, tuple[ModuleType, type[MainPhase]]] = {"clf": (clf, MainPhase), "bt": (bt, Pretraining)}
 Saved = dict[str, Any]  # a checkpoint
@@ -79,8 +79,8 @@ def set_up(
     if how:
         console.say(how)
     schedule = LambdaLR(optimizer, config.schedule.factor(steps, epoch_steps))
-    totals = torch.zeros(mode.TOTALS, dtype=torch.float64, device=device)
-    return phase(run, Training(model, replica, network, optimizer, schedule, norms, totals), mode)
+    unlogged = Unlogged(mode.TOTALS, device)
+    return phase(run, Training(model, replica, network, optimizer, schedule, norms, unlogged), mode)
 
 
 @dataclass(frozen=True)
