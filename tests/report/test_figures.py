@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 from made_runs import made, seeds
 
 from largebatch.report.chart import styles
@@ -42,9 +43,10 @@ def test_a_single_learning_rate_has_no_map() -> None:
     assert setting_maps(compare(seeds("lars", 0.5, 0.6))[0]) == []
 
 
-def test_several_lambdas_have_a_map() -> None:
+@pytest.mark.parametrize("key", ["lmbda", "lmbda_relative"])
+def test_several_lambdas_have_a_map(key: str) -> None:
     runs = [
-        made("tvlars", lr=lr, batch=batch, optimizer__lmbda=lmbda, val=lr / 10 + 100 * lmbda)
+        made("tvlars", lr=lr, batch=batch, **{f"optimizer__{key}": lmbda}, val=lr / 10 + 100 * lmbda)
         for lr in (1.0, 2.0) for lmbda in (1e-4, 1e-3) for batch in (128, 1024)
     ]  # fmt: skip
     comparison = compare([*runs, made("lars", lr=1.0, val=0.5)])[0]
@@ -87,8 +89,6 @@ def test_a_curve_is_the_mean_in_a_band_of_the_spread() -> None:
     assert band.meta["x"]["steps"] == [10.0, 20.0, 20.0, 10.0]
 
 
-def layered(layers: int, steps: int, *sizes: int) -> list[Diagnosed]:
-    grid: list[list[float | None]] = [[float(layer + 1)] * steps for layer in range(layers)]
 def test_a_short_warm_up_is_visible_in_the_schedule_of_a_long_training() -> None:
     """Of 100 epochs of 98 steps, two are warm-up. The chart has 24 points, the fewest on a page."""
     (comparison,) = compare([made("lars", "warmup_cosine")])
@@ -121,6 +121,8 @@ def test_the_losses_of_a_diverged_run_are_drawn_up_to_its_end() -> None:
         assert line.mode == ("markers" if len(losses) == 1 else "lines")
 
 
+def layered(layers: int, steps: int, *sizes: int) -> list[Diagnosed]:
+    grid: list[list[float | None]] = [[float(layer + 1)] * steps for layer in range(layers)]
     figures = {"weight_norm": grid, "gradient_norm": [[2.0] * steps for _ in grid], "trust_ratio": grid}
     found = Layers(list(range(steps)), [f"layer{i}" for i in range(layers)], [4] * layers, figures)
     cells = compare(made(batch=size) for size in sizes)[0].shown
@@ -139,8 +141,6 @@ def test_lnr_is_weight_norm_over_gradient_norm() -> None:
     assert lnr.z[0][0] == -0.301  # log10 of 1/2
 
 
-def test_many_layers_are_drawn_at_fewer_steps_then_at_fewer_batch_sizes() -> None:
-    few = in_budget(layered(5, 100, 128, 256))
 def test_biases_have_a_median_of_their_own_and_no_lines() -> None:
     (weights,) = layered(3, 5, 128)
     biases = Diagnosed(weights.cell, weights.layers._replace(names=["a", "b", "c"], dimensions=[1, 1, 1]))
@@ -154,6 +154,8 @@ def test_biases_have_a_median_of_their_own_and_no_lines() -> None:
     assert len(as_map.figure.data) == 4
 
 
+def test_many_layers_are_drawn_at_fewer_steps_then_at_fewer_batch_sizes() -> None:
+    few = in_budget(layered(5, 100, 128, 256))
     assert [len(one.layers.steps) for one in few] == [100, 100]
     sizes = (64, 128, 256, 512, 1024)
     many = in_budget(layered(300, 100, *sizes))

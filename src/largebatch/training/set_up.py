@@ -61,7 +61,7 @@ def set_up(
         batch = plan_batch(config.batch_size, processes, decisions.micro_batch(arithmetic))
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, device)
-    optimizer = build_optimizer(config, model, epoch_steps)
+    optimizer = build_optimizer(config, model, epoch_steps, steps)
     norms = None
     if isinstance(optimizer, CLARS):
         norms = SampleNorms(model, config.optimizer.samples_together, parameters=optimizer.layers)
