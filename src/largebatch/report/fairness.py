@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from largebatch.report.compare import BY_TEST, Cell, Comparison, RowKey, distinct
+from largebatch.report.idle import idle
 from largebatch.report.load import flat
 from largebatch.report.wording import batches, listed, plural, row_label, states, value
 
@@ -157,6 +158,11 @@ def _facts(comparison: Comparison, key: str) -> list[str]:
     return sorted({str(fact) for fact in found if fact is not None})
 
 
+def _idle(comparison: Comparison) -> Iterator[Warn]:
+    for key, said in idle(comparison).items():
+        yield Warn(f"Option without effect ({key})", " ".join(said))
+
+
 def _unfinished(comparison: Comparison) -> Iterator[Warn]:
     said = listed(states(run for run in comparison.runs if not run.done))
     if said:
@@ -229,6 +235,7 @@ _CHECKS: tuple[Check, ...] = (
         "Compare again with a wider range.",
         _at_edge,
     ),
+    _idle,
     _missing,
     _arithmetic,
     _code,
