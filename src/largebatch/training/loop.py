@@ -119,7 +119,8 @@ def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
     run, training = phase.run, phase.training
     totals = [training.unlogged.totals, *([training.probe.totals] if training.probe else [])]
     for tensor in totals:
-        distributed.sum_over_processes(tensor)
+        if tensor.numel():
+            distributed.sum_over_processes(tensor)
     if session.recorder and session.writer:
         resolved = {"arithmetic": asdict(run.arithmetic), "micro_batch": run.batch.micro_batch}
         state = training.state(session.clock.elapsed()) | resolved
