@@ -198,18 +198,6 @@ def test_identity_changes_with_keys_that_can_change_the_result(override: str) ->
     assert identity(configuration(override)) != identity(configuration())
 
 
-def test_lambda_per_step_and_per_training_are_different_runs_and_exclude_each_other() -> None:
-    default, given = configuration("optimizer=tvlars"), configuration("optimizer=tvlars", "optimizer.lmbda=1e-3")
-    relative = configuration("optimizer=tvlars", "optimizer.lmbda_relative=5")
-    assert identity(default) == identity(given) != identity(relative)
-    validate(relative)
-    both = configuration("optimizer=tvlars", "optimizer.lmbda=1e-3", "optimizer.lmbda_relative=5")
-    with pytest.raises(UserError, match=r"^optimizer.lmbda=0.001 and optimizer.lmbda_relative=5: only one may be set"):
-        validate(both)
-    with pytest.raises(UserError, match=r"optimizer.lmbda_relative=-1"):
-        validate(configuration("optimizer=tvlars", "optimizer.lmbda_relative=-1"))
-
-
 def test_identity_and_name_of_image_folders_depend_on_root() -> None:
     one, two = (configuration("dataset=imagefolder", f"dataset.root={root}") for root in ("/a/cats", "/b/cats"))
     assert identity(one) != identity(two)

@@ -13,6 +13,8 @@ from conftest import TINY, Launch, configuration
 from torch import nn
 
 from largebatch import optim
+from largebatch.config.checks import validate
+from largebatch.config.identity import identity
 from largebatch.errors import UserError
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows
@@ -141,6 +143,18 @@ def test_tvlars_s_delay_is_in_epochs_and_gamma_min_auto_depends_on_the_batch() -
     assert isinstance(optimizer, optim.TVLARS)
     assert optimizer.param_groups[0]["delay"] == 21
     assert optimizer.param_groups[0]["gamma_min"] == pytest.approx(0.004)
+
+
+def test_lambda_per_step_and_per_training_are_different_runs_and_exclude_each_other() -> None:
+    default, given = configuration("optimizer=tvlars"), configuration("optimizer=tvlars", "optimizer.lmbda=1e-3")
+    relative = configuration("optimizer=tvlars", "optimizer.lmbda_relative=5")
+    assert identity(default) == identity(given) != identity(relative)
+    validate(relative)
+    both = configuration("optimizer=tvlars", "optimizer.lmbda=1e-3", "optimizer.lmbda_relative=5")
+    with pytest.raises(UserError, match=r"^optimizer.lmbda=0.001 and optimizer.lmbda_relative=5: only one may be set"):
+        validate(both)
+    with pytest.raises(UserError, match=r"optimizer.lmbda_relative=-1"):
+        validate(configuration("optimizer=tvlars", "optimizer.lmbda_relative=-1"))
 
 
 @pytest.mark.parametrize("alpha", [1, 0.1])
