@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import starmap
 from typing import NamedTuple
 
 from largebatch.report.compare import BY_TEST, Cell, Comparison, distinct
+from largebatch.report.idle import idle
 from largebatch.report.load import flat
 from largebatch.report.wording import batches, listed, plural, row_label, states, value
 
@@ -219,6 +221,7 @@ _CHECKS: tuple[Check, ...] = (
         "Compare again with a wider range.",
         _at_edge,
     ),
+    lambda comparison: starmap(Warn, idle(comparison)),
     _missing,
     _provenance,
     _unfinished,
