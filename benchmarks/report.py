@@ -32,7 +32,7 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import MetricsLog, Row, read_rows, write_table
 from largebatch.tracking.layers import LayerLog
 from largebatch.tracking.recorder import summarise
-from largebatch.tracking.rows import COLUMNS
+from largebatch.tracking.rows import COLUMNS, Layer
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, ROWS, LAYER_ROWS = 100, 200, 500
@@ -43,7 +43,7 @@ GRID = [
 ]  # fmt: skip
 
 
-def write_run(runs_dir: Path, config: Config, layers: list[str]) -> None:
+def write_run(runs_dir: Path, config: Config, layers: list[Layer]) -> None:
     folder = RunFolder(runs_dir / run_name(config))
     folder.path.mkdir(parents=True)
     folder.config.write_text(to_yaml(config))
@@ -89,7 +89,7 @@ def rows(config: Config, draw: random.Random, epoch_steps: int) -> list[Row]:
     return found
 
 
-def write_layers(folder: RunFolder, layers: list[str], steps: int, draw: random.Random) -> None:
+def write_layers(folder: RunFolder, layers: list[Layer], steps: int, draw: random.Random) -> None:
     log = LayerLog(folder.layers, 0, lambda row: None)
     generator = torch.Generator().manual_seed(draw.randrange(2**31))
     every = max(steps // LAYER_ROWS, 1)
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="write the runs here and keep them")
     options = parsed(parser, runs=2)
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
-    layers = [name for name, weight in resnet("resnet18", 10).named_parameters() if weight.ndim > 1]
+    layers = [Layer(name, weight.ndim) for name, weight in resnet("resnet18", 10).named_parameters()]
     with tempfile.TemporaryDirectory() as temporary:
         runs_dir = (options.keep or Path(temporary)) / "runs"
         for job in compose_grid(GRID, ROOT / "conf")[: options.runs]:

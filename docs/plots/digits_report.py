@@ -60,11 +60,12 @@ def accuracy(axes: Axes, comparison: Comparison, style: dict[RowKey, Style]) -> 
 
 
 def ratios(axes: Axes, diagnosed: list[Diagnosed], style: dict[RowKey, Style]) -> None:
-    """Draw LNR, as the median over layers, at the largest batch size."""
+    """Draw LNR, as the median over the weights of all layers, at the largest batch size."""
     largest = max(cell.batch_size for cell, _ in diagnosed)
     _, grid_of = QUANTITIES["lnr"]
-    for cell, layers in diagnosed:
-        if cell.batch_size == largest:
+    for one in diagnosed:
+        cell, layers = one
+        if cell.batch_size == largest and one.kind == "weights":
             columns = [[v for v in column if v] for column in zip(*grid_of(layers), strict=True)]
             points = [(step, statistics.median(c)) for step, c in zip(layers.steps, columns, strict=True) if c]
             axes.plot(*zip(*points, strict=True), **look(style[cell.row]) | {"marker": None})

@@ -277,7 +277,7 @@ def test_a_divided_batch_has_the_gradient_of_the_whole_batch(tmp_path: Path, div
     same_buffers(divided.model, whole.model)
     scale = options(run.config).loss_scale
     totals = [float(32 * part.detach()) for part in (scale * parts[0], *parts[1:])]
-    assert divided.totals.tolist() == pytest.approx([*totals, 32], rel=1e-5)
+    assert divided.unlogged.totals[0].tolist() == pytest.approx([*totals, 32], rel=1e-5)
 
 
 def test_without_exact_the_gradient_is_the_mean_over_micro_batches(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_with_batch_norm_an_undivided_batch_agrees_with_autograd(tmp_path: Path)
     plain = after_one_gradient(tmp_path, "model.norm=batch", "mode.exact=false")[1]
     assert farthest(exact.model, plain.model) < 1e-5
     same_buffers(exact.model, plain.model)
-    torch.testing.assert_close(exact.totals, plain.totals, rtol=1e-5, atol=0)
+    torch.testing.assert_close(exact.unlogged.totals, plain.unlogged.totals, rtol=1e-5, atol=0)
 
 
 def test_running_statistics_update_once_although_micro_batches_pass_twice(tmp_path: Path) -> None:

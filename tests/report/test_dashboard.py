@@ -17,7 +17,7 @@ from recorder import recorder
 
 from largebatch import cli
 from largebatch.runs.metrics import read_rows
-from largebatch.tracking.rows import COLUMNS, LayerRow
+from largebatch.tracking.rows import COLUMNS, Layer, LayerRow
 from largebatch.tracking.wandb_arguments import wandb_config
 
 # wandb-workspaces uses validators of pydantic 1.
@@ -74,7 +74,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]
 
 def test_runs_log_every_metric_of_every_panel(views: list[Json], logged: tuple[set[str], set[str]]) -> None:
     rows, summaries = logged
-    histograms = set(LayerRow(1, ["conv1.weight"], [[0.5]] * len(COLUMNS)).columns())
+    histograms = set(LayerRow(1, [Layer("conv1.weight", 4)], [[0.5]] * len(COLUMNS)).columns())
     seen = set()
     for panel in panels(views):
         config, kind = panel["config"], panel["viewType"]

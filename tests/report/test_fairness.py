@@ -99,3 +99,22 @@ def test_the_largest_learning_rate_that_trained_is_at_the_edge() -> None:
         for name in ("lars", "tvlars") for lr, val in ((1.0, 0.5), (2.0, 0.9), (3.0, 0.1)) for seed in (0, 1, 2)
     ]  # fmt: skip
     assert set(warned(runs)) == {"Best learning rate at the edge of the range"}
+
+
+def test_an_option_without_effect_is_named_with_its_cells() -> None:
+    """At batch 128 there are enough steps for phi to fall."""
+    whole = {"lr_scaling": {"rule": "none"}, "optimizer__lmbda": 1e-3}
+    runs = [
+        made("tvlars", batch=batch, seed=seed, facts={"steps": steps, "steps_per_epoch": steps // 10}, **whole)
+        for batch, steps in ((128, 4000), (1024, 200), (2048, 100)) for seed in (0, 1, 2)
+    ]  # fmt: skip
+    (text,) = (text for title, text in warned(runs).items() if title.startswith("Option without effect"))
+    assert text.startswith("TVLARS at 1,024: optimizer.lmbda=0.001: phi falls only from 0.500 to 0.450 in 200 steps")
+    assert "TVLARS at 2,048: optimizer.lmbda=0.001: phi falls only from 0.500 to 0.475 in 100 steps" in text
+
+
+def test_options_of_another_version_are_no_error() -> None:
+    runs = seeds(
+        "tvlars", 0.5, 0.5, 0.5, facts={"steps": 10, "steps_per_epoch": 1}, optimizer__unknown=1, lr_scaling={}
+    )
+    assert not any("effect" in title for title in warned(runs))

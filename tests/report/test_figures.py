@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 from made_runs import made, seeds
 
 from largebatch.report.chart import styles
 from largebatch.report.compare import compare
-from largebatch.report.figures import accuracy_by_batch, training_curves
-from largebatch.report.layer_figures import Diagnosed, in_budget, layer_lines, layer_map, middle_layer
+from largebatch.report.figures import accuracy_by_batch, schedules, training_curves
+from largebatch.report.layer_figures import Diagnosed, in_budget, layer_charts, layer_lines, layer_map, middle_layer
 from largebatch.report.load import Layers
 from largebatch.report.maps import setting_maps
 
@@ -42,9 +43,10 @@ def test_a_single_learning_rate_has_no_map() -> None:
     assert setting_maps(compare(seeds("lars", 0.5, 0.6))[0]) == []
 
 
-def test_several_lambdas_have_a_map() -> None:
+@pytest.mark.parametrize("key", ["lmbda", "lmbda_relative"])
+def test_several_lambdas_have_a_map(key: str) -> None:
     runs = [
-        made("tvlars", lr=lr, batch=batch, optimizer__lmbda=lmbda, val=lr / 10 + 100 * lmbda)
+        made("tvlars", lr=lr, batch=batch, **{f"optimizer__{key}": lmbda}, val=lr / 10 + 100 * lmbda)
         for lr in (1.0, 2.0) for lmbda in (1e-4, 1e-3) for batch in (128, 1024)
     ]  # fmt: skip
     comparison = compare([*runs, made("lars", lr=1.0, val=0.5)])[0]
@@ -90,10 +92,42 @@ def test_a_curve_is_the_mean_in_a_band_of_the_spread() -> None:
     assert band.meta["x"]["steps"] == [10.0, 20.0, 20.0, 10.0]
 
 
+def test_a_short_warm_up_is_visible_in_the_schedule_of_a_long_training() -> None:
+    """Of 100 epochs of 98 steps, two are warm-up. The chart has 24 points, the fewest on a page."""
+    (comparison,) = compare([made("lars", "warmup_cosine")])
+    warmup, steps = 196, [*range(1, 21), *range(30, 9801, 10)]
+    rows = [
+        {"step": s, "epoch": s / 98, "wall_seconds": float(s), "optim/lr": min(s / warmup, 2 - s / 9800)} for s in steps
+    ]
+    chart = schedules(comparison, {run.name: rows for run in comparison.runs}, styles([comparison]), 24)
+    assert chart is not None
+    (line,) = chart.figure.data
+    during = [rate for step, rate in zip(line.meta["x"]["steps"], line.y, strict=True) if step <= warmup]
+    assert len(during) >= 4
+    assert during == sorted(during)
+    assert during[0] < 0.1 < 0.5 < during[-1]
+    (scale,) = (switch for switch in chart.switches if switch.key == "scale")
+    assert scale.axes["log"] == {"xaxis.type": "log"}
+
+
+def test_the_losses_of_a_diverged_run_are_drawn_up_to_its_end() -> None:
+    (comparison,) = compare([made("lars", state="diverged", test=None)])
+    for losses in ([2.3], [2.3, 9.1, 1e8]):
+        rows = [
+            {"step": s, "epoch": s / 9, "wall_seconds": float(s), "train/loss": loss}
+            for s, loss in enumerate([*losses, None], start=1)
+        ]
+        chart = training_curves(comparison, {run.name: rows for run in comparison.runs}, styles([comparison]), 24)
+        assert chart is not None
+        (line,) = chart.figure.data
+        assert list(line.y) == losses
+        assert line.mode == ("markers" if len(losses) == 1 else "lines")
+
+
 def layered(layers: int, steps: int, *sizes: int) -> list[Diagnosed]:
     grid: list[list[float | None]] = [[float(layer + 1)] * steps for layer in range(layers)]
     figures = {"weight_norm": grid, "gradient_norm": [[2.0] * steps for _ in grid], "trust_ratio": grid}
-    found = Layers(list(range(steps)), [f"layer{i}" for i in range(layers)], figures)
+    found = Layers(list(range(steps)), [f"layer{i}" for i in range(layers)], [4] * layers, figures)
     cells = compare(made(batch=size) for size in sizes)[0].shown
     return [Diagnosed(cell, found) for cell in cells]
 
@@ -108,6 +142,19 @@ def test_lnr_is_weight_norm_over_gradient_norm() -> None:
     (lnr, *_) = layer_map(diagnosed).figure.data
     assert list(lnr.y) == ["layer0", "layer1", "layer2"]
     assert lnr.z[0][0] == -0.301  # log10 of 1/2
+
+
+def test_biases_have_a_median_of_their_own_and_no_lines() -> None:
+    (weights,) = layered(3, 5, 128)
+    biases = Diagnosed(weights.cell, weights.layers._replace(names=["a", "b", "c"], dimensions=[1, 1, 1]))
+    middle, lines, as_map = layer_charts([weights, biases], 1.0, styles(compare([made(batch=128)])))
+    assert [key for switch in middle.switches if switch.key == "kind" for key, _ in switch.options] == [
+        "weights",
+        "vectors",
+    ]
+    assert [trace.visible for trace in middle.figure.data] == [True, *[False] * 7]
+    assert {trace.name for trace in lines.figure.data} == {"layer0", "layer1", "layer2"}
+    assert len(as_map.figure.data) == 4
 
 
 def test_many_layers_are_drawn_at_fewer_steps_then_at_fewer_batch_sizes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -170,12 +171,13 @@ def test_layers_are_read_at_few_steps_and_damaged_files_named(tmp_path: Path) ->
     assert read_layers(run, 10, problems) is None  # a run without layer statistics is no problem
     rows = [(step, layer, step + at) for step in range(1, 102) for at, layer in enumerate(("b", "a"))]
     columns = {"step": [r[0] for r in rows], "layer": [r[1] for r in rows]}
+    columns["dimensions"] = [4 if r[1] == "b" else 1 for r in rows]
     norms = {name: [float(r[2]) for r in rows] for name in ("weight_norm", "gradient_norm", "trust_ratio")}
     pyarrow.parquet.write_table(pyarrow.table(columns | norms), folder.layers)
     layers = read_layers(run, 3, problems)
     assert layers is not None
-    assert (layers.steps, layers.names) == ([1, 51, 101], ["b", "a"])
-    assert layers.columns["gradient_norm"] == [[1.0, 51.0, 101.0], [2.0, 52.0, 102.0]]
+    assert (layers.steps, layers.names, layers.dimensions) == ([1, 26, 101], ["b", "a"], [4, 1])
+    assert layers.columns["gradient_norm"] == [[1.0, 26.0, 101.0], [2.0, 27.0, 102.0]]
     assert problems == []
 
     content = folder.layers.read_bytes()
@@ -186,11 +188,19 @@ def test_layers_are_read_at_few_steps_and_damaged_files_named(tmp_path: Path) ->
         assert found[0].what.startswith("layers.parquet can't be read (")
 
 
-@pytest.mark.parametrize("most", [2, 3, 7, 100])
-def test_thinned_keeps_both_ends(most: int) -> None:
-    kept = thinned(list(range(20)), most)
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("most", [2, 3, 7, 19, 100])
+def test_thinned_keeps_both_ends(most: int, power: int) -> None:
+    kept = thinned(list(range(20)), most, power)
     assert (kept[0], kept[-1], len(kept)) == (0, 19, min(most, 20))
     assert kept == sorted(set(kept))
+
+
+def test_thinned_keeps_the_first_items_and_at_most_doubles_the_distance_of_the_last() -> None:
+    kept = thinned(list(range(1000)), 120, power=2)
+    assert kept[:8] == list(range(8))
+    distances = [after - before for before, after in itertools.pairwise(kept)]
+    assert max(distances) <= 2 * 1000 / 119 + 1
 
 
 def test_flat_joins_keys_and_drops_none() -> None:

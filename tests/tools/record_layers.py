@@ -14,6 +14,7 @@ from one_run import configuration
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
+from largebatch.tracking.rows import Layer
 
 FACTS = {"steps": 2500, "steps_per_epoch": 10}
 
@@ -29,8 +30,8 @@ def record(folder: RunFolder) -> None:
     config = configuration(layers_every=1, mode="offline")
     with Console(folder.log, speaking=False) as console, Recorder(config, folder, 0, FACTS, console) as recorder:
         for step in range(1, 71):
-            names = ["conv1.weight", "head.weight"] if step <= 40 else ["conv1.weight"]
-            recorder.layers(step, names, statistics(step, len(names)))
+            layers = [Layer("conv1.weight", 4), Layer("head.bias", 1)][: 2 if step <= 40 else 1]
+            recorder.layers(step, layers, statistics(step, len(layers)))
             if step == 50:
                 recorder.layers_to_write()()
         recorder.row({"step": 75, "epoch": 7.5, "examples": 75, "wall_seconds": 1.0, "train/loss": 1.0})

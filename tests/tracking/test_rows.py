@@ -11,14 +11,20 @@ import torch
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import MetricsLog
 from largebatch.tracking.layers import LayerLog
-from largebatch.tracking.rows import COLUMNS, RowOrder, replay
+from largebatch.tracking.rows import COLUMNS, Layer, RowOrder, has_layer_row, has_metrics_row, replay
 
-STEPS, EVERY, NAMES = 100, 7, ["conv1.weight", "head.weight"]
+STEPS, EVERY, LAYERS = 100, 7, [Layer("conv1.weight", 4), Layer("head.bias", 1)]
+ROWS_EVERY = 5
+LAYER_STEPS = sorted({1, 2, 5, 10, *range(EVERY, STEPS + 1, EVERY)})
+ROW_STEPS = [*range(1, 21), *range(25, STEPS + 1, ROWS_EVERY)]
 Logged = list[tuple[int, float, bool]]  # number, step and whether it is a layer row
 
 
 class Run:
-    """Record a run as the recorder does, from the step of a checkpoint to ``stop``; ``logged`` is what W&B gets."""
+    """Record a run as the recorder does, from the step of a checkpoint to ``stop``; ``logged`` is what W&B gets.
+
+    At step ``diverges_at`` the run writes a row for each step since the last row.
+    """
 
     def __init__(self, folder: RunFolder, resumed_at: int = 0) -> None:
         self.folder, self.step = folder, resumed_at
@@ -29,16 +35,19 @@ class Run:
         replay(folder, self.order, resumed_at)
 
     def log(self, number: int, row: dict[str, Any], **_: Any) -> None:
-        self.logged.append((number, row["step"], f"layers/{COLUMNS[0]}/{NAMES[0]}" in row))
+        self.logged.append((number, row["step"], f"layers/{COLUMNS[0]}/{LAYERS[0].name}" in row))
 
-    def train(self, stop: int, checkpoints: int = 40) -> None:
+    def train(self, stop: int, checkpoints: int = 40, diverges_at: int = 0) -> None:
+        last = max((row for row in ROW_STEPS if row <= self.step), default=0)
         for step in range(self.step + 1, stop + 1):
-            if step % EVERY == 0:
+            if step in LAYER_STEPS:
                 self.order.expect_layers(step)
-                self.layer_log.add(step, NAMES, dict.fromkeys(COLUMNS, torch.ones(2)))
-            if step % 5 == 0:
-                self.metrics.write({"step": step, "train/loss": 1.0})
-                self.order.row({"step": step, "train/loss": 1.0})
+                self.layer_log.add(step, LAYERS, dict.fromkeys(COLUMNS, torch.ones(2)))
+            if step in ROW_STEPS or step == diverges_at:
+                for of_step in range(last + 1, step + 1) if step == diverges_at else [step]:
+                    self.metrics.write({"step": of_step, "train/loss": 1.0})
+                    self.order.row({"step": of_step, "train/loss": 1.0})
+                last = step
             if step % checkpoints == 0:
                 self.layer_log.to_write()()
 
@@ -65,7 +74,7 @@ def test_the_replay_of_a_run_has_the_numbers_of_the_live_run(folder: RunFolder) 
     run = Run(folder)
     run.train(STEPS)
     run.end()
-    steps = [*range(EVERY, STEPS + 1, EVERY), *range(5, STEPS + 1, 5)]
+    steps = LAYER_STEPS + ROW_STEPS
     assert [step for _, step, _ in run.logged] == [0, *sorted(steps)]
     assert [number for number, _, _ in run.logged] == list(range(len(steps) + 1))
     assert [is_layers for _, step, is_layers in run.logged if step == 35] == [True, False]
@@ -86,11 +95,33 @@ def test_a_killed_run_has_the_numbers_of_an_undisturbed_run(tmp_path: Path, kill
     sent = replayed(folder, is_over=False)
     assert killed.logged == whole.logged[: len(killed.logged)]
     assert sent == whole.logged[: len(sent)]
-    assert all(step in [step for _, step, _ in sent] for step in range(5, killed_at // 40 * 40 + 1, 5))
+    assert {step for step in ROW_STEPS if step <= killed_at // 40 * 40} <= {step for _, step, _ in sent}
     resumed = Run(folder, resumed_at=killed_at // 40 * 40)
     resumed.train(STEPS)
     resumed.end()
     assert resumed.logged == whole.logged == replayed(folder, is_over=True)
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3, 40])
+@pytest.mark.parametrize("diverges_at", [4, 20, 24, 30, 73, 77])
+def test_a_diverged_run_has_a_row_for_each_step_since_the_last_row(
+    folder: RunFolder, diverges_at: int, checkpoints: int
+) -> None:
+    """A checkpoint may have read layer rows of steps whose rows of metrics are written later."""
+    run = Run(folder)
+    run.train(diverges_at, checkpoints, diverges_at)
+    run.end()
+    last = max(step for step in [0, *ROW_STEPS] if step < diverges_at)
+    steps = [step for step in LAYER_STEPS + ROW_STEPS if step <= last or (step in LAYER_STEPS and step <= diverges_at)]
+    assert [step for _, step, _ in run.logged] == sorted([0, *steps, *range(last + 1, diverges_at + 1)])
+    assert [number for number, _, _ in run.logged] == list(range(len(run.logged)))
+    assert replayed(folder, is_over=True) == run.logged
+
+
+def test_the_first_steps_have_rows_of_their_own() -> None:
+    assert [step for step in range(1, STEPS + 1) if has_metrics_row(step, ROWS_EVERY)] == ROW_STEPS
+    assert [step for step in range(1, STEPS + 1) if has_layer_row(step, EVERY)] == LAYER_STEPS
+    assert not any(has_layer_row(step, 0) for step in range(STEPS))
 
 
 def test_without_layer_rows_all_rows_of_a_killed_run_have_a_number(folder: RunFolder) -> None:

@@ -38,7 +38,7 @@ def test_an_offline_run_holds_config_history_and_summary_and_no_secret(tmp_path:
     assert config["resolved"]["steps"] == 6
     rows = read_rows(run / "metrics.jsonl")
     history, summary = history_of(run)
-    assert history == rows
+    assert [row for row in history if not any(name.startswith("layers/") for name in row)] == rows
     assert summary["test/accuracy"] == json.loads((run / "summary.json").read_text())["test/accuracy"]
 
     for path in run.rglob("*"):

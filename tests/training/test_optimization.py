@@ -13,9 +13,15 @@ from conftest import TINY, Launch, configuration
 from torch import nn
 
 from largebatch import optim
+from largebatch.config.checks import validate
+from largebatch.config.identity import identity
 from largebatch.errors import UserError
+from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows
+from largebatch.tracking.console import Console
+from largebatch.training.facts import gather_facts
 from largebatch.training.optimization import build_optimizer, resolved_lr
+from largebatch.training.set_up import set_up
 
 
 @pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)])
@@ -137,6 +143,39 @@ def test_tvlars_s_delay_is_in_epochs_and_gamma_min_auto_depends_on_the_batch() -
     assert isinstance(optimizer, optim.TVLARS)
     assert optimizer.param_groups[0]["delay"] == 21
     assert optimizer.param_groups[0]["gamma_min"] == pytest.approx(0.004)
+
+
+def test_lambda_per_step_and_per_training_are_different_runs_and_exclude_each_other() -> None:
+    default, given = configuration("optimizer=tvlars"), configuration("optimizer=tvlars", "optimizer.lmbda=1e-3")
+    relative = configuration("optimizer=tvlars", "optimizer.lmbda_relative=5")
+    assert identity(default) == identity(given) != identity(relative)
+    validate(relative)
+    both = configuration("optimizer=tvlars", "optimizer.lmbda=1e-3", "optimizer.lmbda_relative=5")
+    with pytest.raises(UserError, match=r"^optimizer.lmbda=0.001 and optimizer.lmbda_relative=5: only one may be set"):
+        validate(both)
+    with pytest.raises(UserError, match=r"optimizer.lmbda_relative=-1"):
+        validate(configuration("optimizer=tvlars", "optimizer.lmbda_relative=-1"))
+
+
+@pytest.mark.parametrize("alpha", [1, 0.1])
+def test_a_relative_lambda_is_one_schedule_at_every_length(alpha: float) -> None:
+    """At the same part of the training, phi is the same; the exponent rises from 0 to the given range."""
+    config = configuration("optimizer=tvlars_published", "optimizer.lmbda_relative=4", f"optimizer.alpha={alpha}")
+    for steps in (20, 1000, 60_000):
+        optimizer = build_optimizer(config, nn.Linear(2, 2), steps_per_epoch=7, steps=steps)
+        assert isinstance(optimizer, optim.TVLARS)
+        for part in (0, 0.25, 0.5, 1):
+            assert optimizer.phi(part * steps) == pytest.approx(1 / (alpha + math.exp(4 * part)))
+
+
+@pytest.mark.parametrize(("mode", "steps"), [((), 20), (("mode=bt", "mode.projector=[8,8]"), 20)])
+def test_a_run_takes_the_relative_lambda_of_its_own_length(tmp_path: Path, mode: tuple[str, ...], steps: int) -> None:
+    """The length of mode=bt is that of pre-training."""
+    config = configuration(*TINY, *mode, "optimizer=tvlars", "optimizer.lmbda_relative=3", "epochs=5")
+    with Console(tmp_path / "log.txt", speaking=False) as console:
+        phase = set_up(config, RunFolder(tmp_path), 0, 1, torch.device("cpu"), console, None)
+    assert phase.training.optimizer.param_groups[0]["lmbda"] == pytest.approx(3 / steps)
+    assert gather_facts(phase.run, phase.training.model, 99)["optimizer_options"]["lmbda"] == pytest.approx(3 / steps)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_a_run_writes_its_whole_folder(launch: Launch, tmp_path: Path) -> None:
 
     rows = read_rows(run / "metrics.jsonl")
     logged = [row for row in rows if "train/loss" in row]
-    assert [row["step"] for row in logged] == [2, 4, 6, 8, 10]
+    assert [row["step"] for row in logged] == list(range(1, 11))
     assert {"epoch", "examples", "wall_seconds", "train/accuracy", "optim/lr", "optim/phi"} <= logged[-1].keys()
     assert {"perf/images_per_second", "perf/step_ms"} <= logged[-1].keys()
     evaluated = [row for row in rows if "test/accuracy" in row]
@@ -38,15 +38,12 @@ def test_a_run_writes_its_whole_folder(launch: Launch, tmp_path: Path) -> None:
     assert pyarrow.parquet.read_table(run / "metrics.parquet").num_rows == len(rows)
 
     layers = pyarrow.parquet.read_table(run / "layers.parquet").to_pylist()
-    assert {row["step"] for row in layers} == {5, 10}
-    assert {row["layer"] for row in layers} == {
-        "conv1.weight",
-        "conv2.weight",
-        "conv3.weight",
-        "conv4.weight",
-        "head.weight",
-    }
-    assert all(row["weight_norm"] > 0 and row["gradient_norm"] > 0 and row["trust_ratio"] > 0 for row in layers)
+    assert [row["step"] for row in layers if row["layer"] == "head.weight"] == [1, 2, 5, 10]
+    weights, others = ({row["layer"] for row in layers if (row["dimensions"] > 1) == many} for many in (True, False))
+    assert weights == {"conv1.weight", "conv2.weight", "conv3.weight", "conv4.weight", "head.weight"}
+    assert others == {f"norm{n}.{kind}" for n in (1, 2, 3, 4) for kind in ("weight", "bias")} | {"head.bias"}
+    assert all(row["gradient_norm"] > 0 and row["trust_ratio"] > 0 for row in layers)
+    assert all(row["weight_norm"] > 0 for row in layers if row["dimensions"] > 1)
 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["test/accuracy"] == evaluated[-1]["test/accuracy"]

@@ -34,8 +34,14 @@ class OptimizerConfig:
     lr: float = option(MISSING, above=0)  # learning rate; with a scaling rule, at lr_scaling.base_batch
     lr_1d: float | None = option(None, least=0)  # the same for biases and norm parameters; None: lr
 
-    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
-        """Return the keyword arguments of the class, without parameters and learning rates."""
+    def arguments(self, batch_size: int, steps_per_epoch: int, steps: int = 0) -> dict[str, Any]:
+        """Return the keyword arguments of the class, without parameters and learning rates.
+
+        Args:
+            batch_size: global batch size.
+            steps_per_epoch: optimizer steps per epoch.
+            steps: optimizer steps of the training that this optimizer does.
+        """
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "lr", "lr_1d")}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
@@ -88,7 +94,8 @@ class Tvlars(Lars):
     target = "largebatch.optim.tvlars:TVLARS"
     label = "TVLARS"
 
-    lmbda: float = option(1e-3, least=0)  # steepness of phi's decay, per optimizer step
+    lmbda: float | None = option(None, least=0)  # steepness of phi's decay, per optimizer step; None: 1e-3
+    lmbda_relative: float | None = option(None, least=0)  # instead of lmbda, for any length: lmbda * steps
     alpha: float = option(1.0, least=0)  # phi starts near 1/alpha
     delay_epochs: float = option(0.0, least=0)  # epochs until phi reaches its midpoint
     gamma_min: int | float | str = option(0.0, least=0, words=("auto",))  # floor of phi; auto: 0.001 * batch_size / 256
@@ -96,13 +103,27 @@ class Tvlars(Lars):
     def __post_init__(self) -> None:
         if isinstance(self.gamma_min, int):  # 0 and 0.0 must be the same run
             self.gamma_min = float(self.gamma_min)
+        if self.lmbda is None and self.lmbda_relative is None:
+            self.lmbda = 1e-3
 
-    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: int, steps: int = 0) -> dict[str, Any]:
         options = super().arguments(batch_size, steps_per_epoch)
+        relative = options.pop("lmbda_relative")
+        if relative is not None:
+            options["lmbda"] = relative / max(steps, 1)
         options["delay"] = round(options.pop("delay_epochs") * steps_per_epoch)
         if self.gamma_min == "auto":
             options["gamma_min"] = 0.001 * batch_size / 256
         return options
+
+    def problems(self, config: Config) -> list[str]:
+        problems = super().problems(config)
+        if self.lmbda is not None and self.lmbda_relative is not None:
+            problems.append(
+                f"optimizer.lmbda={self.lmbda:g} and optimizer.lmbda_relative={self.lmbda_relative:g}: only one may be "
+                "set. Fix: leave one out, or set it to null if a preset sets it"
+            )
+        return problems
 
 
 @dataclass
@@ -116,7 +137,7 @@ class Clars(Lars):
     denominator: str = option("sample_norms", allowed=denominators)  # sum_of_norms adds wd*||w||
     sample_size: int = option(1, least=1)  # samples per measured gradient norm; the norm is of their mean gradient
 
-    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: int, steps: int = 0) -> dict[str, Any]:
         options = super().arguments(batch_size, steps_per_epoch)
         del options["sample_size"]  # the training loop measures the norms
         return options
@@ -232,7 +253,7 @@ class TimmOptimizer(OptimizerConfig):
     weight_decay: float = option(0.0, least=0)
     options: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: int, steps: int = 0) -> dict[str, Any]:
         return {"weight_decay": self.weight_decay, **self.options}
 
     def beyond_surge(self) -> str:

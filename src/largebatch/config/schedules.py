@@ -49,7 +49,7 @@ class ScheduleConfig:
         warmup = self.warmup(steps_per_epoch)
         if total_steps and warmup >= total_steps:
             raise UserError(
-                f"{self._warmup_key()}: {warmup} steps of warm-up, but the training has {total_steps}. "
+                f"{self.warmup_key()}: {warmup} steps of warm-up, but the training has {total_steps}. "
                 "Fix: shorten the warm-up, or train longer"
             )
 
@@ -60,7 +60,7 @@ class ScheduleConfig:
 
         return factor
 
-    def _warmup_key(self) -> str:
+    def warmup_key(self) -> str:
         return ""
 
     def problems(self, config: Config) -> list[str]:
@@ -97,7 +97,7 @@ class _Warmup(ScheduleConfig):
             return self.warmup_steps
         return round((self.warmup_epochs or 0) * steps_per_epoch)
 
-    def _warmup_key(self) -> str:
+    def warmup_key(self) -> str:
         if self.warmup_steps is not None:
             return f"schedule.warmup_steps={self.warmup_steps}"
         return f"schedule.warmup_epochs={self.warmup_epochs:g}"

@@ -63,8 +63,8 @@ class TrackerConfig:
     job_type: str | None = None  # None: the mode's name
     tags: list[str] = field(default_factory=list)  # besides data set, model, optimizer and schedule
     notes: str | None = None
-    log_every: int = option(10, least=1)  # steps
-    layers_every: int = option(20, least=0)  # steps between rows of layers.parquet; 0: off
+    log_every: int = option(10, least=1)  # steps; each of the first 20 steps has a row too
+    layers_every: int = option(20, least=0)  # steps between rows of layers.parquet, besides 1, 2, 5 and 10; 0: off
     images: bool = False  # log some augmented images of the first batch: images.png and W&B
     alerts: bool = False  # W&B alerts you when a run diverges or fails
     checkpoints: bool = False  # keep the best on validation images; W&B uploads the last and the best

@@ -14,7 +14,7 @@ from largebatch.launch.devices import chosen_gpus, worker_environment
 from largebatch.launch.local import Outcome, Started, conclude, exit_code, start, stop
 from largebatch.launch.plan import PlannedRun, estimated
 from largebatch.launch.slurm import sbatch_texts, submit_plan
-from largebatch.launch.view import PlanView, plan_rows, print_plan
+from largebatch.launch.view import PlanView, plan_rows, print_notes, print_plan
 from largebatch.runs.folder import DONE
 from largebatch.runs.table import counted
 from largebatch.tracking.wandb_arguments import agent_run_id
@@ -32,6 +32,7 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
     """
     if agent_run_id():
         sweep_agent.check(plan)
+    print_notes(plan)
     if _on_slurm(plan):
         return submit_plan(plan)
     view = PlanView(plan, runs_at_a_time(plan))
@@ -57,6 +58,7 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
     to_go = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE or run.config.rerun]
     if to_go:
         print(estimated(to_go))
+    print_notes(plan)
     print_plan(rows)
     if _on_slurm(plan):
         for text in sbatch_texts(to_go):

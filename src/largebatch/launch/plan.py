@@ -12,6 +12,7 @@ from typing import Any
 
 from largebatch.config.checks import validate
 from largebatch.config.identity import run_name
+from largebatch.config.idle import idle_options, planned_length
 from largebatch.config.schema import Config, from_composed
 from largebatch.errors import UserError
 from largebatch.launch.composition import Composed
@@ -63,6 +64,16 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
     for runs_dir in {run.config.runs_dir for run in plan.values()}:
         _check_writable(Path(runs_dir))
     return list(plan.values())
+
+
+def notes(plan: Sequence[PlannedRun]) -> list[str]:
+    """Return a line for each option that does nothing, with the label of a run that has it."""
+    found: dict[str, list[str]] = {}
+    for run in plan:
+        length = planned_length(run.config)
+        for note in idle_options(run.config, *length) if length else ():
+            found.setdefault(note, []).append(run.label)
+    return [_with_jobs(note, labels, len(plan)) for note, labels in found.items()]
 
 
 def _with_jobs(problem: str, labels: list[str], jobs: int) -> str:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from largebatch.launch.local import Outcome, Started
-from largebatch.launch.plan import PlannedRun
+from largebatch.launch.plan import PlannedRun, notes
 from largebatch.runs.metrics import newest
 from largebatch.runs.table import Row, live_table, plain_table, print_table, run_rows, table_of
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _LIVE_SECONDS, _PLAIN_SECONDS = 1.0, 30.0  # between looks at running runs, in a terminal and in a pipe
+_MOST_NOTES = 12
 _COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
 
 
@@ -24,6 +25,15 @@ def plan_rows(plan: Sequence[PlannedRun]) -> list[Row]:
     """Return a row for each run of the plan; a run without a folder is new."""
     rows = run_rows([run.folder for run in plan])
     return [row | {"state": row["state"] or "new", "label": run.label} for run, row in zip(plan, rows, strict=True)]
+
+
+def print_notes(plan: Sequence[PlannedRun]) -> None:
+    """Print the options that do nothing, at most ``_MOST_NOTES``."""
+    lines = notes(plan)
+    for line in lines[:_MOST_NOTES]:
+        print(f"note: {line}", flush=True)
+    if len(lines) > _MOST_NOTES:
+        print(f"note: {len(lines) - _MOST_NOTES} more options without effect; the report names them", flush=True)
 
 
 def print_plan(rows: Sequence[Row]) -> None:

@@ -55,6 +55,10 @@ class Switch:
     axes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+# A logarithmic axis shows the first steps of a long training.
+SCALE = Switch("scale", "axis", [("linear", "linear"), ("log", "logarithmic")], {"log": {"xaxis.type": "log"}})
+
+
 @dataclass(frozen=True)
 class Chart:
     """A figure with its title, the note below it and its switches, which page.js applies."""

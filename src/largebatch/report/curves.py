@@ -55,12 +55,15 @@ def read_histories(comparison: Comparison, problems: list[Problem]) -> Histories
 
 
 def curve(cell: Cell, metric: str, histories: Histories, most_points: int = MOST_POINTS) -> Curve | None:
-    """Return the curve of ``metric``, or None with fewer than two points."""
+    """Return the curve of ``metric``, dense at the start. None without points.
+
+    A single point counts only if every run of the cell diverged.
+    """
     series = [points for run in cell.drawn if (points := points_of(histories[run.name], metric))]
     common = sorted(set.intersection(*map(set, series))) if series else []
-    if len(common) < 2:
+    if len(common) < (2 if cell.chosen else 1):
         return None
-    steps = thinned(common, most_points)
+    steps = thinned(common, most_points, power=2)
     values = [[points[step][0] for points in series] for step in steps]
     return Curve(
         at=[

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import starmap
 
 from largebatch.report import spaces
 from largebatch.report.cells import BY_TEST, distinct
 from largebatch.report.compare import Comparison
+from largebatch.report.idle import idle
 from largebatch.report.inference import FEWEST_SEEDS
 from largebatch.report.load import flat
 from largebatch.report.warn import Check, Warn, check_cells, names_of
@@ -211,6 +213,7 @@ _CHECKS: tuple[Check, ...] = (
     _unconfirmed,
     _few_steps,
     *spaces.CHECKS,
+    lambda comparison: starmap(Warn, idle(comparison)),
     _missing,
     _provenance,
     _unfinished,

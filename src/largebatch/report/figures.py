@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from largebatch.report.cells import Cell, RowKey, values
 from largebatch.report.chart import (
+    SCALE,
     Chart,
     Style,
     Styles,
@@ -101,8 +102,9 @@ def training_curves(comparison: Comparison, histories: Histories, style: Styles,
 def schedules(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
     """Draw the learning rate and TVLARS's phi over training."""
     note = (
-        "As logged every tracker.log_every steps. Learning rates of different optimizers can't be compared: LARS, "
-        "TVLARS and CLARS multiply theirs by each layer's trust ratio, TVLARS by phi too."
+        "As logged after each of the first steps, then every tracker.log_every steps. A logarithmic axis shows a short "
+        "warm-up. Learning rates of different optimizers can't be compared: LARS, TVLARS and CLARS multiply theirs by "
+        "each layer's trust ratio, TVLARS by phi too."
     )
     names = {"optim/lr": "learning rate", "optim/phi": "phi of TVLARS"}
     return _over_training("Warm-up and phi", note, names, comparison, histories, style, most_points)
@@ -133,7 +135,7 @@ def _over_training(
         for metric in offered
     }
     show = Switch("metric", "show", [(metric, names[metric]) for metric in offered], axes)
-    return Chart(title, note, figure, [show, _X, batch_switch(batch for _, batch, _ in found)])
+    return Chart(title, note, figure, [show, _X, SCALE, batch_switch(batch for _, batch, _ in found)])
 
 
 def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKey, style: Style, percent: bool) -> None:
@@ -148,7 +150,8 @@ def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKe
             legendgroup=row_label(row), **filled(style),
         )  # fmt: skip
     label = safe(row_label(row))
+    look = line(style) | ({} if len(drawn.at) > 1 else {"mode": "markers", "marker": {"color": style.colour}})
     figure.add_scatter(
         x=x["epochs"], y=[rounded(scale * at) for at in drawn.mean], meta={"pick": pick, "x": x},
-        legendgroup=row_label(row), name=label, hovertemplate=f"{label}: %{{y:.4g}}<extra></extra>", **line(style),
+        legendgroup=row_label(row), name=label, hovertemplate=f"{label}: %{{y:.4g}}<extra></extra>", **look,
     )  # fmt: skip

@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 from plotly.colors import sample_colorscale
 
 from largebatch.report.cells import Cell
-from largebatch.report.chart import Chart, Styles, Switch, batch_switch, line, log_axis, new_figure, rounded, safe
+from largebatch.report.chart import (
+    SCALE,
+    Chart,
+    Styles,
+    Switch,
+    batch_switch,
+    line,
+    log_axis,
+    new_figure,
+    rounded,
+    safe,
+)
 from largebatch.report.compare import Comparison
 from largebatch.report.load import Layers, Problem, read_layers, thinned
 from largebatch.report.wording import row_label
@@ -23,13 +34,22 @@ _FEWEST_STEPS = 12
 # _COPIES numbers. The rest of a line takes as much space as _OF_LINE numbers.
 _BUDGET, _COPIES, _OF_LINE = 400_000, 3, 60
 _LEGEND = 12  # most layers whose names fit above a chart
+_KINDS = {"weights": "weights", "vectors": "biases and norm scales"}
 
 
 class Diagnosed(NamedTuple):
-    """Layers of one run of a cell's chosen setting: the run with the smallest seed."""
+    """Layers of one kind, of one run of a cell's chosen setting: the run with the smallest seed."""
 
     cell: Cell
     layers: Layers
+
+    @property
+    def kind(self) -> str:
+        return _kind(self.layers.dimensions[0])
+
+
+def _kind(dimensions: int) -> str:
+    return "weights" if dimensions > 1 else "vectors"
 
 
 def _ratio(layers: Layers) -> Grid:
@@ -52,8 +72,12 @@ def read_diagnosed(comparison: Comparison, problems: list[Problem]) -> list[Diag
     for cell in comparison.shown:
         for run in cell.drawn[:1]:
             layers = read_layers(run, MOST_STEPS, problems)
-            if layers and len(layers.steps) > 1:
-                found.append(Diagnosed(cell, layers))
+            if not layers or len(layers.steps) < 2:
+                continue
+            for kind in _KINDS:
+                rows = [i for i, dimensions in enumerate(layers.dimensions) if _kind(dimensions) == kind]
+                if rows:
+                    found.append(Diagnosed(cell, _part(layers, range(len(layers.steps)), rows)))
     return found
 
 
@@ -76,42 +100,52 @@ def in_budget(diagnosed: Sequence[Diagnosed], share: float = 1.0) -> list[Diagno
 
 
 def _thinned(layers: Layers, most_steps: int, most_layers: int) -> Layers:
-    places = thinned(list(range(len(layers.steps))), most_steps)
-    rows = thinned(list(range(len(layers.names))), most_layers)
+    places = thinned(list(range(len(layers.steps))), most_steps, power=2)
+    return _part(layers, places, thinned(list(range(len(layers.names))), most_layers))
+
+
+def _part(layers: Layers, places: Sequence[int], rows: Sequence[int]) -> Layers:
+    """Return the layers of these rows, at the steps of these places."""
     columns = {name: [[grid[row][i] for i in places] for row in rows] for name, grid in layers.columns.items()}
-    return Layers([layers.steps[i] for i in places], [layers.names[row] for row in rows], columns)
+    names, dimensions = [layers.names[row] for row in rows], [layers.dimensions[row] for row in rows]
+    return Layers([layers.steps[i] for i in places], names, dimensions, columns)
 
 
 def layer_charts(diagnosed: Sequence[Diagnosed], share: float, style: Styles) -> list[Chart]:
     if not diagnosed:
         return []
-    few = in_budget(diagnosed, share)
-    return [middle_layer(diagnosed, style), layer_lines(few), layer_map(few)]
+    few = in_budget([one for one in diagnosed if one.kind == "weights"], share)
+    return [middle_layer(diagnosed, style), *([layer_lines(few), layer_map(few)] if few else [])]
 
 
 def middle_layer(diagnosed: Sequence[Diagnosed], style: Styles) -> Chart:
     """Draw the median over layers, a line for each optimizer."""
     figure = new_figure("optimizer step", "", yaxis=log_axis([]))
-    for cell, layers, pick, grid in _grids(diagnosed):
+    for one, pick, grid in _grids(diagnosed):
+        cell, layers = one
         label = safe(row_label(cell.row))
         columns = [[v for v in column if v is not None and v > 0] for column in zip(*grid, strict=True)]
         points = [(step, of_step) for step, of_step in zip(layers.steps, columns, strict=True) if of_step]
         figure.add_scatter(
             x=[step for step, _ in points], y=[rounded(statistics.median(of_step)) for _, of_step in points],
             name=label, hovertemplate=f"{label}, step %{{x}}: %{{y:.3g}}<extra></extra>",
-            meta={"pick": {key: pick[key] for key in ("quantity", "batch")}}, **line(style[cell.row]),
+            meta={"pick": {"kind": one.kind, "quantity": pick["quantity"], "batch": pick["batch"]}},
+            **line(style[cell.row]),
         )  # fmt: skip
     note = (
         "Median over the layers of one run, the run with the smallest seed. LARS, TVLARS and CLARS multiply each "
-        "layer's learning rate by a ratio like LNR. If it is high at the start, warm-up or phi makes the step smaller."
+        "layer's learning rate by a ratio like LNR. If it is high at the start, warm-up or phi makes the step smaller. "
+        "Biases and norm scales have the trust ratio 1 unless the optimizer scales them."
     )
-    quantity, _, batch = _switches(diagnosed, figure.data)
-    return Chart("Layers, by optimizer", note, figure, [quantity, batch])
+    quantity, _, batch, scale = _switches(diagnosed, figure.data)
+    found = {one.kind for one in diagnosed}
+    kinds = Switch("kind", "of", [(kind, words) for kind, words in _KINDS.items() if kind in found])
+    return Chart("Layers, by optimizer", note, figure, [quantity, kinds, batch, scale])
 
 
 def layer_lines(diagnosed: Sequence[Diagnosed]) -> Chart:
     figure = new_figure("optimizer step", "", yaxis=log_axis([]))
-    for _, layers, pick, grid in _grids(diagnosed):
+    for (_, layers), pick, grid in _grids(diagnosed):
         last = max(len(layers.names) - 1, 1)
         colours = sample_colorscale("Viridis", [0.9 * i / last for i in range(len(layers.names))])
         for name, colour, values in zip(layers.names, colours, grid, strict=True):
@@ -120,7 +154,10 @@ def layer_lines(diagnosed: Sequence[Diagnosed]) -> Chart:
                 line={"color": colour, "width": 1.5}, showlegend=len(layers.names) <= _LEGEND,
                 hovertemplate=f"{safe(name)}, step %{{x}}: %{{y:.3g}}<extra></extra>", meta={"pick": pick},
             )  # fmt: skip
-    note = "A line for each layer, from dark (first layer) to light (last layer). Point at a line for its layer's name."
+    note = (
+        "A line for each weight tensor, from dark (first layer) to light (last layer). "
+        "Point at a line for its layer's name."
+    )
     return Chart("Every layer, as lines", note, figure, _switches(diagnosed, figure.data))
 
 
@@ -128,7 +165,7 @@ def layer_map(diagnosed: Sequence[Diagnosed]) -> Chart:
     most = max(len(one.layers.names) for one in diagnosed)
     yaxis = {"autorange": "reversed", "type": "category", "showgrid": False, "tickfont": {"size": 10}}
     figure = new_figure("optimizer step", "layer", yaxis=yaxis, height=min(max(200 + 14 * most, 300), 900))
-    for _, layers, pick, grid in _grids(diagnosed):
+    for (_, layers), pick, grid in _grids(diagnosed):
         figure.add_heatmap(
             x=layers.steps, y=[safe(name) for name in layers.names],
             z=[[rounded(math.log10(v), 3) if v and v > 0 else None for v in row] for row in grid], colorscale="Viridis",
@@ -139,16 +176,16 @@ def layer_map(diagnosed: Sequence[Diagnosed]) -> Chart:
     return Chart("Every layer, as a map", note, figure, _switches(diagnosed))
 
 
-def _grids(diagnosed: Sequence[Diagnosed]) -> Iterator[tuple[Cell, Layers, dict[str, str], Grid]]:
+def _grids(diagnosed: Sequence[Diagnosed]) -> Iterator[tuple[Diagnosed, dict[str, str], Grid]]:
     """Yield each quantity of each run, with the options that show it."""
-    for cell, layers in diagnosed:
+    for one in diagnosed:
         for quantity, (_, grid_of) in QUANTITIES.items():
-            pick = {"quantity": quantity, "row": row_label(cell.row), "batch": f"{cell.batch_size}"}
-            yield cell, layers, pick, grid_of(layers)
+            pick = {"quantity": quantity, "row": row_label(one.cell.row), "batch": f"{one.cell.batch_size}"}
+            yield one, pick, grid_of(one.layers)
 
 
 def _switches(diagnosed: Sequence[Diagnosed], lines: Sequence[Any] = ()) -> list[Switch]:
-    """Return the menus of quantity, optimizer and batch size.
+    """Return the menus of quantity, optimizer, batch size and the scale of the axis.
 
     Args:
         lines: traces over a logarithmic axis, whose title and ticks follow the quantity.
@@ -163,4 +200,5 @@ def _switches(diagnosed: Sequence[Diagnosed], lines: Sequence[Any] = ()) -> list
         Switch("quantity", "show", [(key, words) for key, (words, _) in QUANTITIES.items()], axes),
         Switch("row", "optimizer", [(label, label) for label in labels]),
         batch_switch(one.cell.batch_size for one in diagnosed),
+        SCALE,
     ]

@@ -201,16 +201,18 @@ class Layers(NamedTuple):
     Attributes:
         steps: optimizer steps, ascending.
         names: layers in the model's order.
+        dimensions: of each layer. Biases and norm scales have one.
         columns: for each column of ``layers.parquet``, values of shape [layers, steps].
     """
 
     steps: list[int]
     names: list[str]
+    dimensions: list[int]
     columns: dict[str, list[list[float | None]]]
 
 
 def read_layers(run: Run, most_steps: int, problems: list[Problem]) -> Layers | None:
-    """Return ``layers.parquet`` at up to ``most_steps`` evenly spaced steps.
+    """Return ``layers.parquet`` at up to ``most_steps`` steps, dense at the start.
 
     None if there is no such file or no row in it. If the file can't be read, add a problem and return None.
     """
@@ -225,24 +227,29 @@ def read_layers(run: Run, most_steps: int, problems: list[Problem]) -> Layers | 
 
 def _layers(path: Path, most_steps: int) -> Layers | None:
     columns = ("weight_norm", "gradient_norm", "trust_ratio")
-    table = pyarrow.parquet.read_table(path, columns=["step", "layer", *columns])
-    steps = thinned(sorted(table["step"].unique().to_pylist()), most_steps)
+    table = pyarrow.parquet.read_table(path, columns=["step", "layer", "dimensions", *columns])
+    steps = thinned(sorted(table["step"].unique().to_pylist()), most_steps, power=2)
     if not steps:
         return None
     rows = table.filter(pyarrow.compute.field("step").isin(steps)).to_pydict()
-    names = list(dict.fromkeys(rows["layer"]))
+    dimensions = dict(zip(rows["layer"], rows["dimensions"], strict=True))
+    names = list(dimensions)
     values: dict[str, list[list[float | None]]] = {}
     for column in columns:
         at = {(n, s): number(v) for n, s, v in zip(rows["layer"], rows["step"], rows[column], strict=True)}
         values[column] = [[at.get((name, step)) for step in steps] for name in names]
-    return Layers(steps, names, values)
+    return Layers(steps, names, list(dimensions.values()), values)
 
 
-def thinned(items: list[Item], most: int) -> list[Item]:
-    """Return at most ``most`` (two or more) evenly spaced items, with the first and the last."""
+def thinned(items: list[Item], most: int, power: int = 1) -> list[Item]:
+    """Return at most ``most`` (two or more) items, with the first and the last.
+
+    Item ``i`` is at ``(i / most) ** power`` of the length. So the items are evenly spaced with 1. With 2, the first
+    items are all kept, and the last are twice as far apart as evenly spaced items.
+    """
     if len(items) <= most:
         return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[max(i, round((i / (most - 1)) ** power * (len(items) - 1)))] for i in range(most)]
 
 
 def _attempt(path: Path, read: Callable[[Path], Item]) -> Item:

@@ -18,10 +18,11 @@ Places = dict[tuple[str, str], list[Setting]]  # settings by their x and y value
 
 def setting_maps(comparison: Comparison) -> list[Chart]:
     """Draw learning rate by batch size, for each row with several learning rates. Then draw learning rate by lambda at
-    each batch size, for each row with several lambdas."""
+    each batch size, for each row with several lambdas or several relative lambdas."""
     return [
         *_maps(comparison, "optimizer.lr", "batch_size", "batch size"),
         *_maps(comparison, "optimizer.lmbda", "optimizer.lmbda", "lambda"),
+        *_maps(comparison, "optimizer.lmbda_relative", "optimizer.lmbda_relative", "relative lambda"),
     ]
 
 

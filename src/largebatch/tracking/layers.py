@@ -1,11 +1,13 @@
-"""``layers.parquet``: weight norm, gradient norm and trust ratio of every layer, every ``tracker.layers_every`` steps.
+"""``layers.parquet``: weight norm, gradient norm and trust ratio of every parameter tensor.
+
+It has rows for some of the first steps, and then every ``tracker.layers_every`` steps.
 
 Reading a value waits for the device, so rows gather on the device and are read together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.runs.folder import replace_file
-from largebatch.tracking.rows import COLUMNS, LayerRow, read_layer_table
+from largebatch.tracking.rows import COLUMNS, Layer, LayerRow, read_layer_table
 
 if TYPE_CHECKING:
     import pyarrow
 
-CAPACITY = 32  # rows on the device: 20 kB for ResNet-50, and one wait in 640 steps at the default layers_every
+CAPACITY = 32  # rows on the device: 62 kB for ResNet-50, and one wait in 640 steps at the default layers_every
 
 
 class LayerLog:
@@ -36,20 +38,20 @@ class LayerLog:
         kept = read_layer_table(path, step)
         # Rows that left the device. Not as Python objects, because there may be a million.
         self._tables: list[pyarrow.Table] = [] if kept is None else [kept]
-        self._names: list[str] = []
+        self._layers: list[Layer] = []
         # Shape [CAPACITY, columns, layers] once there is a row; row i is of step _steps[i].
         self._buffer = torch.empty(0)
         self._steps: list[int] = []
 
-    def add(self, step: int, names: list[str], statistics: dict[str, Tensor]) -> None:
+    def add(self, step: int, layers: list[Layer], statistics: dict[str, Tensor]) -> None:
         """Keep a tensor of shape [layers] for each of ``COLUMNS``, with one operation on its device and no wait."""
-        if not names:  # the optimizer may be configured to adapt no layer
+        if not layers:
             return
         columns = [statistics[column].detach() for column in COLUMNS]
-        if names != self._names:
+        if layers != self._layers:
             self._read_back()
-            self._names = list(names)
-            shape = (CAPACITY, len(COLUMNS), len(names))
+            self._layers = list(layers)
+            shape = (CAPACITY, len(COLUMNS), len(layers))
             self._buffer = torch.empty(shape, dtype=torch.float32, device=columns[0].device)
         torch.stack(columns, out=self._buffer[len(self._steps)])
         self._steps.append(step)
@@ -64,14 +66,15 @@ class LayerLog:
     def _read_back(self) -> None:
         """Empty the buffer, with one copy."""
         values = self._buffer[: len(self._steps)].tolist()
-        rows = [LayerRow(step, self._names, row) for step, row in zip(self._steps, values, strict=True)]
+        rows = [LayerRow(step, self._layers, row) for step, row in zip(self._steps, values, strict=True)]
         self._steps = []
         if rows:
             import pyarrow
 
             columns = {
-                "step": [row.step for row in rows for _ in row.names],
-                "layer": [name for row in rows for name in row.names],
+                "step": [row.step for row in rows for _ in row.layers],
+                "layer": [layer.name for row in rows for layer in row.layers],
+                "dimensions": [layer.dimensions for row in rows for layer in row.layers],
                 **{column: [value for row in rows for value in row.values[i]] for i, column in enumerate(COLUMNS)},
             }
             self._tables.append(pyarrow.table(columns))
@@ -87,14 +90,23 @@ def _write(tables: list[pyarrow.Table], path: Path) -> None:
         replace_file(path, partial(pyarrow.parquet.write_table, pyarrow.concat_tables(tables)))
 
 
-def plain_statistics(model: nn.Module) -> tuple[list[str], dict[str, Tensor]]:
-    """Return names and statistics of a model's layers, for an optimizer that keeps none. Call it before the step.
+def plain_statistics(model: nn.Module, without: Collection[Tensor] = ()) -> tuple[list[Layer], dict[str, Tensor]]:
+    """Return the model's parameters with a gradient, and their statistics. Call it before the step.
 
-    An optimizer without layer-wise scaling has trust ratio 1. The ratio that the TVLARS paper calls LNR is
+    The trust ratio is 1: no optimizer scales these parameters. The ratio that the TVLARS paper calls LNR is
     ``weight_norm / gradient_norm`` for every optimizer.
+
+    Args:
+        model: the model.
+        without: parameters to leave out, because the optimizer measures them itself.
     """
-    layers = [(n, p.detach(), p.grad) for n, p in model.named_parameters() if p.grad is not None and p.ndim > 1]
-    weights = torch.stack(torch._foreach_norm([weight for _, weight, _ in layers]))
-    gradients = torch.stack(torch._foreach_norm([gradient for _, _, gradient in layers]))
+    skipped = set(map(id, without))
+    found = [
+        (n, p.detach(), p.grad) for n, p in model.named_parameters() if p.grad is not None and id(p) not in skipped
+    ]
+    if not found:
+        return [], {column: torch.empty(0, device=next(model.parameters()).device) for column in COLUMNS}
+    weights = torch.stack(torch._foreach_norm([weight for _, weight, _ in found]))
+    gradients = torch.stack(torch._foreach_norm([gradient for _, _, gradient in found]))
     statistics = {"weight_norm": weights, "gradient_norm": gradients, "trust_ratio": torch.ones_like(weights)}
-    return [name for name, _, _ in layers], statistics
+    return [Layer(name, weight.ndim) for name, weight, _ in found], statistics

@@ -15,7 +15,7 @@ from largebatch.runs.metrics import MetricsLog, Row, read_rows, write_table
 from largebatch.tracking import wandb_run
 from largebatch.tracking.console import Console
 from largebatch.tracking.layers import LayerLog
-from largebatch.tracking.rows import LayerRow, RowOrder, replay
+from largebatch.tracking.rows import Layer, LayerRow, RowOrder, replay
 from largebatch.tracking.wandb_arguments import agent_run_id
 
 _STATUS_EVERY_SECONDS = 1.0
@@ -59,11 +59,11 @@ class Recorder:
             self._status_at = time.monotonic()
             self._folder.update_status(step=row["step"])
 
-    def layers(self, step: int, names: list[str], statistics: dict[str, Tensor]) -> None:
-        """Record statistics after optimizer step ``step``: a tensor of shape [layers] for each of ``rows.COLUMNS``."""
-        if self._order and names:
+    def layers(self, step: int, layers: list[Layer], statistics: dict[str, Tensor]) -> None:
+        """Record what update ``step`` used: a tensor of shape [layers] for each of ``rows.COLUMNS``."""
+        if self._order and layers:
             self._order.expect_layers(step)
-        self._layers.add(step, names, statistics)
+        self._layers.add(step, layers, statistics)
 
     def layers_to_write(self) -> Callable[[], None]:
         """Return a function that writes the layer rows so far to their file, in any thread."""

@@ -20,35 +20,59 @@ if TYPE_CHECKING:
     import pyarrow
 
 COLUMNS = ("weight_norm", "gradient_norm", "trust_ratio")
-_LAYER_ROWS_IN_WANDB = 1000  # most layer rows of a run: 44 MB with 100 layers, and charts sample from more anyway
+# The first steps decide whether a large batch trains, so they have rows of their own.
+EARLY_ROWS = 20  # each of the first steps has a row of metrics
+EARLY_LAYER_ROWS = (1, 2, 5, 10)  # steps with a layer row
+_LAYER_ROWS_IN_WANDB = 1000  # most later layer rows of a run: 44 MB with 100 layers, and charts sample from more anyway
+
+
+def has_metrics_row(step: int, log_every: int) -> bool:
+    """Return True if training writes a row of metrics after this step."""
+    return step <= EARLY_ROWS or step % log_every == 0
+
+
+def has_layer_row(step: int, layers_every: int) -> bool:
+    """Return True if this step has a layer row: never with ``layers_every=0``."""
+    return layers_every > 0 and (step in EARLY_LAYER_ROWS or step % layers_every == 0)
+
+
+class Layer(NamedTuple):
+    """A parameter tensor. Biases and norm scales have one dimension."""
+
+    name: str
+    dimensions: int
 
 
 class LayerRow(NamedTuple):
-    """Statistics after optimizer step ``step``: for each of ``COLUMNS`` one value a layer, in the order of names."""
+    """Statistics that update ``step`` used: for each of ``COLUMNS`` one value a layer, in the order of layers."""
 
     step: int
-    names: list[str]
+    layers: list[Layer]
     values: list[list[float]]
 
     def metrics(self) -> dict[str, float]:
         """Return ``{"layers/weight_norm/conv1.weight": 0.7, ...}``."""
         return {
-            f"layers/{column}/{name}": value
+            f"layers/{column}/{layer.name}": value
             for column, values in zip(COLUMNS, self.values, strict=True)
-            for name, value in zip(self.names, values, strict=True)
+            for layer, value in zip(self.layers, values, strict=True)
         }
 
     def columns(self) -> dict[str, list[float]]:
-        """Return ``{"layers/weight_norm": [0.7, ...], ...}``."""
-        return {f"layers/{column}": values for column, values in zip(COLUMNS, self.values, strict=True)}
+        """Return ``{"layers/weight_norm": [0.7, ...], ...}``, without parameters of one dimension."""
+        return {
+            f"layers/{column}": [v for layer, v in zip(self.layers, values, strict=True) if layer.dimensions > 1]
+            for column, values in zip(COLUMNS, self.values, strict=True)
+        }
 
 
 class RowOrder:
     """Number a run's rows from 0 and log them in the order of their steps.
 
     Row 0 is the image grid, if there is one. The layer row of a step comes before the step's other rows. Layer rows
-    arrive late, so later rows wait for them. The order is therefore the same whenever layers are read, and a replay
-    from row 0 gives each row its old number: wandb drops the numbers that it has.
+    arrive late, so later rows wait for them. A layer row waits until a row of its step or a later step follows: a run
+    that diverges writes the rows of several steps at once. The order is therefore the same whenever layers are read,
+    and a replay from row 0 gives each row its old number: wandb drops the numbers that it has.
 
     Rows that still wait when a run fails or is killed are not logged; the resumed run logs them.
 
@@ -69,11 +93,12 @@ class RowOrder:
         self._log = log
         self._steps_per_epoch = steps_per_epoch
         self._waiting: deque[Row] = deque()
-        self._awaited: deque[int] = deque()  # steps of layer rows that are still on the device
+        self._awaited: deque[int] = deque()  # steps of layer rows that aren't logged yet
+        self._arrived: deque[LayerRow] = deque()  # the oldest of them, which have left the device
 
     def expect_layers(self, step: int) -> None:
         """Let rows of this step and later steps wait for the layer row of this step."""
-        if step % self.layers_every == 0:
+        if has_layer_row(step, self.layers_every):
             self._awaited.append(step)
 
     def row(self, row: Row) -> None:
@@ -83,18 +108,22 @@ class RowOrder:
 
     def layers(self, row: LayerRow) -> None:
         """Add the oldest layer row that is expected; rows that were not expected are dropped."""
-        if row.step % self.layers_every == 0:
-            self._awaited.popleft()
-            self._release(before=row.step)
-            place = {"step": row.step, "epoch": row.step / self._steps_per_epoch}
-            self._next(place | row.metrics(), histograms=row.columns())
+        if has_layer_row(row.step, self.layers_every):
+            self._arrived.append(row)
             self._release()
 
-    def _release(self, before: float = math.inf) -> None:
-        """Log the rows before the next expected layer row."""
-        end = min(before, self._awaited[0] if self._awaited else math.inf)
-        while self._waiting and self._waiting[0]["step"] < end:
-            self._next(self._waiting.popleft())
+    def _release(self) -> None:
+        """Log the rows before the next layer row that has not arrived."""
+        while self._waiting:
+            if not self._awaited or self._waiting[0]["step"] < self._awaited[0]:
+                self._next(self._waiting.popleft())
+            elif self._arrived:
+                layers = self._arrived.popleft()
+                step = self._awaited.popleft()
+                place = {"step": step, "epoch": step / self._steps_per_epoch}
+                self._next(place | layers.metrics(), histograms=layers.columns())
+            else:
+                break
 
     def _next(self, row: Row, histograms: dict[str, list[float]] | None = None, images: Path | None = None) -> None:
         self._log(self.count, row, histograms=histograms, images=images)
@@ -118,7 +147,8 @@ def replay(folder: RunFolder, order: RowOrder, step: int = sys.maxsize, is_over:
     for layer_row in layers:
         order.expect_layers(layer_row.step)
     if order.layers_every and not is_over:
-        order.expect_layers((layers[-1].step if layers else 0) + order.layers_every)
+        last = layers[-1].step if layers else 0
+        order.expect_layers(next(step for step in itertools.count(last + 1) if has_layer_row(step, order.layers_every)))
     for row in read_rows(folder.metrics):
         order.row(row)
     for layer_row in layers:
@@ -136,11 +166,18 @@ def read_layer_table(path: Path, step: int) -> pyarrow.Table | None:
 
 
 def _layer_rows(table: pyarrow.Table, every: int) -> list[LayerRow]:
-    """Return the rows of the steps that ``every`` divides."""
-    table = table.filter(table["step"].to_numpy() % every == 0)  # first, because a table may have a million rows
-    steps, names, *columns = (table[column].to_pylist() for column in ("step", "layer", *COLUMNS))
+    """Return the rows of the steps that have a layer row in W&B."""
+    import pyarrow.compute
+
+    wanted = [step for step in table["step"].unique().to_pylist() if has_layer_row(step, every)]
+    # First, because a table may have a million rows.
+    table = table.filter(pyarrow.compute.field("step").isin(pyarrow.array(wanted, pyarrow.int64())))
+    steps, names, dimensions, *columns = (
+        table[column].to_pylist() for column in ("step", "layer", "dimensions", *COLUMNS)
+    )
     rows = []
     for step, entries in itertools.groupby(range(len(steps)), key=steps.__getitem__):
         indices = list(entries)
-        rows.append(LayerRow(step, [names[i] for i in indices], [[column[i] for i in indices] for column in columns]))
+        layers = [Layer(names[i], dimensions[i]) for i in indices]
+        rows.append(LayerRow(step, layers, [[column[i] for i in indices] for column in columns]))
     return rows

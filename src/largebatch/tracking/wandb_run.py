@@ -102,10 +102,17 @@ class WandbRun:
             self._attempt("log", lambda: self._log(number, row, histograms or {}, images))
 
     def _log(self, number: int, row: Row, histograms: dict[str, list[float]], images: Path | None) -> None:
+        import numpy
         import wandb
 
-        finite = {name: list(filter(math.isfinite, values)) for name, values in histograms.items()}
-        media: dict[str, Any] = {k: wandb.Histogram(values, num_bins=_BINS) for k, values in finite.items() if values}
+        media: dict[str, Any] = {}
+        for name, values in histograms.items():
+            if finite := list(filter(math.isfinite, values)):
+                low, high = min(finite), max(finite)
+                # numpy widens a single value by 0.5, which is no range beside the 1e19 of a run that diverges.
+                pad = max(0.5, abs(high) / 2) if low == high else 0.0
+                counts = numpy.histogram(finite, bins=_BINS, range=(low - pad, high + pad))
+                media[name] = wandb.Histogram(np_histogram=counts)
         if images:
             media["images"] = wandb.Image(str(images))
         self._run.log(without_none(row) | media, step=number, commit=True)

@@ -23,7 +23,7 @@ def gather_facts(run: Run, model: nn.Module, total_steps: int) -> Facts:
     config, data, batch, device = run.config, run.data, run.batch, run.device
     return {
         "lr": resolved_lr(config),
-        "optimizer_options": config.optimizer.arguments(config.batch_size, run.epoch_steps),
+        "optimizer_options": config.optimizer.arguments(config.batch_size, run.epoch_steps, run.steps),
         "steps": total_steps,
         "steps_per_epoch": run.epoch_steps,
         "global_batch": batch.global_batch,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from largebatch.machine import distributed
+from largebatch.runs.metrics import Row
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
 from largebatch.training.checkpoint import CheckpointWriter
@@ -26,9 +27,10 @@ class Session:
     console: Console
     boundary: StepBoundary
 
-    def record(self, row: dict[str, float]) -> None:
+    def record(self, *rows: Row) -> None:
         if self.recorder:
-            self.recorder.row(row | {"wall_seconds": self.clock.elapsed()})
+            for row in rows:
+                self.recorder.row({"wall_seconds": self.clock.elapsed()} | row)
 
 
 def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
@@ -53,17 +55,20 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             batches = phase.batches()
             continue
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
-        learning_rates = phase.learning_rates()
         phase.update(session.recorder)
         clock.step()
 
+        mean: list[Row] = []
+        each: list[Row] = []  # instead of the mean if the run diverges
+        evaluated: list[Row] = []
         if phase.logs_after(step):
             with profile.phase("logging"):
-                metrics = phase.train_metrics() | learning_rates
-                if step > first_step:
-                    metrics |= clock.speed(phase.run.config.batch_size)
-                diverged = not math.isfinite(metrics["train/loss"])
-                session.record(phase.position(step) | metrics)
+                mean, each = phase.train_rows()
+                mean[0]["wall_seconds"] = clock.elapsed()
+                # The first steps wait for the device and for their rows: measure the speed over several steps.
+                if step > first_step and (step % phase.run.config.tracker.log_every == 0 or step == phase.end):
+                    mean[0] |= clock.speed(phase.run.config.batch_size)
+                diverged = not math.isfinite(mean[0]["train/loss"])
         for line in profile.after_step(step):
             session.console.say(line)
         is_best = False
@@ -73,8 +78,11 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             if not all(map(math.isfinite, metrics.values())):  # before the next training loss shows it
                 diverged = True
                 first_bad_step.clamp_(max=step)
+                each = each or phase.train_rows()[1]
             is_best = _is_best(phase, metrics)
-            session.record(phase.position(step) | metrics)
+            evaluated = [phase.position(step) | metrics]
+        with profile.phase("logging"):
+            session.record(*(each if diverged else mean), *evaluated)
         stop, save = session.boundary.after_step(step)
         if not diverged and (save or is_best or step == phase.end):
             with profile.phase("checkpoint"):
@@ -109,9 +117,10 @@ def _is_best(phase: MainPhase, metrics: dict[str, float]) -> bool:
 def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
     """Save a checkpoint. Every process calls this; rank 0 writes, and then holds the totals of all processes."""
     run, training = phase.run, phase.training
-    totals = [training.totals, training.probe.totals] if training.probe else [training.totals]
+    totals = [training.unlogged.totals, *([training.probe.totals] if training.probe else [])]
     for tensor in totals:
-        distributed.sum_over_processes(tensor)
+        if tensor.numel():
+            distributed.sum_over_processes(tensor)
     if session.recorder and session.writer:
         resolved = {"arithmetic": asdict(run.arithmetic), "micro_batch": run.batch.micro_batch}
         state = training.state(session.clock.elapsed()) | resolved

@@ -31,8 +31,14 @@ def resolved_lr(config: Config) -> float:
     return config.lr_scaling.scaled(config.optimizer.lr, config.batch_size)
 
 
-def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int, steps: int = 0) -> torch.optim.Optimizer:
     """Return the optimizer over the model's named trainable parameters.
+
+    Args:
+        config: the run's configuration.
+        model: the model.
+        steps_per_epoch: optimizer steps per epoch.
+        steps: optimizer steps of the main training.
 
     Raises:
         UserError: if timm doesn't know the name, or the optimizer refuses an option.
@@ -46,7 +52,7 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> t
         parameters = [{"params": many}]
         if few:
             parameters.append({"params": few, "lr": config.lr_scaling.scaled(given.lr_1d, config.batch_size)})
-    options = given.arguments(config.batch_size, steps_per_epoch)
+    options = given.arguments(config.batch_size, steps_per_epoch, steps)
     try:
         if isinstance(given, TimmOptimizer):
             return _timm_optimizer(config, model, parameters, options)

@@ -14,9 +14,11 @@ from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.optim import CLARS, TVLARS
 from largebatch.optim.layerwise import LayerwiseOptimizer
+from largebatch.runs.metrics import Row
 from largebatch.seeding import derive_seed
 from largebatch.tracking.layers import plain_statistics
 from largebatch.tracking.recorder import Recorder
+from largebatch.tracking.rows import COLUMNS, Layer, has_layer_row, has_metrics_row
 from largebatch.training.evaluation import classification_metrics
 from largebatch.training.facts import Facts
 from largebatch.training.micro_batch import release_memory, smaller_micro_batch
@@ -60,45 +62,59 @@ class MainPhase:
         )
 
     def gradient(self, batches: Batches) -> Tensor | None:
-        """Compute the gradient of the mean loss over a global batch, and add the mode's counts to the totals.
+        """Compute the gradient of the mean loss over a global batch, and keep the mode's totals of the step.
 
         Returns:
             True if every loss was finite, as a bool tensor on the device, because reading it waits for the device. None
             if any process ran out of memory. Then only ``run`` has changed: it has smaller micro-batches.
         """
+        done = self._gradient(batches)
+        if done is None:
+            return None
+        totals, finite = done
+        self.training.unlogged.add(self.position(self.training.step) | self.learning_rates(), totals)
+        return finite
+
+    def _gradient(self, batches: Batches) -> tuple[Tensor, Tensor] | None:
+        """Compute the gradient. Return the result of ``_forward_backward``, or None after smaller micro-batches."""
         run, training = self.run, self.training
         torch.manual_seed(derive_seed(run.config.seed, "step", training.step, run.rank))  # for dropout; needs no saving
         if not run.within_memory:
-            losses_finite = self._forward_backward(batches)
+            result = self._forward_backward(batches)
             if run.averages_afterwards:
                 distributed.average_gradients(training.model)
-            return losses_finite
+            return result
         buffers = list(training.model.buffers())
-        before = [tensor.clone() for tensor in (training.totals, *buffers)]
-        finite = None
+        before = [tensor.clone() for tensor in buffers]
+        done = None
         try:
-            finite = self._forward_backward(batches)
+            done = self._forward_backward(batches)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        if not distributed.any_process(finite is None):
+        if not distributed.any_process(done is None):
             # Not during the backward pass, as in DDP: there, processes would wait for one that is out of memory.
             distributed.average_gradients(training.model)
-            return finite
+            return done
         training.optimizer.zero_grad(set_to_none=True)
         if training.norms is not None:
             training.norms.forget()
-        for tensor, saved in zip((training.totals, *buffers), before, strict=True):
+        for tensor, saved in zip(buffers, before, strict=True):
             tensor.copy_(saved)
         release_memory(run.device)
         together = run.config.optimizer.samples_together
         self.run = run.with_micro_batch(smaller_micro_batch(run.batch, together))
         return None
 
-    def _forward_backward(self, batches: Batches) -> Tensor:
-        """Add the gradient over its share of the batch. Return True if every loss is finite (on the device)."""
+    def _forward_backward(self, batches: Batches) -> tuple[Tensor, Tensor]:
+        """Add the gradient over its share of the batch.
+
+        Returns:
+            The mode's totals, float64 of shape [mode.TOTALS], and True if every loss is finite; both on the device.
+        """
         run, training, profile, replica = self.run, self.training, self.profile, self.training.replica
         replica.train()
+        totals = torch.zeros(self.mode.TOTALS, dtype=torch.float64, device=run.device)
         finite = torch.ones((), dtype=torch.bool, device=run.device)
         accumulation = run.batch.accumulation
         for part in range(accumulation):
@@ -110,26 +126,28 @@ class MainPhase:
                     loss, counted = self.mode.loss(run.config, training.network, images, labels)
                 with profile.phase("backward"):
                     (loss / accumulation).backward()
-            training.totals += counted
+            totals += counted
             finite &= loss.detach().isfinite()
-        return finite
+        return totals, finite
 
     def update(self, recorder: Recorder | None) -> None:
-        """Take one optimizer and schedule step. Record layer statistics every ``tracker.layers_every`` steps."""
+        """Take one optimizer and schedule step. Record the layer statistics that it used, if they are due."""
         training, optimizer = self.training, self.training.optimizer
-        every = self.run.config.tracker.layers_every
-        due = recorder is not None and every > 0 and training.step % every == 0
-        layerwise = isinstance(optimizer, LayerwiseOptimizer)
-        plain = plain_statistics(training.model) if due and not layerwise else None
+        due = recorder is not None and has_layer_row(training.step, self.run.config.tracker.layers_every)
+        own = optimizer.layers if due and isinstance(optimizer, LayerwiseOptimizer) else []
+        plain = plain_statistics(training.model, without=own) if due else None
         with self.profile.phase("optimizer"):
             if training.norms is not None and isinstance(optimizer, CLARS):
                 optimizer.set_sample_norms(training.norms.means())
             optimizer.step()
         with self.profile.phase("logging"):
             if recorder and plain:
-                recorder.layers(training.step, *plain)
-            elif recorder and due and isinstance(optimizer, LayerwiseOptimizer):
-                recorder.layers(training.step, optimizer.layer_names, optimizer.layer_stats())
+                layers, statistics = plain
+                if isinstance(optimizer, LayerwiseOptimizer) and own:
+                    scaled = optimizer.layer_stats()
+                    layers = [*map(Layer, optimizer.layer_names, (layer.ndim for layer in own)), *layers]
+                    statistics = {column: torch.cat([scaled[column], statistics[column]]) for column in COLUMNS}
+                recorder.layers(training.step, layers, statistics)
         optimizer.zero_grad(set_to_none=True)
         training.schedule.step()
 
@@ -149,15 +167,18 @@ class MainPhase:
         return rates
 
     def logs_after(self, step: int) -> bool:
-        return step % self.run.config.tracker.log_every == 0 or step == self.end
+        return has_metrics_row(step, self.run.config.tracker.log_every) or step == self.end
 
-    def train_metrics(self) -> dict[str, float]:
-        """Return the metrics of the training batches since the last call, over all processes."""
-        metrics: dict[str, float] = self.mode.train_metrics(
-            distributed.sum_over_processes(self.training.totals).tolist()
-        )
-        self.training.totals.zero_()
-        return metrics
+    def train_rows(self) -> tuple[list[Row], list[Row]]:
+        """Return the metrics of the steps since the last call, over all processes: in one row, and in a row for each.
+
+        The one row has the position and the learning rates of the last step. No rows without a step.
+        """
+        if not self.training.unlogged.rows:
+            return [], []
+        rows, totals = self.training.unlogged.take()
+        mean = rows[-1] | self.mode.train_metrics([sum(column) for column in zip(*totals, strict=True)])
+        return [mean], [row | self.mode.train_metrics(own) for row, own in zip(rows, totals, strict=True)]
 
     def evaluates_after(self, step: int) -> bool:
         every = self.run.config.eval_every * self.run.epoch_steps

@@ -48,7 +48,7 @@ class Pretraining(MainPhase):
     def following(self) -> MainPhase:
         return ProbePhase(self.run, self.training, self.total_steps)
 
-    def _forward_backward(self, batches: Batches) -> Tensor:
+    def _forward_backward(self, batches: Batches) -> tuple[Tensor, Tensor]:
         """With ``mode.exact``, add a gradient whose mean over processes is that of the loss over the global batch."""
         run, model, options = self.run, self.model, self.options
         if not run.exact:
@@ -76,8 +76,7 @@ class Pretraining(MainPhase):
         for view, rows, output in graphs or self._first_layer(batches):
             with self.profile.phase("backward"):
                 torch.autograd.backward(output, gradient[view, rows])
-        self.training.totals += bt.counted(options.loss_scale, parts, run.batch.per_process)
-        return parts[0].isfinite()
+        return bt.counted(options.loss_scale, parts, run.batch.per_process), parts[0].isfinite()
 
     def _first_layer(self, batches: Batches) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield view (0 or 1), rows among this process's images, and output of backbone and projector's first layer.

@@ -25,7 +25,7 @@ from largebatch.training.micro_batch import largest_micro_batch
 from largebatch.training.optimization import build_optimizer
 from largebatch.training.phase import MainPhase
 from largebatch.training.pretraining import Pretraining
-from largebatch.training.state import Run, Training
+from largebatch.training.state import Run, Training, Unlogged
 
 MODES: dict[str, tuple[ModuleType, type[MainPhase]]] = {"clf": (clf, MainPhase), "bt": (bt, Pretraining)}
 Saved = dict[str, Any]  # a checkpoint
@@ -70,7 +70,7 @@ def set_up(
         batch = plan_batch(config.batch_size, processes, largest)
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, device)
-    optimizer = build_optimizer(config, model, epoch_steps)
+    optimizer = build_optimizer(config, model, epoch_steps, steps)
     norms = None
     if isinstance(optimizer, CLARS):
         norms = SampleNorms(model, config.optimizer.samples_together, parameters=optimizer.layers)
@@ -88,8 +88,8 @@ def set_up(
     if how:
         console.say(how)
     schedule = LambdaLR(optimizer, config.schedule.factor(steps, epoch_steps))
-    totals = torch.zeros(mode.TOTALS, dtype=torch.float64, device=device)
-    return phase(run, Training(model, replica, network, optimizer, schedule, norms, totals), mode)
+    unlogged = Unlogged(mode.TOTALS, device)
+    return phase(run, Training(model, replica, network, optimizer, schedule, norms, unlogged), mode)
 
 
 def _agreed_arithmetic(

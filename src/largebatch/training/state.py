@@ -14,9 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from largebatch.config.batch import BatchPlan, plan_batch
 from largebatch.config.schema import Config
 from largebatch.data import BatchLoader, Data
+from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
+from largebatch.runs.metrics import Row
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,32 @@ class Run:
         return replace(self, batch=plan_batch(self.batch.global_batch, self.processes, size))
 
 
+class Unlogged:
+    """Steps since the last row of metrics.
+
+    The totals of each step are kept apart, because a run that diverges writes a row for each step. They stay on the
+    device, because reading them waits for it.
+
+    Attributes:
+        rows: position and learning rates of each step.
+        totals: the mode's totals of each step, of this process; float64 of shape [steps, mode.TOTALS].
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.rows: list[Row] = []
+        self.totals = torch.empty(0, count, dtype=torch.float64, device=device)
+
+    def add(self, row: Row, totals: Tensor) -> None:
+        self.rows.append(row)
+        self.totals = torch.cat([self.totals, totals[None]])
+
+    def take(self) -> tuple[list[Row], list[list[float]]]:
+        """Return the rows and the totals over all processes, and forget them. Waits for the device."""
+        rows, totals = self.rows, distributed.sum_over_processes(self.totals).tolist()
+        self.rows, self.totals = [], self.totals.new_empty(0, self.totals.shape[1])
+        return rows, totals
+
+
 @dataclass
 class ProbeState:
     """State of the phase after pre-training."""
@@ -95,7 +123,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     norms: SampleNorms | None  # gradient norms for CLARS
-    totals: Tensor  # of this process, since the last logged row
+    unlogged: Unlogged
     probe: ProbeState | None = None  # only with mode=bt
     step: int = 0
     seconds: float = 0.0  # wall time of the run's earlier processes
@@ -106,7 +134,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "totals": self.totals,
+            "unlogged": {"rows": self.unlogged.rows, "totals": self.unlogged.totals},
             "seconds": seconds,
             "best": self.best,
         } | ({"probe": self.probe.state()} if self.probe else {})
@@ -115,8 +143,9 @@ class Training:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
-        if rank == 0:  # saved totals are sums over processes, and will be summed again
-            self.totals.copy_(saved["totals"])
+        self.unlogged.rows, totals = saved["unlogged"]["rows"], saved["unlogged"]["totals"]
+        # Saved totals are sums over processes, and will be summed again.
+        self.unlogged.totals = totals if rank == 0 else torch.zeros_like(totals)
         if self.probe:
             self.probe.load(saved["probe"], rank)
         self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]

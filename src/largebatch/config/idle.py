@@ -1,0 +1,127 @@
+"""Notes about options that do nothing at a run's batch size and length. The launcher and the report show them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from largebatch.config.optimizers import Adagrad, Clars, Tvlars
+from largebatch.config.schedules import ScheduleConfig
+from largebatch.config.schema import Config
+
+_FLAT = 0.2  # phi that varies by less is a constant factor
+_LONG = 1 / 3  # of the training: a longer warm-up
+_NO_DECAY = 1e-6  # relative change over the run
+_RANGE = 5  # of phi's exponent over the training, so that phi falls from near 1/(alpha + 1) to its floor
+
+
+def planned_length(config: Config) -> tuple[int, int] | None:
+    """Return the steps of the main training and of an epoch. None if the number of images isn't known yet."""
+    if config.dataset.train_size is None:
+        return None
+    images = round(config.dataset.train_size * (1 - config.dataset.val_fraction))
+    epoch = images // config.batch_size
+    return (config.steps if config.steps is not None else (config.epochs or 0) * epoch), epoch
+
+
+def idle_options(config: Config, steps: int, steps_per_epoch: int) -> list[str]:
+    """Return one sentence for each idle option: key and value, consequence, fix.
+
+    Args:
+        config: its optimizer, schedule, learning-rate scaling and batch size count.
+        steps: optimizer steps of the main training.
+        steps_per_epoch: optimizer steps per epoch.
+    """
+    if steps < 2:
+        return []
+    return [
+        *_flat_phi(config, steps, steps_per_epoch),
+        *_warmup(config.schedule, steps, steps_per_epoch),
+        *_schedule_decay(config.schedule, steps, steps_per_epoch),
+        *_weight_decay(config, steps),
+        *_groups(config),
+    ]
+
+
+def _flat_phi(config: Config, steps: int, steps_per_epoch: int) -> Iterator[str]:
+    optimizer = config.optimizer
+    if not isinstance(optimizer, Tvlars):
+        return
+    options = optimizer.arguments(config.batch_size, steps_per_epoch, steps)
+
+    def ends(lmbda: float) -> tuple[float, float]:
+        """Return phi at the first and the last step, by the equation of ``largebatch.optim.TVLARS``."""
+        exponents = (min(lmbda * (step - options["delay"]), 700.0) for step in (1, steps))
+        first, last = (options["gamma_min"] + 1 / max(options["alpha"] + math.exp(x), 1e-300) for x in exponents)
+        return first, last
+
+    first, last = ends(options["lmbda"])
+    if first >= (1 + _FLAT) * last:
+        return
+    factor = (first + last) / 2
+    more = ""
+    if optimizer.lr_1d is None and not optimizer.adapt_1d and not 0.95 < factor < 1.05:
+        more = f", with {1 / factor:.2g} times that learning rate for biases and norm scales"
+    steep = ends(_RANGE / steps)
+    key = "lmbda" if optimizer.lmbda_relative is None else "lmbda_relative"
+    fix = f"optimizer.lmbda_relative={_RANGE}" + (f" or optimizer.lmbda={_RANGE / steps:.1g}" if key == "lmbda" else "")
+    if steep[0] < (1 + _FLAT) * steep[1]:
+        fix = "lower optimizer.gamma_min or optimizer.alpha"
+    yield (
+        f"optimizer.{key}={getattr(optimizer, key):g}: phi falls only from {first:.3f} to {last:.3f} in {steps:,} "
+        f"steps, so TVLARS is LARS at {factor:.2g} times the learning rate{more}. Fix: {fix}"
+    )
+
+
+def _warmup(schedule: ScheduleConfig, steps: int, steps_per_epoch: int) -> Iterator[str]:
+    warmup = schedule.warmup(steps_per_epoch)
+    given = getattr(schedule, "warmup_steps", None) or getattr(schedule, "warmup_epochs", None)
+    if not given:
+        return
+    if warmup <= 1:
+        yield (
+            f"{schedule.warmup_key()}: at most one step, so the first step already has the full learning rate. "
+            "Fix: schedule.warmup_steps=2 or more, or a schedule without warm-up"
+        )
+    elif warmup > _LONG * steps:
+        yield (
+            f"{schedule.warmup_key()}: {warmup:,} of {steps:,} steps are warm-up, so more than a third of the training "
+            f"has less than the full learning rate. Fix: {given * _LONG * steps / warmup:.3g} or less, or train longer"
+        )
+
+
+def _schedule_decay(schedule: ScheduleConfig, steps: int, steps_per_epoch: int) -> Iterator[str]:
+    decays = type(schedule).decay is not ScheduleConfig.decay
+    if not decays or steps - schedule.warmup(steps_per_epoch) < 2:
+        return
+    if abs(1 - schedule.factor(steps, steps_per_epoch)(steps - 1)) < _NO_DECAY:
+        options = vars(schedule)
+        key = "final_factor" if "power" not in options or abs(1 - options["final_factor"]) < _NO_DECAY else "power"
+        yield (
+            f"schedule.{key}={options[key]:g}: the learning rate changes by less than {_NO_DECAY:g} after the warm-up, "
+            "so the schedule is constant. Fix: schedule.final_factor=0, or a constant schedule"
+        )
+
+
+def _weight_decay(config: Config, steps: int) -> Iterator[str]:
+    optimizer = config.optimizer
+    decay = getattr(optimizer, "weight_decay", 0.0)
+    whole = config.lr_scaling.scaled(optimizer.lr, config.batch_size) * decay * steps
+    if 0 < whole < _NO_DECAY:
+        yield (
+            f"optimizer.weight_decay={decay:g}: learning rate * decay * steps is {whole:.1g}, so the weights don't "
+            "decay. Fix: optimizer.weight_decay=0, or a larger decay"
+        )
+    if isinstance(optimizer, Adagrad) and 0 < optimizer.lr_decay * steps < _NO_DECAY:
+        yield (
+            f"optimizer.lr_decay={optimizer.lr_decay:g}: the learning rate falls by {optimizer.lr_decay * steps:.1g} "
+            "over the run, so it doesn't decay. Fix: optimizer.lr_decay=0, or a larger decay"
+        )
+
+
+def _groups(config: Config) -> Iterator[str]:
+    if isinstance(config.optimizer, Clars) and config.optimizer.sample_size >= config.batch_size:
+        yield (
+            f"optimizer.sample_size={config.optimizer.sample_size}: one group is the whole batch, so CLARS divides by "
+            "the norm of the mean gradient, as LARS does. Fix: optimizer.sample_size=1, or another part of the batch"
+        )
