@@ -152,7 +152,10 @@ def test_biases_have_a_median_of_their_own_and_no_lines() -> None:
         "weights",
         "vectors",
     ]
-    assert [trace.visible for trace in middle.figure.data] == [True, *[False] * 7]
+    first = {switch.key: switch.options[0][0] for switch in middle.switches}
+    (shown,) = (trace for trace in middle.figure.data if trace.meta["pick"].items() <= first.items())
+    assert shown.meta["pick"] == {"kind": "weights", "quantity": "lnr", "batch": "128"}
+    assert len(middle.figure.data) == 8
     assert {trace.name for trace in lines.figure.data} == {"layer0", "layer1", "layer2"}
     assert len(as_map.figure.data) == 4
 
