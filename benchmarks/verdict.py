@@ -1,4 +1,4 @@
-"""How often the report names a leader: falsely, if all optimizers are equal, and rightly, if one leads.
+"""Rate of false and of rightly named leaders in simulated reports.
 
 Simulated reports of three batch sizes. The accuracy of an optimizer at a seed is normal with standard deviation 1, and
 correlated over optimizers by rho, because a seed gives all of them the same first weights. Ratings of a report:

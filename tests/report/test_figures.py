@@ -93,7 +93,7 @@ def test_a_curve_is_the_mean_in_a_band_of_the_spread() -> None:
 
 
 def test_a_short_warm_up_is_visible_in_the_schedule_of_a_long_training() -> None:
-    """Of 100 epochs of 98 steps, two are warm-up. The chart has 24 points, the fewest on a page."""
+    """Two of 100 epochs of 98 steps are warm-up. The chart has 24 points, the fewest on a page."""
     (comparison,) = compare([made("lars", "warmup_cosine")])
     warmup, steps = 196, [*range(1, 21), *range(30, 9801, 10)]
     rows = [
