@@ -185,6 +185,28 @@ def test_columns_without_a_comparison_are_named() -> None:
     )
 
 
+def test_a_leader_at_the_common_seeds_is_named_although_another_mean_is_higher() -> None:
+    """LARS has the higher mean by four further seeds; at each common seed TVLARS is five points ahead."""
+    others = seeds("lars", 0.85, 0.86, 0.87, 0.88, 0.99, 0.99, 0.99, 0.99)
+    comparison = comparison_of(*AHEAD, *others)
+    (verdict,) = comparison.verdicts
+    assert verdict.best is comparison.cells[LARS, 128]
+    assert verdict.leader is comparison.cells[TVLARS, 128]
+    assert answer(comparison).startswith(
+        "At batch 128 TVLARS is ahead of LARS at their common seeds (p < 0.001): 91.5 ± 1.3 %, 5.0 points [4.8"
+    )
+
+
+def test_settings_next_to_each_other_count_in_the_correction() -> None:
+    """The best of five settings of nearly one learning rate is one trial, but as lucky as the best of five."""
+    near = [run for i in range(5) for run in seeds("tvlars", 0.90, 0.91, 0.92, 0.93, lr=1 + i / 1000, val=0.9)]
+    comparison = comparison_of(*near, *seeds("lars", 0.88, 0.899, 0.895, 0.91, val=0.9))
+    cell = comparison.cells[TVLARS, 128]
+    assert (cell.trials, cell.choices) == (1, 5)
+    ((difference,),) = (verdict.differences for verdict in comparison.verdicts)
+    assert difference.p == pytest.approx(5 * difference.pair.p)
+
+
 def test_the_best_of_many_equal_settings_is_flattered_and_not_ahead() -> None:
     draws = np.random.default_rng(3)
     flattered, ahead = [], 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from largebatch.report.cells import Cell
 from largebatch.report.compare import Comparison
 from largebatch.report.inference import FEWEST_SEEDS, POWER
@@ -16,19 +18,20 @@ def answer(comparison: Comparison) -> str:
 
 
 def _sentences(verdict: Verdict, digits: int) -> str:
-    at, best = f"At batch {verdict.batch_size:,}", verdict.best
+    at, best = f"At batch {verdict.batch_size:,}", verdict.leader or verdict.best
     if best is None:
         return f"{at} every run diverged or has not finished."
     name, mean = row_label(best.row), f"{cell_accuracy(best, digits)} %"
-    others = verdict.ranked[1:]
+    others = [cell for cell in verdict.ranked if cell is not best]
     if not others:
         return f"{at} only {name} has a result ({mean})."
     if verdict.leader:
         nearest = verdict.between(best, others[0])
         assert nearest is not None
+        where = "" if best is verdict.best else " at their common seeds"
         return (
-            f"{at} {name} is ahead of {_others(verdict)} ({probability(verdict.p)}): {mean}, "
-            f"{interval(nearest, digits)} above {row_label(others[0].row)}."
+            f"{at} {name} is ahead of {_others(others)}{where} ({probability(verdict.p)}): {mean}, "
+            f"{interval(nearest, digits, best)} above {row_label(others[0].row)}."
         )
     differences = {other.row: verdict.between(best, other) for other in others}
     tested = [d for d in differences.values() if d is not None and d.p is not None]
@@ -38,11 +41,13 @@ def _sentences(verdict: Verdict, digits: int) -> str:
         sentences[0] += f", and isn't told apart from {listed([_other(d, best) for d in open_])}"
         nearest = open_[0]
         sentences.append(
-            f"The difference to {_other(nearest, best)} is {interval(nearest, digits)}; "
+            f"The difference to {_other(nearest, best)} is {interval(nearest, digits, best)}; "
             f"{shown(nearest, verdict, digits)}"
         )
-    if beaten := [_other(d, best) for d in tested if d.ahead]:
+    if beaten := [_other(d, best) for d in tested if d.ahead and d.first is best]:
         sentences.append(f"It is ahead of {listed(beaten)}")
+    if better := [_other(d, best) for d in tested if d.ahead and d.first is not best]:
+        sentences.append(f"At the common seeds, {listed(better)} is ahead of it")
     if not best.complete:
         sentences.append("It can't be ahead, because one of its seeds diverged or didn't finish")
     few = [row_label(other.row) for other in others if (d := differences[other.row]) is None or _has_few_seeds(d)]
@@ -53,8 +58,7 @@ def _sentences(verdict: Verdict, digits: int) -> str:
     return ". ".join(sentences) + "."
 
 
-def _others(verdict: Verdict) -> str:
-    others = verdict.ranked[1:]
+def _others(others: Sequence[Cell]) -> str:
     return row_label(others[0].row) if len(others) == 1 else f"all {len(others)} others"
 
 
@@ -70,16 +74,17 @@ def probability(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def interval(difference: Difference, digits: int) -> str:
-    """Return ``"1.2 points [0.7, 1.7]"``, with the 95 % interval."""
-    mean, half = 100 * difference.pair.difference, 100 * difference.pair.half_width()
+def interval(difference: Difference, digits: int, cell: Cell) -> str:
+    """Return ``"1.2 points [0.7, 1.7]"``: accuracy of ``cell`` minus that of the other, with the 95 % interval."""
+    sign = 1 if difference.first is cell else -1
+    mean, half = 100 * sign * difference.pair.difference, 100 * difference.pair.half_width()
     return f"{mean:.{digits}f} points [{mean - half:.{digits}f}, {mean + half:.{digits}f}]"
 
 
 def shown(difference: Difference, verdict: Verdict, digits: int) -> str:
     """Return the difference that these seeds show, and the number of seeds that would show the observed one."""
     pair = difference.pair
-    level = verdict.level / (1 if difference.first.confirmed else difference.first.trials)
+    level = verdict.level / difference.first.choices
     smallest = f"{100 * pair.smallest_shown(level):.{digits}f}"
     more = pair.seeds_to_settle(level)
     settle = (
@@ -97,7 +102,7 @@ def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]
             f"{verdict.batch_size:,}",
             f"{row_label(difference.first.row)} - {row_label(difference.second.row)}",
             str(difference.pair.seeds),
-            interval(difference, digits),
+            interval(difference, digits, difference.first),
             "-" if difference.p is None else probability(difference.p).removeprefix("p ").removeprefix("= "),
             _word(difference),
             "" if difference.ahead or difference.p is None else shown(difference, verdict, digits),

@@ -148,6 +148,14 @@ class Cell:
         return len(self.attempts)
 
     @property
+    def choices(self) -> int:
+        """Number of settings of which the reported runs chose the best; 1 in a confirmed cell.
+
+        Settings next to each other count too: the best of equal settings is as lucky as the best of different ones.
+        """
+        return 1 if self.confirmed else sum(setting.tried for setting in self.settings)
+
+    @property
     def seeds(self) -> int:
         """Number of finished seeds among the reported runs."""
         return len(self.accuracies)

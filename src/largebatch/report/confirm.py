@@ -37,7 +37,7 @@ def confirmation(runs_dir: Path, count: int, by: Sequence[str] = ()) -> Confirma
         UserError: for an invalid count, folder or key, or if no run has finished.
     """
     if count < 1:
-        raise UserError(f"--seeds={count}: too few. Allowed: 1 and more; with 3 and more the spread says something")
+        raise UserError(f"--seeds={count}: too few. Allowed: 1 and more; an optimizer can be ahead with 3 and more")
     runs, problems = load_runs(runs_dir)
     name_problems(runs_dir, runs, problems)
     cells = [cell for comparison in compared(runs, by) for cell in comparison.cells.values()]

@@ -85,11 +85,7 @@ def verdicts(columns: Sequence[tuple[int, Sequence[Cell]]]) -> list[Verdict]:
         for cell in cells
         if not cell.complete or (not cell.confirmed and any(other.confirmed for other in cells))
     }
-    trials = {
-        (column, cell.row): 1 if cell.confirmed else cell.trials
-        for column, cells in enumerate(ranked)
-        for cell in cells
-    }
+    trials = {(column, cell.row): cell.choices for column, cells in enumerate(ranked) for cell in cells}
     decisions = decide([[cell.row for cell in cells] for cells in ranked], pairs, incomplete, trials)
     level = LEVEL / max(sum(len(cells) > 1 for cells in ranked), 1)
     found = []
