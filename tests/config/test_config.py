@@ -174,6 +174,7 @@ IDENTITY_FREE = [
     "cluster.processes=2", "tracker=none", "tracker.project=x", "tracker.log_every=3", "runs_dir=elsewhere",
     "rerun=true", "dry_run=true", "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
     "dataset.verify=false", "checkpoint.every_seconds=1", "epochs=120", "lr_scaling.force=true",
+    "micro_batch=128", "micro_batch=auto", "sync_bn=true",
 ]  # fmt: skip
 
 
@@ -188,9 +189,9 @@ def test_identity_ignores_keys_that_cannot_change_the_result(override: str) -> N
     "override",
     [
         "optimizer=lamb", "optimizer.lr=0.3", "optimizer.momentum=0.8", "schedule=cosine", "batch_size=256", "seed=1",
-        "epochs=7", "steps=7", "model.init=xavier_uniform", "model.norm=batch", "precision=bf16", "sync_bn=true",
-        "micro_batch=128", "dataset.rotation=0", "dataset.val_fraction=0.1", "lr_scaling.rule=sqrt", "eval_every=2",
-        "deterministic=true", "lr_scaling.base_batch=128", "lr_scaling.noise_scale=900", "micro_batch=auto",
+        "epochs=7", "steps=7", "model.init=xavier_uniform", "model.norm=batch", "precision=bf16",
+        "batch_norm_size=128", "dataset.rotation=0", "dataset.val_fraction=0.1", "lr_scaling.rule=sqrt", "eval_every=2",
+        "deterministic=true", "lr_scaling.base_batch=128", "lr_scaling.noise_scale=900",
         "compile=true", "compile=false", "dataset.on_error=skip",
     ],
 )  # fmt: skip

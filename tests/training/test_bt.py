@@ -209,6 +209,20 @@ def test_synchronised_batch_norm_trains_the_same_in_two_processes(tmp_path: Path
     assert_same_training(whole, train_in(tmp_path / "divided", *WHOLE, "sync_bn=true", "cluster.processes=2"))
 
 
+def test_fine_tuning_with_batch_norm_is_the_same_for_every_division(tmp_path: Path) -> None:
+    """The probe's 6 images are one group, so the second of two processes has none without ``sync_bn``."""
+    probe = ("mode.lr_backbone=0.01", "mode.eval_batch_size=6")
+    command = (*GENTLE, *probe, "model.norm=batch", "batch_norm_size=8", "optimizer.lr=0.1")
+    one = train_in(tmp_path / "one", *command)
+    for place, division in {
+        "two": ["cluster.processes=2"],
+        "synchronised": ["cluster.processes=4", "sync_bn=true"],
+    }.items():
+        other = train_in(tmp_path / place, *command, *division)
+        assert other.name == one.name
+        assert_same_training(one, other)
+
+
 def test_without_exact_another_network_is_trained_and_the_log_names_it(tmp_path: Path, undivided: Path) -> None:
     run = train_in(tmp_path / "inexact", *GENTLE, "mode.exact=false", "cluster.processes=2")
     ours, theirs = parameters(run), parameters(undivided)

@@ -94,7 +94,8 @@ class Bt(ModeConfig):
     def problems(self, config: Config) -> list[str]:
         if config.batch_size == 1:
             return ["batch_size=1: mode=bt correlates the images of a batch. Fix: batch_size=2 or more"]
-        if not self.exact and 1 in (config.batch_size // (config.cluster.processes or 1), config.micro_batch):
+        share = config.batch_size // (config.cluster.processes or 1)
+        if not self.exact and 1 in (share, config.micro_batch, config.batch_norm_size):
             return [
                 "mode.exact=false: correlates the images of each micro-batch, which needs at least 2 images "
                 f"(batch_size={config.batch_size}, micro_batch={config.micro_batch}). "

@@ -49,7 +49,7 @@ class BatchLoader:
         """Yield endless micro-batches from optimizer step ``start_step`` (from 0) on.
 
         Each is (images float32 [views * micro_batch, C, S, S], labels int64 [micro_batch]). The global batch of a step
-        is a slice of the epoch's order; rank r takes its r-th part, and the micro-batches are pieces of that part.
+        is a slice of the epoch's order. A rank's micro-batches are its ``pieces`` of the global batch.
         Random numbers are drawn for the whole global batch, so an image gets the same draws with any number of
         processes, any accumulation, and after a resume.
 
@@ -63,9 +63,9 @@ class BatchLoader:
         Raises:
             UserError: while iterating, if the batch is larger than ``split`` or an image file can't be read.
         """
-        share = slice(self.rank * batch.per_process, (self.rank + 1) * batch.per_process)
-        firsts = range(0, batch.per_process, batch.micro_batch)
-        parts = [slice(first, first + batch.micro_batch) for first in firsts] * passes
+        pieces = batch.pieces(self.rank)
+        share = slice(pieces[0].start, pieces[-1].stop) if pieces else slice(0)
+        parts = [slice(piece.start - share.start, piece.stop - share.start) for piece in pieces] * passes
         # Decoding runs ahead of the loop below, so it has its own iterator over the same steps.
         ahead = global_batches(len(split), batch.global_batch, seed, start_step)
         wanted = (indices[share][part] for _, indices in ahead for part in parts)

@@ -33,6 +33,7 @@ class ExactGradient:
         batch: how the global batch is divided.
         autocast: for backbone and projector.
         seed: seeds torch for a view (0 or 1) of a micro-batch, so that dropout is the same in both passes.
+        after_pass: called after the backward pass of each micro-batch.
         timed: charges what is done inside to a phase of the profile.
     """
 
@@ -43,6 +44,7 @@ class ExactGradient:
     batch: BatchPlan
     autocast: torch.autocast
     seed: Callable[[int, int], None]
+    after_pass: Callable[[], None]
     timed: Callable[[str], AbstractContextManager[None]]
 
     def compute(self) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,7 @@ class ExactGradient:
             with self.timed("backward"):
                 for output, upstream in zip(outputs, gradient, strict=True):
                     torch.autograd.backward(output, upstream)
+            self.after_pass()
         else:
             self._replay(gradient)
         return bt.counted(options.loss_scale, parts, batch.per_process), parts[0].isfinite()
@@ -101,6 +104,7 @@ class ExactGradient:
                     output = self._first_layer(view, number, place)
                 with self.timed("backward"):
                     torch.autograd.backward(output, gradient[place, part])
+            self.after_pass()
 
     def _images(self) -> Tensor:
         with self.timed("data"):

@@ -96,8 +96,7 @@ class MainPhase:
         for tensor, saved in zip((training.totals, *buffers), before, strict=True):
             tensor.copy_(saved)
         release_memory(run.device)
-        together = run.config.optimizer.samples_together
-        self.run = run.with_micro_batch(smaller_micro_batch(run.batch, together))
+        self.run = run.with_micro_batch(smaller_micro_batch(run.batch))
         return None
 
     def _forward_backward(self, batches: Batches) -> Tensor:
@@ -106,6 +105,7 @@ class MainPhase:
         training.replica.train()
         finite = torch.ones((), dtype=torch.bool, device=run.device)
         accumulation = run.batch.accumulation
+        training.statistics.begin(run.batch.groups(run.batch.global_batch))
         for part in range(accumulation):
             with profile.phase("data"):
                 images, labels = next(batches)
@@ -114,8 +114,10 @@ class MainPhase:
                     loss, counted = self.mode.loss(run.config, training.network, images, labels)
                 with profile.phase("backward"):
                     (loss / accumulation).backward()
+            training.statistics.after_pass()
             training.totals += counted
             finite &= loss.detach().isfinite()
+        training.statistics.end()
         return finite
 
     def _without_sync(self, more_to_come: bool) -> contextlib.AbstractContextManager[None]:

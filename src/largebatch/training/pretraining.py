@@ -53,9 +53,12 @@ class Pretraining(MainPhase):
             torch.manual_seed(derive_seed(run.config.seed, "view", training.step, run.rank, number, view))
 
         exact = ExactGradient(
-            self.model, training.network, self.options, batches, run.batch, run.autocast, seed, self.profile.phase
-        )
+            self.model, training.network, self.options, batches, run.batch, run.autocast, seed,
+            training.statistics.after_pass, self.profile.phase,
+        )  # fmt: skip
+        training.statistics.begin(run.batch.groups(run.batch.global_batch))
         counted, finite = exact.compute()
+        training.statistics.end()
         training.totals += counted
         return finite
 

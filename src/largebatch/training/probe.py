@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from largebatch.config.batch import BatchPlan, plan_small_batch
+from largebatch.config.batch import BatchPlan
 from largebatch.data.sampling import global_batches
 from largebatch.machine import distributed
 from largebatch.modes import bt, clf
@@ -20,6 +20,7 @@ from largebatch.tracking.recorder import Recorder
 from largebatch.training.evaluation import classification_metrics, held_out, split_features
 from largebatch.training.phase import Batches, MainPhase
 from largebatch.training.profile import Profile
+from largebatch.training.running_statistics import RunningStatistics
 from largebatch.training.state import ProbeState, Run, Training
 
 _MOMENTUM = 0.9  # as in the reference program
@@ -27,9 +28,16 @@ _DEVIATION = 0.01  # of the linear layer's initial weights; as in the reference 
 
 
 def probe_batch(run: Run) -> BatchPlan:
-    """Return the division of the probe's batch, in micro-batches no larger than in pre-training."""
-    images = len(run.data.train)
-    return plan_small_batch(bt.options(run.config).eval_batch_size, images, run.processes, run.batch.micro_batch)
+    """Return the division of the probe's batch, at most all images, in micro-batches no larger than in pre-training.
+
+    With batch norm in training mode, its statistics are of groups as large as in pre-training. Then a small batch may
+    have fewer groups than there are processes, and some processes are idle.
+    """
+    options, batch = bt.options(run.config), run.batch
+    images = min(options.eval_batch_size, len(run.data.train))
+    if options.lr_backbone and run.config.batch_norm_size is not None:
+        return replace(batch, global_batch=images, together=1)
+    return BatchPlan(images, run.processes, min(batch.micro_batch, -(-images // run.processes)))
 
 
 def build_probe(run: Run, model: BarlowTwins) -> ProbeState:
@@ -70,6 +78,8 @@ class ProbePhase(MainPhase):
         self.model.eval()
         self.classifier = nn.Sequential(self.model.backbone, self.probe.head)
         self.frozen = not self.options.lr_backbone
+        trained = self.probe.head if self.frozen else self.classifier
+        self.statistics = RunningStatistics(trained, over_processes=not run.config.sync_bn)
         backbone = self.model.backbone.state_dict() if self.frozen else {}
         self._before = {name: tensor.clone() for name, tensor in backbone.items()}
         # Features of the held-out sets, constant with a frozen backbone.
@@ -100,9 +110,9 @@ class ProbePhase(MainPhase):
         run, batch = self.run, self.batch
         features, labels = split_features(run, self.model, run.data.train)
         for _, indices in global_batches(len(labels), batch.global_batch, seed, self._step):
-            share = indices[run.rank * batch.per_process : (run.rank + 1) * batch.per_process].to(run.device)
-            for piece in torch.split(share, batch.micro_batch):
-                yield features[piece], labels[piece]
+            for piece in batch.pieces(run.rank):
+                chosen = indices[piece].to(run.device)
+                yield features[chosen], labels[chosen]
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """Return logits of a micro-batch of ``batches``: of features or of images."""
@@ -118,13 +128,16 @@ class ProbePhase(MainPhase):
         if not self.frozen:
             self.model.backbone.train()
         finite = torch.ones((), dtype=torch.bool, device=run.device)
-        for _ in range(self.batch.accumulation):
+        self.statistics.begin(self.batch.groups(self.batch.global_batch))
+        for _ in self.batch.pieces(run.rank):
             inputs, labels = next(batches)
             loss, counted = clf.loss(run.config, self._logits, inputs, labels)
-            torch.autograd.backward(loss / self.batch.accumulation)
+            torch.autograd.backward(loss / (self.batch.global_batch / (run.processes * len(labels))))
+            self.statistics.after_pass()
             probe.totals += counted
             finite &= loss.detach().isfinite()
-        distributed.average_gradients(self.classifier)
+        self.statistics.end()
+        distributed.average_gradients(probe.head if self.frozen else self.classifier)
         return finite
 
     def update(self, recorder: Recorder | None) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
-from largebatch.config.batch import BatchPlan, plan_batch
+from largebatch.config.batch import BatchPlan, plan_training
+from largebatch.config.models import TimmModel
 from largebatch.config.schema import Config
 from largebatch.data import Data, load_data, steps_per_epoch
+from largebatch.errors import UserError
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic, choose_arithmetic
 from largebatch.modes import bt, clf
@@ -26,6 +29,7 @@ from largebatch.training.micro_batch import MicroBatchSearch
 from largebatch.training.optimization import build_optimizer
 from largebatch.training.phase import MainPhase
 from largebatch.training.pretraining import Pretraining
+from largebatch.training.running_statistics import RunningStatistics
 from largebatch.training.state import Run, Training
 
 MODES: dict[str, tuple[ModuleType, type[MainPhase]]] = {"clf": (clf, MainPhase), "bt": (bt, Pretraining)}
@@ -53,12 +57,13 @@ def set_up(
     epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
     steps = config.steps if config.steps is not None else (config.epochs or 0) * epoch_steps
 
-    batch = plan_batch(config.batch_size, processes, config.micro_batch, config.optimizer.samples_together)
+    batch = plan_training(config, processes)
     decisions = _Decisions(config, mode, model, data, batch, rank, device, saved)
     arithmetic = decisions.arithmetic(console.say)
     model = model.to(memory_format=arithmetic.memory_format)
     if config.micro_batch == "auto":
-        batch = plan_batch(config.batch_size, processes, decisions.micro_batch(arithmetic))
+        batch = replace(batch, micro_batch=decisions.micro_batch(arithmetic))
+    layers = _batch_norm_layers(config, mode.network(model, config), console.say)
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, device)
     optimizer = build_optimizer(config, model, epoch_steps)
@@ -68,7 +73,13 @@ def set_up(
         groups = f"{norms.sample_size} sample{'s' * (norms.sample_size > 1)} at a time"
         console.say(f"gradient norms of {groups} by {norms.method}: {norms.why}")
         if norms.method == "passes":  # one backward pass per group
-            batch = plan_batch(config.batch_size, processes, norms.sample_size)
+            batch = replace(batch, micro_batch=norms.sample_size)
+            if layers and batch.group != config.batch_norm_size:
+                raise UserError(
+                    f"batch_norm_size={config.batch_norm_size}: optimizer=clars measures norms by passes of "
+                    f"optimizer.sample_size={norms.sample_size} images here, and batch norm is over the images of a "
+                    f"pass. Fix: batch_norm_size={batch.group}"
+                )
 
     run = Run(config, folder, rank, processes, device, data, batch, epoch_steps, steps, arithmetic)
     replica = mode.network(model, config)
@@ -80,7 +91,26 @@ def set_up(
         console.say(how)
     schedule = LambdaLR(optimizer, config.schedule.factor(steps, epoch_steps))
     totals = torch.zeros(mode.TOTALS, dtype=torch.float64, device=device)
-    return phase(run, Training(model, replica, network, optimizer, schedule, norms, totals), mode)
+    statistics = RunningStatistics(mode.network(model, config), over_processes=not config.sync_bn)
+    return phase(run, Training(model, replica, network, optimizer, schedule, norms, statistics, totals), mode)
+
+
+def _batch_norm_layers(config: Config, network: nn.Module, say: Callable[[str], None]) -> list[str]:
+    """Return the names of the batch-norm layers of ``network``, the part of the model that takes a micro-batch.
+
+    Raises:
+        UserError: if there are any in a model that has none by its configuration.
+    """
+    layers = [name for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)]
+    name = config.model.name
+    if layers and config.batch_norm_size is None:
+        raise UserError(
+            f"model.name={name}: has batch norm ({layers[0]}), but its configuration says that it has none. "
+            "Fix: leave out model.batch_norm=false; for a model of your own, has_batch_norm in config/models.py"
+        )
+    if not layers and isinstance(config.model, TimmModel) and config.model.batch_norm:
+        say(f"{name} has no batch norm: with model.batch_norm=false, any number of processes gives a run the same name")
+    return layers
 
 
 @dataclass(frozen=True)
@@ -116,7 +146,7 @@ class _Decisions:
             return int(self.saved["micro_batch"])
         config = self.config
         search = MicroBatchSearch(
-            self.model, self.batch, config.optimizer.samples_together, self.data.image, config.mode.views, arithmetic,
+            self.model, self.batch, config.batch_norm_size, self.data.image, config.mode.views, arithmetic,
             self.device, self.mode.kept_bytes(config, self.batch),
         )  # fmt: skip
         return int(distributed.smallest_over_processes(torch.tensor(float(search.largest()))))
