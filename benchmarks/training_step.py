@@ -143,8 +143,9 @@ def set_up_run(config: Config, path: Path, device: torch.device, arithmetic: Ari
     """Return a run at step 0 with its folder at ``path``; ``arithmetic`` by default as the program chooses."""
     path.mkdir()
     folder = RunFolder(path)
-    saved = None if arithmetic is None else {"arithmetic": asdict(arithmetic)}
-    return set_up(config, folder, 0, 1, device, Console(folder.log, speaking=False), saved)
+    if arithmetic is not None:
+        folder.update_status(arithmetic=asdict(arithmetic))
+    return set_up(config, folder, 0, 1, device, Console(folder.log, speaking=False), None)
 
 
 class Stopwatch(StepClock):

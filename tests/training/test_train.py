@@ -207,6 +207,7 @@ def test_divergence_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
     assert "the loss was not finite at step 2" in status["message"]
     summary = json.loads((run / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert summary["state"] == "diverged"
+    assert {"precision", "channels_last", "device"} <= summary.keys()
     assert "diverged before" in launch(*command).stdout
 
 

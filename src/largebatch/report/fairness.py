@@ -126,7 +126,11 @@ def _missing(comparison: Comparison) -> Iterator[Warn]:
 
 
 def _arithmetic(comparison: Comparison) -> Iterator[Warn]:
-    for name, key in {"precision": "precision", "device": "device", "version of torch": "versions.torch"}.items():
+    facts = {
+        "precision": "precision", "memory format (channels_last)": "channels_last", "device": "device",
+        "version of torch": "versions.torch",
+    }  # fmt: skip
+    for name, key in facts.items():
         values = _facts(comparison, key)
         if len(values) > 1:
             yield Warn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -113,8 +113,7 @@ def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
     for tensor in totals:
         distributed.sum_over_processes(tensor)
     if session.recorder and session.writer:
-        resolved = {"arithmetic": asdict(run.arithmetic), "micro_batch": run.batch.micro_batch}
-        state = training.state(session.clock.elapsed()) | resolved
+        state = training.state(session.clock.elapsed()) | {"micro_batch": run.batch.micro_batch}
         best = run.folder.best_checkpoint if is_best else None
         session.writer.save(training.step, state, first=session.recorder.layers_to_write(), best=best)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -47,8 +47,8 @@ def set_up(
 ) -> MainPhase:
     """Return the main phase at step 0: data, model, optimizer and schedule, the same in every process.
 
-    All processes agree on the measured values (arithmetic, and a micro-batch that fits). A resumed run takes these
-    values from ``saved``.
+    All processes agree on the measured values (arithmetic, and a micro-batch that fits). A run that starts again takes
+    the arithmetic from its status, and a resumed run the micro-batch from ``saved``.
     """
     data = load_data(config.dataset, config.seed, device, console.say, distributed.processes_here())
     mode, phase = MODES[config.mode.name]
@@ -58,7 +58,7 @@ def set_up(
     steps = config.steps if config.steps is not None else (config.epochs or 0) * epoch_steps
 
     batch = plan_training(config, processes)
-    decisions = _Decisions(config, mode, model, data, batch, rank, device, saved)
+    decisions = _Decisions(config, folder, mode, model, data, batch, rank, device, saved)
     arithmetic = decisions.arithmetic(console.say)
     model = model.to(memory_format=arithmetic.memory_format)
     if config.micro_batch == "auto":
@@ -118,6 +118,7 @@ class _Decisions:
     """Choice of the arithmetic and of ``micro_batch=auto``."""
 
     config: Config
+    folder: RunFolder
     mode: ModuleType
     model: nn.Module
     data: Data
@@ -127,15 +128,16 @@ class _Decisions:
     saved: Saved | None
 
     def arithmetic(self, say: Callable[[str], None]) -> Arithmetic:
-        """Return the arithmetic of the resumed run, or rank 0's choice."""
-        if self.saved is not None:
-            return Arithmetic(**self.saved["arithmetic"])
+        """Return the arithmetic of the run's first start, which its status keeps, or else rank 0's choice."""
         chosen = None
-        if self.rank == 0:
+        if self.rank == 0 and (kept := self.folder.read_status().get("arithmetic")):
+            chosen = Arithmetic(**kept)
+        elif self.rank == 0:
             at_once = self.config.mode.views * self.batch.micro_batch
             chosen, how = choose_arithmetic(self.config, self.model, self.data.image, at_once, self.device)
             if how:
                 say(f"{chosen}: the fastest for {self.config.model.name} here ({how})")
+            self.folder.update_status(arithmetic=asdict(chosen))
         chosen = distributed.from_rank_0(chosen)
         assert chosen is not None
         return chosen
