@@ -156,8 +156,8 @@ class Stopwatch(StepClock):
         self._started: float | None = None
         self.seconds = 0.0
 
-    def step(self) -> None:
-        super().step()
+    def step(self, images: int) -> None:
+        super().step(images)
         if self._started is None:
             finish(self._device)
             self._started = time.perf_counter()

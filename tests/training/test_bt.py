@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 # The probe batch divides neither the 64 training images nor the 48 left by a validation part.
 BT = (
     *TINY, "mode=bt", "mode.projector=[16,16]", "mode.eval_epochs=3", "mode.eval_batch_size=20", "cluster.threads=1",
+    "dataset.last_batch=drop",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from largebatch.config.epochs import Epochs
 from largebatch.config.schema import Config
 from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
@@ -69,10 +70,12 @@ def _distance(summary: Summary, config: Config) -> float:
 
 def _images_done(summary: Summary) -> int:
     """Return the number of training images, without those of a probe."""
-    return int(summary.get("pretraining_steps") or summary["steps"]) * int(summary["global_batch"])
+    return int(summary["training_examples"] or summary["steps"] * summary["global_batch"])
 
 
 def _images(config: Config, summary: Summary) -> int:
     """Return the number of images that a run will train on, with the data set's size from a finished run."""
-    steps = config.steps or (config.epochs or 0) * (summary["train_images"] // config.batch_size)
-    return max(1, steps) * config.batch_size
+    images = config.dataset.train_images or max(summary["train_images"], config.batch_size)
+    last_batch = "drop" if config.dataset.last_batch == "drop" else "carry"  # keep has as many images as carry
+    epochs = Epochs(images, config.batch_size, last_batch)
+    return max(config.batch_size, epochs.examples(config.steps or epochs.steps_of(config.epochs or 0)))

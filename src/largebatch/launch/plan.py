@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from largebatch.config.checks import validate
+from largebatch.config.epochs import plan_epochs
 from largebatch.config.identity import run_name
 from largebatch.config.schema import Config, from_composed
 from largebatch.errors import UserError
@@ -45,6 +46,8 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
             config = from_composed(job.tree)
             validate(config)
             resolve_devices(config)
+            if config.dataset.train_images is not None:
+                plan_epochs(config, config.dataset.train_images)
             config.tracker.group = config.tracker.group or job.sweep
         except UserError as error:
             for line in str(error).splitlines():

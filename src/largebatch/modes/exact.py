@@ -8,14 +8,14 @@ process that holds its whole share at once keeps the first pass's graph and need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from largebatch.config.batch import BatchPlan
 from largebatch.config.modes import Bt
 from largebatch.modes import bt
 from largebatch.modes.global_loss import global_loss
@@ -30,7 +30,8 @@ class ExactGradient:
         network: the backbone as training calls it.
         options: of the mode.
         batches: micro-batches; each comes twice, all of a step before the first repetition, unless there is only one.
-        batch: how the global batch is divided.
+        pieces: this process's micro-batches as parts of the global batch; maybe none.
+        images: number of images of the global batch.
         autocast: for backbone and projector.
         seed: seeds torch for a view (0 or 1) of a micro-batch, so that dropout is the same in both passes.
         after_pass: called after the backward pass of each micro-batch.
@@ -41,7 +42,8 @@ class ExactGradient:
     network: Callable[[Tensor], Tensor]
     options: Bt
     batches: Iterator[tuple[Tensor, Tensor]]
-    batch: BatchPlan
+    pieces: Sequence[slice]
+    images: int
     autocast: torch.autocast
     seed: Callable[[int, int], None]
     after_pass: Callable[[], None]
@@ -53,20 +55,22 @@ class ExactGradient:
         Returns:
             The totals of this process's images, and whether the loss is finite, both on the device.
         """
-        options, batch = self.options, self.batch
+        options, own = self.options, self._parts()
+        share = own[-1].stop if own else 0
+        largest = max((part.stop - part.start for part in own), default=1)
         self.model.train()
         outputs, collected = [], None
-        if batch.accumulation == 1:
+        if len(own) == 1:
             images = self._images()
             with self.timed("forward"):
                 outputs = [self._first_layer(view, 0, place) for place, view in enumerate(images.chunk(2))]
                 collected = torch.stack([output.detach() for output in outputs])
         else:
-            collected = self._collect()
+            collected = self._collect(share)
         with self.timed("forward"):
             parts, gradient = global_loss(
-                self.model.projector, collected, batch.micro_batch, self.autocast,
-                lmbda=options.lmbda, scale=options.loss_scale,
+                self.model.projector, collected, largest, self.autocast,
+                images=self.images, lmbda=options.lmbda, scale=options.loss_scale,
             )  # fmt: skip
         if outputs:
             with self.timed("backward"):
@@ -75,11 +79,11 @@ class ExactGradient:
             self.after_pass()
         else:
             self._replay(gradient)
-        return bt.counted(options.loss_scale, parts, batch.per_process), parts[0].isfinite()
+        return bt.counted(options.loss_scale, parts, share), parts[0].isfinite()
 
     @torch.no_grad()
-    def _collect(self) -> Tensor:
-        """Return outputs of the first layer [2, images of this process, width]; running statistics stay as they are."""
+    def _collect(self, share: int) -> Tensor:
+        """Return outputs of the first layer [2, share, width]; running statistics stay as they are."""
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers]
         collected = None
@@ -89,11 +93,13 @@ class ExactGradient:
                 for place, view in enumerate(images.chunk(2)):
                     output = self._first_layer(view, number, place)
                     if collected is None:
-                        collected = output.new_empty(2, self.batch.per_process, output.shape[1])
+                        collected = output.new_empty(2, share, output.shape[1])
                     collected[place, part] = output
         for buffer, saved in zip(buffers, before, strict=True):  # the second pass moves them
             buffer.copy_(saved)
-        assert collected is not None
+        if collected is None:  # without images
+            weight = self.model.projector.first.weight
+            collected = weight.new_empty(2, 0, len(weight))
         return collected
 
     def _replay(self, gradient: Tensor) -> None:
@@ -120,5 +126,5 @@ class ExactGradient:
 
     def _parts(self) -> list[slice]:
         """Return the rows of each micro-batch among this process's images."""
-        size = self.batch.micro_batch
-        return [slice(row, row + size) for row in range(0, self.batch.per_process, size)]
+        ends = list(itertools.accumulate(piece.stop - piece.start for piece in self.pieces))
+        return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]

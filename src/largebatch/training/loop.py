@@ -55,13 +55,13 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
         learning_rates = phase.learning_rates()
         phase.update(session.recorder)
-        clock.step()
+        clock.step(phase.epochs.size(step - phase.start - 1))
 
         if phase.logs_after(step):
             with profile.phase("logging"):
                 metrics = phase.train_metrics() | learning_rates
                 if step > first_step:
-                    metrics |= clock.speed(phase.run.config.batch_size)
+                    metrics |= clock.speed()
                 diverged = not math.isfinite(metrics["train/loss"])
                 session.record(phase.position(step) | metrics)
         for line in profile.after_step(step):

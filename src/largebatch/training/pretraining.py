@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from largebatch.config.epochs import plan_epochs
 from largebatch.data import evaluation_share
 from largebatch.data.location import in_words
 from largebatch.machine import distributed
@@ -34,7 +35,8 @@ class Pretraining(MainPhase):
         self.options = bt.options(run.config)
         self.model = cast(bt.BarlowTwins, training.model)
         batch = probe_batch(run)
-        self.probe_steps = len(run.data.train) // batch.global_batch * self.options.eval_epochs
+        epochs = plan_epochs(run.config, len(run.data.train), batch.global_batch)
+        self.probe_steps = epochs.steps_of(self.options.eval_epochs)
         training.probe = build_probe(run, self.model)
 
     @property
@@ -53,10 +55,11 @@ class Pretraining(MainPhase):
             torch.manual_seed(derive_seed(run.config.seed, "view", training.step, run.rank, number, view))
 
         exact = ExactGradient(
-            self.model, training.network, self.options, batches, run.batch, run.autocast, seed,
+            self.model, training.replica if self._smaller else training.network, self.options, batches,
+            run.batch.pieces(run.rank, self._images), self._images, run.autocast, seed,
             training.statistics.after_pass, self.profile.phase,
         )  # fmt: skip
-        training.statistics.begin(run.batch.groups(run.batch.global_batch))
+        training.statistics.begin(run.batch.groups(self._images))
         counted, finite = exact.compute()
         training.statistics.end()
         training.totals += counted
@@ -66,7 +69,7 @@ class Pretraining(MainPhase):
         every = self.options.knn_every
         if every == 0:
             return False
-        return step in (self.start, self.end) or step % (every * self.run.epoch_steps) == 0
+        return step in (self.start, self.end) or self.epochs.ends(step, every)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

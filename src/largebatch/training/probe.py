@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.config.batch import BatchPlan
+from largebatch.config.epochs import plan_epochs
 from largebatch.data.sampling import global_batches
 from largebatch.machine import distributed
 from largebatch.modes import bt, clf
@@ -72,7 +73,7 @@ class ProbePhase(MainPhase):
         self.probe, self.model = training.probe, cast(BarlowTwins, training.model)
         self.options, self.batch = bt.options(run.config), probe_batch(run)
         self.start, self._end = run.steps, end
-        self.epoch_steps = len(run.data.train) // self.batch.global_batch
+        self.epochs = plan_epochs(run.config, len(run.data.train), self.batch.global_batch)
         self.profile = Profile(None, run.device, end)
         distributed.share_buffers(self.model)
         self.model.eval()
@@ -104,13 +105,13 @@ class ProbePhase(MainPhase):
         loader = run.loader
         if not self.options.eval_augmentation:
             loader = replace(loader, config=replace(loader.config, crop_padding=0, flip=False, rotation=0.0))
-        return loader.train(run.data.train, batch, seed, self._step)
+        return loader.train(run.data.train, self.epochs, batch, seed, self._step)
 
     def _feature_batches(self, seed: int) -> Generator[tuple[Tensor, Tensor]]:
         run, batch = self.run, self.batch
         features, labels = split_features(run, self.model, run.data.train)
-        for _, indices in global_batches(len(labels), batch.global_batch, seed, self._step):
-            for piece in batch.pieces(run.rank):
+        for _, indices in global_batches(self.epochs, seed, self._step):
+            for piece in batch.pieces(run.rank, len(indices)):
                 chosen = indices[piece].to(run.device)
                 yield features[chosen], labels[chosen]
 
@@ -128,11 +129,12 @@ class ProbePhase(MainPhase):
         if not self.frozen:
             self.model.backbone.train()
         finite = torch.ones((), dtype=torch.bool, device=run.device)
-        self.statistics.begin(self.batch.groups(self.batch.global_batch))
-        for _ in self.batch.pieces(run.rank):
+        images = self.epochs.size(self._step - 1)
+        self.statistics.begin(self.batch.groups(images))
+        for _ in self.batch.pieces(run.rank, images):
             inputs, labels = next(batches)
             loss, counted = clf.loss(run.config, self._logits, inputs, labels)
-            torch.autograd.backward(loss / (self.batch.global_batch / (run.processes * len(labels))))
+            torch.autograd.backward(loss / (images / (run.processes * max(len(labels), 1))))
             self.statistics.after_pass()
             probe.totals += counted
             finite &= loss.detach().isfinite()
@@ -142,7 +144,7 @@ class ProbePhase(MainPhase):
 
     def update(self, recorder: Recorder | None) -> None:
         """Take one optimizer step. The learning rates follow half a cosine and are constant within an epoch."""
-        epoch = (self._step - 1) // self.epoch_steps
+        epoch = self.epochs.completed(self._step - 1)
         for group, lr in zip(self.probe.optimizer.param_groups, self.probe.lrs, strict=True):
             group["lr"] = lr * (1 + math.cos(math.pi * epoch / self.options.eval_epochs)) / 2
         self.probe.optimizer.step()
@@ -151,11 +153,11 @@ class ProbePhase(MainPhase):
     def position(self, step: int) -> dict[str, float]:
         """Return step, epoch and examples including pre-training, and the probe's epoch."""
         run, own = self.run, step - self.start
-        epoch = own / self.epoch_steps
+        epoch = own / self.epochs.steps
         return {
             "step": step,
-            "epoch": self.start / run.epoch_steps + epoch,
-            "examples": self.start * run.config.batch_size + own * self.batch.global_batch,
+            "epoch": self.start / run.epochs.steps + epoch,
+            "examples": run.epochs.examples(self.start) + self.epochs.examples(own),
             "probe/epoch": epoch,
         }
 
@@ -166,7 +168,7 @@ class ProbePhase(MainPhase):
         return False  # the evaluation's row has the training metrics
 
     def evaluates_after(self, step: int) -> bool:
-        return step > self.start and (step - self.start) % self.epoch_steps == 0
+        return step > self.start and (step == self.end or self.epochs.ends(step - self.start))
 
     def evaluate(self) -> dict[str, float]:
         """Return the training metrics of the epoch, and the held-out sets' metrics if due."""
@@ -178,7 +180,7 @@ class ProbePhase(MainPhase):
             for name, features_and_labels in self._held_out.items():
                 counted = clf.evaluate(self.probe.head, [features_and_labels], self.run.device)
                 metrics |= clf.evaluation_metrics(name, counted.tolist())
-        elif (self._step // self.epoch_steps) % self.run.config.eval_every == 0 or self.training.step == self.end:
+        elif self.training.step == self.end or self.epochs.ends(self._step, self.run.config.eval_every):
             metrics |= classification_metrics(self.run, self.classifier)
         return metrics
 

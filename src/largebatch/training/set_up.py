@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from largebatch.config.batch import BatchPlan, plan_training
+from largebatch.config.epochs import plan_epochs
 from largebatch.config.models import TimmModel
 from largebatch.config.schema import Config
-from largebatch.data import Data, load_data, steps_per_epoch
+from largebatch.data import Data, load_data
 from largebatch.errors import UserError
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic, choose_arithmetic
@@ -54,10 +55,9 @@ def set_up(
     mode, phase = MODES[config.mode.name]
     torch.manual_seed(derive_seed(config.seed, "model"))
     model: nn.Module = mode.build_model(config, data).to(device)
-    epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
-    steps = config.steps if config.steps is not None else (config.epochs or 0) * epoch_steps
-
     batch = plan_training(config, processes)
+    epochs = plan_epochs(config, len(data.train))
+    steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
     decisions = _Decisions(config, folder, mode, model, data, batch, rank, device, saved)
     arithmetic = decisions.arithmetic(console.say)
     model = model.to(memory_format=arithmetic.memory_format)
@@ -66,7 +66,7 @@ def set_up(
     layers = _batch_norm_layers(config, mode.network(model, config), console.say)
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, device)
-    optimizer = build_optimizer(config, model, epoch_steps)
+    optimizer = build_optimizer(config, model, epochs.steps)
     norms = None
     if isinstance(optimizer, CLARS):
         norms = SampleNorms(model, config.optimizer.samples_together, parameters=optimizer.layers)
@@ -81,7 +81,7 @@ def set_up(
                     f"pass. Fix: batch_norm_size={batch.group}"
                 )
 
-    run = Run(config, folder, rank, processes, device, data, batch, epoch_steps, steps, arithmetic)
+    run = Run(config, folder, rank, processes, device, data, batch, epochs, steps, arithmetic)
     replica = mode.network(model, config)
     if not run.averages_afterwards:
         example = torch.zeros(2 * config.mode.views, *data.image, device=device)
@@ -89,7 +89,7 @@ def set_up(
     network, how = compiled(run, replica, model, norms is not None)
     if how:
         console.say(how)
-    schedule = LambdaLR(optimizer, config.schedule.factor(steps, epoch_steps))
+    schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
     totals = torch.zeros(mode.TOTALS, dtype=torch.float64, device=device)
     statistics = RunningStatistics(mode.network(model, config), over_processes=not config.sync_bn)
     return phase(run, Training(model, replica, network, optimizer, schedule, norms, statistics, totals), mode)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from largebatch.config.batch import BatchPlan
+from largebatch.config.epochs import Epochs
 from largebatch.config.schema import Config
 from largebatch.data import BatchLoader, Data
 from largebatch.machine.precision import Arithmetic
@@ -31,7 +32,7 @@ class Run:
     device: torch.device
     data: Data
     batch: BatchPlan
-    epoch_steps: int  # optimizer steps per epoch
+    epochs: Epochs
     steps: int  # of the main training; with mode=bt, of the pre-training
     arithmetic: Arithmetic
 
