@@ -33,7 +33,7 @@ class OptimizerConfig:
     lr: float = option(MISSING, above=0)  # learning rate; with a scaling rule, at lr_scaling.base_batch
     lr_1d: float | None = option(None, least=0)  # the same for biases and norm parameters; None: lr
 
-    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: float) -> dict[str, Any]:
         """Return the keyword arguments of the class, without parameters and learning rates."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "lr", "lr_1d")}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
@@ -96,7 +96,7 @@ class Tvlars(Lars):
         if isinstance(self.gamma_min, int):  # 0 and 0.0 must be the same run
             self.gamma_min = float(self.gamma_min)
 
-    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: float) -> dict[str, Any]:
         options = super().arguments(batch_size, steps_per_epoch)
         options["delay"] = round(options.pop("delay_epochs") * steps_per_epoch)
         if self.gamma_min == "auto":
@@ -115,7 +115,7 @@ class Clars(Lars):
     denominator: str = option("sample_norms", allowed=denominators)  # sum_of_norms adds wd*||w||
     sample_size: int = option(1, least=1)  # samples per measured gradient norm; the norm is of their mean gradient
 
-    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: float) -> dict[str, Any]:
         options = super().arguments(batch_size, steps_per_epoch)
         del options["sample_size"]  # the training loop measures the norms
         return options
@@ -231,7 +231,7 @@ class TimmOptimizer(OptimizerConfig):
     weight_decay: float = option(0.0, least=0)
     options: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self, batch_size: int, steps_per_epoch: int) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: float) -> dict[str, Any]:
         return {"weight_decay": self.weight_decay, **self.options}
 
     def beyond_surge(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -55,13 +55,13 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
         learning_rates = phase.learning_rates()
         phase.update(session.recorder)
-        clock.step()
+        clock.step(phase.epochs.size(step - phase.start - 1))
 
         if phase.logs_after(step):
             with profile.phase("logging"):
                 metrics = phase.train_metrics() | learning_rates
                 if step > first_step:
-                    metrics |= clock.speed(phase.run.config.batch_size)
+                    metrics |= clock.speed()
                 diverged = not math.isfinite(metrics["train/loss"])
                 session.record(phase.position(step) | metrics)
         for line in profile.after_step(step):
@@ -113,8 +113,7 @@ def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
     for tensor in totals:
         distributed.sum_over_processes(tensor)
     if session.recorder and session.writer:
-        resolved = {"arithmetic": asdict(run.arithmetic), "micro_batch": run.batch.micro_batch}
-        state = training.state(session.clock.elapsed()) | resolved
+        state = training.state(session.clock.elapsed()) | {"micro_batch": run.batch.micro_batch}
         best = run.folder.best_checkpoint if is_best else None
         session.writer.save(training.step, state, first=session.recorder.layers_to_write(), best=best)
     else:

@@ -31,7 +31,7 @@ def resolved_lr(config: Config) -> float:
     return config.lr_scaling.scaled(config.optimizer.lr, config.batch_size)
 
 
-def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float) -> torch.optim.Optimizer:
     """Return the optimizer over the model's named trainable parameters.
 
     Raises:

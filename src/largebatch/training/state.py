@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from largebatch.config.batch import BatchPlan, plan_batch
+from largebatch.config.batch import BatchPlan
+from largebatch.config.epochs import Epochs
 from largebatch.config.schema import Config
 from largebatch.data import BatchLoader, Data
 from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
+from largebatch.training.running_statistics import RunningStatistics
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Run:
     device: torch.device
     data: Data
     batch: BatchPlan
-    epoch_steps: int  # optimizer steps per epoch
+    epochs: Epochs
     steps: int  # of the main training; with mode=bt, of the pre-training
     arithmetic: Arithmetic
 
@@ -47,9 +49,10 @@ class Run:
     def within_memory(self) -> bool:
         """True if a step that runs out of memory is repeated with smaller micro-batches.
 
-        False with batch-norm statistics or a loss over several processes: their forward passes wait for each other.
+        False with batch norm, whose statistics would change, and with a loss over several processes, whose forward
+        passes wait for each other.
         """
-        tied = self.processes > 1 and (self.config.sync_bn or self.exact)
+        tied = self.config.batch_norm_size is not None or (self.processes > 1 and self.exact)
         return self.config.micro_batch == "auto" and not tied
 
     @property
@@ -63,7 +66,7 @@ class Run:
         return BatchLoader(self.config.dataset, data.mean, data.std, self.device, self.rank, self.processes, last)
 
     def with_micro_batch(self, size: int) -> Run:
-        return replace(self, batch=plan_batch(self.batch.global_batch, self.processes, size))
+        return replace(self, batch=replace(self.batch, micro_batch=size))
 
 
 @dataclass
@@ -95,6 +98,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     norms: SampleNorms | None  # gradient norms for CLARS
+    statistics: RunningStatistics  # of the network's batch norm
     totals: Tensor  # of this process, since the last logged row
     probe: ProbeState | None = None  # only with mode=bt
     step: int = 0
