@@ -147,7 +147,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_experiments_have_no_notes_but_the_true_note_of_the_demo(experiment: str) -> None:
-    """The demo takes 200 steps, in which TVLARS's default lambda changes phi by a tenth."""
+    """The demo takes 224 steps, in which TVLARS's default lambda changes phi by a tenth."""
     config = configuration(f"experiment={experiment}")
     length = planned_length(config)
     assert length is not None
@@ -193,5 +193,5 @@ def test_the_plan_and_a_run_print_each_note_once(launch: Launch, tmp_path: Path)
     result = launch(*grid)
     assert result.returncode == 0, result.stderr
     (note,) = (line for line in result.stdout.splitlines() if line.startswith("note: "))
-    assert note.startswith("note: optimizer.lmbda=1e-06: phi falls only from 0.502 to 0.502 in 80 steps")
+    assert note.startswith("note: optimizer.lmbda=1e-06: phi falls only from 0.502 to 0.502 in 112 steps")
     assert note.endswith("[optimizer.lmbda=1e-06 seed=0 and 1 more]")
