@@ -97,7 +97,14 @@ def test_a_short_warm_up_is_visible_in_the_schedule_of_a_long_training() -> None
     (comparison,) = compare([made("lars", "warmup_cosine")])
     warmup, steps = 196, [*range(1, 21), *range(30, 9801, 10)]
     rows = [
-        {"step": s, "epoch": s / 98, "wall_seconds": float(s), "optim/lr": min(s / warmup, 2 - s / 9800)} for s in steps
+        {
+            "step": s,
+            "epoch": s / 98,
+            "examples": 0,
+            "wall_seconds": float(s),
+            "optim/lr": min(s / warmup, 2 - s / 9800),
+        }
+        for s in steps
     ]
     chart = schedules(comparison, {run.name: rows for run in comparison.runs}, styles([comparison]), 24)
     assert chart is not None
@@ -114,7 +121,7 @@ def test_the_losses_of_a_diverged_run_are_drawn_up_to_its_end() -> None:
     (comparison,) = compare([made("lars", state="diverged", test=None)])
     for losses in ([2.3], [2.3, 9.1, 1e8]):
         rows = [
-            {"step": s, "epoch": s / 9, "wall_seconds": float(s), "train/loss": loss}
+            {"step": s, "epoch": s / 9, "examples": 0, "wall_seconds": float(s), "train/loss": loss}
             for s, loss in enumerate([*losses, None], start=1)
         ]
         chart = training_curves(comparison, {run.name: rows for run in comparison.runs}, styles([comparison]), 24)
@@ -152,7 +159,10 @@ def test_biases_have_a_median_of_their_own_and_no_lines() -> None:
         "weights",
         "vectors",
     ]
-    assert [trace.visible for trace in middle.figure.data] == [True, *[False] * 7]
+    first = {switch.key: switch.options[0][0] for switch in middle.switches}
+    (shown,) = (trace for trace in middle.figure.data if trace.meta["pick"].items() <= first.items())
+    assert shown.meta["pick"] == {"kind": "weights", "quantity": "lnr", "batch": "128"}
+    assert len(middle.figure.data) == 8
     assert {trace.name for trace in lines.figure.data} == {"layer0", "layer1", "layer2"}
     assert len(as_map.figure.data) == 4
 

@@ -144,7 +144,7 @@ def test_seeds_of_one_setting_share_its_name() -> None:
 
 # ---- failing servers: the run finishes in time and its folder is complete ----
 
-FAULTED = ["steps=250", "eval_every=20", "tracker.layers_every=7"]
+FAULTED = ["steps=1000", "eval_every=80", "tracker.layers_every=7"]
 
 
 def run_folder(folder: Path, *overrides: str) -> Path:

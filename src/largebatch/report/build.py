@@ -70,12 +70,12 @@ def report(
         text = _markdown(comparisons, problems, times)
     name_problems(runs_dir, runs, problems)
     if kind == "csv":
-        text = _csv(_records(comparisons))
+        text = _csv(records(comparisons))
     if path is None:
         return text.rstrip("\n")
     try:
         if kind == "parquet":
-            write_table(_records(comparisons), path)
+            write_table(records(comparisons), path)
         else:
             write_atomic(path, text)
     except OSError as error:
@@ -202,7 +202,7 @@ def _escaped(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_|<>[]" else c for c in " ".join(text.split()))
 
 
-def _records(comparisons: Sequence[Comparison]) -> list[Record]:
+def records(comparisons: Sequence[Comparison]) -> list[Record]:
     """Return one flat row for each run: its configuration, its outcome, and its part in the table.
 
     Each configuration key that differs between runs has a column of its own, under its dotted name.

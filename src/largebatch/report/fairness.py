@@ -80,7 +80,7 @@ def _flattered(comparison: Comparison) -> Iterator[Warn]:
         f"{row_label(cell.row)} at {cell.batch_size:,} "
         + ("by an unknown amount" if cell.flattery is None else f"by {100 * cell.flattery:.2f} points")
         for cell in comparison.finished
-        if cell.flattery != 0
+        if cell.flattery is None or cell.flattery > 0
     ]
     if said:
         yield Warn(

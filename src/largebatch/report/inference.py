@@ -2,9 +2,10 @@
 
 Model: in a column, the accuracy of a row at a seed is the row's mean, plus an effect of the seed that all rows share
 (same weights, same order of images), plus noise. Paired differences remove the seed's effect. Their variances are
-shrunk towards a common variance, as in limma (Smyth 2004): the variance s² of a pair with ν degrees of freedom follows
-s0² F(ν, d0) for a common variance s0². Here d0 isn't estimated but averaged over ``_PRIOR_DF``, weighted by the
-likelihood of all variances. d0 = ∞ means equal variances.
+shrunk as in limma (Smyth 2004): the variance s² of a pair with ν degrees of freedom follows s0² F(ν, d0) for a common
+variance s0². Here s0² is that of the pair's column, which is itself shrunk towards that of all columns, because batch
+sizes often differ in noise. Each d0 isn't estimated but averaged over ``_PRIOR_DF``, weighted by the likelihood of the
+variances. d0 = ∞ means equal variances.
 """
 
 from __future__ import annotations
@@ -120,13 +121,8 @@ def compared(
         return [[] for _ in columns]
     variances = np.array([d.var(ddof=1) for *_, d in found]).clip(max(resolution**2, 1e-12))
     dfs = np.array([len(d) - 1.0 for *_, d in found])
-    # A column of R rows has R (R - 1) / 2 pairs, but only R - 1 independent ones.
-    shares = np.array([2 / len({row for c, *rows, _ in found if c == column for row in rows}) for column, *_ in found])
-    common, weights = _common_variance(variances, dfs, shares)
-    with np.errstate(invalid="ignore"):
-        shrunk = (_PRIOR_DF * common + (dfs * variances)[:, None]) / (_PRIOR_DF + dfs[:, None])
-    shrunk = np.where(np.isinf(_PRIOR_DF), common, shrunk)
-    total = np.minimum(_PRIOR_DF + dfs[:, None], max((shares * dfs).sum(), dfs.max()))
+    _, of_column = np.unique([column for column, *_ in found], return_inverse=True)
+    weights, shrunk, total = _shrunk(variances, dfs, of_column)
     pairs: list[list[Pair[Row]]] = [[] for _ in columns]
     for (column, first, second, differences), variance, df in zip(found, shrunk, total, strict=True):
         of_images = image_variances.get((column, first, second), 0.0)
@@ -141,14 +137,52 @@ def _paired(first: Mapping[int, float], second: Mapping[int, float]) -> Floats:
     return np.array([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
 
 
+def _shrunk(variances: Floats, dfs: Floats, columns: NDArray[np.intp]) -> tuple[Floats, Floats, Floats]:
+    """Shrink the variances of pairs towards that of their column, and those of columns towards a common one.
+
+    Args:
+        variances: s² of each pair, shape [P].
+        dfs: ν of each pair, shape [P].
+        columns: index of each pair's column, shape [P].
+
+    Returns:
+        Probability of each combination of d0 within and between columns, shape [K]; variances and degrees of freedom,
+        shape [P, K].
+    """
+    number = np.bincount(columns)[
+        columns
+    ]  # of pairs in the column: R (R - 1) / 2 of R rows, but R - 1 independent ones
+    shares = 2 / ((1 + np.sqrt(1 + 8 * number)) / 2)
+    df_of: Floats = np.bincount(columns, shares * dfs).astype(np.float64)
+    variance_of: Floats = np.bincount(columns, shares * dfs * variances) / df_of
+    common, between = _common_variance(variance_of, df_of, np.ones(len(df_of)))
+    column_variances = _weighted(common, variance_of, df_of)[columns]
+    column_dfs = np.minimum(_PRIOR_DF + df_of[:, None], df_of.sum())[columns]
+    relative, within = _common_variance(variances / variance_of[columns], dfs, np.where(number > 1, shares, 0.0))
+    own = [
+        _weighted(column_variances[:, [k]] * relative, variances, dfs) for k in range(len(_PRIOR_DF))
+    ]  # by d0 between columns; [P, d0 within columns]
+    own_dfs = [np.minimum(_PRIOR_DF + dfs[:, None], column_dfs[:, [k]]) for k in range(len(_PRIOR_DF))]
+    return np.outer(between, within).ravel(), np.concatenate(own, axis=1), np.concatenate(own_dfs, axis=1)
+
+
+def _weighted(priors: Floats, variances: Floats, dfs: Floats) -> Floats:
+    """Return (d0 s0² + ν s²) / (d0 + ν) for each d0, from s0² of shape [K] or [P, K]. Shape [P, K]."""
+    with np.errstate(invalid="ignore"):
+        found = (_PRIOR_DF * priors + (dfs * variances)[:, None]) / (_PRIOR_DF + dfs[:, None])
+    return np.where(np.isinf(_PRIOR_DF), priors, found)
+
+
 def _common_variance(variances: Floats, dfs: Floats, shares: Floats) -> tuple[Floats, Floats]:
-    """Return s0² (by maximum likelihood) and the probability of each d0.
+    """Return s0² (by maximum likelihood) and the probability of each d0. Without shares: 1, and d0 = ∞.
 
     Args:
         variances: s² of each pair, shape [P].
         dfs: ν of each pair, shape [P].
         shares: weight of each pair in the likelihood, shape [P].
     """
+    if not shares.any():
+        return np.ones(len(_PRIOR_DF)), np.isinf(_PRIOR_DF).astype(np.float64)
     d0 = _PRIOR_DF[np.isfinite(_PRIOR_DF), None]
     pooled = (shares * dfs) @ variances / (shares @ dfs)
     common = np.full(len(d0), pooled)

@@ -7,8 +7,7 @@ import statistics
 import pytest
 from made_runs import made, seeds
 
-from largebatch.report.build import _records as records
-from largebatch.report.build import table
+from largebatch.report.build import records, table
 from largebatch.report.cells import Cell, RowKey
 from largebatch.report.compare import Comparison, compare
 from largebatch.report.confirm import fresh_seeds
