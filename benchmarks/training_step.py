@@ -143,8 +143,9 @@ def set_up_run(config: Config, path: Path, device: torch.device, arithmetic: Ari
     """Return a run at step 0 with its folder at ``path``; ``arithmetic`` by default as the program chooses."""
     path.mkdir()
     folder = RunFolder(path)
-    saved = None if arithmetic is None else {"arithmetic": asdict(arithmetic)}
-    return set_up(config, folder, 0, 1, device, Console(folder.log, speaking=False), saved)
+    if arithmetic is not None:
+        folder.update_status(arithmetic=asdict(arithmetic))
+    return set_up(config, folder, 0, 1, device, Console(folder.log, speaking=False), None)
 
 
 class Stopwatch(StepClock):
@@ -155,8 +156,8 @@ class Stopwatch(StepClock):
         self._started: float | None = None
         self.seconds = 0.0
 
-    def step(self) -> None:
-        super().step()
+    def step(self, images: int) -> None:
+        super().step(images)
         if self._started is None:
             finish(self._device)
             self._started = time.perf_counter()

@@ -63,6 +63,7 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("compile=ture", "did you mean true?"),
         ("dataset.location=gpu", "allowed: auto, device, host"),
         ("dataset.on_error=ignore", "allowed: stop, skip"),
+        ("dataset.last_batch=wrap", "allowed: carry, keep, drop"),
         ("lr_scaling.rule=surg", "did you mean surge?"),
         ("lr_scaling.rule=surge", "measure it as docs/lr_scaling.md explains"),
         ("lr_scaling.noise_scale=900", "only lr_scaling.rule=surge has this key"),
@@ -204,6 +205,7 @@ IDENTITY_FREE = [
     "rerun=true", "dry_run=true", "confirms=true", "space={optimizer.lr:[1,2]}",
     "dataset.root=elsewhere", "dataset.workers=7", "dataset.download=false",
     "dataset.verify=false", "checkpoint.every_seconds=1", "epochs=120", "lr_scaling.force=true",
+    "micro_batch=128", "micro_batch=auto", "sync_bn=true",
 ]  # fmt: skip
 
 
@@ -218,10 +220,10 @@ def test_identity_ignores_keys_that_cannot_change_the_result(override: str) -> N
     "override",
     [
         "optimizer=lamb", "optimizer.lr=0.3", "optimizer.momentum=0.8", "schedule=cosine", "batch_size=256", "seed=1",
-        "epochs=7", "steps=7", "model.init=xavier_uniform", "model.norm=batch", "precision=bf16", "sync_bn=true",
-        "micro_batch=128", "dataset.rotation=0", "dataset.val_fraction=0.1", "lr_scaling.rule=sqrt", "eval_every=2",
-        "deterministic=true", "lr_scaling.base_batch=128", "lr_scaling.noise_scale=900", "micro_batch=auto",
-        "compile=true", "compile=false", "dataset.on_error=skip",
+        "epochs=7", "steps=7", "model.init=xavier_uniform", "model.norm=batch", "precision=bf16",
+        "batch_norm_size=128", "dataset.rotation=0", "dataset.val_fraction=0.1", "lr_scaling.rule=sqrt", "eval_every=2",
+        "deterministic=true", "lr_scaling.base_batch=128", "lr_scaling.noise_scale=900",
+        "compile=true", "compile=false", "dataset.on_error=skip", "dataset.last_batch=drop", "dataset.last_batch=keep",
     ],
 )  # fmt: skip
 def test_identity_changes_with_keys_that_can_change_the_result(override: str) -> None:

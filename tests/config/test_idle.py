@@ -147,7 +147,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_experiments_have_no_notes_but_the_true_note_of_the_demo(experiment: str) -> None:
-    """The demo takes 200 steps, in which TVLARS's default lambda changes phi by a tenth."""
+    """The demo takes 224 steps, in which TVLARS's default lambda changes phi by a tenth."""
     config = configuration(f"experiment={experiment}")
     length = planned_length(config)
     assert length is not None
@@ -172,10 +172,19 @@ def test_the_presets_have_no_notes_at_the_default_size(optimizer: str, schedule:
     assert idle_options(config, *length) == []
 
 
-def test_the_planned_length_is_the_length_of_the_run() -> None:
-    assert planned_length(configuration("dataset=cifar10", "batch_size=512", "epochs=100")) == (9700, 97)
-    assert planned_length(configuration("dataset=cifar10", "dataset.val_fraction=0.1", "epochs=2")) == (174, 87)
-    assert planned_length(configuration("dataset=cifar10", "steps=7", "epochs=null")) == (7, 97)
+@pytest.mark.parametrize(
+    ("last_batch", "steps", "epoch"),
+    [("drop", 9700, 97), ("keep", 9800, 98), ("carry", 9765, 50_000 / 512)],
+)
+def test_the_planned_length_is_the_length_of_the_run(last_batch: str, steps: int, epoch: float) -> None:
+    cifar = ("dataset=cifar10", "batch_size=512", f"dataset.last_batch={last_batch}")
+    assert planned_length(configuration(*cifar, "epochs=100")) == (steps, epoch)
+    assert planned_length(configuration(*cifar, "steps=7", "epochs=null")) == (7, epoch)
+
+
+def test_the_planned_length_counts_training_images() -> None:
+    config = configuration("dataset=cifar10", "dataset.val_fraction=0.1", "dataset.last_batch=drop", "epochs=2")
+    assert planned_length(config) == (174, 87)
     assert planned_length(configuration("dataset=imagefolder")) is None
 
 
@@ -184,5 +193,5 @@ def test_the_plan_and_a_run_print_each_note_once(launch: Launch, tmp_path: Path)
     result = launch(*grid)
     assert result.returncode == 0, result.stderr
     (note,) = (line for line in result.stdout.splitlines() if line.startswith("note: "))
-    assert note.startswith("note: optimizer.lmbda=1e-06: phi falls only from 0.502 to 0.502 in 80 steps")
+    assert note.startswith("note: optimizer.lmbda=1e-06: phi falls only from 0.502 to 0.502 in 112 steps")
     assert note.endswith("[optimizer.lmbda=1e-06 seed=0 and 1 more]")

@@ -11,6 +11,7 @@ from datafiles import decoded, make_imagefolder
 
 from largebatch.config.batch import plan_batch
 from largebatch.config.datasets import DatasetConfig
+from largebatch.config.epochs import Epochs
 from largebatch.data import BatchLoader, FileImages, MemoryImages, Split
 from largebatch.errors import UserError
 
@@ -46,12 +47,17 @@ def training(
     start_step=0,
     how=(),
     passes=1,
+    last_batch="drop",
     **options,
 ):
     loader = BatchLoader(config(**options), MEAN, STD, CPU, rank, processes, "channels_last" in how)
     plan = plan_batch(batch_size, processes, micro_batch)
-    batches = loader.train(split, plan, seed, start_step, 2 if "two_views" in how else 1, passes)
-    count = passes * steps * batch_size // processes // micro_batch
+    rest = len(split) % batch_size if last_batch == "keep" else 0
+    epochs = Epochs(len(split), batch_size, last_batch, rest)
+    batches = loader.train(split, epochs, plan, seed, start_step, 2 if "two_views" in how else 1, passes)
+    if plan.accumulation == 1:
+        passes = 1
+    count = passes * sum(len(plan.pieces(rank, epochs.size(start_step + step))) for step in range(steps))
     return list(itertools.islice(batches, count))
 
 
@@ -153,7 +159,7 @@ def test_equal_images_get_different_draws():
 def test_without_augmentation_images_are_only_normalised(in_memory):
     off = {"flip": False, "rotation": 0.0}
     loader = BatchLoader(DatasetConfig(name="x", crop_padding=0, **off), MEAN, STD, CPU, rank=0, processes=1)
-    batches = loader.train(in_memory, plan_batch(30, 1, 30), seed=0, start_step=0)
+    batches = loader.train(in_memory, Epochs(30, 30, "carry"), plan_batch(30, 1, 30), seed=0, start_step=0)
     images, labels = next(iter(batches))
     assert torch.bincount(labels).tolist() == [10, 10, 10]
     pixels = (images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
@@ -169,9 +175,19 @@ def test_global_random_state_is_not_changed(in_files):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_batch_larger_than_the_training_set_raises(in_memory):
-    with pytest.raises(UserError, match=r"batch_size=32.* 30 images"):
-        training(in_memory, 1, batch_size=32, micro_batch=32)
+@pytest.mark.parametrize("last_batch", ["carry", "keep"])
+def test_a_last_batch_is_the_same_for_every_division_and_after_a_resume(in_memory, in_files, last_batch):
+    """30 images in batches of 12; with ``keep`` the third batch has six, in two groups of at most four."""
+    whole = joined(training(in_memory, 6, last_batch=last_batch))
+    assert len(whole[1]) == {"carry": 72, "keep": 60}[last_batch]
+    assert torch.bincount(whole[1][:30]).tolist() == [10, 10, 10]
+    assert same(joined(training(in_memory, 6, micro_batch=4, last_batch=last_batch)), whole)
+    assert same(joined(training(in_files, 6, micro_batch=4, workers=2, last_batch=last_batch)), whole)
+    resumed = joined(training(in_memory, 3, start_step=3, last_batch=last_batch))
+    assert same(resumed, tuple(part[-len(resumed[1]) :] for part in whole))
+    ranks = [training(in_memory, 6, rank=rank, processes=2, micro_batch=3, last_batch=last_batch) for rank in (0, 1)]
+    images = torch.cat([joined(batches)[0] for batches in ranks])
+    assert sorted(image.sum().item() for image in images) == sorted(image.sum().item() for image in whole[0])
 
 
 def evaluation(split, rank, processes, batch, workers=0, chosen=None):
@@ -194,7 +210,9 @@ def test_repeated_micro_batches_are_equal(in_memory, in_files, where, workers, d
     twice = training(split, 3, how=how, passes=2, workers=workers, **division)
     a_step = len(once) // 3
     expected = [batch for step in range(3) for batch in 2 * once[step * a_step : (step + 1) * a_step]]
-    assert len(twice) == len(expected) == 2 * len(once)
+    if a_step == 1:  # the only micro-batch of a step isn't repeated
+        expected = once
+    assert len(twice) == len(expected)
     assert all(same(got, batch) for got, batch in zip(twice, expected, strict=True))
     assert len({images.numpy().tobytes() for images, _ in twice}) == len(once)
 

@@ -8,6 +8,7 @@ from datafiles import decoded, make_imagefolder, make_tinyimagenet
 
 from largebatch.config.batch import plan_batch
 from largebatch.config.datasets import DatasetConfig
+from largebatch.config.epochs import Epochs
 from largebatch.data import BatchLoader, load, load_data
 from largebatch.errors import UserError
 
@@ -113,7 +114,7 @@ def test_without_the_check_training_stops_at_an_unreadable_image(tmp_path, monke
     assert not any("checking" in line for line in lines)
     assert not (root / ".largebatch").exists()
     loader = BatchLoader(unchecked, data.mean, data.std, torch.device("cpu"), rank=0, processes=1)
-    batches = loader.train(data.train, plan_batch(18, 1, None), seed=0, start_step=0)
+    batches = loader.train(data.train, Epochs(18, 18, "carry"), plan_batch(18, 1, None), seed=0, start_step=0)
     with pytest.raises(UserError, match=r"train/cat/0\.png"):
         next(batches)
 

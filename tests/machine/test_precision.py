@@ -114,10 +114,16 @@ def test_arithmetic_is_measured_without_a_cache_folder(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("way", [FP32, FP32_CL, BF16_CL])
-def test_a_resumed_run_keeps_its_arithmetic(tmp_path: Path, way: Arithmetic) -> None:
-    saved = {"arithmetic": {"precision": way.precision, "channels_last": way.channels_last}, "micro_batch": 8}
-    with Console(tmp_path / "log.txt", speaking=False) as console:
-        phase = set_up(configuration(*RESNET), RunFolder(tmp_path), 0, 1, CPU, console, saved)
+def test_a_run_keeps_the_arithmetic_of_its_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Arithmetic
+) -> None:
+    """Another choice, such as that of another machine, changes nothing before the first checkpoint either."""
+    folder = RunFolder(tmp_path)
+    with Console(folder.log, speaking=False) as console:
+        monkeypatch.setattr("largebatch.training.set_up.choose_arithmetic", lambda *_: (way, ""))
+        set_up(configuration(*RESNET), folder, 0, 1, CPU, console, None)
+        monkeypatch.setattr("largebatch.training.set_up.choose_arithmetic", lambda *_: (BF16, ""))
+        phase = set_up(configuration(*RESNET), folder, 0, 1, CPU, console, None)
     assert phase.run.arithmetic == way
     layer = next(p for p in phase.training.model.parameters() if p.ndim == 4 and p.shape[1] > 1)
     assert layer.is_contiguous(memory_format=way.memory_format)
@@ -148,8 +154,8 @@ def test_a_run_logs_and_stores_the_chosen_arithmetic(launch: Launch, tmp_path: P
     summary = json.loads((run / "summary.json").read_text())
     chosen = Arithmetic(summary["precision"], summary["channels_last"])
     assert f"{chosen}: the fastest for resnet18 here" in (run / "log.txt").read_text()
+    assert Arithmetic(**json.loads((run / "status.json").read_text())["arithmetic"]) == chosen
     saved = torch.load(run / "checkpoints" / "step-00000002.pt", weights_only=True)
-    assert Arithmetic(**saved["arithmetic"]) == chosen
     assert saved["micro_batch"] == 8
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from conftest import configuration
 from torch import Tensor, nn
 
-from largebatch.config.batch import plan_small_batch
 from largebatch.errors import UserError
 from largebatch.models.build import build_backbone, build_model
 from largebatch.modes import bt
@@ -181,31 +179,6 @@ def test_a_model_without_a_feature_vector_is_rejected() -> None:
     model = ("model=timm", "model.name=resnet10t", "+model.options.global_pool=''")
     with pytest.raises(UserError, match=r"model\.name=resnet10t: .*\[2, 512, 1, 1\].*model\.options\.global_pool"):
         build_backbone(configuration(*model).model, IMAGE)
-
-
-# -- batches that don't divide evenly
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_a_small_batch_is_the_largest_that_divides_evenly(processes: int) -> None:
-    for batch, images, micro_batch in itertools.product((5, 64, 256, 1000), (5, 60, 1437), (1, 7, 32, 256)):
-        plan = plan_small_batch(batch, images, processes, micro_batch)
-        assert plan.processes == processes
-        assert plan.global_batch == processes * plan.accumulation * plan.micro_batch
-        most = min(batch, images)
-        assert most - processes < plan.global_batch <= most
-        assert 1 <= plan.micro_batch <= micro_batch
-        for larger in range(plan.micro_batch + 1, min(micro_batch, plan.per_process) + 1):
-            assert plan.per_process % larger
-
-
-def test_a_small_batch_that_fits_is_not_split() -> None:
-    plan = plan_small_batch(256, 10_000, 2, 512)
-    assert (plan.global_batch, plan.accumulation, plan.micro_batch) == (256, 1, 128)
-
-
-def test_a_batch_smaller_than_the_processes_is_one_image_per_process() -> None:
-    assert plan_small_batch(2, 100, 3, 8).global_batch == 3
 
 
 def test_a_model_that_rejects_the_images_is_named_with_their_size() -> None:

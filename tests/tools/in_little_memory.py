@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ CPU = torch.device("cpu")
 # A pass of the whole batch needs about 400 MiB; one map of 512 x 32 x 32 x 32 takes 64 MiB.
 WIDE = (
     "dataset=synthetic", "dataset.train_size=512", "dataset.test_size=512", "dataset.image_size=32",
-    "dataset.num_classes=4", "model.norm=batch", "batch_size=512", "tracker=none", "steps=1",
+    "dataset.num_classes=4", "batch_size=512", "tracker=none", "steps=1",
 )  # fmt: skip
 
 
@@ -179,10 +180,20 @@ def test_evaluation_uses_smaller_batches_if_memory_is_short(tmp_path: Path) -> N
 
 def test_smaller_micro_batches_divide_the_share_and_hold_whole_groups(tmp_path: Path) -> None:
     run = a_run(tmp_path, "batch_size=360", "micro_batch=90").run
-    assert smaller_micro_batch(run.batch, 1) == 45
-    assert smaller_micro_batch(run.batch, 4) == 40
+    assert smaller_micro_batch(run.batch) == 45
+    assert smaller_micro_batch(replace(run.batch, together=4)) == 40
     with pytest.raises(UserError, match="the smallest size"):
-        smaller_micro_batch(run.batch, 90)
+        smaller_micro_batch(replace(run.batch, together=90))
+
+
+def test_with_batch_norm_auto_keeps_the_size_or_is_an_error(tmp_path: Path) -> None:
+    """Another size would be another training."""
+    phase = a_run(tmp_path, "model.norm=batch", "micro_batch=auto", "batch_norm_size=256")
+    assert (phase.run.batch.micro_batch, phase.run.batch.accumulation) == (256, 2)
+    with memory_left(100 * MIB), pytest.raises(RuntimeError, match="can't allocate memory"):
+        one_gradient(phase)
+    with memory_left(100 * MIB), pytest.raises(UserError, match=r"^batch_norm_size=512: .* sync_bn=true on more"):
+        a_run(tmp_path, "model.norm=batch", "micro_batch=auto")
 
 
 def test_host_memory_does_not_grow_over_2000_steps(tmp_path: Path, one_thread: None) -> None:

@@ -15,7 +15,7 @@ from largebatch.data import batches
 from largebatch.training import worker
 
 RANK = int(os.environ["RANK"])
-FEW = ("steps=4", "micro_batch=auto", "model.norm=group")
+FEW = ("steps=4", "micro_batch=auto")
 
 
 def limit_from_the_second_step_on() -> None:

@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 # The probe batch divides neither the 64 training images nor the 48 left by a validation part.
 BT = (
     *TINY, "mode=bt", "mode.projector=[16,16]", "mode.eval_epochs=3", "mode.eval_batch_size=20", "cluster.threads=1",
+    "dataset.last_batch=drop",
 )  # fmt: skip
 
 
@@ -208,6 +209,20 @@ def test_any_division_of_the_batch_trains_the_same(tmp_path: Path, undivided: Pa
 
 def test_synchronised_batch_norm_trains_the_same_in_two_processes(tmp_path: Path, whole: Path) -> None:
     assert_same_training(whole, train_in(tmp_path / "divided", *WHOLE, "sync_bn=true", "cluster.processes=2"))
+
+
+def test_fine_tuning_with_batch_norm_is_the_same_for_every_division(tmp_path: Path) -> None:
+    """The probe's 6 images are one group, so the second of two processes has none without ``sync_bn``."""
+    probe = ("mode.lr_backbone=0.01", "mode.eval_batch_size=6")
+    command = (*GENTLE, *probe, "model.norm=batch", "batch_norm_size=8", "optimizer.lr=0.1")
+    one = train_in(tmp_path / "one", *command)
+    for place, division in {
+        "two": ["cluster.processes=2"],
+        "synchronised": ["cluster.processes=4", "sync_bn=true"],
+    }.items():
+        other = train_in(tmp_path / place, *command, *division)
+        assert other.name == one.name
+        assert_same_training(one, other)
 
 
 def test_without_exact_another_network_is_trained_and_the_log_names_it(tmp_path: Path, undivided: Path) -> None:

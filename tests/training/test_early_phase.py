@@ -120,6 +120,26 @@ def test_after_the_first_steps_a_row_is_the_mean_since_the_last(
     assert timed == [10, 20, 30, 40, 50, 60]  # the speed of a step that waits for its row isn't the training's speed
 
 
+def test_smaller_last_batches_have_their_own_rows_and_weigh_less_in_a_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """43 images are batches of 16, 16 and 11."""
+    losses = Losses(monkeypatch, lambda step, value: value)
+    folder = RunFolder(tmp_path / "run")
+    train_here(folder, configuration(*RUN, "dataset.train_size=43", "dataset.last_batch=keep"))
+    found, true = train_losses(folder), losses.of_step
+    sizes = {step: 16 if step % 3 else 11 for step in true}
+    assert [found[step] for step in range(1, 21)] == pytest.approx([true[step] for step in range(1, 21)])
+    for step in (30, 40, 50, 60):
+        steps = range(step - 9, step + 1)
+        assert found[step] == pytest.approx(
+            sum(true[one] * sizes[one] for one in steps) / sum(sizes[one] for one in steps)
+        )
+    rows = [row for row in read_rows(folder.metrics) if "train/loss" in row]
+    assert [row["examples"] for row in rows] == [sum(sizes[one] for one in range(1, row["step"] + 1)) for row in rows]
+    assert rows[2]["epoch"] == 1
+
+
 @pytest.mark.parametrize("killed_at", [7, 24, 27])
 def test_a_resumed_run_diverges_with_the_same_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int

@@ -132,6 +132,43 @@ def test_batch_norm_trains_the_same_over_processes_only_if_synchronised(tmp_path
     assert difference(whole, train_in(tmp_path / "local", *GENTLE, *local)) > 1e-3
 
 
+def test_with_a_given_batch_norm_size_every_division_is_one_run_and_trains_the_same(tmp_path: Path) -> None:
+    """Weights and running statistics are equal to rounding."""
+    command = (*GENTLE, "model.norm=batch", "batch_norm_size=8")
+    whole = train_in(tmp_path / "one", *command)
+    for place, division in {
+        "two": ["cluster.processes=2"],
+        "synchronised": ["cluster.processes=2", "sync_bn=true"],
+    }.items():
+        divided = train_in(tmp_path / place, *command, *division)
+        assert divided.name == whole.name
+        assert difference(whole, divided) < 1e-5
+        (ours, theirs) = (json.loads((run / "summary.json").read_text()) for run in (divided, whole))
+        assert ours["test/loss"] == pytest.approx(theirs["test/loss"], rel=1e-4)
+    other = train_in(tmp_path / "whole", *GENTLE, "model.norm=batch")
+    assert other.name != whole.name
+    assert difference(whole, other) > 1e-3
+
+
+def test_a_model_with_batch_norm_that_claims_none_is_refused(launch: Launch, tmp_path: Path) -> None:
+    result = launch(*TINY, "steps=1", "model=timm", "model.name=test_resnet", "model.batch_norm=false")
+    assert result.returncode == 2
+    assert "model.name=test_resnet: has batch norm (conv1.1)" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_clars_by_passes_needs_a_batch_norm_size_of_one_pass(launch: Launch, tmp_path: Path) -> None:
+    """Norm layers that CLARS adapts can't be measured by hooks, and a pass is then over ``sample_size`` images."""
+    command = (*TINY, "steps=2", "model.norm=batch", "optimizer=clars", "optimizer.adapt_1d=true")
+    refused = launch(*command, "optimizer.sample_size=4")
+    assert refused.returncode == 2
+    assert "batch_norm_size=16: optimizer=clars measures norms by passes" in refused.stderr
+    assert "Fix: batch_norm_size=4" in refused.stderr
+    accepted = launch(*command, "optimizer.sample_size=4", "batch_norm_size=4")
+    assert accepted.returncode == 0, accepted.stderr
+    assert "1 process(es) x 4 micro-batch(es) of 4" in (the_run(tmp_path) / "log.txt").read_text()
+
+
 def test_every_test_image_counts_once_for_any_number_of_processes(
     tmp_path: Path, undivided: Path, two_processes: Path
 ) -> None:
@@ -167,6 +204,7 @@ def test_divergence_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
     assert "the loss was not finite at step 2" in status["message"]
     summary = json.loads((run / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert summary["state"] == "diverged"
+    assert {"precision", "channels_last", "device"} <= summary.keys()
     assert "diverged before" in launch(*command).stdout
 
 

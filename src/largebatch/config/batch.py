@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from largebatch.errors import UserError
+
+if TYPE_CHECKING:
+    from largebatch.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -13,20 +18,123 @@ class BatchPlan:
 
     ``global_batch = processes * accumulation * micro_batch``. Each process makes ``accumulation`` forward and backward
     passes of one micro-batch each.
+
+    Attributes:
+        together: CLARS's samples per measured norm, which stay in one micro-batch.
+        synchronised: True if the processes' micro-batches of one pass share their batch statistics (``sync_bn``).
     """
 
     global_batch: int
     processes: int
-    accumulation: int
     micro_batch: int
+    together: int = 1
+    synchronised: bool = False
 
     @property
     def per_process(self) -> int:
-        return self.accumulation * self.micro_batch
+        return self.global_batch // self.processes
+
+    @property
+    def accumulation(self) -> int:
+        return self.per_process // self.micro_batch
+
+    @property
+    def group(self) -> int:
+        """Number of images that batch norm normalises over."""
+        return self.micro_batch * (self.processes if self.synchronised else 1)
+
+    def groups(self, images: int) -> int:
+        """Return the number of groups of at most ``group`` images in a batch of ``images``."""
+        return -(-images // self.group)
+
+    def pieces(self, rank: int, images: int | None = None) -> tuple[slice, ...]:
+        """Return the micro-batches of process ``rank`` as parts of a batch of ``images`` (None: ``global_batch``).
+
+        Groups of images with common batch statistics are consecutive, and their sizes differ by at most ``together``.
+        So batch statistics depend on ``group`` and not on the number of processes. Without ``synchronised``, a group is
+        a micro-batch of one process, and in a small batch some processes may have none. With it, every process has a
+        part of each group.
+        """
+        return _pieces(self, rank, self.global_batch if images is None else images)
+
+
+@functools.lru_cache(maxsize=64)
+def _pieces(plan: BatchPlan, rank: int, images: int) -> tuple[slice, ...]:
+    number, together = plan.groups(images), plan.together
+    groups = [_share(range(images // together), at, number) for at in range(number)]
+    if plan.synchronised:
+        mine = [_share(group, rank, plan.processes) for group in groups]
+    else:
+        mine = [groups[at] for at in _share(range(number), rank, plan.processes)]
+    return tuple(slice(piece.start * together, piece.stop * together) for piece in mine)
+
+
+def _share(whole: range, number: int, parts: int) -> range:
+    """Return part ``number`` of ``whole``. Sizes of the parts differ by at most one."""
+    return whole[number * len(whole) // parts : (number + 1) * len(whole) // parts]
+
+
+def has_batch_statistics(config: Config) -> bool:
+    """Return True if the images of a micro-batch are normalised or correlated together, so that its size matters."""
+    return config.model.has_batch_norm or config.mode.loss_per_micro_batch
+
+
+def plan_training(config: Config, processes: int) -> BatchPlan:
+    """Divide the global batch, and set ``config.batch_norm_size`` if the size of a micro-batch matters.
+
+    A given ``batch_norm_size`` sets the micro-batch, else it follows from the division.
+
+    Raises:
+        UserError: if a division leaves a remainder, or ``batch_norm_size`` has no effect or contradicts another key.
+    """
+    size, together = config.batch_norm_size, config.optimizer.samples_together
+    if not has_batch_statistics(config):
+        if size is not None:
+            raise UserError(f"batch_norm_size={size}: {config.model.name} has no batch norm here. Fix: leave it out")
+        return plan_batch(config.batch_size, processes, config.micro_batch, together)
+    sharing = processes if config.sync_bn else 1
+    if sharing > 1 and config.mode.loss_per_micro_batch:
+        raise UserError(
+            f"sync_bn=true: not allowed with mode.exact=false on {processes} processes, because batch norm is over all "
+            "processes and the loss over each. Fix: mode.exact=true, or sync_bn=false"
+        )
+    micro_batch = config.micro_batch if size is None else _micro_batch(config, size, processes, sharing)
+    plan = plan_batch(config.batch_size, processes, micro_batch, together, synchronised=config.sync_bn)
+    config.batch_norm_size = plan.group
+    return plan
+
+
+def _micro_batch(config: Config, size: int, processes: int, sharing: int) -> int:
+    """Return the micro-batch that makes batch norm normalise over ``size`` images.
+
+    Raises:
+        UserError: if there is none, or ``micro_batch`` has another value.
+    """
+    share = plan_batch(config.batch_size, processes, None).per_process
+    micro_batch = size // sharing
+    if size % sharing or micro_batch > share or share % micro_batch:
+        over = "the global batch" if config.sync_bn else f"the {share} images of each process"
+        nearest = sharing * _nearest_divisor(share, max(micro_batch, 1))
+        raise UserError(
+            f"batch_norm_size={size}: doesn't divide {over} (batch_size={config.batch_size} over {processes} "
+            f"process(es), sync_bn={str(config.sync_bn).lower()}). Fix: batch_norm_size={nearest}"
+            + (", or sync_bn=true" if processes > 1 and not config.sync_bn else "")
+        )
+    if isinstance(config.micro_batch, int) and min(config.micro_batch, share) != micro_batch:
+        raise UserError(
+            f"micro_batch={config.micro_batch}: batch_norm_size={size} needs micro-batches of {micro_batch} images. "
+            "Fix: leave out one of the two"
+        )
+    return micro_batch
 
 
 def plan_batch(
-    global_batch: int, processes: int, micro_batch: int | str | None, samples_together: int = 1
+    global_batch: int,
+    processes: int,
+    micro_batch: int | str | None,
+    samples_together: int = 1,
+    *,
+    synchronised: bool = False,
 ) -> BatchPlan:
     """Divide ``global_batch`` over ``processes``, and each share into micro-batches of ``micro_batch`` images.
 
@@ -54,18 +162,7 @@ def plan_batch(
             f"optimizer.sample_size={samples_together}: doesn't divide the micro-batch of {size} images. "
             f"Fix: optimizer.sample_size={_nearest_divisor(size, samples_together)}"
         )
-    return BatchPlan(global_batch, processes, share // size, size)
-
-
-def plan_small_batch(batch: int, images: int, processes: int, micro_batch: int) -> BatchPlan:
-    """Divide up to ``batch`` of the ``images``, in micro-batches of at most ``micro_batch``.
-
-    The batch needn't be divisible: the remainder over ``processes`` is left out. Each process takes at least one image.
-    The micro-batch is the largest that divides a process's share.
-    """
-    share = max(min(batch, images) // processes, 1)
-    piece = max(size for size in range(1, min(share, micro_batch) + 1) if share % size == 0)
-    return BatchPlan(share * processes, processes, share // piece, piece)
+    return BatchPlan(global_batch, processes, size, samples_together, synchronised)
 
 
 def _nearest_divisor(size: int, wanted: int) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING
+from dataclasses import MISSING, replace
 from typing import Any
 
-from largebatch.config.batch import plan_batch
+from largebatch.config.batch import plan_batch, plan_training
 from largebatch.config.options import problems_of
 from largebatch.config.schema import ClusterConfig, Config
 from largebatch.errors import UserError
@@ -72,11 +72,14 @@ def _check_cluster(cluster: ClusterConfig) -> list[str]:
 
 def _check_batch(config: Config) -> list[str]:
     processes, together = config.cluster.processes, config.optimizer.samples_together
-    sizes = (config.batch_size, config.micro_batch, processes, together)
+    sizes = (config.batch_size, config.micro_batch, config.batch_norm_size, processes, together)
     if any(isinstance(size, int) and size < 1 for size in sizes):
         return []  # problems_of names it
     try:
-        plan_batch(config.batch_size, processes or 1, config.micro_batch, together)
+        if processes is None:
+            plan_batch(config.batch_size, 1, config.micro_batch, together)
+        else:
+            plan_training(replace(config), processes)
     except UserError as error:
         return [str(error)]
     return []

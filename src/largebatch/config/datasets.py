@@ -54,7 +54,15 @@ class DatasetConfig:
     flip: bool = True  # random horizontal flip
     rotation: float = option(15.0, least=0, most=180)  # random rotation, degrees to either side; 0: off
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    # Images at an epoch's end that don't fill a batch. carry: they open the next epoch's first batch; keep: the last
+    # batch is smaller; drop: they are left out.
+    last_batch: str = option("carry", allowed=("carry", "keep", "drop"))
     default_epochs: int = option(100, least=1)  # without `epochs`, `steps` and a length of the mode's own
+
+    @property
+    def train_images(self) -> int | None:
+        """Number of training images without the validation set; None: unknown before loading."""
+        return None if self.train_size is None else round(self.train_size * (1 - self.val_fraction))
 
     def problems(self, config: Config) -> list[str]:
         """Return one line for each conflict between options, or with the batch size."""
@@ -65,14 +73,13 @@ class DatasetConfig:
         ]
         if any(value <= 0 for value in self.std or []):
             problems.append(f"dataset.std={self.std}: must be above 0")
-        if self.train_size is not None and 0 <= self.val_fraction < 1:
-            left = round(self.train_size * (1 - self.val_fraction))
-            if config.batch_size > left:
-                without = " without the validation set" if self.val_fraction else ""
-                problems.append(
-                    f"batch_size={config.batch_size}: larger than the training set; "
-                    f"{self.name} has {left} images{without}. Fix: batch_size={left} or less"
-                )
+        left = self.train_images if 0 <= self.val_fraction < 1 else None
+        if left is not None and config.batch_size > left:
+            without = " without the validation set" if self.val_fraction else ""
+            problems.append(
+                f"batch_size={config.batch_size}: larger than the training set; "
+                f"{self.name} has {left} images{without}. Fix: batch_size={left} or less"
+            )
         return problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from largebatch.config.epochs import plan_epochs
 from largebatch.config.optimizers import Adagrad, Clars, Tvlars
 from largebatch.config.schedules import ScheduleConfig
 from largebatch.config.schema import Config
@@ -15,22 +16,25 @@ _NO_DECAY = 1e-6  # relative change over the run
 _RANGE = 5  # of phi's exponent over the training, so that phi falls from near 1/(alpha + 1) to its floor
 
 
-def planned_length(config: Config) -> tuple[int, int] | None:
-    """Return the steps of the main training and of an epoch. None if the number of images isn't known yet."""
-    if config.dataset.train_size is None:
+def planned_length(config: Config) -> tuple[int, float] | None:
+    """Return the steps of the main training and of an epoch. None if the number of images isn't known yet.
+
+    Raises:
+        UserError: as ``plan_epochs``.
+    """
+    if config.dataset.train_images is None:
         return None
-    images = round(config.dataset.train_size * (1 - config.dataset.val_fraction))
-    epoch = images // config.batch_size
-    return (config.steps if config.steps is not None else (config.epochs or 0) * epoch), epoch
+    epochs = plan_epochs(config, config.dataset.train_images)
+    return (config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)), epochs.steps
 
 
-def idle_options(config: Config, steps: int, steps_per_epoch: int) -> list[str]:
+def idle_options(config: Config, steps: int, steps_per_epoch: float) -> list[str]:
     """Return one sentence for each idle option: key and value, consequence, fix.
 
     Args:
         config: its optimizer, schedule, learning-rate scaling and batch size count.
         steps: optimizer steps of the main training.
-        steps_per_epoch: optimizer steps per epoch.
+        steps_per_epoch: optimizer steps per epoch, maybe a fraction.
     """
     if steps < 2:
         return []
@@ -43,7 +47,7 @@ def idle_options(config: Config, steps: int, steps_per_epoch: int) -> list[str]:
     ]
 
 
-def _flat_phi(config: Config, steps: int, steps_per_epoch: int) -> Iterator[str]:
+def _flat_phi(config: Config, steps: int, steps_per_epoch: float) -> Iterator[str]:
     optimizer = config.optimizer
     if not isinstance(optimizer, Tvlars):
         return
@@ -73,7 +77,7 @@ def _flat_phi(config: Config, steps: int, steps_per_epoch: int) -> Iterator[str]
     )
 
 
-def _warmup(schedule: ScheduleConfig, steps: int, steps_per_epoch: int) -> Iterator[str]:
+def _warmup(schedule: ScheduleConfig, steps: int, steps_per_epoch: float) -> Iterator[str]:
     warmup = schedule.warmup(steps_per_epoch)
     given = getattr(schedule, "warmup_steps", None) or getattr(schedule, "warmup_epochs", None)
     if not given:
@@ -90,7 +94,7 @@ def _warmup(schedule: ScheduleConfig, steps: int, steps_per_epoch: int) -> Itera
         )
 
 
-def _schedule_decay(schedule: ScheduleConfig, steps: int, steps_per_epoch: int) -> Iterator[str]:
+def _schedule_decay(schedule: ScheduleConfig, steps: int, steps_per_epoch: float) -> Iterator[str]:
     decays = type(schedule).decay is not ScheduleConfig.decay
     if not decays or steps - schedule.warmup(steps_per_epoch) < 2:
         return

@@ -19,12 +19,21 @@ class ModelConfig:
     name: str = MISSING
     init: str = option("default", allowed=INITS)  # of convolution and linear weights; default: the library's
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """True if training normalises over the images of a micro-batch. The worker checks a model that says False."""
+        return True
+
 
 @dataclass
 class SmallCnn(ModelConfig):
     """Network of four convolutions, for small images."""
 
     norm: str = option("group", allowed=("group", "batch"))
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.norm == "batch"
 
 
 @dataclass
@@ -47,6 +56,11 @@ class TimmModel(ModelConfig):
 
     library: str = option("timm", allowed=("timm",))
     options: dict[str, Any] = field(default_factory=dict)
+    batch_norm: bool = True  # false: the model has no batch norm, so that every division of a batch has one name
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.batch_norm
 
 
 MODELS: dict[str, type[ModelConfig]] = {

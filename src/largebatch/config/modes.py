@@ -32,6 +32,11 @@ class ModeConfig:
         """True if the loss isn't a mean over images but a function of the global batch of all processes."""
         return False
 
+    @property
+    def loss_per_micro_batch(self) -> bool:
+        """True if the loss isn't a mean over images but a function of each micro-batch of a process."""
+        return False
+
     def length(self, dataset_epochs: int) -> int:
         """Return the number of epochs to train if neither ``epochs`` nor ``steps`` is given."""
         return dataset_epochs
@@ -79,13 +84,18 @@ class Bt(ModeConfig):
     def loss_over_global_batch(self) -> bool:
         return self.exact
 
+    @property
+    def loss_per_micro_batch(self) -> bool:
+        return not self.exact
+
     def length(self, dataset_epochs: int) -> int:
         return self.default_epochs
 
     def problems(self, config: Config) -> list[str]:
         if config.batch_size == 1:
             return ["batch_size=1: mode=bt correlates the images of a batch. Fix: batch_size=2 or more"]
-        if not self.exact and 1 in (config.batch_size // (config.cluster.processes or 1), config.micro_batch):
+        share = config.batch_size // (config.cluster.processes or 1)
+        if not self.exact and 1 in (share, config.micro_batch, config.batch_norm_size):
             return [
                 "mode.exact=false: correlates the images of each micro-batch, which needs at least 2 images "
                 f"(batch_size={config.batch_size}, micro_batch={config.micro_batch}). "

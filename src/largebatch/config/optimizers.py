@@ -34,12 +34,12 @@ class OptimizerConfig:
     lr: float = option(MISSING, above=0)  # learning rate; with a scaling rule, at lr_scaling.base_batch
     lr_1d: float | None = option(None, least=0)  # the same for biases and norm parameters; None: lr
 
-    def arguments(self, batch_size: int, steps_per_epoch: int, steps: int = 0) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         """Return the keyword arguments of the class, without parameters and learning rates.
 
         Args:
             batch_size: global batch size.
-            steps_per_epoch: optimizer steps per epoch.
+            steps_per_epoch: optimizer steps per epoch, maybe a fraction.
             steps: optimizer steps of the training that this optimizer does.
         """
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "lr", "lr_1d")}
@@ -106,7 +106,7 @@ class Tvlars(Lars):
         if self.lmbda is None and self.lmbda_relative is None:
             self.lmbda = 1e-3
 
-    def arguments(self, batch_size: int, steps_per_epoch: int, steps: int = 0) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         options = super().arguments(batch_size, steps_per_epoch)
         relative = options.pop("lmbda_relative")
         if relative is not None:
@@ -137,7 +137,7 @@ class Clars(Lars):
     denominator: str = option("sample_norms", allowed=denominators)  # sum_of_norms adds wd*||w||
     sample_size: int = option(1, least=1)  # samples per measured gradient norm; the norm is of their mean gradient
 
-    def arguments(self, batch_size: int, steps_per_epoch: int, steps: int = 0) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         options = super().arguments(batch_size, steps_per_epoch)
         del options["sample_size"]  # the training loop measures the norms
         return options
@@ -253,7 +253,7 @@ class TimmOptimizer(OptimizerConfig):
     weight_decay: float = option(0.0, least=0)
     options: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self, batch_size: int, steps_per_epoch: int, steps: int = 0) -> dict[str, Any]:
+    def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         return {"weight_decay": self.weight_decay, **self.options}
 
     def beyond_surge(self) -> str:

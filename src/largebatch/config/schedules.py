@@ -36,11 +36,11 @@ class ScheduleConfig:
         """Return the factor after the warm-up, at ``progress`` from 0 to 1."""
         return 1.0
 
-    def warmup(self, steps_per_epoch: int) -> int:
+    def warmup(self, steps_per_epoch: float) -> int:
         """Return the number of warm-up steps."""
         return 0
 
-    def factor(self, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+    def factor(self, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:
         """Return the factor as a function of the optimizer step.
 
         Raises:
@@ -92,7 +92,7 @@ class _Warmup(ScheduleConfig):
     warmup_epochs: float | None = option(None, least=0)
     warmup_steps: int | None = option(None, least=0)
 
-    def warmup(self, steps_per_epoch: int) -> int:
+    def warmup(self, steps_per_epoch: float) -> int:
         if self.warmup_steps is not None:
             return self.warmup_steps
         return round((self.warmup_epochs or 0) * steps_per_epoch)

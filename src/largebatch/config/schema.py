@@ -88,8 +88,12 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     batch_size: int = option(512, least=1)  # global: all processes and micro-batches together
-    # Largest number of images per pass of a process. None: the process's whole share. auto: as many as fit into memory.
+    # Largest number of images per pass of a process. None: the process's whole share. auto: as many as fit into memory;
+    # with batch norm the whole share, or batch_norm_size.
     micro_batch: int | str | None = option(None, least=1, words=("auto",))
+    # Images that batch norm normalises over. None: the images of a pass, of all processes with sync_bn. Given, it sets
+    # the micro-batch. Stays None for a network without batch norm.
+    batch_norm_size: int | None = option(None, least=1)
     epochs: int | None = option(None, least=0)  # at most one of the two; None: the mode's or data set's default_epochs
     steps: int | None = option(None, least=0)
     seed: int = option(0, least=0)

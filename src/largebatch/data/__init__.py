@@ -3,7 +3,7 @@
 from largebatch.data.batches import BatchLoader
 from largebatch.data.images import FileImages, MemoryImages, Split
 from largebatch.data.load import Data, load_data
-from largebatch.data.sampling import evaluation_share, steps_per_epoch
+from largebatch.data.sampling import evaluation_share
 
 __all__ = [
     "BatchLoader",
@@ -13,5 +13,4 @@ __all__ = [
     "Split",
     "evaluation_share",
     "load_data",
-    "steps_per_epoch",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from largebatch.config.batch import BatchPlan
 from largebatch.config.datasets import DatasetConfig
+from largebatch.config.epochs import Epochs
 from largebatch.data.augment import augmented
 from largebatch.data.draws import AnyDraws, draw, draw_view
 from largebatch.data.images import MemoryImages, Split
@@ -40,38 +41,50 @@ class BatchLoader:
     channels_last: bool = False
 
     def train(
-        self, split: Split, batch: BatchPlan, seed: int, start_step: int, views: int = 1, passes: int = 1
+        self,
+        split: Split,
+        epochs: Epochs,
+        batch: BatchPlan,
+        seed: int,
+        start_step: int,
+        views: int = 1,
+        passes: int = 1,
     ) -> Generator[Batch]:
         """Yield endless micro-batches from optimizer step ``start_step`` (from 0) on.
 
-        Each is (images float32 [views * micro_batch, C, S, S], labels int64 [micro_batch]). The global batch of a step
-        is a slice of the epoch's order; rank r takes its r-th part, and the micro-batches are pieces of that part.
+        Each is (images float32 [views * n, C, S, S], labels int64 [n]), with n at most ``batch.micro_batch``. The
+        global batch of a step follows in the epoch's order. A rank's micro-batches are its ``pieces`` of the batch.
         Random numbers are drawn for the whole global batch, so an image gets the same draws with any number of
         processes, any accumulation, and after a resume.
 
         Args:
             split: training images.
+            epochs: number of images in each step.
             batch: division of the global batch.
             seed: of order and augmentation.
             views: 1: the configured crops, flips and rotations; 2: the first and then the second views of Barlow Twins.
-            passes: number of times that the micro-batches of a step are repeated.
+            passes: number of times that the micro-batches of a step are repeated, unless there is only one.
 
         Raises:
-            UserError: while iterating, if the batch is larger than ``split`` or an image file can't be read.
+            UserError: while iterating, if an image file can't be read.
         """
-        share = slice(self.rank * batch.per_process, (self.rank + 1) * batch.per_process)
-        firsts = range(0, batch.per_process, batch.micro_batch)
-        parts = [slice(first, first + batch.micro_batch) for first in firsts] * passes
+
+        def pieces_of(indices: Tensor) -> tuple[slice, ...]:
+            pieces = batch.pieces(self.rank, len(indices))
+            return pieces * passes if len(pieces) > 1 else pieces
+
         # Decoding runs ahead of the loop below, so it has its own iterator over the same steps.
-        ahead = global_batches(len(split), batch.global_batch, seed, start_step)
-        wanted = (indices[share][part] for _, indices in ahead for part in parts)
+        ahead = global_batches(epochs, seed, start_step)
+        wanted = (indices[piece] for _, indices in ahead for piece in pieces_of(indices))
         pixels = self._pixels(split, wanted, batch.micro_batch)
-        for step, indices in global_batches(len(split), batch.global_batch, seed, start_step):
+        for step, indices in global_batches(epochs, seed, start_step):
             generator = torch.Generator().manual_seed(derive_seed(seed, "augment", step))
-            drawn = self._draw(generator, split.images.image_size, batch.global_batch, views)
+            drawn = self._draw(generator, split.images.image_size, len(indices), views)
+            pieces = pieces_of(indices)
+            share = slice(pieces[0].start, pieces[-1].stop) if pieces else slice(0, 0)
             draws = [None if d is None else d[share].to(self.device) for d in drawn]
             labels = self._labels(split, indices[share])
-            for part in parts:
+            for part in (slice(piece.start - share.start, piece.stop - share.start) for piece in pieces):
                 images, chosen = next(pixels)
                 seen = [self._augmented(images, chosen, None if d is None else d[part]) for d in draws]
                 yield torch.cat(seen) if views > 1 else seen[0], labels[part]

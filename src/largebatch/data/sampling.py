@@ -5,35 +5,32 @@ The choice doesn't depend on the number of processes or on accumulation, and a r
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from largebatch.config.epochs import Epochs
 from largebatch.errors import UserError
 from largebatch.seeding import derive_seed
 
 
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Return ``n // batch_size``: the incomplete last batch is dropped.
+def global_batches(epochs: Epochs, seed: int, start_step: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield endless ``(step, indices [epochs.size(step)])``; every epoch has another order of the images."""
 
-    Raises:
-        UserError: if there are fewer than ``batch_size`` images.
-    """
-    if batch_size > n:
-        raise UserError(f"batch_size={batch_size}: larger than the training set of {n} images, so at most {n}")
-    return n // batch_size
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "shuffle", epoch))
+        return torch.randperm(epochs.images, generator=generator)
 
-
-def global_batches(n: int, batch_size: int, seed: int, start_step: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield endless ``(step, indices [batch_size])``; every epoch has another order of the images."""
-    steps = steps_per_epoch(n, batch_size)
-    epoch, position = divmod(start_step, steps)
-    while True:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(derive_seed(seed, "shuffle", epoch)))
-        for i in range(position, steps):
-            yield epoch * steps + i, order[i * batch_size : (i + 1) * batch_size]
-        epoch, position = epoch + 1, 0
+    for step in itertools.count(start_step):
+        epoch, first = epochs.place(step)
+        indices = order(epoch)[first : first + epochs.size(step)]
+        if missing := epochs.size(step) - len(indices):
+            indices = torch.cat([indices, order(epoch + 1)[:missing]])
+        yield step, indices
 
 
 def evaluation_share(n: int, rank: int, processes: int) -> Tensor:

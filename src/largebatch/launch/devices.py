@@ -8,13 +8,13 @@ import re
 import shutil
 import subprocess
 
-from largebatch.config.batch import plan_batch
+from largebatch.config.batch import plan_training
 from largebatch.config.schema import ClusterConfig, Config
 from largebatch.errors import UserError
 
 
 def resolve_devices(config: Config) -> None:
-    """Set ``cluster.device`` and ``cluster.processes``, and check that the batch can be divided over the processes.
+    """Set ``cluster.device``, ``cluster.processes`` and ``batch_norm_size``, and check the division of the batch.
 
     The values come from this machine, or with ``cluster=slurm`` from the request to SLURM.
 
@@ -27,7 +27,7 @@ def resolve_devices(config: Config) -> None:
     else:
         _resolve_here(cluster)
     assert cluster.processes is not None
-    plan_batch(config.batch_size, cluster.processes, config.micro_batch, config.optimizer.samples_together)
+    plan_training(config, cluster.processes)
 
 
 def _resolve_request(cluster: ClusterConfig) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.config.checks import validate
+from largebatch.config.epochs import Epochs, plan_epochs
 from largebatch.config.identity import run_name
 from largebatch.config.idle import idle_options, planned_length
 from largebatch.config.schema import Config, from_composed
@@ -52,6 +53,8 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
             config = from_composed(job.tree)
             validate(config)
             resolve_devices(config)
+            if config.dataset.train_images is not None:
+                plan_epochs(config, config.dataset.train_images)
             config.tracker.group = config.tracker.group or job.sweep
         except UserError as error:
             for line in str(error).splitlines():
@@ -146,10 +149,12 @@ def _distance(summary: Summary, config: Config) -> float:
 
 def _images_done(summary: Summary) -> int:
     """Return the number of training images, without those of a probe."""
-    return int(summary.get("pretraining_steps") or summary["steps"]) * int(summary["global_batch"])
+    return int(summary["training_examples"] or summary["steps"] * summary["global_batch"])
 
 
 def _images(config: Config, summary: Summary) -> int:
     """Return the number of images that a run will train on, with the data set's size from a finished run."""
-    steps = config.steps or (config.epochs or 0) * (summary["train_images"] // config.batch_size)
-    return max(1, steps) * config.batch_size
+    images = config.dataset.train_images or max(summary["train_images"], config.batch_size)
+    last_batch = "drop" if config.dataset.last_batch == "drop" else "carry"  # keep has as many images as carry
+    epochs = Epochs(images, config.batch_size, last_batch)
+    return max(config.batch_size, epochs.examples(config.steps or epochs.steps_of(config.epochs or 0)))

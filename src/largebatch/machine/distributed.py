@@ -87,9 +87,15 @@ def from_rank_0(value: T) -> T:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Average the gradients over processes after the backward pass; DDP does so during it."""
+    """Average the gradients over processes after the backward pass; DDP does so during it.
+
+    A process without images has no gradients, which count as zero.
+    """
     if not dist.is_initialized():
         return
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -108,8 +114,8 @@ def replicate(model: nn.Module, example: Tensor) -> nn.Module:
     """
     if not dist.is_initialized():
         return model
-    # gradient_as_bucket_view avoids a copy of the gradients. broadcast_buffers=False: evaluation and checkpoints take
-    # rank 0's running statistics (share_buffers); sharing them at every step would only make the processes wait.
+    # gradient_as_bucket_view avoids a copy of the gradients. broadcast_buffers=False: RunningStatistics averages the
+    # buffers of batch norm, and evaluation takes rank 0's other buffers (share_buffers).
     replica = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
     replica.eval()  # leaves the running statistics unchanged
     replica(example).sum().backward()
@@ -118,7 +124,7 @@ def replicate(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Copy rank 0's buffers to every process: running statistics differ because the processes see other images."""
+    """Copy rank 0's buffers to every process: buffers may differ because the processes see other images."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
@@ -143,7 +149,7 @@ class _SumOverProcesses(torch.autograd.Function):
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm with statistics over all processes, on any device; torch's SyncBatchNorm doesn't support the CPU.
 
-    Input [B, C, ...] with the same B in every process. Training mode computes mean and (biased) variance over
+    Input [B, C, ...]; B may differ between processes and be 0. Training mode computes mean and (biased) variance over
     processes, batch and positions; the running variance is the unbiased one, as in ``torch.nn.BatchNorm2d``.
     """
 
@@ -158,15 +164,17 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [0, *range(2, input.dim())]
         shape = [1, -1, *[1] * (input.dim() - 2)]
         values = input.float()
-        count = values.numel() / values.shape[1] * dist.get_world_size()
-        mean = _SumOverProcesses.apply(values.sum(dims)) / count
+        here = values.new_tensor([values.numel() / values.shape[1]])
+        total = _SumOverProcesses.apply(torch.cat([values.sum(dims), here]))
+        count = total[-1].detach()
+        mean = total[:-1] / count
         centred = values - mean.view(shape)
         variance = _SumOverProcesses.apply(centred.square().sum(dims)) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean.detach(), momentum)
-            self.running_var.lerp_(variance.detach() * count / max(count - 1, 1), momentum)
+            self.running_var.lerp_(variance.detach() * count / (count - 1).clamp(min=1), momentum)
         normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)

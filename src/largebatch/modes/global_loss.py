@@ -44,7 +44,14 @@ Graph = tuple[Tensor, Tensor]  # input and output of a pass whose autograd graph
 
 @torch.no_grad()
 def global_loss(
-    projector: Projector, first: Tensor, rows: int, autocast: torch.autocast, *, lmbda: float, scale: float
+    projector: Projector,
+    first: Tensor,
+    rows: int,
+    autocast: torch.autocast,
+    *,
+    images: int,
+    lmbda: float,
+    scale: float,
 ) -> GlobalLoss:
     """Return the loss over the global batch, and its gradient with respect to this process's ``first``.
 
@@ -55,11 +62,11 @@ def global_loss(
     Memory, in addition to ``first``: the outputs of the projector's later layers, and once more the widest of them.
 
     Args:
-        first: [2, n, W], both views of this process's n images after the projector's first layer; n is the same in
-            every process.
-        rows: number of images at once, a divisor of n. ``rows=n`` keeps the graph of the forward pass; fewer repeat
-            each part of the forward pass in the backward pass.
+        first: [2, n, W], both views of this process's n images after the projector's first layer; n may be 0.
+        rows: number of images at once. n or more keep the graph of the forward pass; fewer repeat each part of the
+            forward pass in the backward pass.
         autocast: precision of the linear layers; everything else is computed in fp32.
+        images: number of images of all processes.
         scale: factor of the loss in the gradient.
     """
     inputs: list[Tensor] = []
@@ -69,14 +76,14 @@ def global_loss(
     for stage in projector.stages:
         assert isinstance(stage, Stage)
         inputs.append(values)
-        statistics.append([global_statistics(view, rows) for view in values])
+        statistics.append([global_statistics(view, rows, images) for view in values])
         _track(stage.norm, statistics[-1])
         passed = [_forward(stage, *view, rows, autocast) for view in zip(values, statistics[-1], strict=True)]
         values = torch.stack([output for output, _ in passed])
         graphs.append([graph for _, graph in passed])
     if not inputs:
         values = values.clone()  # _correlation_gradient_ works in place
-    parts = _correlation_gradient_(values, rows, lmbda, scale)
+    parts = _correlation_gradient_(values, rows, images, lmbda, scale)
     for stage in reversed(projector.stages):
         assert isinstance(stage, Stage)
         before = inputs.pop(), statistics.pop(), graphs.pop()
@@ -84,18 +91,22 @@ def global_loss(
     return GlobalLoss(parts, values)
 
 
-def global_statistics(values: Tensor, rows: int) -> Statistics:
-    """Return the statistics of one view's ``values`` [n, width] over all processes.
+def global_statistics(values: Tensor, rows: int, images: int) -> Statistics:
+    """Return the statistics of one view's ``values`` [n, width] over all processes, which have ``images`` rows.
 
     Rounding doesn't grow with the number of parts.
     """
-    parts = values.view(-1, rows, values.shape[1])
-    means = torch.stack([part.float().mean(0) for part in parts]).double()
-    squares = [part.float().var(0, correction=0) for part in parts]
-    mean = distributed.sum_over_processes(means.mean(0)) / distributed.processes()
-    variance = (torch.stack(squares).double() + (means - mean).square()).mean(0)
-    variance = distributed.sum_over_processes(variance) / distributed.processes()
-    return Statistics(mean.float(), variance.float(), len(values) * distributed.processes())
+    parts = [values[part].float() for part in _parts(values, rows)]
+    means = [part.mean(0).double() for part in parts]
+    mean, variance = torch.zeros(2, values.shape[1], dtype=torch.float64, device=values.device)
+    for part, its_mean in zip(parts, means, strict=True):
+        mean.add_(its_mean, alpha=len(part) / images)
+    distributed.sum_over_processes(mean)
+    for part, its_mean in zip(parts, means, strict=True):
+        spread = part.var(0, correction=0).double() + (its_mean - mean).square()
+        variance.add_(spread, alpha=len(part) / images)
+    distributed.sum_over_processes(variance)
+    return Statistics(mean.float(), variance.float(), images)
 
 
 def _track(norm: nn.BatchNorm1d, statistics: Sequence[Statistics]) -> None:
@@ -114,7 +125,7 @@ def _forward(
     stage: Stage, values: Tensor, statistics: Statistics, rows: int, autocast: torch.autocast
 ) -> tuple[Tensor, Graph | None]:
     """Pass one view through a stage; return its output, and its graph if ``rows`` is the whole view."""
-    if rows == len(values):
+    if rows >= len(values):
         graph = _pass(stage, statistics.standardise(values), autocast)
         return graph[1].detach(), graph
     outputs = None
@@ -166,10 +177,12 @@ def _parts(values: Tensor, rows: int) -> Iterator[slice]:
     return (slice(row, row + rows) for row in range(0, len(values), rows))
 
 
-def _correlation_gradient_(values: Tensor, rows: int, lmbda: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _correlation_gradient_(
+    values: Tensor, rows: int, images: int, lmbda: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Replace the embeddings ``values`` [2, n, D] by their gradient; return the loss and its parts."""
-    statistics = [global_statistics(view, rows) for view in values]
-    width, count = values.shape[2], statistics[0].count
+    statistics = [global_statistics(view, rows, images) for view in values]
+    width, count = values.shape[2], images
     correlation = torch.zeros(width, width, device=values.device)
     for part in _parts(values[0], rows):
         one, two = (of.standardise(view[part]) for of, view in zip(statistics, values, strict=True))

@@ -133,7 +133,11 @@ def _provenance(comparison: Comparison) -> Iterator[Warn]:
     def distinct_facts(key: str) -> list[str]:
         return sorted({str(summary[key]) for summary in summaries if key in summary})
 
-    for name, key in {"precision": "precision", "device": "device", "version of torch": "versions.torch"}.items():
+    facts = {
+        "precision": "precision", "memory format (channels_last)": "channels_last", "device": "device",
+        "version of torch": "versions.torch",
+    }  # fmt: skip
+    for name, key in facts.items():
         values = distinct_facts(key)
         if len(values) > 1:
             yield Warn(

@@ -45,4 +45,4 @@ def _notes(setting: Setting, cell: Cell) -> list[str]:
         )
     except (KeyError, TypeError):
         return []
-    return idle_options(config, int(run.metric("pretraining_steps") or steps), int(epoch))
+    return idle_options(config, int(run.metric("pretraining_steps") or steps), float(epoch))

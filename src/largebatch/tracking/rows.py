@@ -80,14 +80,14 @@ class RowOrder:
         log: called as ``log(number, row, histograms=..., images=...)``.
         layers_every: ``tracker.layers_every``; W&B gets layer rows at a multiple of it in a long run.
         steps: optimizer steps of the run.
-        steps_per_epoch: optimizer steps per epoch.
+        steps_per_epoch: optimizer steps per epoch, maybe a fraction.
 
     Attributes:
         count: number of rows so far.
         layers_every: steps between the layer rows that W&B gets; 0 without layer rows.
     """
 
-    def __init__(self, log: Callable[..., None], layers_every: int, steps: int, steps_per_epoch: int) -> None:
+    def __init__(self, log: Callable[..., None], layers_every: int, steps: int, steps_per_epoch: float) -> None:
         self.count = 0
         self.layers_every = layers_every * math.ceil(steps / max(layers_every, 1) / _LAYER_ROWS_IN_WANDB)
         self._log = log

@@ -23,9 +23,10 @@ def gather_facts(run: Run, model: nn.Module, total_steps: int) -> Facts:
     config, data, batch, device = run.config, run.data, run.batch, run.device
     return {
         "lr": resolved_lr(config),
-        "optimizer_options": config.optimizer.arguments(config.batch_size, run.epoch_steps, run.steps),
+        "optimizer_options": config.optimizer.arguments(config.batch_size, run.epochs.steps, run.steps),
         "steps": total_steps,
-        "steps_per_epoch": run.epoch_steps,
+        "steps_per_epoch": run.epochs.steps,
+        "training_examples": run.epochs.examples(run.steps),
         "global_batch": batch.global_batch,
         "processes": batch.processes,
         "per_process_batch": batch.per_process,
@@ -57,11 +58,13 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
     if config.optimizer.lr_1d is not None:
         lr_1d = config.lr_scaling.scaled(config.optimizer.lr_1d, config.batch_size)
         scaled += f", {lr_1d:g} for biases and norm parameters"
+    norm = f", batch norm over {config.batch_norm_size:,}" if config.batch_norm_size else ""
     return [
         f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test"
         f"{skipped}, {_PLACES[facts['data_location']]}; {config.model.name}: {facts['parameters']:,} parameters",
         f"batch {facts['global_batch']:,} = {facts['processes']} process(es) x {facts['accumulation']} micro-batch(es) "
-        f"of {facts['micro_batch']:,}; {facts['steps_per_epoch']:,} steps per epoch, {facts['steps']:,} in total",
+        f"of {facts['micro_batch']:,}{norm}; "
+        f"{facts['steps_per_epoch']:,g} steps per epoch, {facts['steps']:,} in total",
         f"{config.optimizer.name}: lr {facts['lr']:g}{scaled}; schedule {config.schedule.name}; "
         f"{facts['precision']}{', channels last,' if facts['channels_last'] else ''} on {facts['device']}",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -56,7 +56,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             continue
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
         phase.update(session.recorder)
-        clock.step()
+        clock.step(phase.epochs.size(step - phase.start - 1))
 
         mean: list[Row] = []
         each: list[Row] = []  # instead of the mean if the run diverges
@@ -67,7 +67,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
                 mean[0]["wall_seconds"] = clock.elapsed()
                 # The first steps wait for the device and for their rows: measure the speed over several steps.
                 if step > first_step and (step % phase.run.config.tracker.log_every == 0 or step == phase.end):
-                    mean[0] |= clock.speed(phase.run.config.batch_size)
+                    mean[0] |= clock.speed()
                 diverged = not math.isfinite(mean[0]["train/loss"])
         for line in profile.after_step(step):
             session.console.say(line)
@@ -122,8 +122,7 @@ def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
         if tensor.numel():
             distributed.sum_over_processes(tensor)
     if session.recorder and session.writer:
-        resolved = {"arithmetic": asdict(run.arithmetic), "micro_batch": run.batch.micro_batch}
-        state = training.state(session.clock.elapsed()) | resolved
+        state = training.state(session.clock.elapsed()) | {"micro_batch": run.batch.micro_batch}
         best = run.folder.best_checkpoint if is_best else None
         session.writer.save(training.step, state, first=session.recorder.layers_to_write(), best=best)
     else:

@@ -31,7 +31,7 @@ def resolved_lr(config: Config) -> float:
     return config.lr_scaling.scaled(config.optimizer.lr, config.batch_size)
 
 
-def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: int, steps: int = 0) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float, steps: int = 0) -> torch.optim.Optimizer:
     """Return the optimizer over the model's named trainable parameters.
 
     Args:

@@ -45,6 +45,7 @@ class MainPhase:
 
     def __init__(self, run: Run, training: Training, mode: ModuleType) -> None:
         self.run, self.training, self.mode = run, training, mode
+        self.epochs = run.epochs
         folder = run.folder.profile if run.config.profile and run.rank == 0 else None
         self.profile = Profile(folder, run.device, run.steps)
         self.end = self.total_steps = run.steps
@@ -56,10 +57,10 @@ class MainPhase:
     def batches(self) -> Generator[tuple[Tensor, Tensor]]:
         """Yield this process's micro-batches after optimizer step ``training.step``."""
         run = self.run
-        passes = 2 if run.exact and run.batch.accumulation > 1 else 1
         return run.loader.train(
-            run.data.train, run.batch, run.config.seed, self.training.step, run.config.mode.views, passes
-        )
+            run.data.train, run.epochs, run.batch, run.config.seed, self.training.step, run.config.mode.views,
+            passes=2 if run.exact else 1,
+        )  # fmt: skip
 
     def gradient(self, batches: Batches) -> Tensor | None:
         """Compute the gradient of the mean loss over a global batch, and keep the mode's totals of the step.
@@ -81,7 +82,7 @@ class MainPhase:
         torch.manual_seed(derive_seed(run.config.seed, "step", training.step, run.rank))  # for dropout; needs no saving
         if not run.within_memory:
             result = self._forward_backward(batches)
-            if run.averages_afterwards:
+            if run.averages_afterwards or self._smaller:
                 distributed.average_gradients(training.model)
             return result
         buffers = list(training.model.buffers())
@@ -102,9 +103,22 @@ class MainPhase:
         for tensor, saved in zip(buffers, before, strict=True):
             tensor.copy_(saved)
         release_memory(run.device)
-        together = run.config.optimizer.samples_together
-        self.run = run.with_micro_batch(smaller_micro_batch(run.batch, together))
+        self.run = run.with_micro_batch(smaller_micro_batch(run.batch))
         return None
+
+    @property
+    def _images(self) -> int:
+        """Number of images in the global batch of the present step."""
+        return self.epochs.size(self.training.step - 1)
+
+    @property
+    def _smaller(self) -> bool:
+        """True for a smaller last batch of an epoch.
+
+        It takes the uncompiled network, because another shape would compile again. Processes have unequal parts of it,
+        maybe none, so gradients are averaged afterwards.
+        """
+        return self._images < self.run.batch.global_batch
 
     def _forward_backward(self, batches: Batches) -> tuple[Tensor, Tensor]:
         """Add the gradient over its share of the batch.
@@ -116,18 +130,22 @@ class MainPhase:
         replica.train()
         totals = torch.zeros(self.mode.TOTALS, dtype=torch.float64, device=run.device)
         finite = torch.ones((), dtype=torch.bool, device=run.device)
-        accumulation = run.batch.accumulation
-        for part in range(accumulation):
+        network = replica if self._smaller else training.network
+        passes = len(run.batch.pieces(run.rank, self._images))
+        training.statistics.begin(run.batch.groups(self._images))
+        for number in range(1, passes + 1):
             with profile.phase("data"):
                 images, labels = next(batches)
-            more = part + 1 < accumulation  # DDP averages gradients over processes only in the last micro-batch
+            more = number < passes or self._smaller  # DDP averages gradients only in the last pass of a whole batch
             with replica.no_sync() if more and isinstance(replica, DistributedDataParallel) else nullcontext():
                 with profile.phase("forward"), run.autocast:
-                    loss, counted = self.mode.loss(run.config, training.network, images, labels)
-                with profile.phase("backward"):
-                    (loss / accumulation).backward()
+                    loss, counted = self.mode.loss(run.config, network, images, labels)
+                with profile.phase("backward"):  # divided by the number of passes if the batch is whole
+                    (loss / (self._images / (run.processes * max(len(labels), 1)))).backward()
+            training.statistics.after_pass()
             totals += counted
             finite &= loss.detach().isfinite()
+        training.statistics.end()
         return totals, finite
 
     def update(self, recorder: Recorder | None) -> None:
@@ -154,7 +172,7 @@ class MainPhase:
     def position(self, step: int) -> dict[str, float]:
         """Return step, epoch and number of training examples after ``step``."""
         run = self.run
-        return {"step": step, "epoch": step / run.epoch_steps, "examples": step * run.config.batch_size}
+        return {"step": step, "epoch": step / run.epochs.steps, "examples": run.epochs.examples(step)}
 
     def learning_rates(self) -> dict[str, float]:
         """Return the learning rates of the next update, and phi of TVLARS."""
@@ -181,8 +199,7 @@ class MainPhase:
         return [mean], [row | self.mode.train_metrics(own) for row, own in zip(rows, totals, strict=True)]
 
     def evaluates_after(self, step: int) -> bool:
-        every = self.run.config.eval_every * self.run.epoch_steps
-        return step == self.end or (step > 0 and step % every == 0)
+        return step == self.end or self.epochs.ends(step, self.run.config.eval_every)
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the validation and test sets, over all processes."""

@@ -9,13 +9,15 @@ graph and needs no second pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from largebatch.config.epochs import plan_epochs
 from largebatch.data import evaluation_share
 from largebatch.data.load import in_words
 from largebatch.machine import distributed
@@ -41,7 +43,8 @@ class Pretraining(MainPhase):
         self.options = bt.options(run.config)
         self.model = cast(bt.BarlowTwins, training.model)
         batch = probe_batch(run)
-        self.probe_steps = len(run.data.train) // batch.global_batch * self.options.eval_epochs
+        epochs = plan_epochs(run.config, len(run.data.train), batch.global_batch)
+        self.probe_steps = epochs.steps_of(self.options.eval_epochs)
         self.total_steps = self.end + self.probe_steps
         training.probe = build_probe(run, self.model)
 
@@ -54,15 +57,20 @@ class Pretraining(MainPhase):
         if not run.exact:
             return super()._forward_backward(batches)
         model.train()
-        whole = run.batch.accumulation == 1
+        sizes = [piece.stop - piece.start for piece in run.batch.pieces(run.rank, self._images)]
+        share = sum(sizes)
+        whole = len(sizes) == 1
         buffers = [] if whole else list(model.buffers())
         before = [buffer.clone() for buffer in buffers]
+        statistics = self.training.statistics
+        statistics.begin(run.batch.groups(self._images))
         graphs: list[tuple[int, slice, Tensor]] = []
-        collected = torch.empty(0)
+        weight = model.projector.first.weight
+        collected = weight.new_empty(2, 0, len(weight))  # stays empty in a process without images
         with torch.set_grad_enabled(whole):
-            for view, rows, output in self._first_layer(batches):
-                if not len(collected):
-                    collected = output.new_empty(2, run.batch.per_process, output.shape[1])
+            for view, rows, output in self._first_layer(batches, sizes):
+                if len(collected[0]) < share:
+                    collected = output.new_empty(2, share, output.shape[1])
                 collected[view, rows] = output.detach()
                 if whole:
                     graphs.append((view, rows, output))
@@ -70,34 +78,42 @@ class Pretraining(MainPhase):
             buffer.copy_(saved)
         with self.profile.phase("forward"):
             parts, gradient = global_loss(
-                model.projector, collected, run.batch.micro_batch, run.autocast,
-                lmbda=options.lmbda, scale=options.loss_scale,
+                model.projector, collected, max([1, *sizes]), run.autocast,
+                images=self._images, lmbda=options.lmbda, scale=options.loss_scale,
             )  # fmt: skip
-        for view, rows, output in graphs or self._first_layer(batches):
+        for view, rows, output in graphs or self._first_layer(batches, sizes):
             with self.profile.phase("backward"):
                 torch.autograd.backward(output, gradient[view, rows])
-        return bt.counted(options.loss_scale, parts, run.batch.per_process), parts[0].isfinite()
+            if view == 1:
+                statistics.after_pass()
+        statistics.end()
+        return bt.counted(options.loss_scale, parts, share), parts[0].isfinite()
 
-    def _first_layer(self, batches: Batches) -> Iterator[tuple[int, slice, Tensor]]:
+    def _first_layer(self, batches: Batches, sizes: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield view (0 or 1), rows among this process's images, and output of backbone and projector's first layer.
 
         The seed of a view of a micro-batch is the same in both passes, and so is dropout.
+
+        Args:
+            sizes: number of images of each of this process's micro-batches.
         """
-        run, training, size = self.run, self.training, self.run.batch.micro_batch
-        for number in range(run.batch.accumulation):
+        run, training = self.run, self.training
+        network = training.replica if self._smaller else training.network
+        ends = [0, *itertools.accumulate(sizes)]
+        for number, rows in enumerate(itertools.starmap(slice, itertools.pairwise(ends))):
             with self.profile.phase("data"):
                 images, _ = next(batches)
             for view, pixels in enumerate(images.chunk(2)):
                 torch.manual_seed(derive_seed(run.config.seed, "view", training.step, run.rank, number, view))
                 with self.profile.phase("forward"), run.autocast:
-                    output: Tensor = self.model.projector.first(training.network(pixels))
-                yield view, slice(number * size, (number + 1) * size), output
+                    output: Tensor = self.model.projector.first(network(pixels))
+                yield view, rows, output
 
     def evaluates_after(self, step: int) -> bool:
         every = self.options.knn_every
         if every == 0:
             return False
-        return step in (self.start, self.end) or step % (every * self.run.epoch_steps) == 0
+        return step in (self.start, self.end) or self.epochs.ends(step, every)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from largebatch.config.batch import BatchPlan, plan_small_batch
+from largebatch.config.batch import BatchPlan
+from largebatch.config.epochs import plan_epochs
 from largebatch.data.sampling import global_batches
 from largebatch.machine import distributed
 from largebatch.modes import bt, clf
@@ -20,6 +21,7 @@ from largebatch.tracking.recorder import Recorder
 from largebatch.training.evaluation import classification_metrics, held_out, metrics_of_images, split_features
 from largebatch.training.phase import Batches, MainPhase
 from largebatch.training.profile import Profile
+from largebatch.training.running_statistics import RunningStatistics
 from largebatch.training.state import ProbeState, Run, Training
 
 _MOMENTUM = 0.9  # as in the reference program
@@ -27,9 +29,16 @@ _DEVIATION = 0.01  # of the linear layer's initial weights; as in the reference 
 
 
 def probe_batch(run: Run) -> BatchPlan:
-    """Return the division of the probe's batch, in micro-batches no larger than in pre-training."""
-    images = len(run.data.train)
-    return plan_small_batch(bt.options(run.config).eval_batch_size, images, run.processes, run.batch.micro_batch)
+    """Return the division of the probe's batch, at most all images, in micro-batches no larger than in pre-training.
+
+    With batch norm in training mode, its statistics are of groups as large as in pre-training. Then a small batch may
+    have fewer groups than there are processes, and some processes are idle.
+    """
+    options, batch = bt.options(run.config), run.batch
+    images = min(options.eval_batch_size, len(run.data.train))
+    if options.lr_backbone and run.config.batch_norm_size is not None:
+        return replace(batch, global_batch=images, together=1)
+    return BatchPlan(images, run.processes, min(batch.micro_batch, -(-images // run.processes)))
 
 
 def build_probe(run: Run, model: BarlowTwins) -> ProbeState:
@@ -64,12 +73,14 @@ class ProbePhase(MainPhase):
         self.probe, self.model = training.probe, cast(BarlowTwins, training.model)
         self.options, self.batch = bt.options(run.config), probe_batch(run)
         self.start, self.end = run.steps, end
-        self.epoch_steps = len(run.data.train) // self.batch.global_batch
+        self.epochs = plan_epochs(run.config, len(run.data.train), self.batch.global_batch)
         self.profile = Profile(None, run.device, end)
         distributed.share_buffers(self.model)
         self.model.eval()
         self.classifier = nn.Sequential(self.model.backbone, self.probe.head)
         self.frozen = not self.options.lr_backbone
+        trained = self.probe.head if self.frozen else self.classifier
+        self.statistics = RunningStatistics(trained, over_processes=not run.config.sync_bn)
         backbone = self.model.backbone.state_dict() if self.frozen else {}
         self._before = {name: tensor.clone() for name, tensor in backbone.items()}
         # Features of the held-out sets, constant with a frozen backbone.
@@ -90,15 +101,15 @@ class ProbePhase(MainPhase):
         loader = run.loader
         if not self.options.eval_augmentation:
             loader = replace(loader, config=replace(loader.config, crop_padding=0, flip=False, rotation=0.0))
-        return loader.train(run.data.train, batch, seed, self._step)
+        return loader.train(run.data.train, self.epochs, batch, seed, self._step)
 
     def _feature_batches(self, seed: int) -> Generator[tuple[Tensor, Tensor]]:
         run, batch = self.run, self.batch
         features, labels = split_features(run, self.model, run.data.train)
-        for _, indices in global_batches(len(labels), batch.global_batch, seed, self._step):
-            share = indices[run.rank * batch.per_process : (run.rank + 1) * batch.per_process].to(run.device)
-            for piece in torch.split(share, batch.micro_batch):
-                yield features[piece], labels[piece]
+        for _, indices in global_batches(self.epochs, seed, self._step):
+            for piece in batch.pieces(run.rank, len(indices)):
+                chosen = indices[piece].to(run.device)
+                yield features[chosen], labels[chosen]
 
     def _logits(self, inputs: Tensor) -> Tensor:
         """Return logits of a micro-batch of ``batches``: of features or of images."""
@@ -114,18 +125,22 @@ class ProbePhase(MainPhase):
         if not self.frozen:
             self.model.backbone.train()
         finite = torch.ones((), dtype=torch.bool, device=run.device)
-        for _ in range(self.batch.accumulation):
+        images = self.epochs.size(self._step - 1)
+        self.statistics.begin(self.batch.groups(images))
+        for _ in self.batch.pieces(run.rank, images):
             inputs, labels = next(batches)
             loss, counted = clf.loss(run.config, self._logits, inputs, labels)
-            torch.autograd.backward(loss / self.batch.accumulation)
+            torch.autograd.backward(loss / (images / (run.processes * max(len(labels), 1))))
+            self.statistics.after_pass()
             probe.totals += counted
             finite &= loss.detach().isfinite()
-        distributed.average_gradients(self.classifier)
+        self.statistics.end()
+        distributed.average_gradients(probe.head if self.frozen else self.classifier)
         return finite
 
     def update(self, recorder: Recorder | None) -> None:
         """Take one optimizer step. The learning rates follow half a cosine and are constant within an epoch."""
-        epoch = (self._step - 1) // self.epoch_steps
+        epoch = self.epochs.completed(self._step - 1)
         for group, lr in zip(self.probe.optimizer.param_groups, self.probe.lrs, strict=True):
             group["lr"] = lr * (1 + math.cos(math.pi * epoch / self.options.eval_epochs)) / 2
         self.probe.optimizer.step()
@@ -134,11 +149,11 @@ class ProbePhase(MainPhase):
     def position(self, step: int) -> dict[str, float]:
         """Return step, epoch and examples including pre-training, and the probe's epoch."""
         run, own = self.run, step - self.start
-        epoch = own / self.epoch_steps
+        epoch = own / self.epochs.steps
         return {
             "step": step,
-            "epoch": self.start / run.epoch_steps + epoch,
-            "examples": self.start * run.config.batch_size + own * self.batch.global_batch,
+            "epoch": self.start / run.epochs.steps + epoch,
+            "examples": run.epochs.examples(self.start) + self.epochs.examples(own),
             "probe/epoch": epoch,
         }
 
@@ -149,7 +164,7 @@ class ProbePhase(MainPhase):
         return False  # the evaluation's row has the training metrics
 
     def evaluates_after(self, step: int) -> bool:
-        return step > self.start and (step - self.start) % self.epoch_steps == 0
+        return step > self.start and (step == self.end or self.epochs.ends(step - self.start))
 
     def evaluate(self) -> dict[str, float]:
         """Return the training metrics of the epoch, and the held-out sets' metrics if due."""
@@ -163,7 +178,7 @@ class ProbePhase(MainPhase):
                 for name, features_and_labels in self._held_out.items()
             }
             metrics |= metrics_of_images(self.run, images, self.training.step)
-        elif (self._step // self.epoch_steps) % self.run.config.eval_every == 0 or self.training.step == self.end:
+        elif self.training.step == self.end or self.epochs.ends(self._step, self.run.config.eval_every):
             metrics |= classification_metrics(self.run, self.classifier, self.training.step)
         return metrics
 

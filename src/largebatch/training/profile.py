@@ -34,21 +34,23 @@ class StepClock:
 
     def restart(self) -> None:
         """Measure speed from now on, without atypical time such as the first step's set-up."""
-        self._mark, self._paused, self._steps = time.perf_counter(), 0.0, 0
+        self._mark, self._paused, self._steps, self._images = time.perf_counter(), 0.0, 0, 0
 
-    def step(self) -> None:
+    def step(self, images: int) -> None:
         self._steps += 1
+        self._images += images
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._started
 
-    def speed(self, batch_size: int) -> dict[str, float]:
+    def speed(self) -> dict[str, float]:
         """Return images per second and milliseconds per step since the last call; empty without a step."""
         if self._steps == 0:
             return {}
-        seconds = (time.perf_counter() - self._mark - self._paused) / self._steps
+        seconds = time.perf_counter() - self._mark - self._paused
+        speed = {"perf/images_per_second": self._images / seconds, "perf/step_ms": 1000 * seconds / self._steps}
         self.restart()
-        return {"perf/images_per_second": batch_size / seconds, "perf/step_ms": 1000 * seconds}
+        return speed
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
-from largebatch.config.batch import plan_batch
+from largebatch.config.batch import plan_training
+from largebatch.config.epochs import plan_epochs
+from largebatch.config.models import TimmModel
 from largebatch.config.schema import Config
-from largebatch.data import load_data, steps_per_epoch
+from largebatch.data import load_data
 from largebatch.data.cache import Say
+from largebatch.errors import UserError
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic, Image, choose_arithmetic
 from largebatch.modes import bt, clf
@@ -25,6 +30,7 @@ from largebatch.training.micro_batch import largest_micro_batch
 from largebatch.training.optimization import build_optimizer
 from largebatch.training.phase import MainPhase
 from largebatch.training.pretraining import Pretraining
+from largebatch.training.running_statistics import RunningStatistics
 from largebatch.training.state import Run, Training, Unlogged
 
 MODES: dict[str, tuple[ModuleType, type[MainPhase]]] = {"clf": (clf, MainPhase), "bt": (bt, Pretraining)}
@@ -42,65 +48,99 @@ def set_up(
 ) -> MainPhase:
     """Return the main phase at step 0: data, model, optimizer and schedule, the same in every process.
 
-    All processes agree on the measured values (arithmetic, and a micro-batch that fits). A resumed run takes these
-    values from ``saved``.
+    All processes agree on the measured values (arithmetic, and a micro-batch that fits). A run that starts again takes
+    the arithmetic from its status, and a resumed run the micro-batch from ``saved``.
     """
     data = load_data(config.dataset, config.seed, device, console.say, distributed.processes_here())
     mode, phase = MODES[config.mode.name]
     torch.manual_seed(derive_seed(config.seed, "model"))
     model: nn.Module = mode.build_model(config, data).to(device)
-    epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
-    steps = config.steps if config.steps is not None else (config.epochs or 0) * epoch_steps
-
-    batch = plan_batch(config.batch_size, processes, config.micro_batch, config.optimizer.samples_together)
-    if saved is not None:
-        arithmetic = Arithmetic(**saved["arithmetic"])
-    else:
-        at_once = config.mode.views * batch.micro_batch
-        arithmetic = _agreed_arithmetic(config, model, data.image, at_once, rank, device, console.say)
+    batch = plan_training(config, processes)
+    epochs = plan_epochs(config, len(data.train))
+    steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
+    at_once = config.mode.views * batch.micro_batch
+    arithmetic = _agreed_arithmetic(config, folder, model, data.image, at_once, rank, device, console.say)
     model = model.to(memory_format=arithmetic.memory_format)
     if config.micro_batch == "auto" and saved is not None:
-        batch = plan_batch(config.batch_size, processes, saved["micro_batch"])
+        batch = replace(batch, micro_batch=saved["micro_batch"])
     elif config.micro_batch == "auto":
         largest = largest_micro_batch(
-            model, batch, config.optimizer.samples_together, data.image, config.mode.views, arithmetic, device,
+            model, batch, config.batch_norm_size, data.image, config.mode.views, arithmetic, device,
             bt.kept_bytes(config, batch),
         )  # fmt: skip
         largest = int(distributed.smallest_over_processes(torch.tensor(float(largest))))
-        batch = plan_batch(config.batch_size, processes, largest)
+        batch = replace(batch, micro_batch=largest)
     if config.sync_bn:
         model = distributed.synchronise_batch_norm(model, device)
-    optimizer = build_optimizer(config, model, epoch_steps, steps)
+    # The part of the model that takes a micro-batch.
+    passed = cast(bt.BarlowTwins, model).backbone if config.mode.loss_over_global_batch else model
+    layers = _batch_norm_layers(config, passed, console.say)
+    optimizer = build_optimizer(config, model, epochs.steps, steps)
     norms = None
     if isinstance(optimizer, CLARS):
         norms = SampleNorms(model, config.optimizer.samples_together, parameters=optimizer.layers)
         groups = f"{norms.sample_size} sample{'s' * (norms.sample_size > 1)} at a time"
         console.say(f"gradient norms of {groups} by {norms.method}: {norms.why}")
         if norms.method == "passes":  # one backward pass per group
-            batch = plan_batch(config.batch_size, processes, norms.sample_size)
+            batch = replace(batch, micro_batch=norms.sample_size)
+            if layers and batch.group != config.batch_norm_size:
+                raise UserError(
+                    f"batch_norm_size={config.batch_norm_size}: optimizer=clars measures norms by passes of "
+                    f"optimizer.sample_size={norms.sample_size} images here, and batch norm is over the images of a "
+                    f"pass. Fix: batch_norm_size={batch.group}"
+                )
 
-    run = Run(config, folder, rank, processes, device, data, batch, epoch_steps, steps, arithmetic)
-    replica = cast(bt.BarlowTwins, model).backbone if run.exact else model
+    run = Run(config, folder, rank, processes, device, data, batch, epochs, steps, arithmetic)
+    replica = passed
     if not run.averages_afterwards:
         example = torch.zeros(2 * config.mode.views, *data.image, device=device)
         replica = distributed.replicate(replica, example)
     network, how = compiled(run, replica, model, norms is not None)
     if how:
         console.say(how)
-    schedule = LambdaLR(optimizer, config.schedule.factor(steps, epoch_steps))
+    schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
     unlogged = Unlogged(mode.TOTALS, device)
-    return phase(run, Training(model, replica, network, optimizer, schedule, norms, unlogged), mode)
+    statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
+    return phase(run, Training(model, replica, network, optimizer, schedule, norms, statistics, unlogged), mode)
+
+
+def _batch_norm_layers(config: Config, network: nn.Module, say: Say) -> list[str]:
+    """Return the names of the batch-norm layers of ``network``, the part of the model that takes a micro-batch.
+
+    Raises:
+        UserError: if there are any in a model that has none by its configuration.
+    """
+    layers = [name for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)]
+    name = config.model.name
+    if layers and config.batch_norm_size is None:
+        raise UserError(
+            f"model.name={name}: has batch norm ({layers[0]}), but its configuration says that it has none. "
+            "Fix: leave out model.batch_norm=false; for a model of your own, has_batch_norm in config/models.py"
+        )
+    if not layers and isinstance(config.model, TimmModel) and config.model.batch_norm:
+        say(f"{name} has no batch norm: with model.batch_norm=false, any number of processes gives a run the same name")
+    return layers
 
 
 def _agreed_arithmetic(
-    config: Config, model: nn.Module, image: Image, at_once: int, rank: int, device: torch.device, say: Say
+    config: Config,
+    folder: RunFolder,
+    model: nn.Module,
+    image: Image,
+    at_once: int,
+    rank: int,
+    device: torch.device,
+    say: Say,
 ) -> Arithmetic:
-    """Return rank 0's choice for passes of ``at_once`` images."""
+    """Return the arithmetic of the run's first start, which its status keeps, or else rank 0's choice."""
     chosen = None
-    if rank == 0:
+    if rank == 0 and (kept := folder.read_status().get("arithmetic")):
+        chosen = Arithmetic(**kept)
+    elif rank == 0:
         chosen, how = choose_arithmetic(config, model, image, at_once, device)
         if how:
             say(f"{chosen}: the fastest for {config.model.name} here ({how})")
+        folder.update_status(arithmetic=asdict(chosen))
     chosen = distributed.from_rank_0(chosen)
     assert chosen is not None
     return chosen

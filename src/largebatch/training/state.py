@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from largebatch.config.batch import BatchPlan, plan_batch
+from largebatch.config.batch import BatchPlan
+from largebatch.config.epochs import Epochs
 from largebatch.config.schema import Config
 from largebatch.data import BatchLoader, Data
 from largebatch.machine import distributed
@@ -19,6 +20,7 @@ from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import Row
+from largebatch.training.running_statistics import RunningStatistics
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Run:
     device: torch.device
     data: Data
     batch: BatchPlan
-    epoch_steps: int  # optimizer steps per epoch
+    epochs: Epochs
     steps: int  # of the main training; with mode=bt, of the pre-training
     arithmetic: Arithmetic
 
@@ -49,9 +51,10 @@ class Run:
     def within_memory(self) -> bool:
         """True if a step that runs out of memory is repeated with smaller micro-batches.
 
-        False with batch-norm statistics or a loss over several processes: their forward passes wait for each other.
+        False with batch norm, whose statistics would change, and with a loss over several processes, whose forward
+        passes wait for each other.
         """
-        tied = self.processes > 1 and (self.config.sync_bn or self.exact)
+        tied = self.config.batch_norm_size is not None or (self.processes > 1 and self.exact)
         return self.config.micro_batch == "auto" and not tied
 
     @property
@@ -65,7 +68,7 @@ class Run:
         return BatchLoader(self.config.dataset, data.mean, data.std, self.device, self.rank, self.processes, last)
 
     def with_micro_batch(self, size: int) -> Run:
-        return replace(self, batch=plan_batch(self.batch.global_batch, self.processes, size))
+        return replace(self, batch=replace(self.batch, micro_batch=size))
 
 
 class Unlogged:
@@ -123,6 +126,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     norms: SampleNorms | None  # gradient norms for CLARS
+    statistics: RunningStatistics  # of the network's batch norm
     unlogged: Unlogged
     probe: ProbeState | None = None  # only with mode=bt
     step: int = 0

@@ -18,6 +18,7 @@ import torch
 from largebatch.config.schema import Config, load_config
 from largebatch.errors import UserError
 from largebatch.machine import distributed
+from largebatch.machine.memory import is_out_of_memory
 from largebatch.machine.process import die_with_parent, launcher_is_gone
 from largebatch.runs.folder import RESUMES, RunBusyError, RunFolder, this_process
 from largebatch.tracking.console import Console
@@ -26,6 +27,7 @@ from largebatch.tracking.recorder import Recorder
 from largebatch.training.checkpoint import CheckpointWriter, load_newest
 from largebatch.training.facts import facts_in_words, gather_facts
 from largebatch.training.loop import Session, loop
+from largebatch.training.micro_batch import too_large_for_memory
 from largebatch.training.phase import MainPhase
 from largebatch.training.profile import StepClock
 from largebatch.training.set_up import set_up
@@ -105,7 +107,11 @@ def _work(config: Config, folder: RunFolder, rank: int, console: Console) -> int
         return _fail(folder, str(error), exit_code=2)
     except Exception as error:
         traceback.print_exc()
-        advice = "; a smaller micro_batch needs less memory" if isinstance(error, torch.OutOfMemoryError) else ""
+        advice = ""
+        if is_out_of_memory(error) and config.batch_norm_size:
+            advice = f"; {too_large_for_memory(config.batch_norm_size, config.cluster.device)}"
+        elif isinstance(error, torch.OutOfMemoryError):
+            advice = "; a smaller micro_batch needs less memory"
         first_line = str(error).partition("\n")[0]
         where = f"traceback in {folder.log}; {RESUMES}"
         return _fail(folder, f"{type(error).__name__}: {first_line}{advice}; {where}", exit_code=1)
