@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from largebatch.machine import distributed
+from largebatch.runs.folder import RESUMES
 from largebatch.runs.metrics import Row
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
@@ -89,7 +90,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
                 _save(phase, session, is_best)
             session.boundary.saved(step)
             if stop and step < phase.end:
-                return "preempted", ""
+                return "preempted", RESUMES
         if step == first_step:
             clock.restart()
 
