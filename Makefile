@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slurm lint bench clean
+.PHONY: help install demo test test-slow test-slurm lint bench clean
 
 help: ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,12 +22,17 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs in under two minutes
 	$(BIN)/python launch.py -m sweeps=demo
 
-test: install ## run all tests but SLURM's, two files at a time with a thread each
-	LARGEBATCH_SLURM=skip OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test: install ## run all tests but the slow ones and SLURM's, two files at a time with a thread each
+	LARGEBATCH_SLURM=skip $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+test-slow: install ## run the slow tests: every benchmark in its smallest size, kernels for every GPU, little memory
+	LARGEBATCH_SLURM=skip $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 test-slurm: install ## run SLURM's tests on a private cluster (Debian, root)
 	$(BIN)/python tests/tools/private_slurm/cluster.py install
-	LARGEBATCH_SLURM=required OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
+	LARGEBATCH_SLURM=required $(PYTEST) tests/slurm
 
 lint: install ## check style and types
 	$(BIN)/ruff check .

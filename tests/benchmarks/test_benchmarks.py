@@ -14,6 +14,8 @@ from conftest import ROOT, environment
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 OPTIONAL = {"input_pipeline": "kornia", "optimizer_step": "pytorch_optimizer"}  # of the extra `bench`
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.stem for script in SCRIPTS])
 def test_benchmark_runs_in_its_smallest_size(script: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from largebatch.optim.param_groups import LambNumbers, LarsNumbers, Part
 
 triton = pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 
 class Recorder:
     """A stand-in for a kernel that records its launches."""

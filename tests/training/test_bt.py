@@ -211,6 +211,7 @@ def test_synchronised_batch_norm_trains_the_same_in_two_processes(tmp_path: Path
     assert_same_training(whole, train_in(tmp_path / "divided", *WHOLE, "sync_bn=true", "cluster.processes=2"))
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_batch_norm_is_the_same_for_every_division(tmp_path: Path) -> None:
     """The probe's 6 images are one group, so the second of two processes has none without ``sync_bn``."""
     probe = ("mode.lr_backbone=0.01", "mode.eval_batch_size=6")
