@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import zipfile
@@ -176,9 +175,8 @@ def _load(folder: RunFolder) -> Run:
     if state not in STATES:
         raise _Broken(f"status.json has an unknown state ({state!r})")
     summary = _attempt(folder.summary, _read_tree) if state in DONE else {}
-    with contextlib.suppress(OSError):  # a read-only copy has no usable lock: trust its status
-        if state == "running" and not folder.is_held():
-            state = "interrupted"
+    if state == "running" and not folder.is_held():
+        state = "interrupted"
     run = Run(folder, config, str(state), str(status.get("message") or ""), summary)
     if state == "finished" and run.metric("test/accuracy") is None:
         raise _Broken("summary.json has no test/accuracy, although the run finished")

@@ -38,7 +38,7 @@ def cancel(folders: Sequence[RunFolder]) -> int:
         if answer.returncode != 0:
             raise UserError(f"scancel: {answer.stderr.strip()}")
     for folder in here:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended, or is another user's
             os.kill(statuses[folder]["pid"], signal.SIGTERM)
     left = _wait([*of_slurm, *here], of_slurm)
     elsewhere = False
@@ -48,7 +48,10 @@ def cancel(folders: Sequence[RunFolder]) -> int:
         elif folder.is_held():
             outcome, elsewhere = f"not running here: {folder.held_by()}", True
         else:
-            outcome = f"not running; {folder.state()}"
+            state = folder.state()
+            outcome = f"not running; {'interrupted' if state == 'running' else state}"
+        if not os.access(folder.path, os.W_OK):
+            outcome += "; the folder is another user's, or read-only"
         print(f"{folder.name}: {outcome}", flush=True)
     return 1 if left or elsewhere else 0
 

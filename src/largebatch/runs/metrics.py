@@ -26,7 +26,7 @@ class MetricsLog:
     def __init__(self, path: Path, step: int) -> None:
         kept = [row for row in read_rows(path) if row["step"] <= step] if step > 0 else []
         write_atomic(path, "".join(_line(row) for row in kept))
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
         self._file.write(_line(row))

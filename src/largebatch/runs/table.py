@@ -13,6 +13,7 @@ from largebatch.errors import UserError
 from largebatch.runs.folder import DONE, RESUMES, RunFolder, read_tail
 from largebatch.runs.metrics import newest
 from largebatch.runs.slurm_queue import Job, jobs_of
+from largebatch.terminal import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -163,7 +164,7 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table as text, with two spaces between columns and whole cells."""
     columns = []
     for heading, *cells in zip(headings, *rows, strict=True):
-        lines = [heading, *(" ".join(cell.splitlines()) for cell in cells)]
+        lines = [heading, *(printable(" ".join(cell.splitlines())) for cell in cells)]
         width = max(map(len, lines))
         numeric = any(cells) and all(cell[:1].isdigit() or cell in ("-", "") for cell in cells)
         columns.append([line.rjust(width) if numeric else line.ljust(width) for line in lines])

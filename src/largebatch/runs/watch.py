@@ -11,6 +11,7 @@ from pathlib import Path
 from largebatch.errors import UserError
 from largebatch.runs.folder import DONE, RunFolder
 from largebatch.runs.table import Row, counted, live_table, print_table, run_rows, table_of
+from largebatch.terminal import printable
 
 _LOOK_SECONDS = 2.0
 _LOG_SECONDS = 0.5  # between looks at a log
@@ -55,7 +56,8 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
         for row in rows:
             if states.get(row["run"]) != row["state"]:
                 states[row["run"]] = row["state"]
-                print(f"{time.strftime('%H:%M:%S')} {row['run']} {row['state']}  {_news(row)}".rstrip(), flush=True)
+                line = f"{time.strftime('%H:%M:%S')} {row['run']} {row['state']}  {_news(row)}"
+                print(printable(line).rstrip(), flush=True)
     print(_headline(rows), flush=True)
 
 
@@ -113,7 +115,7 @@ def show_log(folder: RunFolder, lines: int | None, follow: bool) -> None:
         if log != folder.log:
             print(f"==> {log}")
         text = log.read_text(errors="replace").splitlines()
-        print("\n".join(text[-lines:] if lines is not None else text), flush=True)
+        print(printable("\n".join(text[-lines:] if lines is not None else text)), flush=True)
     if follow:
         _follow(folder, folder.log.stat().st_size if folder.log in logs else 0)
 
@@ -136,6 +138,6 @@ def _follow(folder: RunFolder, position: int) -> None:
                 log.seek(position)
                 new = log.read()
             position += len(new)
-            print(new.decode(errors="replace"), end="", flush=True)
+            print(printable(new.decode(errors="replace")), end="", flush=True)
         if is_open:
             time.sleep(_LOG_SECONDS)
