@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -257,7 +259,8 @@ def _attempt(path: Path, read: Callable[[Path], Item]) -> Item:
     except FileNotFoundError:
         raise _Broken(f"{path.name} is missing") from None
     except (
-        ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, yaml.YAMLError, pyarrow.ArrowException,
+        ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError,
+        struct.error, zipfile.BadZipFile, zlib.error, yaml.YAMLError, pyarrow.ArrowException,
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _Broken(f"{path.name} can't be read ({reason})") from None

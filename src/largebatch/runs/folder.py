@@ -143,7 +143,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}). Fix: correct or remove the file") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: no JSON object. Fix: correct or remove the file")
@@ -151,7 +153,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tail(path: Path, most: int) -> list[str]:
-    """Return the complete lines in the last ``most`` bytes of a file; an empty list if there is no file."""
+    """Return the complete lines in the last ``most`` bytes of a file; an empty list if there is no file.
+
+    Raises:
+        UserError: the file can't be read.
+    """
     try:
         with path.open("rb") as file:
             start = max(file.seek(0, os.SEEK_END) - most, 0)
@@ -159,6 +165,8 @@ def read_tail(path: Path, most: int) -> list[str]:
             lines = file.read().split(b"\n")[:-1]  # the text after the last newline is an unfinished line
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
     return [line.decode(errors="replace") for line in lines[1 if start else 0 :]]
 
 

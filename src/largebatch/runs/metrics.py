@@ -53,7 +53,11 @@ def newest(path: Path, *names: str) -> float | None:
         rows = [json.loads(line) for line in reversed(read_tail(path, _TAIL))]
     except ValueError as error:
         raise UserError(f"{path}: a row isn't JSON ({error}). Fix: correct or remove the row") from None
-    return next((row[name] for name in names for row in rows if row.get(name) is not None), None)
+    values = (row.get(name) if isinstance(row, dict) else row for name in names for row in rows)
+    found = next((value for value in values if value is not None), None)
+    if not isinstance(found, int | float | None):
+        raise UserError(f"{path}: a row isn't an object with numbers. Fix: correct or remove the row")
+    return found
 
 
 def write_table(rows: list[Row], path: Path) -> None:

@@ -38,9 +38,13 @@ def run_rows(folders: Iterable[RunFolder], *, ask_slurm: bool = True) -> list[Ro
 
 def _status(folder: RunFolder) -> dict[str, Any]:
     try:
-        return folder.read_status()
+        status = folder.read_status()
     except UserError as error:
         return {"state": "unreadable", "message": str(error)}
+    for key, kind in (("state", str), ("message", str), ("updated", int | float)):
+        if key in status and not isinstance(status[key], kind):
+            return {"state": "unreadable", "message": f"{folder.status}: invalid {key} ({status[key]!r})"}
+    return status
 
 
 def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
@@ -50,10 +54,13 @@ def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
     elif _should_be_held(status, job) and not folder.is_held():
         state = "interrupted"
     summary: dict[str, Any] = {}
-    accuracy = None
+    accuracy, log = None, ""
     try:
         summary = folder.read_summary()
         accuracy = summary.get("test/accuracy") if state in DONE else newest(folder.metrics, "test/accuracy")
+        if not isinstance(accuracy, int | float | None):
+            raise UserError(f"{folder.summary}: invalid test/accuracy ({accuracy!r})")
+        log = next((line for line in reversed(read_tail(folder.log, 1 << 12)) if line.strip()), "")
     except UserError as error:
         state, message = "unreadable", str(error)
     return {
@@ -66,7 +73,7 @@ def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
         "job": status.get("job_id"),
         "node": status.get("node"),
         "message": message,
-        "log": next((line for line in reversed(read_tail(folder.log, 1 << 12)) if line.strip()), ""),
+        "log": log,
         "folder": str(folder.path),
     }
 

@@ -106,7 +106,7 @@ def show_log(folder: RunFolder, lines: int | None, follow: bool) -> None:
         follow: print new lines until the run is neither queued nor running.
 
     Raises:
-        UserError: there is no log yet, and ``follow`` is False.
+        UserError: there is no log yet and ``follow`` is False, or the log can't be read.
     """
     logs = _logs(folder)
     if not logs and not follow:
@@ -114,7 +114,10 @@ def show_log(folder: RunFolder, lines: int | None, follow: bool) -> None:
     for log in logs:
         if log != folder.log:
             print(f"==> {log}")
-        text = log.read_text(errors="replace").splitlines()
+        try:
+            text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise UserError(f"{log}: can't be read ({error.strerror})") from None
         print(printable("\n".join(text[-lines:] if lines is not None else text)), flush=True)
     if follow:
         _follow(folder, folder.log.stat().st_size if folder.log in logs else 0)
