@@ -132,7 +132,7 @@ def test_equal_settings_make_one_run(launch: Launch) -> None:
         (["model=timm", "model.name=nonsense"], "model.name=nonsense: timm has no such model"),
         (["optimizer=timm", "optimizer.name=nonsense"], "optimizer.name=nonsense: timm has no such optimizer"),
         (["dataset=cifar10", "dataset.download=false", "tracker=none"], "dataset.root.*dataset.download"),
-        (["schedule=warmup_cosine", "steps=10", "tracker=none"], "schedule.warmup_epochs=10: 20 steps of warm-up"),
+        (["schedule=warmup_cosine", "steps=10", "tracker=none"], "schedule.warmup_epochs=10: 28 steps of warm-up"),
     ],
 )
 def test_a_mistake_found_in_the_worker_gives_one_message(
