@@ -4,10 +4,15 @@ python launch.py optimizer=tvlars batch_size=1024
 python launch.py -m optimizer=lars,lamb,tvlars seed=0,1,2
 """
 
-import argparse
 import os
-import signal
 import sys
+
+# The working directory and this file's folder come last, so that a random.py there doesn't replace Python's.
+sys.path.append(os.getcwd())
+sys.path.sort(key=("", os.path.dirname(os.path.abspath(__file__)), os.getcwd()).__contains__)
+
+import argparse
+import signal
 import tempfile
 from pathlib import Path
 
@@ -24,6 +29,7 @@ from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, by_force, compose_grid, composition_error, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.plan import make_plan
+from largebatch.terminal import outlive_terminal, restart_in_utf8
 from largebatch.tracking.wandb_arguments import agent_run_id
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -93,6 +99,10 @@ def show_configuration(arguments: list[str]) -> bool:
 
 
 def launch() -> int:
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(f"TMPDIR: {error.strerror}. Fix: TMPDIR=FOLDER with a folder that can be written") from None
     if agent_run_id():
         sys.argv[1:] = sweep_agent.overrides(sys.argv[1:])
     if show_configuration(sys.argv[1:]) or not (jobs := composed_jobs(sys.argv[1:])):
@@ -105,8 +115,10 @@ def launch() -> int:
 
 
 def main() -> int:
+    restart_in_utf8()
+    outlive_terminal()
     code = exit_code_of(launch)
-    if code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2):
+    if code in (128 + signal.SIGTERM, 128 + signal.SIGUSR2, 128 + signal.SIGHUP):
         signal.raise_signal(code - 128)  # the runs are saved; the parent process sees the signal
     return code
 

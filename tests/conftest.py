@@ -6,7 +6,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from largebatch.config.schema import Config, defaults, from_composed
+from largebatch.launch import devices
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +30,19 @@ TINY = (
     "dataset=synthetic", "dataset.train_size=64", "dataset.test_size=21", "dataset.image_size=8", "dataset.channels=1",
     "dataset.num_classes=4", "batch_size=16", "tracker=none", "tracker.log_every=2",
 )  # fmt: skip
+
+
+@pytest.fixture
+def four_gpus(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pretend that this machine has four GPUs, which only the driver's program lists."""
+    program = tmp_path_factory.mktemp("driver") / "nvidia-smi"
+    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: None (UUID: GPU-0000000$i-ab)"; done\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    devices._gpus_of_the_machine.cache_clear()
+    yield
+    devices._gpus_of_the_machine.cache_clear()
 
 
 def environment() -> dict[str, str]:

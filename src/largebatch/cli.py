@@ -13,11 +13,15 @@ from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.table import find_run, find_runs
 from largebatch.runs.watch import show_log, show_status, watch_status
+from largebatch.terminal import escape_unprintable, printable, restart_in_utf8
 
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
 
 def main(arguments: list[str] | None = None) -> int:
+    if arguments is None:
+        restart_in_utf8()
+    escape_unprintable()
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     options.overrides = [other for other in others if not other.startswith("-")]
@@ -112,7 +116,7 @@ def _report(options: argparse.Namespace) -> None:
     from largebatch.report.targets import Target
 
     target = Target(options.target, options.target_metric)
-    print(report(options.runs_dir, options.out, options.format, target, options.by))
+    print(printable(report(options.runs_dir, options.out, options.format, target, options.by)))
 
 
 def _confirm(options: argparse.Namespace) -> int:

@@ -55,8 +55,8 @@ def test_the_launcher_computes_the_size(overrides: list[str], size: int | None) 
     assert planned("batch_size=512", *overrides).batch_norm_size == size
 
 
-def test_the_size_counts_the_processes_that_start_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+@pytest.mark.usefixtures("four_gpus")
+def test_the_size_counts_the_processes_that_start_by_default() -> None:
     assert planned(*BATCH_NORM).batch_norm_size == 128
     assert planned(*BATCH_NORM, "cluster.devices=[0,1]").batch_norm_size == 256
 

@@ -232,8 +232,8 @@ def planned(*overrides: str) -> list[PlannedRun]:
         (["cases=[{seed:[1,2],cluster.device:cpu},{seed:[3,4],cluster.processes:2}]"], 2),
     ],
 )
-def test_runs_at_a_time(monkeypatch: pytest.MonkeyPatch, overrides: list[str], at_a_time: int) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+@pytest.mark.usefixtures("four_gpus")
+def test_runs_at_a_time(overrides: list[str], at_a_time: int) -> None:
     assert runs_at_a_time(planned(*overrides)) == at_a_time
 
 
@@ -259,6 +259,7 @@ def test_cores_are_divided_by_runs_and_processes(monkeypatch: pytest.MonkeyPatch
         (["cases=[{seed:0,cluster.device:cpu},{seed:1,cluster.device:cuda}]", "cluster.parallel=2"], ["", "0,1,2,3"]),
     ],
 )
+@pytest.mark.usefixtures("four_gpus")
 def test_parallel_runs_share_no_gpu(tmp_path: Path, overrides: list[str], at_once: list[str]) -> None:
     launcher = subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), "-m", *TINY, *overrides],

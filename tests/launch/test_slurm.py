@@ -17,7 +17,7 @@ from largebatch.launch.devices import resolve_devices
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm import arrays_of, sbatch_texts, submit_plan
 from largebatch.launch.slurm_nodes import Place
-from largebatch.launch.slurm_task import torchrun_arguments
+from largebatch.launch.slurm_task import node_arguments
 from largebatch.runs import provenance
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import code_hash, copy_code
@@ -150,14 +150,15 @@ def test_without_sbatch_no_folder_is_made(tmp_path: Path) -> None:
 
 def test_nodes_meet_on_the_first_node_at_the_job_s_port() -> None:
     cluster = for_slurm("cluster.nodes=2", "cluster.processes_per_node=2").cluster
-    first, second = (torchrun_arguments(cluster, Place(f"7_{n}", 1, ["node1", "node2"], 3)) for n in (0, 1))
+    first, second = (node_arguments(cluster, Place(f"7_{n}", 1, ["node1", "node2"], 3)) for n in (0, 1))
     assert "--nnodes=2" in first
     assert "--nproc-per-node=2" in first
     assert "--rdzv-id=7_0_3" in first
     endpoints = {argument for argument in first + second if argument.startswith("--rdzv-endpoint=node1:")}
     assert len(endpoints) == 2
-    assert "--standalone" in torchrun_arguments(for_slurm("cluster.processes=2").cluster, Place("7", 0, ["node1"], 0))
-    assert torchrun_arguments(for_slurm().cluster, Place("7", 0, ["node1"], 0)) == []
+    on_one_node = node_arguments(for_slurm("cluster.processes=2").cluster, Place("7", 0, ["node1"], 0))
+    assert "--rdzv-endpoint=127.0.0.1:0" in on_one_node
+    assert node_arguments(for_slurm().cluster, Place("7", 0, ["node1"], 0)) == []
 
 
 def test_the_copied_code_is_the_whole_package(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_the_same_command_resumes_a_run_whose_worker_was_killed(
     wait_for_step(run, 20)
     os.kill(status(run)["pid"], signal.SIGKILL)
     wait_for_state(run, "failed")
-    assert "was ended by SIGKILL; see" in status(run)["message"]
+    assert "was ended by SIGKILL (" in status(run)["message"]
     assert submit(*LONG).returncode == 0
     wait_for_state(run, "finished")
     assert_same(run, undisturbed)
@@ -199,7 +199,7 @@ def test_the_message_names_the_killed_worker_of_several(submit: Submit, tmp_path
     run = the_run_of_a_job(tmp_path)
     wait_for_step(run, 2)
     os.kill(status(run)["pid"], signal.SIGKILL)
-    expected = f"the worker on {status(run)['host']} was ended by SIGKILL; see"
+    expected = f"rank 0 on {status(run)['host']} was ended by SIGKILL ("
     assert wait_until(lambda: status(run)["message"].startswith(expected), 30), describe(run)
     assert status(run)["state"] == "failed"
 

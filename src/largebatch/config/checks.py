@@ -40,7 +40,7 @@ def _check_length(config: Config) -> list[str]:
 
 # Keys without a meaning on SLURM, and the fix.
 _LOCAL_KEYS = {"devices": "leave it out, since SLURM chooses the GPUs", "parallel": "set cluster.array_parallelism"}
-_SHARED_KEYS = ("name", "processes", "device", "threads")
+_SHARED_KEYS = ("name", "processes", "device", "threads", "hang_seconds")
 
 
 def _check_cluster(cluster: ClusterConfig) -> list[str]:

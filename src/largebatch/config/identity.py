@@ -39,6 +39,9 @@ NOT_DECISIVE = {
 }
 
 
+_LONGEST = 40  # characters of a data set's or model's name in a run's name: some file systems allow 143 bytes
+
+
 def identity(config: Config) -> str:
     """Return eight hex digits, the hash over all keys that can change the result."""
     return _hash(decisive(dataclasses.asdict(config)))
@@ -78,8 +81,8 @@ def setting_name(config: Config) -> str:
 
 def _choices(config: Config) -> tuple[str, ...]:
     return (
-        Path(config.dataset.root).name if config.dataset.named_by_root else config.dataset.name,
-        config.model.name,
+        (Path(config.dataset.root).name if config.dataset.named_by_root else config.dataset.name)[:_LONGEST],
+        config.model.name[:_LONGEST],
         config.mode.name,
         config.optimizer.name,
         config.schedule.name,

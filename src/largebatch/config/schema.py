@@ -33,6 +33,7 @@ class ClusterConfig:
     devices: list[int] | None = None  # indices of GPUs; None: all visible GPUs
     parallel: int | None = option(None, least=1)  # concurrent runs; None: as many as fit on the GPUs, 1 on CPU
     threads: int | None = option(None, least=1)  # CPU threads per process; None: an equal share of the cores
+    hang_seconds: float = option(1800.0, above=0)  # a run fails if no rank progresses for so long
     # SLURM only. `processes` is then nodes * processes_per_node.
     nodes: int = option(1, least=1)
     processes_per_node: int | None = option(None, least=1)  # None: one per GPU, or one on CPU

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 from largebatch.config.batch import plan_training
 from largebatch.config.schema import ClusterConfig, Config
@@ -88,16 +90,31 @@ def thread_environment(threads: int | None, processes: int, cores: int) -> dict[
 
 
 def _visible_gpus() -> list[str]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES lists, or every GPU of the machine if it is unset."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES lists, or every GPU of the machine if it is unset.
+
+    CUDA ignores the list from the first entry on that isn't a GPU of the machine, such as SLURM's ``NoDevFiles``.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
-    return _gpus_of_the_machine()
+    if named is None:
+        return [str(index) for index in range(_gpus_of_the_machine()[0])]
+    names = [name.strip() for name in named.split(",")]
+    return list(itertools.takewhile(_exists, names))
+
+
+def _exists(name: str) -> bool:
+    """Return True for the index of a GPU of this machine, or the beginning of a UUID such as ``GPU-8932f937``."""
+    count, uuids = _gpus_of_the_machine()
+    if name.isdecimal():
+        return int(name) < count
+    return name.startswith(("GPU-", "MIG-")) and any(uuid.startswith(name) for uuid in uuids)
 
 
 @functools.cache  # a grid calls this for each run
-def _gpus_of_the_machine() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return [str(index) for index in range(len(re.findall("^GPU ", listing.stdout, re.MULTILINE)))]
+def _gpus_of_the_machine() -> tuple[int, list[str]]:
+    """Return the number of GPUs, and the UUIDs of GPUs and their MIG parts."""
+    if shutil.which("nvidia-smi"):
+        listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    else:  # as in some containers
+        listing = "".join(file.read_text() for file in Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    uuids = re.findall(r"UUID:\s+([\w/-]+)", listing)
+    return sum(uuid.startswith("GPU-") for uuid in uuids), uuids

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
 from largebatch.launch.devices import chosen_gpus, worker_environment
-from largebatch.launch.local import Outcome, Started, conclude, exit_code, start, stop
+from largebatch.launch.local import Outcome, Started, conclude, exit_code, has_ended, start, stop
 from largebatch.launch.plan import PlannedRun, estimated
 from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView, plan_rows, print_notes, print_plan
@@ -20,8 +20,8 @@ from largebatch.runs.table import counted
 from largebatch.tracking.wandb_arguments import agent_run_id
 
 _POLL_SECONDS = 0.05
-# Ctrl-C; SIGTERM from an agent or supervisor; SIGUSR2 from SLURM before a time limit.
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+# Ctrl-C; SIGTERM from an agent or supervisor; SIGUSR2 from SLURM before a time limit; SIGHUP when a connection ends.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
@@ -80,7 +80,9 @@ def noted_signals() -> Iterator[list[int]]:
     An exception at any point could lose a worker that has just started, or leave a lock of ``subprocess`` taken.
     """
     received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in _STOP_SIGNALS}
+    under_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    heard = [number for number in _STOP_SIGNALS if not (under_nohup and number == signal.SIGHUP)]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in heard}
     try:
         yield received
     finally:
@@ -125,7 +127,7 @@ def carry_out(plan: Sequence[PlannedRun], view: PlanView, received: list[int]) -
                 view.ended(started)
         view.look([started for started, _ in running])
         time.sleep(_POLL_SECONDS)
-        for one in [one for one in running if one[0].child.poll() is not None]:
+        for one in [one for one in running if has_ended(one[0])]:
             running.remove(one)
             free += one[1]
             outcomes.append(conclude(one[0]))
@@ -135,7 +137,8 @@ def carry_out(plan: Sequence[PlannedRun], view: PlanView, received: list[int]) -
     stopped = [started for started, _ in running]
     if stopped:
         view.stopping(len(stopped))
-        stop(stopped, at_once=lambda: signal.SIGINT in received[1:])
+        by = "Ctrl-C" if received[0] == signal.SIGINT else signal.Signals(received[0]).name
+        stop(stopped, at_once=lambda: signal.SIGINT in received[1:], by=by)
     view.stopped(" and ".join(one.run.folder.name for one in stopped) or "the rest of the grid")
     return None
 

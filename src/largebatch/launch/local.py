@@ -16,12 +16,20 @@ from typing import Any
 from largebatch.config.schema import to_yaml
 from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
-from largebatch.launch.worker_process import how_it_ended, start_worker
+from largebatch.launch.worker_process import (
+    ON_THIS_NODE,
+    how_it_ended,
+    killed_rank,
+    start_worker,
+    torchrun_arguments,
+)
 from largebatch.machine.process import die_with_parent
+from largebatch.machine.pulse import ADDRESS, Watch
 from largebatch.runs.folder import DONE, RESUMES, RunBusyError, RunFolder, write_atomic
 from largebatch.runs.slurm_queue import Jobs, claim_by_slurm
 
 _POLL_SECONDS = 0.05
+_RELEASE_SECONDS = 10.0  # for the kernel to release the lock of a killed worker
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class Started:
     run: PlannedRun
     child: subprocess.Popen[bytes]
     new: bool  # the run had no folder before
+    watch: Watch
+    logged: int  # bytes of the log before this start
 
 
 def exit_code(codes: Iterable[int]) -> int:
@@ -79,6 +89,8 @@ def claim(run: PlannedRun, jobs: Jobs | None = None, **status: Any) -> Outcome |
         return Outcome(run, "busy", str(error), exit_code=2)
     except UserError as error:  # SLURM doesn't answer, or the status can't be read
         return Outcome(run, "failed", str(error), exit_code=2)
+    except OSError as error:
+        return Outcome(run, "failed", f"{folder.path}: {error.strerror}", exit_code=1)
     return None
 
 
@@ -92,26 +104,41 @@ def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> St
     new = not run.folder.path.exists()
     if outcome := claim(run):
         return outcome
-    processes, torchrun = run.config.cluster.processes or 1, []
-    if processes > 1:  # --standalone lets the system pick a free port
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=0"]
+    processes = run.config.cluster.processes or 1
+    torchrun = torchrun_arguments(processes, *ON_THIS_NODE) if processes > 1 else []
     stdout = None if speaking else subprocess.DEVNULL
-    child = start_worker(run.folder, torchrun, environment, die_with_parent, stdout)
-    return Started(run, child, new)
+    watch = Watch(range(processes), run.config.cluster.hang_seconds)
+    logged = run.folder.log.stat().st_size if run.folder.log.exists() else 0
+    child = start_worker(run.folder, torchrun, {**environment, ADDRESS: watch.port}, die_with_parent, stdout)
+    return Started(run, child, new, watch, logged)
+
+
+def has_ended(started: Started) -> bool:
+    """Return True if a run's worker has ended, or hangs for longer than ``cluster.hang_seconds``."""
+    return started.child.poll() is not None or started.watch.look()
 
 
 def conclude(started: Started) -> Outcome:
-    """Return the outcome of a run whose worker has ended."""
-    run, folder, code = started.run, started.run.folder, started.child.wait()
-    _kill_group(started.child)
-    status = folder.read_status()
-    if status["state"] in ("queued", "running"):
-        if folder.is_held():  # another launcher has started the run since
-            return Outcome(run, "busy", folder.held_by(), exit_code=2)
-        message = f"the worker {how_it_ended(code)}; see {folder.log}; {RESUMES}"
-        folder.update_status(state="failed", message=message, exit_code=1)
+    """Return the outcome of a run whose worker has ended or hangs. No process of the run is left."""
+    run, folder = started.run, started.run.folder
+    _end(started)
+    try:
         status = folder.read_status()
-    outcome = Outcome(run, status["state"], status["message"], status["exit_code"])
+        cause = _cause(started)
+        if status.get("state") in ("queued", "running") or (cause and status.get("state") == "failed"):
+            if not folder.path.exists():
+                raise FileNotFoundError
+            with folder.hold(patience=_RELEASE_SECONDS):  # the kernel may still be ending the worker
+                how = cause or f"the worker {how_it_ended(started.child.returncode)}"
+                message = f"{how}; see {folder.log}; {RESUMES}"
+                folder.update_status(state="failed", message=message, exit_code=1)
+            status = folder.read_status()
+        outcome = Outcome(run, status["state"], status["message"], status["exit_code"])
+    except RunBusyError as error:  # another launcher has started the run since
+        return Outcome(run, "busy", str(error), exit_code=2)
+    except (OSError, KeyError, UserError) as error:
+        problem = str(error) if folder.status.exists() else "the folder was removed while the run trained"
+        return Outcome(run, "failed", f"{folder.path}: {problem}", exit_code=1)
     if outcome.state == "failed" and outcome.exit_code == 2 and started.new:
         shutil.rmtree(folder.path)  # no step was taken, and a corrected configuration may be another run
         with contextlib.suppress(OSError):  # it holds other runs
@@ -119,26 +146,39 @@ def conclude(started: Started) -> Outcome:
     return outcome
 
 
-def stop(started: list[Started], at_once: Callable[[], bool]) -> None:
+def _cause(started: Started) -> str:
+    """Name the rank that hung or that a signal killed, which other ranks only know as a lost connection."""
+    if started.watch.verdict:
+        return started.watch.verdict
+    killed = killed_rank(started.run.folder.log, started.logged)
+    return f"rank {killed[0]} {killed[2]}" if killed else ""
+
+
+def stop(started: list[Started], at_once: Callable[[], bool], by: str) -> None:
     """Stop runs after they have finished their step and saved. No process of them is left.
 
     Args:
         at_once: returns True to kill the workers now; the runs resume from their last checkpoints.
+        by: the signal, for the runs' messages.
     """
     for one in started:
         one.child.send_signal(signal.SIGINT)
-    while any(one.child.poll() is None for one in started) and not at_once():
+    while not all(has_ended(one) for one in started) and not at_once():
         time.sleep(_POLL_SECONDS)
     for one in started:
-        _kill_group(one.child)
-        one.child.wait()
-        if one.run.folder.state() in ("queued", "running"):
-            one.run.folder.update_status(state="preempted", message="stopped by Ctrl-C")
+        _end(one)
+        with contextlib.suppress(OSError):  # the run's folder was removed
+            if one.run.folder.state() in ("queued", "running"):
+                one.run.folder.update_status(state="preempted", message=f"stopped by {by}")
 
 
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
+def _end(started: Started) -> None:
+    """Kill the processes of a run. Those of ranks end with torchrun, but their data workers end later."""
+    started.watch.kill()
     with contextlib.suppress(ProcessLookupError):  # all processes have ended
-        os.killpg(child.pid, signal.SIGKILL)
+        os.killpg(started.child.pid, signal.SIGKILL)
+    started.child.wait()
+    started.watch.close()
 
 
 def _set_aside(folder: RunFolder) -> None:

@@ -118,7 +118,7 @@ def _submit(array: Array) -> str:
     from submitit.slurm.slurm import SlurmExecutor
 
     # Set on the class, because submitit makes another executor for an array.
-    sbatch = [sys.executable, "-m", "largebatch.launch.sbatch"]
+    sbatch = [sys.executable, "-P", "-m", "largebatch.launch.sbatch"]
     SlurmExecutor._make_submission_command = lambda _, file: [*sbatch, str(file)]  # type: ignore[assignment,method-assign]
     executor = SlurmExecutor(array[0].folder.slurm)
     executor.update_parameters(**parameters(array[0], len(array)))

@@ -22,8 +22,15 @@ from largebatch.config.schema import ClusterConfig, load_config
 from largebatch.errors import UserError
 from largebatch.launch.devices import thread_environment
 from largebatch.launch.slurm_nodes import Heartbeat, Place
-from largebatch.launch.worker_process import how_it_ended, start_worker
+from largebatch.launch.worker_process import (
+    ON_THIS_NODE,
+    how_it_ended,
+    killed_rank,
+    start_worker,
+    torchrun_arguments,
+)
 from largebatch.machine.process import die_with_parent
+from largebatch.machine.pulse import ADDRESS, Watch
 from largebatch.runs.folder import DONE, RESUMES, RunBusyError, RunFolder
 from largebatch.runs.slurm_queue import ask, slurm_states
 
@@ -61,25 +68,28 @@ def carry_out_run(path: str) -> None:
         return
     logged = folder.log.stat().st_size if folder.log.exists() else 0
     heartbeat = Heartbeat(folder.slurm, place)
-    child = _start(folder, cluster, place)
-    _wait(child, received, cluster.signal_seconds, heartbeat)
+    each = cluster.processes_per_node or 1
+    watch = Watch(range(place.node * each, (place.node + 1) * each), cluster.hang_seconds)
+    child = _start(folder, cluster, place, watch.port)
+    _wait(child, received, cluster.signal_seconds, heartbeat, watch)
     heartbeat.end()
     if child.returncode and not received:
         if lost := heartbeat.lost_nodes():
             _wait_for_requeue(folder, place, lost, received)
         else:
-            _fail(folder, cluster, place, child.returncode, logged)
+            _fail(folder, cluster, place, child.returncode, logged, watch.verdict)
     _conclude(folder, cluster, place, received)
 
 
-def torchrun_arguments(cluster: ClusterConfig, place: Place) -> list[str]:
+def node_arguments(cluster: ClusterConfig, place: Place) -> list[str]:
     """Return the arguments between ``python`` and the worker; empty for one process. Nodes meet on the first host."""
     if cluster.processes == 1:
         return []
-    arguments = ["-m", "torch.distributed.run", "--max-restarts=0", f"--nproc-per-node={cluster.processes_per_node}"]
-    arguments.append("--signals-to-handle=SIGINT")  # by default torchrun ends the workers at other signals
+    assert cluster.processes_per_node is not None
+    # By default torchrun ends the workers at other signals.
+    arguments = torchrun_arguments(cluster.processes_per_node, "--signals-to-handle=SIGINT")
     if cluster.nodes == 1:
-        return [*arguments, "--standalone"]  # the system picks a free port
+        return [*arguments, *ON_THIS_NODE]
     return [
         *arguments,
         f"--nnodes={cluster.nodes}",
@@ -111,13 +121,13 @@ def _take(folder: RunFolder, place: Place) -> bool:
     return True
 
 
-def _start(folder: RunFolder, cluster: ClusterConfig, place: Place) -> subprocess.Popen[bytes]:
+def _start(folder: RunFolder, cluster: ClusterConfig, place: Place, port: str) -> subprocess.Popen[bytes]:
     processes = cluster.processes_per_node or 1
     cores = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or os.cpu_count() or 1
-    environment = thread_environment(cluster.threads, processes, int(cores))
+    environment = thread_environment(cluster.threads, processes, int(cores)) | {ADDRESS: port}
     if cluster.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    return start_worker(folder, torchrun_arguments(cluster, place), environment, _ignore_signals)
+    return start_worker(folder, node_arguments(cluster, place), environment, _ignore_signals)
 
 
 def _ignore_signals() -> None:
@@ -126,7 +136,9 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _wait(child: subprocess.Popen[bytes], received: list[int], signal_seconds: int, heartbeat: Heartbeat) -> None:
+def _wait(
+    child: subprocess.Popen[bytes], received: list[int], signal_seconds: int, heartbeat: Heartbeat, watch: Watch
+) -> None:
     """Wait for the child's end. Forward signals to the workers; kill them shortly before SLURM's time limit.
 
     It polls: a signal handler during ``Popen.wait`` would find the lock of ``Popen`` taken.
@@ -143,6 +155,10 @@ def _wait(child: subprocess.Popen[bytes], received: list[int], signal_seconds: i
                         os.kill(pid, signal.SIGUSR2)
         if signal.SIGUSR2 in received and now >= end:
             child.kill()  # workers die with torchrun
+        if watch.look():
+            watch.kill()
+            child.kill()
+            child.wait()
         time.sleep(_POLL_SECONDS)
 
 
@@ -182,35 +198,29 @@ def _wait_for_requeue(folder: RunFolder, place: Place, lost: list[str], received
         raise SystemExit(1)
 
 
-def _fail(folder: RunFolder, cluster: ClusterConfig, place: Place, code: int, logged: int) -> None:
+def _fail(folder: RunFolder, cluster: ClusterConfig, place: Place, code: int, logged: int, hung: str) -> None:
     """Write the reason of the failure into the status and exit. A worker's own reason stays, if none was killed."""
     if code == 2 and folder.is_held():  # another launcher has started the run since, and owns the status
         raise SystemExit(2)
     status = folder.read_status()
-    killed = _killed_worker(folder.log, logged)
-    where, how = killed or (place.hosts[place.node], how_it_ended(code))
-    if status["state"] in ("queued", "running") or (killed and status["state"] == "failed"):
+    killed = killed_rank(folder.log, logged)
+    who, how = f"the worker on {place.hosts[place.node]}", how_it_ended(code)
+    if killed:
+        rank, host, how = killed
+        who = f"rank {rank} on {host}"
+    if hung:
+        who, how = place.hosts[place.node], hung
+    if status["state"] in ("queued", "running") or ((killed or hung) and status["state"] == "failed"):
         before = ""
         if status["state"] == "queued" and not killed:
             before = " before training began"
             if cluster.nodes > 1:
                 before += f"; the nodes may not have met at {place.hosts[0]}:{_port(place.job_id)}"
-        message = f"the worker on {where} {how}{before}; see {folder.log}; {RESUMES}"
+        message = f"{who} {how}{before}; see {folder.log}; {RESUMES}"
         folder.update_status(state="failed", message=message, exit_code=1, ended=time.time())
     if cluster.nodes > 1:
         time.sleep(_LAST_WORDS_SECONDS)  # SLURM then ends the other nodes' tasks, which may know the cause
     raise SystemExit(folder.read_status().get("exit_code") or 1)
-
-
-def _killed_worker(log: Path, logged: int) -> tuple[str, str] | None:
-    """Return host and exit of a worker that a signal killed, from torchrun's lines after the first ``logged`` bytes."""
-    with log.open("rb") as lines:
-        lines.seek(logged)
-        text = lines.read().decode(errors="replace")
-    for host, number in re.findall(r"^ *host +: (\S+)\n.*\n *exitcode +: -(\d+)", text, re.MULTILINE):
-        if int(number) != signal.SIGTERM:  # torchrun ends the other workers by it
-            return host, how_it_ended(-int(number))
-    return None
 
 
 def _conclude(folder: RunFolder, cluster: ClusterConfig, place: Place, received: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from largebatch.errors import UserError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=1)
 
 
 def start(device: str) -> tuple[int, int, torch.device]:
@@ -28,7 +30,8 @@ def start(device: str) -> tuple[int, int, torch.device]:
     if processes > 1:
         # gloo in addition to nccl: small sums of host tensors must not wait for the device.
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, device_id=where if device == "cuda" else None)
+        # The launcher ends a rank that hangs sooner, and names it.
+        dist.init_process_group(backend, timeout=_PATIENCE, device_id=where if device == "cuda" else None)
     return rank, processes, where
 
 

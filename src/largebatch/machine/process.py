@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 LAUNCHER_PID = "LARGEBATCH_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
@@ -18,12 +19,20 @@ def die_with_parent() -> None:
 
 
 def launcher_is_gone() -> bool:
-    """Return True if this worker's launcher ended before ``die_with_parent`` took effect."""
-    pid = os.environ.get(LAUNCHER_PID)
-    if pid is None:  # started by hand
+    """Return True if this worker's launcher, or the torchrun between them, ended before ``die_with_parent``."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None:  # started by hand
         return False
     try:
-        os.kill(int(pid), 0)
+        os.kill(int(launcher), 0)
     except ProcessLookupError:
         return True
-    return False
+    parent = os.getppid()
+    if not Path("/proc/self").exists():  # not on Linux
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ and parent != int(launcher):
+        try:
+            parent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        except FileNotFoundError:  # torchrun has just ended
+            return True
+    return parent != int(launcher)

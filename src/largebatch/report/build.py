@@ -24,6 +24,7 @@ from largebatch.report.targets import TARGET_METRICS, Target, TimeToTarget, reac
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label, title
 from largebatch.runs.folder import write_atomic
 from largebatch.runs.metrics import write_table
+from largebatch.terminal import printable
 
 FORMATS = ("html", "md", "csv", "parquet")
 _NO_TARGET = Target()
@@ -117,7 +118,7 @@ def name_problems(runs_dir: Path, runs: Sequence[Run], problems: Sequence[Proble
         UserError: there is no run.
     """
     for problem in sorted(set(problems)):
-        print(f"left out: {problem.where}: {problem.what}", file=sys.stderr)
+        print(printable(f"left out: {problem.where}: {problem.what}"), file=sys.stderr)
     if not runs:
         raise UserError(f"{runs_dir}: holds no readable run. Fix: give the folder that holds the runs")
 

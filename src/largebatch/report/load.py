@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -176,9 +177,8 @@ def _load(folder: RunFolder) -> Run:
     if state not in STATES:
         raise _Broken(f"status.json has an unknown state ({state!r})")
     summary = _attempt(folder.summary, _read_tree) if state in DONE else {}
-    with contextlib.suppress(OSError):  # a read-only copy has no usable lock: trust its status
-        if state == "running" and not folder.is_held():
-            state = "interrupted"
+    if state == "running" and not folder.is_held():
+        state = "interrupted"
     run = Run(folder, config, str(state), str(status.get("message") or ""), summary)
     if state == "finished" and run.metric("test/accuracy") is None:
         raise _Broken("summary.json has no test/accuracy, although the run finished")
@@ -259,7 +259,8 @@ def _attempt(path: Path, read: Callable[[Path], Item]) -> Item:
     except FileNotFoundError:
         raise _Broken(f"{path.name} is missing") from None
     except (
-        ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, yaml.YAMLError, pyarrow.ArrowException,
+        ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError,
+        struct.error, zipfile.BadZipFile, zlib.error, yaml.YAMLError, pyarrow.ArrowException,
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _Broken(f"{path.name} can't be read ({reason})") from None

@@ -24,12 +24,18 @@ def cancel(folders: Sequence[RunFolder]) -> int:
     """Stop runs after they have saved, SLURM's by ``scancel`` and this machine's by SIGTERM. Print each outcome.
 
     Returns:
-        0 if no run is running any more, else 1.
+        0 if no run is running any more, else 1. A folder without a readable status counts as running.
 
     Raises:
         UserError: SLURM refuses or doesn't answer.
     """
-    statuses = {folder: folder.read_status() for folder in folders}
+    statuses, unreadable = {}, False
+    for folder in folders:
+        try:
+            statuses[folder] = folder.read_status()
+        except UserError as error:
+            print(f"{folder.name}: {error}", flush=True)
+            unreadable = True
     queued = {str(job) for job, at in jobs_of(statuses.values()).items() if not at.ended}
     of_slurm = {f: str(s["job_id"]) for f, s in statuses.items() if str(s.get("job_id")) in queued}
     here = [f for f, s in statuses.items() if f not in of_slurm and f.is_held() and _is_here(f, s)]
@@ -38,19 +44,22 @@ def cancel(folders: Sequence[RunFolder]) -> int:
         if answer.returncode != 0:
             raise UserError(f"scancel: {answer.stderr.strip()}")
     for folder in here:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended, or is another user's
             os.kill(statuses[folder]["pid"], signal.SIGTERM)
     left = _wait([*of_slurm, *here], of_slurm)
     elsewhere = False
-    for folder in folders:
+    for folder in statuses:
         if folder in of_slurm or folder in here:
             outcome = _outcome(folder, is_running=folder in left)
         elif folder.is_held():
             outcome, elsewhere = f"not running here: {folder.held_by()}", True
         else:
-            outcome = f"not running; {folder.state()}"
+            state = folder.state()
+            outcome = f"not running; {'interrupted' if state == 'running' else state}"
+        if not os.access(folder.path, os.W_OK):
+            outcome += "; the folder is another user's, or read-only"
         print(f"{folder.name}: {outcome}", flush=True)
-    return 1 if left or elsewhere else 0
+    return 1 if left or elsewhere or unreadable else 0
 
 
 def _is_here(folder: RunFolder, status: dict[str, Any]) -> bool:

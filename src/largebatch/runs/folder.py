@@ -34,7 +34,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(text))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 class RunFolder:
@@ -88,38 +88,49 @@ class RunFolder:
 
         Raises:
             RunBusyError: another process holds the lock; the message names its pid and host.
+            UserError: the folder can't be written, or its file system has no locks.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("w") as handle:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}. Fix: runs_dir=FOLDER") from None
+        with handle:
             until = time.monotonic() + patience
-            while not _lock(handle):
+            while not self._lock(handle):
                 if time.monotonic() > until:
                     raise RunBusyError(self.held_by())
                 time.sleep(0.05)
             yield
 
     def is_held(self) -> bool:
-        """Return True if another process holds the lock. The holder must not call it: closing any handle of the file
-        releases the lock."""
-        lock = self.path / "lock"
-        if not lock.exists():
+        """Return True if another process holds the lock, or if that can't be known.
+
+        The holder must not call it: closing any handle of the file releases the lock. It needs no right to write.
+        """
+        try:
+            with (self.path / "lock").open() as handle:
+                return not self._lock(handle, fcntl.LOCK_SH)
+        except FileNotFoundError:
             return False
-        with lock.open("r+") as handle:
-            return not _lock(handle)
+        except (OSError, UserError):  # another user's file, or a file system without locks
+            return True
+
+    def _lock(self, handle: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
+        try:
+            fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # systems differ in the error for a taken lock
+            return False
+        except OSError as error:
+            problem = f"its file system has no locks against two processes on one run ({error.strerror})"
+            raise UserError(f"{self.path}: {problem}. Fix: runs_dir=FOLDER on another file system") from None
+        return True
 
     def held_by(self) -> str:
         """Describe the process that holds the run's lock, for error messages."""
         status = self.read_status()
         where = f"pid {status['pid']} on {status['host']}" if "pid" in status else "another process"
         return f"{self.path}: {where} works on this run. Fix: stop that process or wait"
-
-
-def _lock(handle: IO[str]) -> bool:
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # systems differ in the error for a taken lock
-        return False
-    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,7 +143,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}). Fix: correct or remove the file") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: no JSON object. Fix: correct or remove the file")
@@ -140,7 +153,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tail(path: Path, most: int) -> list[str]:
-    """Return the complete lines in the last ``most`` bytes of a file; an empty list if there is no file."""
+    """Return the complete lines in the last ``most`` bytes of a file; an empty list if there is no file.
+
+    Raises:
+        UserError: the file can't be read.
+    """
     try:
         with path.open("rb") as file:
             start = max(file.seek(0, os.SEEK_END) - most, 0)
@@ -148,6 +165,8 @@ def read_tail(path: Path, most: int) -> list[str]:
             lines = file.read().split(b"\n")[:-1]  # the text after the last newline is an unfinished line
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
     return [line.decode(errors="replace") for line in lines[1 if start else 0 :]]
 
 

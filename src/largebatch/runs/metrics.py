@@ -26,7 +26,7 @@ class MetricsLog:
     def __init__(self, path: Path, step: int) -> None:
         kept = [row for row in read_rows(path) if row["step"] <= step] if step > 0 else []
         write_atomic(path, "".join(_line(row) for row in kept))
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
         self._file.write(_line(row))
@@ -53,7 +53,11 @@ def newest(path: Path, *names: str) -> float | None:
         rows = [json.loads(line) for line in reversed(read_tail(path, _TAIL))]
     except ValueError as error:
         raise UserError(f"{path}: a row isn't JSON ({error}). Fix: correct or remove the row") from None
-    return next((row[name] for name in names for row in rows if row.get(name) is not None), None)
+    values = (row.get(name) if isinstance(row, dict) else row for name in names for row in rows)
+    found = next((value for value in values if value is not None), None)
+    if not isinstance(found, int | float | None):
+        raise UserError(f"{path}: a row isn't an object with numbers. Fix: correct or remove the row")
+    return found
 
 
 def write_table(rows: list[Row], path: Path) -> None:

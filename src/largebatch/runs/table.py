@@ -13,6 +13,7 @@ from largebatch.errors import UserError
 from largebatch.runs.folder import DONE, RESUMES, RunFolder, read_tail
 from largebatch.runs.metrics import newest
 from largebatch.runs.slurm_queue import Job, jobs_of
+from largebatch.terminal import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -37,9 +38,13 @@ def run_rows(folders: Iterable[RunFolder], *, ask_slurm: bool = True) -> list[Ro
 
 def _status(folder: RunFolder) -> dict[str, Any]:
     try:
-        return folder.read_status()
+        status = folder.read_status()
     except UserError as error:
         return {"state": "unreadable", "message": str(error)}
+    for key, kind in (("state", str), ("message", str), ("updated", int | float)):
+        if key in status and not isinstance(status[key], kind):
+            return {"state": "unreadable", "message": f"{folder.status}: invalid {key} ({status[key]!r})"}
+    return status
 
 
 def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
@@ -49,10 +54,13 @@ def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
     elif _should_be_held(status, job) and not folder.is_held():
         state = "interrupted"
     summary: dict[str, Any] = {}
-    accuracy = None
+    accuracy, log = None, ""
     try:
         summary = folder.read_summary()
         accuracy = summary.get("test/accuracy") if state in DONE else newest(folder.metrics, "test/accuracy")
+        if not isinstance(accuracy, int | float | None):
+            raise UserError(f"{folder.summary}: invalid test/accuracy ({accuracy!r})")
+        log = next((line for line in reversed(read_tail(folder.log, 1 << 12)) if line.strip()), "")
     except UserError as error:
         state, message = "unreadable", str(error)
     return {
@@ -65,7 +73,7 @@ def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
         "job": status.get("job_id"),
         "node": status.get("node"),
         "message": message,
-        "log": next((line for line in reversed(read_tail(folder.log, 1 << 12)) if line.strip()), ""),
+        "log": log,
         "folder": str(folder.path),
     }
 
@@ -163,7 +171,7 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table as text, with two spaces between columns and whole cells."""
     columns = []
     for heading, *cells in zip(headings, *rows, strict=True):
-        lines = [heading, *(" ".join(cell.splitlines()) for cell in cells)]
+        lines = [heading, *(printable(" ".join(cell.splitlines())) for cell in cells)]
         width = max(map(len, lines))
         numeric = any(cells) and all(cell[:1].isdigit() or cell in ("-", "") for cell in cells)
         columns.append([line.rjust(width) if numeric else line.ljust(width) for line in lines])

@@ -11,6 +11,7 @@ from pathlib import Path
 from largebatch.errors import UserError
 from largebatch.runs.folder import DONE, RunFolder
 from largebatch.runs.table import Row, counted, live_table, print_table, run_rows, table_of
+from largebatch.terminal import printable
 
 _LOOK_SECONDS = 2.0
 _LOG_SECONDS = 0.5  # between looks at a log
@@ -55,7 +56,8 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
         for row in rows:
             if states.get(row["run"]) != row["state"]:
                 states[row["run"]] = row["state"]
-                print(f"{time.strftime('%H:%M:%S')} {row['run']} {row['state']}  {_news(row)}".rstrip(), flush=True)
+                line = f"{time.strftime('%H:%M:%S')} {row['run']} {row['state']}  {_news(row)}"
+                print(printable(line).rstrip(), flush=True)
     print(_headline(rows), flush=True)
 
 
@@ -104,7 +106,7 @@ def show_log(folder: RunFolder, lines: int | None, follow: bool) -> None:
         follow: print new lines until the run is neither queued nor running.
 
     Raises:
-        UserError: there is no log yet, and ``follow`` is False.
+        UserError: there is no log yet and ``follow`` is False, or the log can't be read.
     """
     logs = _logs(folder)
     if not logs and not follow:
@@ -112,8 +114,11 @@ def show_log(folder: RunFolder, lines: int | None, follow: bool) -> None:
     for log in logs:
         if log != folder.log:
             print(f"==> {log}")
-        text = log.read_text(errors="replace").splitlines()
-        print("\n".join(text[-lines:] if lines is not None else text), flush=True)
+        try:
+            text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise UserError(f"{log}: can't be read ({error.strerror})") from None
+        print(printable("\n".join(text[-lines:] if lines is not None else text)), flush=True)
     if follow:
         _follow(folder, folder.log.stat().st_size if folder.log in logs else 0)
 
@@ -136,6 +141,6 @@ def _follow(folder: RunFolder, position: int) -> None:
                 log.seek(position)
                 new = log.read()
             position += len(new)
-            print(new.decode(errors="replace"), end="", flush=True)
+            print(printable(new.decode(errors="replace")), end="", flush=True)
         if is_open:
             time.sleep(_LOG_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ class Console:
     """
 
     def __init__(self, log: Path, speaking: bool) -> None:
-        self._log = log.open("a") if speaking else None
+        self._log = log.open("ab", buffering=0) if speaking else None
         self._bar: tqdm[Any] | None = None
         self._last_plain = time.monotonic()
         self._steps = 0
@@ -30,8 +31,8 @@ class Console:
         """Print a line and append it to the log."""
         if self._log is None:
             return
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self._log.flush()
+        with contextlib.suppress(OSError):  # a full disk doesn't end the training here
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode(errors="backslashreplace"))
         tqdm.write(f"      {line}", file=sys.stdout)
         sys.stdout.flush()
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from largebatch.data import Split, evaluation_share
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
+from largebatch.machine.pulse import progressed
 from largebatch.modes import clf
 from largebatch.modes.bt import BarlowTwins
 from largebatch.runs.correct import write_correct
@@ -82,7 +83,7 @@ def without_gradient(
     """Return ``compute`` of this process's part of ``split``. ``micro_batch=auto``: halve batches on out of memory."""
     size = min(max(run.batch.micro_batch, _AT_ONCE[0]), _AT_ONCE[1])
     while True:
-        batches = run.loader.evaluate(split, size, chosen)
+        batches = map(progressed, run.loader.evaluate(split, size, chosen))
         try:
             with run.autocast:
                 return compute(batches)

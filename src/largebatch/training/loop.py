@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from largebatch.machine import distributed
+from largebatch.machine.pulse import progressed
 from largebatch.runs.folder import RESUMES
 from largebatch.runs.metrics import Row
 from largebatch.tracking.console import Console
@@ -46,7 +47,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
 
     while training.step < phase.end and not diverged:
         profile.before_step()
-        training.step = step = training.step + 1
+        training.step = step = progressed(training.step + 1)
         finite = phase.gradient(batches)
         if finite is None:
             session.console.say(

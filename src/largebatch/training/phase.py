@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
+from largebatch.machine.pulse import progressed
 from largebatch.optim import CLARS, TVLARS
 from largebatch.optim.layerwise import LayerwiseOptimizer
 from largebatch.runs.metrics import Row
@@ -135,7 +136,7 @@ class MainPhase:
         training.statistics.begin(run.batch.groups(self._images))
         for number in range(1, passes + 1):
             with profile.phase("data"):
-                images, labels = next(batches)
+                images, labels = progressed(next(batches))
             more = number < passes or self._smaller  # DDP averages gradients only in the last pass of a whole batch
             with replica.no_sync() if more and isinstance(replica, DistributedDataParallel) else nullcontext():
                 with profile.phase("forward"), run.autocast:

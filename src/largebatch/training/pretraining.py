@@ -21,6 +21,7 @@ from largebatch.config.epochs import plan_epochs
 from largebatch.data import evaluation_share
 from largebatch.data.load import in_words
 from largebatch.machine import distributed
+from largebatch.machine.pulse import progressed
 from largebatch.modes import bt
 from largebatch.modes.features import effective_rank, knn_predictions, mean_deviation
 from largebatch.modes.global_loss import global_loss
@@ -102,7 +103,7 @@ class Pretraining(MainPhase):
         ends = [0, *itertools.accumulate(sizes)]
         for number, rows in enumerate(itertools.starmap(slice, itertools.pairwise(ends))):
             with self.profile.phase("data"):
-                images, _ = next(batches)
+                images, _ = progressed(next(batches))
             for view, pixels in enumerate(images.chunk(2)):
                 torch.manual_seed(derive_seed(run.config.seed, "view", training.step, run.rank, number, view))
                 with self.profile.phase("forward"), run.autocast:

@@ -20,7 +20,9 @@ from largebatch.errors import UserError
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.machine.process import die_with_parent, launcher_is_gone
+from largebatch.machine.pulse import expect_no_progress, start_pulse
 from largebatch.runs.folder import RESUMES, RunBusyError, RunFolder, this_process
+from largebatch.terminal import outlive_terminal
 from largebatch.tracking.console import Console
 from largebatch.tracking.images import save_images
 from largebatch.tracking.recorder import Recorder
@@ -63,6 +65,7 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
         while phase is not None and state == "finished":
             state, message = loop(phase, session)
             phase = phase.following()
+        expect_no_progress()
         if writer:
             writer.wait()  # before the status is final
         if recorder:
@@ -75,19 +78,22 @@ def main(arguments: list[str]) -> int:
     die_with_parent()
     if launcher_is_gone():
         return 1
+    outlive_terminal()
+    sys.path.append(os.getcwd())  # last, so that a user's modules are found and replace none
     if len(arguments) != 1:
         print("usage: python -m largebatch.training.worker RUN_DIR", file=sys.stderr)
         return 2
+    rank = int(os.environ.get("RANK", "0"))
+    start_pulse(rank)
     folder = RunFolder(Path(arguments[0]).absolute())
     config = load_config(folder.config)
-    rank = int(os.environ.get("RANK", "0"))
     try:
         with (
             folder.hold(patience=2) if rank == 0 else contextlib.nullcontext(),
             Console(folder.log, rank == 0) as console,
         ):
             return _work(config, folder, rank, console)
-    except RunBusyError as error:
+    except (RunBusyError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

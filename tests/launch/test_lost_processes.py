@@ -1,0 +1,178 @@
+"""Runs whose processes are killed, stopped or lose their folder: outcomes, messages, and nothing left running."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY, start
+from runs import finish, is_alive, the_run, worker_pid
+
+from largebatch.machine.pulse import Watch
+from largebatch.runs.folder import RunFolder
+from largebatch.runs.metrics import newest
+
+LONG = (*TINY, "steps=4000", "eval_every=100", "checkpoint.every_steps=1000000", "cluster.threads=1")
+
+
+def until(condition: Callable[[], bool], seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timeout"
+        time.sleep(0.02)
+
+
+def training(folder: Path, *overrides: str, runs: int = 1) -> subprocess.Popen[str]:
+    """Start a launcher, and return it when so many of its runs train."""
+    launcher = start(*overrides, cwd=folder)
+
+    def train() -> bool:
+        assert launcher.poll() is None, launcher.communicate()
+        return sum((newest(path, "step") or 0) >= 3 for path in folder.glob("runs/*/metrics.jsonl")) >= runs
+
+    until(train)
+    return launcher
+
+
+def ranks(run: Path) -> dict[int, int]:
+    """Return the process of each rank of a run, by the variables of all processes."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+            variables = (process / "environ").read_bytes().decode().split("\0")
+        except OSError:  # it has ended, or is another user's
+            continue
+        if str(run) in words and "torch.distributed.run" not in words:
+            rank = [int(line.partition("=")[2]) for line in variables if line.startswith("RANK=")]
+            found[rank[0] if rank else 0] = int(process.name)
+    return found
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_grid_with_a_killed_torchrun_fails_and_goes_on(tmp_path: Path) -> None:
+    launcher = training(tmp_path, "-m", *LONG, "steps=60", "eval_every=1", "seed=0,1", "cluster.processes=2")
+    (first,) = (path.parent for path in tmp_path.glob("runs/*-s0-*/metrics.jsonl"))
+    processes = ranks(first)
+    os.kill(parent(processes[0]), signal.SIGKILL)
+    out, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1, out + errors
+    assert "the worker was ended by SIGKILL (Linux kills processes when memory runs out)" in errors
+    assert RunFolder(first).state() == "failed"
+    (second,) = tmp_path.glob("runs/*-s1-*")
+    assert RunFolder(second).state() == "finished"
+    until(lambda: not any(is_alive(pid) for pid in processes.values()), 5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, rank: int) -> None:
+    launcher = training(tmp_path, *LONG, "cluster.processes=2")
+    os.kill(ranks(the_run(tmp_path))[rank], signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1
+    assert f"error: rank {rank} was ended by SIGKILL" in errors
+    assert f"rank {rank} was ended by SIGKILL" in RunFolder(the_run(tmp_path)).read_status()["message"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_rank_is_named_and_ended(tmp_path: Path, processes: int) -> None:
+    launcher = training(tmp_path, *LONG, f"cluster.processes={processes}", "cluster.hang_seconds=5")
+    pids = ranks(the_run(tmp_path))
+    os.kill(pids[processes - 1], signal.SIGSTOP)
+    _, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1
+    assert f"error: rank {processes - 1} gave no sign of life for 5 s" in errors
+    assert "same command resumes" in errors
+    assert not any(is_alive(pid) for pid in pids.values())
+
+
+def test_ctrl_c_ends_a_run_with_a_stopped_rank(tmp_path: Path) -> None:
+    launcher = training(tmp_path, *LONG, "cluster.processes=2")
+    pids = ranks(the_run(tmp_path))
+    os.kill(pids[1], signal.SIGSTOP)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.stdout is not None
+    while "Ctrl-C again stops at once" not in launcher.stdout.readline():
+        assert launcher.poll() is None
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=20)
+    assert launcher.returncode == 130
+    assert RunFolder(the_run(tmp_path)).state() == "preempted"
+    assert not any(is_alive(pid) for pid in pids.values())
+
+
+def test_a_watch_names_ranks_without_progress() -> None:
+    """Ranks send signs of life, but no pass ends; before the first pass, no time limits a download."""
+    import socket
+
+    watch = Watch(range(3), 0.2)
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+    def beat(*passes: int) -> bool:
+        for rank, number in enumerate(passes):
+            sender.sendto(f"{rank} {2**30 + rank} {number}".encode(), ("127.0.0.1", int(watch.port)))
+        sender.sendto(b"not a pulse", ("127.0.0.1", int(watch.port)))
+        time.sleep(0.05)
+        return watch.look()
+
+    assert not any(beat(0, 0, 0) for _ in range(8))
+    assert not any(beat(number, number, number) for number in range(1, 9))
+    for _ in range(100):
+        if beat(9, 8, 9):
+            break
+    assert watch.verdict == "no pass over a batch ended for 0.2 s; rank 1 behind the others hung"
+    watch.close()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, -signal.SIGHUP), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_hangup_saves_and_stops_as_a_termination_does(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    launcher = training(tmp_path, "-m", *LONG, "seed=0,1", "cluster.parallel=2", runs=2)
+    launcher.send_signal(number)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == code
+    for path in (tmp_path / "runs").iterdir():
+        run = RunFolder(path)
+        assert run.state() == "preempted"
+        assert list(run.checkpoints.glob("step-*.pt"))
+
+
+def test_a_hangup_is_ignored_under_nohup(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a child inherits it
+    try:
+        launcher = training(tmp_path, *LONG, "steps=100")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    launcher.send_signal(signal.SIGHUP)
+    finish(launcher)
+
+
+def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
+    launcher = training(tmp_path, *LONG, "cluster.processes=2")
+    pids = ranks(the_run(tmp_path))
+    launcher.kill()
+    launcher.communicate()
+    until(lambda: not any(is_alive(pid) for pid in pids.values()), 10)
+    assert not RunFolder(the_run(tmp_path)).is_held()
+
+
+def test_a_removed_folder_ends_its_run_and_not_the_grid(tmp_path: Path) -> None:
+    launcher = training(tmp_path, "-m", *LONG, "steps=400", "seed=0,1")
+    (first,) = (path.parent for path in tmp_path.glob("runs/*-s0-*/metrics.jsonl"))
+    worker = worker_pid(first)
+    shutil.rmtree(first)
+    out, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1, out + errors
+    assert f"error: {first}: the folder was removed while the run trained" in errors
+    assert "Traceback" not in errors
+    assert not is_alive(worker)
+    (second,) = tmp_path.glob("runs/*-s1-*")
+    assert RunFolder(second).state() == "finished"
