@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from largebatch.config.schema import to_yaml
@@ -64,16 +64,15 @@ def claim(run: PlannedRun, jobs: Jobs | None = None, **status: Any) -> Outcome |
         with folder.hold():
             before = folder.read_status()
             state = before.get("state")
-            if state in DONE and not config.rerun:
+            if state in DONE and not config.rerun and not _moving(folder).exists():
                 return Outcome(run, state, str(before.get("message", "")), skipped=True)
             if job := claim_by_slurm(before, jobs):
                 return Outcome(run, "busy", f"{folder.path} {job}", exit_code=2)
-            if state in DONE:
-                _set_aside(folder)
+            repetition = _set_aside(folder, state in DONE)
             write_atomic(folder.config, to_yaml(config))
             folder.update_status(
                 state="queued", message="", exit_code=0, queued=time.time(), cluster=config.cluster.name,
-                **(dict.fromkeys(("job_id", "code", "restarts")) | status),
+                **(dict.fromkeys(("job_id", "code", "restarts")) | repetition | status),
             )  # fmt: skip
     except RunBusyError as error:
         return Outcome(run, "busy", str(error), exit_code=2)
@@ -90,8 +89,15 @@ def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> St
         speaking: the first process writes to the terminal too, not only to the run's log.
     """
     new = not run.folder.path.exists()
-    if outcome := claim(run):
-        return outcome
+    try:
+        if outcome := claim(run):
+            return outcome
+        return _started(run, new, environment, speaking)
+    except OSError as error:  # a full disk, a folder without write permission
+        return Outcome(run, "failed", f"{run.folder.path}: can't start the run ({error})", exit_code=1)
+
+
+def _started(run: PlannedRun, new: bool, environment: dict[str, str], speaking: bool) -> Started:
     processes, torchrun = run.config.cluster.processes or 1, []
     if processes > 1:  # --standalone lets the system pick a free port
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--max-restarts=0"]
@@ -104,16 +110,22 @@ def conclude(started: Started) -> Outcome:
     """Return the outcome of a run whose worker has ended."""
     run, folder, code = started.run, started.run.folder, started.child.wait()
     _kill_group(started.child)
-    status = folder.read_status()
-    if status["state"] in ("queued", "running"):
-        if folder.is_held():  # another launcher has started the run since
-            return Outcome(run, "busy", folder.held_by(), exit_code=2)
-        message = f"the worker {how_it_ended(code)}; see {folder.log}; {RESUMES}"
-        folder.update_status(state="failed", message=message, exit_code=1)
+    message = f"the worker {how_it_ended(code)}; see {folder.log}; {RESUMES}"
+    try:
         status = folder.read_status()
-    outcome = Outcome(run, status["state"], status["message"], status["exit_code"])
-    if outcome.state == "failed" and outcome.exit_code == 2 and started.new:
-        shutil.rmtree(folder.path)  # no step was taken, and a corrected configuration may be another run
+        if status["state"] in ("queued", "running"):
+            if folder.is_held():  # another launcher has started the run since
+                return Outcome(run, "busy", folder.held_by(), exit_code=2)
+            folder.update_status(state="failed", message=message, exit_code=1)
+            status = folder.read_status()
+        outcome = Outcome(run, status["state"], status["message"], status["exit_code"])
+        removable = outcome.state == "failed" and outcome.exit_code == 2 and started.new and not folder.has_progress()
+    except (OSError, UserError, KeyError) as error:  # a full or lost disk, a damaged or removed status
+        problem = f"no status in {folder.status}" if isinstance(error, KeyError) else str(error)
+        return Outcome(run, "failed", f"{message}; {problem}", exit_code=1)
+    if removable:
+        # No step was taken, and a corrected configuration may be another run.
+        shutil.rmtree(folder.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds other runs
             folder.path.parent.rmdir()
     return outcome
@@ -141,12 +153,27 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
-def _set_aside(folder: RunFolder) -> None:
-    """Move a finished run's files to ``previous-N`` inside its folder, so that repeating the run loses nothing."""
-    number = next(n for n in itertools.count(1) if not (folder.path / f"previous-{n}").exists())
-    previous = folder.path / f"previous-{number}"
-    previous.mkdir()
-    for item in folder.path.iterdir():
-        if item.name != "lock" and not item.name.startswith("previous-"):
-            item.rename(previous / item.name)
-    folder.update_status(repetition=number)
+def _moving(folder: RunFolder) -> Path:
+    """Return the folder that exists while a finished run's files are set aside."""
+    return folder.path / "moving"
+
+
+def _set_aside(folder: RunFolder, is_over: bool) -> dict[str, int]:
+    """Move a finished run's files to ``previous-N`` inside its folder, so that repeating the run loses nothing.
+
+    They first move to ``moving``, which gets its name last. A move that a kill cut short is completed.
+
+    Returns:
+        The entry of the status that numbers the repetition, if there is one.
+    """
+    moving = _moving(folder)
+    previous = max((int(path.name.removeprefix("previous-")) for path in folder.path.glob("previous-*")), default=0)
+    if is_over or moving.exists():
+        moving.mkdir(exist_ok=True)
+        others = [item for item in folder.path.iterdir() if item.name not in ("lock", moving.name)]
+        for item in others:
+            if not item.name.startswith("previous-"):
+                item.rename(moving / item.name)
+        previous += 1
+        moving.rename(folder.path / f"previous-{previous}")
+    return {"repetition": previous} if previous else {}
