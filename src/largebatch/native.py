@@ -1,11 +1,13 @@
 """C++ that is compiled once for this machine with its own compiler, and called through ctypes.
 
 Compiling takes about a second, at first use; the library is kept in ``$LARGEBATCH_CACHE``, by default
-``~/.cache/largebatch``. torch's extension builder isn't used: with torch's headers it takes half a minute.
+``~/.cache/largebatch``. It ends with its own checksum. It is loaded only if this user owns it and its folder, and if
+others can't write to either. torch's extension builder isn't used: with torch's headers it takes half a minute.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -14,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 # -fno-math-errno and -fno-trapping-math allow vector square roots; NaN and infinity keep their meaning.
@@ -42,8 +45,8 @@ def _library(source: Path) -> ctypes.CDLL | str:
     key = "\n".join([source.read_text(), " ".join(_FLAGS), version, processor()])
     name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
-        path = cache_folder() / name
-        if not path.exists():
+        path = private_folder() / name
+        if not _is_ours(path):
             _compile(compiler, source, path)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
@@ -58,14 +61,63 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
         temporary = Path(folder) / path.name
         command = [compiler, *_FLAGS, str(source), "-o", str(temporary)]
         subprocess.run(command, capture_output=True, text=True, check=True)
+        content = temporary.read_bytes()
+        temporary.write_bytes(content + hashlib.sha256(content).digest())  # a loader ignores bytes after the library
+        temporary.chmod(0o700)
         os.replace(temporary, path)
 
 
+def _is_ours(path: Path) -> bool:
+    """Return True if the file is whole, this user's, and not writable by others."""
+    if not path.is_file() or not _only_ours(path):
+        return False
+    content = path.read_bytes()
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
+
+
+def _only_ours(path: Path) -> bool:
+    status = path.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+@functools.cache
+def private_folder() -> Path:
+    """Return ``cache_folder``, or a temporary folder of this process if others may write to the cache.
+
+    Raises:
+        OSError: if there is no folder that can be written.
+    """
+    folder = cache_folder()
+    if _only_ours(folder):
+        return folder
+    warnings.warn(
+        f"{folder}: others own this folder or may write to it, so this process compiles for itself. "
+        f"Fix: `chmod go-w {folder}`, or LARGEBATCH_CACHE=FOLDER with a folder of your own",
+        stacklevel=2,
+    )
+    own = Path(tempfile.mkdtemp(prefix="largebatch-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return own
+
+
+def keep_compiled_kernels_private() -> None:
+    """Let torch.compile and Triton keep their kernels below ``private_folder``, unless their variables are set.
+
+    torch's own default is a folder in /tmp with a predictable name, whoever owns it.
+    """
+    for variable, name in {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}.items():
+        if variable not in os.environ:
+            os.environ[variable] = str(private_folder() / name)
+
+
 def cache_folder() -> Path:
-    """Return the folder for compiled libraries and measurements of this machine, kept between runs."""
+    """Return the folder for compiled libraries and measurements of this machine, kept between runs.
+
+    A new folder is this user's alone.
+    """
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get("LARGEBATCH_CACHE") or Path(caches) / "largebatch")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 

@@ -33,7 +33,7 @@ def record(folder: RunFolder) -> None:
             layers = [Layer("conv1.weight", 4), Layer("head.bias", 1)][: 2 if step <= 40 else 1]
             recorder.layers(step, layers, statistics(step, len(layers)))
             if step == 50:
-                recorder.layers_to_write()()
+                recorder.rows_to_write()()
         recorder.row({"step": 75, "epoch": 7.5, "examples": 75, "wall_seconds": 1.0, "train/loss": 1.0})
         recorder.finish("finished", 75, "", 1.0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from largebatch.config.schema import to_yaml
@@ -74,16 +74,15 @@ def claim(run: PlannedRun, jobs: Jobs | None = None, **status: Any) -> Outcome |
         with folder.hold():
             before = folder.read_status()
             state = before.get("state")
-            if state in DONE and not config.rerun:
+            if state in DONE and not config.rerun and not _moving(folder).exists():
                 return Outcome(run, state, str(before.get("message", "")), skipped=True)
             if job := claim_by_slurm(before, jobs):
                 return Outcome(run, "busy", f"{folder.path} {job}", exit_code=2)
-            if state in DONE:
-                _set_aside(folder)
+            repetition = _set_aside(folder, state in DONE)
             write_atomic(folder.config, to_yaml(config))
             folder.update_status(
                 state="queued", message="", exit_code=0, queued=time.time(), cluster=config.cluster.name,
-                **(dict.fromkeys(("job_id", "code", "restarts")) | status),
+                **(dict.fromkeys(("job_id", "code", "restarts")) | repetition | status),
             )  # fmt: skip
     except RunBusyError as error:
         return Outcome(run, "busy", str(error), exit_code=2)
@@ -139,8 +138,9 @@ def conclude(started: Started) -> Outcome:
     except (OSError, KeyError, UserError) as error:
         problem = str(error) if folder.status.exists() else "the folder was removed while the run trained"
         return Outcome(run, "failed", f"{folder.path}: {problem}", exit_code=1)
-    if outcome.state == "failed" and outcome.exit_code == 2 and started.new:
-        shutil.rmtree(folder.path)  # no step was taken, and a corrected configuration may be another run
+    if outcome.state == "failed" and outcome.exit_code == 2 and started.new and not folder.has_progress():
+        # No step was taken, and a corrected configuration may be another run.
+        shutil.rmtree(folder.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds other runs
             folder.path.parent.rmdir()
     return outcome
@@ -167,7 +167,7 @@ def stop(started: list[Started], at_once: Callable[[], bool], by: str) -> None:
         time.sleep(_POLL_SECONDS)
     for one in started:
         _end(one)
-        with contextlib.suppress(OSError):  # the run's folder was removed
+        with contextlib.suppress(OSError, UserError):  # the run's folder was removed or damaged
             if one.run.folder.state() in ("queued", "running"):
                 one.run.folder.update_status(state="preempted", message=f"stopped by {by}")
 
@@ -181,12 +181,27 @@ def _end(started: Started) -> None:
     started.watch.close()
 
 
-def _set_aside(folder: RunFolder) -> None:
-    """Move a finished run's files to ``previous-N`` inside its folder, so that repeating the run loses nothing."""
-    number = next(n for n in itertools.count(1) if not (folder.path / f"previous-{n}").exists())
-    previous = folder.path / f"previous-{number}"
-    previous.mkdir()
-    for item in folder.path.iterdir():
-        if item.name != "lock" and not item.name.startswith("previous-"):
-            item.rename(previous / item.name)
-    folder.update_status(repetition=number)
+def _moving(folder: RunFolder) -> Path:
+    """Return the folder that exists while a finished run's files are set aside."""
+    return folder.path / "moving"
+
+
+def _set_aside(folder: RunFolder, is_over: bool) -> dict[str, int]:
+    """Move a finished run's files to ``previous-N`` inside its folder, so that repeating the run loses nothing.
+
+    They first move to ``moving``, which gets its name last. A move that a kill cut short is completed.
+
+    Returns:
+        The entry of the status that numbers the repetition, if there is one.
+    """
+    moving = _moving(folder)
+    previous = max((int(path.name.removeprefix("previous-")) for path in folder.path.glob("previous-*")), default=0)
+    if is_over or moving.exists():
+        moving.mkdir(exist_ok=True)
+        others = [item for item in folder.path.iterdir() if item.name not in ("lock", moving.name)]
+        for item in others:
+            if not item.name.startswith("previous-"):
+                item.rename(moving / item.name)
+        previous += 1
+        moving.rename(folder.path / f"previous-{previous}")
+    return {"repetition": previous} if previous else {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from largebatch.runs.folder import replace_file
 
 Bits = NDArray[np.bool_]
 
@@ -30,10 +33,21 @@ def write_correct(path: Path, step: int, accuracy: float, correct: Bits) -> None
     found |= {"images": len(correct), "last": np.packbits(correct)}
     if "best" not in found or accuracy > found["accuracy"] or step == found["step"]:
         found |= {"best": found["last"], "accuracy": accuracy, "step": step}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as new:
-        np.savez(new, **found)
-    os.replace(temporary, path)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as new:
+            np.savez(new, **found)
+
+    replace_file(path, write)
+
+
+def is_readable(path: Path) -> bool:
+    """Return True if the file is there and whole: its format has checksums."""
+    try:
+        read_correct(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
+    return True
 
 
 def read_correct(path: Path) -> dict[str, Bits]:

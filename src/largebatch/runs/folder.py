@@ -5,6 +5,7 @@ Files are written under a temporary name and renamed, so that readers never see 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from largebatch.errors import UserError
 
 STATES = ("queued", "running", "preempted", "finished", "diverged", "failed")
 DONE = ("finished", "diverged")  # outcomes: such runs are skipped
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 RESUMES = "the same command resumes the run from its last checkpoint"
 
 
@@ -26,15 +28,24 @@ class RunBusyError(Exception):
     """Another process holds the run's lock."""
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a temporary name, and rename the file to ``path``."""
+def replace_file(path: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
+    """Call ``write`` with a temporary name, and rename the file to ``path``.
+
+    With ``sync``, the content is on the disk before the rename: a crash of the machine leaves the old or the new file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def write_atomic(path: Path, text: str, *, sync: bool = True) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), sync=sync)
 
 
 class RunFolder:
@@ -69,9 +80,31 @@ class RunFolder:
         return read_json(self.summary)
 
     def update_status(self, **changes: Any) -> None:
-        """Merge ``changes`` and the time into the status."""
+        """Merge ``changes`` and the time into the status. A new state is on the disk when this returns.
+
+        A full disk has no room for another file. Then the present file is overwritten in place, which needs no room.
+        """
         status = {**self.read_status(), **changes, "updated": time.time()}
-        write_atomic(self.status, json.dumps(status, indent=1) + "\n")
+        text = json.dumps(status, indent=1) + "\n"
+        try:
+            write_atomic(self.status, text, sync="state" in changes)
+        except OSError as error:
+            if error.errno not in DISK_FULL or not self.status.exists():
+                raise
+            with self.status.open("r+b", buffering=0) as file:
+                file.write(text.encode())
+                file.truncate()
+
+    def has_progress(self) -> bool:
+        """Return True if the folder holds a checkpoint or a row of metrics."""
+        has_row = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return has_row or any(self.checkpoints.glob("*.pt"))
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of killed processes. Call it under the lock."""
+        for folder in (self.path, self.profile, self.path / "wandb"):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
 
     def state(self) -> str | None:
         """Return one of ``STATES``, or None without a status. ``running`` may be stale: see ``is_held``."""

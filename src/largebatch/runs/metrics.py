@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
-from largebatch.runs.folder import read_tail, replace_file, write_atomic
+from largebatch.runs.folder import read_tail, replace_file
 
 Row = dict[str, Any]
 _TAIL = 1 << 15  # bytes: some hundred rows
@@ -19,18 +22,32 @@ class MetricsLog:
     """Appends rows to a JSONL file.
 
     Args:
-        path: the file. Its rows after ``step`` are removed, because a resumed run writes them again.
+        path: the file. Its rows after ``step``, and rows that a crash damaged, are removed: a resumed run writes them
+            again.
         step: last optimizer step before a resumed run; 0 removes all rows.
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [row for row in read_rows(path) if row["step"] <= step] if step > 0 else []
-        write_atomic(path, "".join(_line(row) for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        kept = b"".join(_lines_up_to(path, step)) if step > 0 else b""
+        replace_file(path, lambda temporary: temporary.write_bytes(kept))
+        self._size, self._crc = len(kept), zlib.crc32(kept)
+        self._file = path.open("ab")
 
     def write(self, row: Row) -> None:
-        self._file.write(_line(row))
+        line = _line(row).encode()
+        self._file.write(line)
         self._file.flush()
+        self._size, self._crc = self._size + len(line), zlib.crc32(line, self._crc)
+
+    def to_sync(self) -> Callable[[], list[int]]:
+        """Return a function that puts the rows so far on the disk, in any thread, and describes them."""
+        described = [self._size, self._crc]
+
+        def sync() -> list[int]:
+            os.fsync(self._file.fileno())
+            return described
+
+        return sync
 
     def close(self) -> None:
         self._file.close()
@@ -41,6 +58,26 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def has_rows(path: Path, described: list[int]) -> bool:
+    """Return True if the file begins with the rows that ``MetricsLog.to_sync`` described: bytes and CRC-32."""
+    size, crc = described
+    content = path.read_bytes()[:size] if path.exists() else b""
+    return len(content) == size and zlib.crc32(content) == crc
+
+
+def _lines_up_to(path: Path, step: int) -> Iterator[bytes]:
+    """Yield the lines before the first line that is of a later step, damaged or cut off."""
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:  # what a crash of the machine left after the last checkpoint
+                return
+            if not isinstance(row, dict) or row["step"] > step:
+                return
+            yield line
 
 
 def newest(path: Path, *names: str) -> float | None:

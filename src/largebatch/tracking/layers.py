@@ -7,7 +7,8 @@ Reading a value waits for the device, so rows gather on the device and are read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import zlib
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,9 +36,12 @@ class LayerLog:
 
     def __init__(self, path: Path, step: int, left: Callable[[LayerRow], object]) -> None:
         self._path, self._left = path, left
-        kept = read_layer_table(path, step)
+        kept = read_layer_table(path, step) if step > 0 else None
+        if step == 0:
+            path.unlink(missing_ok=True)
         # Rows that left the device. Not as Python objects, because there may be a million.
         self._tables: list[pyarrow.Table] = [] if kept is None else [kept]
+        self._digest = digest(self._tables)
         self._layers: list[Layer] = []
         # Shape [CAPACITY, columns, layers] once there is a row; row i is of step _steps[i].
         self._buffer = torch.empty(0)
@@ -58,10 +62,16 @@ class LayerLog:
         if len(self._steps) == CAPACITY:
             self._read_back()
 
-    def to_write(self) -> Callable[[], None]:
-        """Return a function that writes all rows so far, in any thread."""
+    def to_write(self) -> Callable[[], list[int]]:
+        """Return a function that writes all rows so far, in any thread, and returns their ``digest``."""
         self._read_back()
-        return partial(_write, list(self._tables), self._path)
+        tables, described = list(self._tables), list(self._digest)
+
+        def write() -> list[int]:
+            _write(tables, self._path)
+            return described
+
+        return write
 
     def _read_back(self) -> None:
         """Empty the buffer, with one copy."""
@@ -78,8 +88,30 @@ class LayerLog:
                 **{column: [value for row in rows for value in row.values[i]] for i, column in enumerate(COLUMNS)},
             }
             self._tables.append(pyarrow.table(columns))
+            self._digest = digest(self._tables[-1:], self._digest)
         for row in rows:
             self._left(row)
+
+
+def digest(tables: Sequence[pyarrow.Table], before: Sequence[int] = ()) -> list[int]:
+    """Return the number of rows and the CRC-32 of each column, after the rows of the digest ``before``."""
+    rows, *crcs = before or [0] * (1 + 3 + len(COLUMNS))
+    for table in tables:
+        rows += table.num_rows
+        for number, column in enumerate(table.columns):
+            for chunk in column.chunks:
+                content = "\0".join([*chunk.to_pylist(), ""]).encode() if number == 1 else chunk.to_numpy().tobytes()
+                crcs[number] = zlib.crc32(content, crcs[number])
+    return [rows, *crcs]
+
+
+def has_rows(path: Path, step: int, described: list[int]) -> bool:
+    """Return True if the file's rows up to ``step`` are those of a digest."""
+    try:
+        table = read_layer_table(path, step)
+        return digest([] if table is None else [table]) == described
+    except (OSError, ValueError):  # pyarrow's errors about damaged files are among them
+        return False
 
 
 def _write(tables: list[pyarrow.Table], path: Path) -> None:

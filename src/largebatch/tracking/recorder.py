@@ -10,9 +10,11 @@ from typing import Any, Self
 from torch import Tensor
 
 from largebatch.config.schema import Config
+from largebatch.runs import metrics
+from largebatch.runs.correct import is_readable
 from largebatch.runs.folder import DONE, RunFolder, write_atomic
 from largebatch.runs.metrics import MetricsLog, Row, read_rows, write_table
-from largebatch.tracking import wandb_run
+from largebatch.tracking import layers, wandb_run
 from largebatch.tracking.console import Console
 from largebatch.tracking.layers import LayerLog
 from largebatch.tracking.rows import Layer, LayerRow, RowOrder, replay
@@ -35,6 +37,8 @@ class Recorder:
 
     def __init__(self, config: Config, folder: RunFolder, step: int, facts: dict[str, Any], console: Console) -> None:
         self._folder, self._facts, self._console, self._tracker = folder, facts, console, config.tracker
+        if step == 0:  # also after damaged checkpoints
+            folder.correct.unlink(missing_ok=True)
         self._metrics = MetricsLog(folder.metrics, step)
         self._layers = LayerLog(folder.layers, step, self._layer_row)
         self._status_at = 0.0
@@ -65,9 +69,10 @@ class Recorder:
             self._order.expect_layers(step)
         self._layers.add(step, layers, statistics)
 
-    def layers_to_write(self) -> Callable[[], None]:
-        """Return a function that writes the layer rows so far to their file, in any thread."""
-        return self._layers.to_write()
+    def rows_to_write(self) -> Callable[[], dict[str, Any]]:
+        """Return a function that puts the rows so far on the disk, in any thread, and describes them for ``lacks``."""
+        layers, metrics, correct = self._layers.to_write(), self._metrics.to_sync(), self._folder.correct.exists()
+        return lambda: {"layers": layers(), "metrics": metrics(), "correct": correct}
 
     def _layer_row(self, row: LayerRow) -> None:
         if self._order:
@@ -75,7 +80,7 @@ class Recorder:
 
     def finish(self, state: str, step: int, message: str, seconds: float) -> None:
         """Close the run in ``state``. Write the table and the summary of a run that is over."""
-        self.layers_to_write()()
+        self.rows_to_write()()
         self._metrics.close()
         if state in DONE:
             rows = read_rows(self._folder.metrics)
@@ -105,14 +110,31 @@ class Recorder:
         self._end(1)  # does nothing after finish()
 
 
+def lacks(folder: RunFolder, step: int, records: dict[str, Any]) -> str:
+    """Return the reason why the folder lacks the rows that a checkpoint after ``step`` relies on; empty if it doesn't.
+
+    Args:
+        folder: the run folder.
+        step: optimizer steps done.
+        records: description by ``Recorder.rows_to_write``.
+    """
+    complete = {
+        folder.metrics: metrics.has_rows(folder.metrics, records["metrics"]),
+        folder.layers: layers.has_rows(folder.layers, step, records["layers"]),
+        folder.correct: not records["correct"] or is_readable(folder.correct),
+    }
+    return " and ".join(f"{path.name} is missing, damaged or cut short" for path, ok in complete.items() if not ok)
+
+
 def summarise(rows: list[Row]) -> dict[str, Any]:
-    """Return the last and the best metrics of a run.
+    """Return the last finite and the best metrics of a run; None for a metric that was never finite.
 
     ``test/accuracy``, ``test/loss`` ... are from the last evaluation. With a validation part, ``best/epoch`` is the
     epoch of the best validation accuracy and ``best/test/accuracy`` the test accuracy there: the test set chooses
     nothing. Without a validation part, the best is the test set's own and only an upper bound.
     """
-    metrics: dict[str, Any] = {k: v for row in rows for k, v in row.items() if k.startswith(_LAST)}
+    shown = [(k, v) for row in rows for k, v in row.items() if k.startswith(_LAST)]
+    metrics: dict[str, Any] = dict.fromkeys((k for k, _ in shown)) | {k: v for k, v in shown if v is not None}
     evaluations = [row for row in rows if row.get("test/accuracy") is not None]
     chosen_by = "val/accuracy" if any("val/accuracy" in row for row in evaluations) else "test/accuracy"
     best = max(evaluations, key=lambda row: (row[chosen_by] or 0.0, -row["step"]), default=None)

@@ -1,24 +1,41 @@
-"""Checkpoints of a run: written atomically in the background; the newest two are kept."""
+"""Checkpoints of a run: written atomically in the background; the newest two are kept.
+
+A file is what ``torch.save`` writes, and a trailer after it: a JSON object (``Trailer``), its length, the CRC-32 of all
+bytes before, and a mark. ``torch.load`` ignores the trailer and verifies nothing itself.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import shutil
+import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 KEPT = 2
+_FORMAT = 1  # version of the files
+_END = struct.Struct("<II8s")  # bytes of the trailer's JSON, CRC-32, mark
+_MARK = b"lbchkpt\0"
+_READ = 1 << 20  # bytes
+
+Trailer = dict[str, Any]  # format, run (identity), step, and records: the rows that the checkpoint relies on
+
+
+class DamagedError(Exception):
+    """A checkpoint can't be used. The message follows the file's name in a sentence."""
 
 
 class CheckpointWriter:
@@ -35,15 +52,16 @@ class CheckpointWriter:
     Args:
         folder: folder of the run's checkpoints, for one writer. A killed writer's partial files are removed.
         device: device of the model. The state can have tensors on other devices too.
+        run: identity of the run, part of each checkpoint.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: torch.device, run: str = "") -> None:
+        self._folder, self._run = folder, run
         self._device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self._buffers: list[Tensor] = []  # uint8 [bytes], one for each storage of the last state
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=_give_way)
         self._writing: Future[None] | None = None
-        for leftover in folder.glob("step-*.tmp"):
+        for leftover in (*folder.glob("step-*.tmp"), *folder.glob("best.tmp")):
             leftover.unlink()
 
     def __enter__(self) -> CheckpointWriter:
@@ -62,7 +80,7 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def save(
-        self, step: int, state: dict[str, Any], first: Callable[[], None] | None = None, best: Path | None = None
+        self, step: int, state: dict[str, Any], first: Callable[[], Any] | None = None, best: Path | None = None
     ) -> None:
         """Write the present ``state`` as the checkpoint after optimizer step ``step``.
 
@@ -72,7 +90,8 @@ class CheckpointWriter:
         Args:
             step: optimizer steps done.
             state: tensors and plain values, in any nesting of dicts, lists and tuples.
-            first: called in the thread before the write, to write files that the checkpoint relies on.
+            first: called in the thread before the write, to write files that the checkpoint relies on. Its result
+                describes them (JSON), for ``lacks`` of ``load_newest``.
             best: path of a second name for this checkpoint, kept after newer checkpoints replace it.
         """
         self.wait()
@@ -83,13 +102,10 @@ class CheckpointWriter:
             done.record(torch.cuda.current_stream(self._device))
 
         def write() -> None:
-            if first is not None:
-                first()
+            records = first() if first is not None else None
             if done is not None:
                 done.synchronize()
-            path = save_checkpoint(self._folder, step, copied)
-            if best is not None:
-                _keep(path, best)
+            save_checkpoint(self._folder, step, copied, self._run, records, best)
 
         self._writing = self._thread.submit(write)
 
@@ -124,42 +140,158 @@ class CheckpointWriter:
         return copy.deepcopy(state, copies)  # copies all that isn't in copies yet
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], run: str = "", records: Any = None, best: Path | None = None
+) -> Path:
     """Write ``state`` (tensors and plain values only) as the checkpoint after optimizer step ``step``. Return its path.
+
+    The newest checkpoints up to this step are kept. Later checkpoints are removed: the run didn't resume from them.
+
+    Args:
+        folder: the run's checkpoints.
+        step: optimizer steps done.
+        state: content of the checkpoint.
+        run: identity of the run.
+        records: description of the rows that the checkpoint relies on (JSON).
+        best: path of a second name. It appears before the checkpoint, whose state says that it is the best.
 
     Raises:
         OSError: if the file can't be written. Earlier checkpoints stay intact.
     """
     folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
+    path = checkpoint_path(folder, step)
     temporary = path.with_suffix(".tmp")
     try:
         # With a path instead of a Python file, torch writes without the interpreter's lock, which training needs.
         torch.save({"step": step, **state}, temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())  # the content must reach the disk before the rename
+        _seal(temporary, {"format": _FORMAT, "run": run, "step": step, "records": records})
+        if best is not None:
+            _keep(temporary, best)
         os.replace(temporary, path)
     except RuntimeError as error:  # from torch's file writer, without the cause
-        free = shutil.disk_usage(folder).free
-        raise OSError(f"{path} can't be written ({error}); {free / 1e6:.0f} MB are free on the disk") from error
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(f"{path} can't be written ({_cause(temporary) or error}); {free:.0f} MB are free") from error
     finally:
         temporary.unlink(missing_ok=True)
-    for old in _newest_first(folder)[KEPT:]:
+    up_to_now = [old for old in _newest_first(folder) if old.name <= path.name]
+    for old in {*_newest_first(folder)} - {*up_to_now[:KEPT]}:
         old.unlink()
     return path
 
 
-def load_newest(folder: Path, device: torch.device, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Return the newest readable checkpoint, or None. Name damaged checkpoints through ``say`` and skip them."""
-    for path in _newest_first(folder):
+def load_newest(
+    folder: Path,
+    device: torch.device,
+    say: Callable[[str], None],
+    run: str = "",
+    lacks: Callable[[int, Any], str] = lambda step, records: "",
+    needs: Collection[str] = (),
+) -> dict[str, Any] | None:
+    """Return the newest usable checkpoint, or None. Name each unusable checkpoint through ``say``, with the reason.
+
+    Args:
+        folder: the run's checkpoints.
+        device: device of the loaded tensors.
+        say: called with each message.
+        run: identity that the checkpoint must have.
+        lacks: called with a checkpoint's step and records. It names a file without the rows of these records.
+        needs: keys that the state must have.
+
+    Raises:
+        OSError: if no checkpoint is usable, and reading one failed: it may be readable later.
+    """
+    unread: OSError | None = None
+    newest_first = _newest_first(folder)
+    for path in newest_first:
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            say(f"{path} can't be read ({error}); trying the previous checkpoint")
+            state, trailer = load_checkpoint(path, device)
+            if trailer["run"] != run:
+                raise DamagedError(f"belongs to another run ({trailer['run'] or 'unnamed'})")
+            if missing := [key for key in needs if key not in state]:
+                raise DamagedError(f"has no {', '.join(missing)}")
+            if reason := lacks(state["step"], trailer["records"]):
+                raise DamagedError(f"can't be used: {reason}")
+        except (OSError, DamagedError) as error:
+            unread = error if isinstance(error, OSError) else unread
+            problem = f"can't be read ({error})" if isinstance(error, OSError) else str(error)
+            say(f"{path} {problem}; trying the previous checkpoint")
             continue
-        assert isinstance(state, dict)
         return state
+    if unread is not None:
+        raise unread
+    if newest_first:
+        say(f"{folder} has no usable checkpoint: the run starts again from step 0")
     return None
+
+
+def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Any], Trailer]:
+    """Return the state and the trailer of a checkpoint after checks of its whole content.
+
+    Raises:
+        DamagedError: if a byte has changed or is missing, or the file is another step's or another version's.
+        OSError: if the file can't be read.
+    """
+    with path.open("rb") as file:
+        trailer = _checked_trailer(file)
+        if trailer["format"] != _FORMAT:
+            raise DamagedError(f"has format {trailer['format']}, not {_FORMAT}: another version wrote it")
+        if trailer["step"] != int(path.stem.removeprefix("step-")):
+            raise DamagedError(f"is the checkpoint of step {trailer['step']}")
+        file.seek(0)
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise DamagedError(f"can't be read ({error})") from error
+    if not isinstance(state, dict) or state.get("step") != trailer["step"]:
+        raise DamagedError("has another step inside")
+    return state, trailer
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.pt"
+
+
+def _seal(path: Path, trailer: Trailer) -> None:
+    """Append the trailer, and wait until the content is on the disk."""
+    text = json.dumps(trailer).encode()
+    with path.open("r+b") as file:
+        crc = _crc(file, path.stat().st_size)
+        file.write(text + _END.pack(len(text), zlib.crc32(text, crc), _MARK))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checked_trailer(file: BinaryIO) -> Trailer:
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(size - _END.size, 0))
+    end = file.read(_END.size)
+    length, crc, mark = _END.unpack(end) if len(end) == _END.size else (0, 0, b"")
+    if mark != _MARK:
+        raise DamagedError("is damaged or cut short, or another version wrote it: it has no checksum")
+    file.seek(0)
+    if _crc(file, size - _END.size) != crc or length > size - _END.size:
+        raise DamagedError("is damaged: its checksum is wrong")
+    file.seek(size - _END.size - length)
+    trailer: Trailer = json.loads(file.read(length))
+    return trailer
+
+
+def _crc(file: BinaryIO, size: int) -> int:
+    """Return the CRC-32 of the next ``size`` bytes. It takes 0.4 s for 1 GB, and a BLAKE2 hash five times as long."""
+    crc = 0
+    while size > 0 and (block := file.read(min(size, _READ))):
+        crc, size = zlib.crc32(block, crc), size - len(block)
+    return crc
+
+
+def _cause(path: Path) -> str:
+    """Return the reason why no more bytes can be written to ``path``, such as a full disk; empty if they can."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(_READ))
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _newest_first(folder: Path) -> list[Path]:

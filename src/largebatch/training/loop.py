@@ -71,6 +71,8 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
                 if step > first_step and (step % phase.run.config.tracker.log_every == 0 or step == phase.end):
                     mean[0] |= clock.speed()
                 diverged = not math.isfinite(mean[0]["train/loss"])
+                if diverged:
+                    first_bad_step.clamp_(max=step)
         for line in profile.after_step(step):
             session.console.say(line)
         is_best = False
@@ -88,7 +90,8 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         stop, save = session.boundary.after_step(step)
         if not diverged and (save or is_best or step == phase.end):
             with profile.phase("checkpoint"):
-                _save(phase, session, is_best)
+                if _all_finite(phase, first_bad_step):  # else the next row shows the divergence
+                    _save(phase, session, is_best)
             session.boundary.saved(step)
             if stop and step < phase.end:
                 return "preempted", RESUMES
@@ -116,6 +119,19 @@ def _is_best(phase: MainPhase, metrics: dict[str, float]) -> bool:
     return is_best
 
 
+def _all_finite(phase: MainPhase, first_bad_step: torch.Tensor) -> bool:
+    """Return True in every process if all losses so far, parameters and buffers are finite in every process.
+
+    Only such a state may replace the finite checkpoints. The check waits for the device, as the checkpoint does.
+    """
+    training = phase.training
+    modules = [training.model, *([training.probe.head] if training.probe else [])]
+    tensors = [t.detach() for module in modules for t in module.state_dict().values() if t.is_floating_point()]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
+    bad = first_bad_step.isfinite() | ~norms.isfinite().all()
+    return distributed.smallest_over_processes((~bad).float()) > 0
+
+
 def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
     """Save a checkpoint. Every process calls this; rank 0 writes, and then holds the totals of all processes."""
     run, training = phase.run, phase.training
@@ -126,7 +142,7 @@ def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
     if session.recorder and session.writer:
         state = training.state(session.clock.elapsed()) | {"micro_batch": run.batch.micro_batch}
         best = run.folder.best_checkpoint if is_best else None
-        session.writer.save(training.step, state, first=session.recorder.layers_to_write(), best=best)
+        session.writer.save(training.step, state, first=session.recorder.rows_to_write(), best=best)
     else:
         for tensor in totals:
             tensor.zero_()

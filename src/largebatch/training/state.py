@@ -22,6 +22,8 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import Row
 from largebatch.training.running_statistics import RunningStatistics
 
+STATE = ("model", "optimizer", "schedule", "unlogged", "seconds", "best", "micro_batch")  # keys of every checkpoint
+
 
 @dataclass(frozen=True)
 class Run:

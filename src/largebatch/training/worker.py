@@ -11,34 +11,43 @@ import os
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from largebatch.config.identity import identity
 from largebatch.config.schema import Config, load_config
 from largebatch.errors import UserError
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.machine.process import die_with_parent, launcher_is_gone
 from largebatch.machine.pulse import expect_no_progress, start_pulse
+from largebatch.native import keep_compiled_kernels_private
 from largebatch.runs.folder import RESUMES, RunBusyError, RunFolder, this_process
 from largebatch.terminal import outlive_terminal
 from largebatch.tracking.console import Console
 from largebatch.tracking.images import save_images
-from largebatch.tracking.recorder import Recorder
-from largebatch.training.checkpoint import CheckpointWriter, load_newest
+from largebatch.tracking.recorder import Recorder, lacks
+from largebatch.training.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint, load_newest
 from largebatch.training.facts import facts_in_words, gather_facts
 from largebatch.training.loop import Session, loop
 from largebatch.training.micro_batch import too_large_for_memory
 from largebatch.training.phase import MainPhase
 from largebatch.training.profile import StepClock
 from largebatch.training.set_up import set_up
+from largebatch.training.state import STATE
 from largebatch.training.stop import StepBoundary
+
+
+class FailedRunError(Exception):
+    """A run that has begun can't continue, for a clear cause such as an image that has become unreadable."""
 
 
 def train(config: Config, folder: RunFolder, rank: int, processes: int, device: torch.device, console: Console) -> None:
     """Train a run from its newest checkpoint until it finishes, diverges or is asked to stop."""
-    saved = load_newest(folder.checkpoints, device, console.say)
+    saved = _newest_checkpoint(config, folder, rank, device, console)
     phase: MainPhase | None = set_up(config, folder, rank, processes, device, console, saved)
     assert phase is not None
     run, training, total_steps = phase.run, phase.training, phase.total_steps
@@ -57,13 +66,18 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
         recorder, writer = None, None
         if rank == 0:
             recorder = stack.enter_context(Recorder(config, folder, training.step, facts, console))
-            writer = stack.enter_context(CheckpointWriter(folder.checkpoints, device))
+            writer = stack.enter_context(CheckpointWriter(folder.checkpoints, device, identity(config)))
         console.start_progress(training.step, total_steps)
         boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, rank)
         session = Session(recorder, writer, StepClock(training.seconds, device), console, boundary)
         state, message = "finished", ""
         while phase is not None and state == "finished":
-            state, message = loop(phase, session)
+            try:
+                state, message = loop(phase, session)
+            except UserError as error:
+                if folder.has_progress():
+                    raise FailedRunError(str(error)) from error
+                raise
             phase = phase.following()
         expect_no_progress()
         if writer:
@@ -71,6 +85,21 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
         if recorder:
             recorder.finish(state, training.step, message, session.clock.elapsed())
     console.say(f"{state} after step {training.step} of {total_steps}{f': {message}' if message else ''}")
+
+
+def _newest_checkpoint(
+    config: Config, folder: RunFolder, rank: int, device: torch.device, console: Console
+) -> dict[str, Any] | None:
+    """Return the newest usable checkpoint, which rank 0 chooses, in every process."""
+    saved = None
+    if rank == 0:
+        saved = load_newest(
+            folder.checkpoints, device, console.say, identity(config), partial(lacks, folder), needs=STATE
+        )
+    step = distributed.from_rank_0(saved["step"] if saved is not None else None)
+    if rank > 0 and step is not None:
+        saved, _ = load_checkpoint(checkpoint_path(folder.checkpoints, step), device)
+    return saved
 
 
 def main(arguments: list[str]) -> int:
@@ -92,6 +121,8 @@ def main(arguments: list[str]) -> int:
             folder.hold(patience=2) if rank == 0 else contextlib.nullcontext(),
             Console(folder.log, rank == 0) as console,
         ):
+            if rank == 0:
+                folder.remove_leftovers()
             return _work(config, folder, rank, console)
     except (RunBusyError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -103,6 +134,7 @@ def _work(config: Config, folder: RunFolder, rank: int, console: Console) -> int
     if rank == 0:
         folder.update_status(state="running", started=time.time(), **this_process())
     try:
+        keep_compiled_kernels_private()
         torch.backends.cudnn.benchmark = not config.deterministic  # all micro-batches have the same shape
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -111,6 +143,12 @@ def _work(config: Config, folder: RunFolder, rank: int, console: Console) -> int
         train(config, folder, rank, processes, device, console)
     except UserError as error:
         return _fail(folder, str(error), exit_code=2)
+    except FailedRunError as error:
+        return _fail(folder, f"{error}; {RESUMES}", exit_code=1)
+    except OSError as error:  # a full disk, a network disk that doesn't answer, a file that is gone
+        if error.errno is None and error.__cause__ is None:
+            traceback.print_exc()
+        return _fail(folder, f"{error}; {RESUMES}", exit_code=1)
     except Exception as error:
         traceback.print_exc()
         advice = ""

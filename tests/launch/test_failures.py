@@ -1,0 +1,127 @@
+"""Failures of disks and data while training: the run is kept, and the message names the cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, configuration, start
+from PIL import Image
+from runs import finish, the_run
+
+from largebatch.launch.local import claim
+from largebatch.launch.plan import PlannedRun
+from largebatch.runs.folder import RunFolder
+
+IMAGES = (
+    "dataset=imagefolder", "dataset.image_size=8", "model=smallcnn", "batch_size=4", "epochs=20", "tracker=none",
+    "cluster.threads=1", "checkpoint.every_steps=1",
+)  # fmt: skip
+
+
+# Leaves the images in their files, as for a data set that is larger than the memory.
+LITTLE_MEMORY = """
+import sys
+if "largebatch.training.worker" in sys.orig_argv:
+    import largebatch.data.load
+    largebatch.data.load.host_memory = lambda: 0
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Folder on a disk of 900 kB: enough for one checkpoint of ``TINY``."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=900k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mounted, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_the_grid_ends_in_order(tmp_path: Path, small_disk: Path) -> None:
+    command = (*TINY, "steps=30", "checkpoint.every_steps=5", f"runs_dir={small_disk}/runs", "seed=0,1,2", "-m")
+    process = start(*command, cwd=tmp_path)
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 1, out + errors
+    assert "Traceback" not in out + errors
+    failures = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert failures
+    assert all("No space left on device" in line for line in failures), errors
+    assert not list(small_disk.rglob("*.tmp"))
+    shutil.rmtree(small_disk / "runs", ignore_errors=True)
+
+
+def test_a_run_on_a_full_disk_resumes_when_there_is_room(tmp_path: Path, small_disk: Path) -> None:
+    command = (*TINY, "steps=30", "checkpoint.every_steps=5", f"runs_dir={small_disk}/runs")
+    process = start(*command, cwd=tmp_path)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "No space left on device" in errors
+    assert "the same command resumes" in errors
+    assert list(small_disk.rglob("step-*.pt"))
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    assert "resumed after step 5 of 30" in finish(start(*command, cwd=tmp_path))
+
+
+def test_an_image_that_becomes_unreadable_fails_the_run_and_keeps_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(LITTLE_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
+    draw = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for number in range(8):
+                Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    command = (*IMAGES, f"dataset.root={tmp_path / 'data'}")
+    process = start(*command, cwd=tmp_path)
+    while not list(tmp_path.glob("runs/*/checkpoints/step-*.pt")):
+        assert process.poll() is None, process.communicate()
+    victim = tmp_path / "data" / "train" / "a" / "0.png"
+    content = victim.read_bytes()
+    victim.write_bytes(b"gone")
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    run = the_run(tmp_path)
+    assert str(victim) in errors
+    assert "the same command resumes" in errors
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+    assert list(run.glob("checkpoints/step-*.pt"))
+    assert "Traceback" not in (run / "log.txt").read_text()
+    victim.write_bytes(content)
+    assert "resumed after step" in finish(start(*command, cwd=tmp_path))
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_repetition_killed_while_it_sets_the_result_aside_keeps_one_result(tmp_path: Path, moved: int) -> None:
+    """The kill comes after ``moved`` renames. The next start completes the move."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    names = ["config.yaml", "metrics.jsonl", "summary.json"]
+    for name in names:
+        (folder.path / name).write_text("first")
+    (folder.path / "previous-1").mkdir()
+    folder.update_status(state="finished")
+    files = [*names, "status.json"]
+    (folder.path / "moving").mkdir()
+    for name in files[:moved]:
+        (folder.path / name).rename(folder.path / "moving" / name)
+    config = configuration(*TINY)
+    assert claim(PlannedRun(config, folder, "")) is None
+    assert {path.name for path in folder.path.iterdir()} == {
+        "config.yaml", "status.json", "lock", "previous-1", "previous-2",
+    }  # fmt: skip
+    assert sorted(path.name for path in (folder.path / "previous-2").iterdir()) == sorted(files)
+    assert folder.read_status()["repetition"] == 2
+    assert folder.state() == "queued"
