@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -134,6 +134,7 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
         tree = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
         for key in ("cases", "trials"):  # keys of a grid, not of a run
             tree.pop(key, None)
+        tree = _escaped(tree)
         schema = _schema(*(_chosen(group, tree.get(group)) for group in CHOICES))
         config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
     except OmegaConfBaseException as error:
@@ -192,8 +193,17 @@ def load_config(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the configuration as YAML, with exactly the keys of its dataclasses."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Return the configuration as YAML, with exactly the keys of its dataclasses, for ``load_config``."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
+
+
+def _escaped(tree: Any) -> Any:
+    """Return ``tree`` so that OmegaConf takes every string literally: ``${`` starts no interpolation."""
+    if isinstance(tree, dict):
+        return {key: _escaped(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_escaped(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
 def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, schema: DictConfig | None = None) -> str:

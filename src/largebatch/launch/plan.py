@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +88,10 @@ def _with_jobs(problem: str, labels: list[str], jobs: int) -> str:
 
 def _check_writable(runs_dir: Path) -> None:
     """Raise a ``UserError`` if ``runs_dir`` can't be written. Don't create it."""
-    nearest = next(folder for folder in (runs_dir, *runs_dir.parents) if folder.exists())
+    try:
+        nearest = next(folder for folder in (runs_dir, *runs_dir.parents) if os.path.lexists(folder))
+    except (ValueError, OSError) as error:  # a path with a null byte
+        raise UserError(f"runs_dir={runs_dir}: no path ({error}). Fix: runs_dir=FOLDER") from None
     try:
         # Only a trial is reliable: root ignores permissions, and a read-only file system has them too.
         tempfile.TemporaryDirectory(dir=nearest, prefix=".largebatch-").cleanup()
