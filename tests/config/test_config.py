@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("micro_batch=most", "or auto"),
         ("compile=ture", "did you mean true?"),
         ("dataset.location=gpu", "allowed: auto, device, host"),
-        ("dataset.on_error=ignore", "allowed: stop, skip"),
+        ("dataset.on_error=ignore", "allowed: stop"),
         ("dataset.last_batch=wrap", "allowed: carry, keep, drop"),
         ("lr_scaling.rule=surg", "did you mean surge?"),
         ("lr_scaling.rule=surge", "measure it as docs/lr_scaling.md explains"),
@@ -70,6 +71,11 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("lr_scaling.noise_scale=0", "must be a finite number above 0"),
         ("lr_scaling.force=true", "only lr_scaling.rule=surge has this key"),
         ("dataset.mean=[0.1,0.2]", "one number per channel"),
+        ("dataset.mean=[nan]", "must be one or more numbers from 0 to 1"),
+        ("dataset.std=[0.0]", "above 0"),
+        ("dataset.train_size=600", "allowed: 1437"),
+        ("dataset.on_error=skip", "allowed: stop"),
+        ("dataset.crop_padding=100000", "Fix: at most 8"),
     ],
 )
 def test_the_message_names_a_wrong_value(override: str, message: str) -> None:
@@ -77,6 +83,23 @@ def test_the_message_names_a_wrong_value(override: str, message: str) -> None:
         validate(configuration(override))
     assert override.lstrip("+").split("=")[0].removesuffix(".depth") in str(caught.value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["cluster.partition='a\nb'", "cluster.setup=['a\nb']", "cluster.options={comment:'a\nb'}", "runs_dir='a\nb'"],
+)
+def test_a_line_break_cannot_add_a_line_to_a_job_script(override: str) -> None:
+    with pytest.raises(UserError, match="has a line break or another control character"):
+        validate(configuration("cluster=slurm", override))
+
+
+def test_the_worker_reads_text_literally(tmp_path: Path) -> None:
+    for text in ("${oc.env:HOME}", "\\${seed}", "\\\\${seed}", "${", "a\\b", "1e3"):
+        config = from_composed({**asdict(configuration()), "runs_dir": "/x"})
+        config.tracker.notes = text
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        assert load_config(tmp_path / "config.yaml").tracker.notes == text
 
 
 @pytest.mark.parametrize(

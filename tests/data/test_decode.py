@@ -1,9 +1,11 @@
 """Decoding and resizing of image files, compared with torchvision and PIL."""
 
+import os
+
 import numpy as np
 import pytest
 from datafiles import decoded, pictures, save_image
-from PIL import Image
+from PIL import Image, ImageFile
 
 from largebatch.data.images import FileImages, decode
 from largebatch.errors import UserError
@@ -83,3 +85,46 @@ def test_decoding_all_at_once_keeps_the_order(tmp_path):
         save_image(tmp_path / f"{i}.png", np.full((1, 4, 4), i, np.uint8))
     pixels = decoded(FileImages(tuple(paths), 1, 4))
     assert pixels[:, 0, 0, 0].tolist() == list(range(150))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"), [(np.int32, 1), (np.float32, 1), (np.float32, 1 / 255), (np.int32, 1000), (np.uint16, 257)]
+)
+def test_grey_of_more_than_eight_bits_keeps_its_steps(tmp_path, kind, scale):
+    steps = np.tile(np.linspace(0, 255, 16), (16, 1))
+    Image.fromarray((steps * scale).astype(kind)).save(tmp_path / "grey.tif")
+    assert decode(str(tmp_path / "grey.tif"), 1, 16)[0, 0].tolist() == steps[0].tolist()
+
+
+def test_sixteen_bit_pgm_keeps_its_upper_byte(tmp_path):
+    grey = np.array([[0, 256], [512, 65535]], ">u2")
+    (tmp_path / "grey.pgm").write_bytes(b"P5 2 2 65535\n" + grey.tobytes())
+    assert decode(str(tmp_path / "grey.pgm"), 1, 2)[0].tolist() == [[0, 1], [2, 255]]
+
+
+def test_undefined_grey_raises_with_the_file_s_name(tmp_path):
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "grey.tif")
+    with pytest.raises(UserError, match=r"grey\.tif can't be read as an image \(it has infinite or undefined"):
+        decode(str(tmp_path / "grey.tif"), 1, 4)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_with_the_name_of_an_image_raises_instead_of_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(UserError, match=r"pipe\.jpg can't be read as an image \(it is a pipe"):
+        decode(str(tmp_path / "pipe.jpg"), 3, 4)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no image item"), MemoryError(), ZeroDivisionError("division by zero")])
+def test_any_error_of_a_decoder_has_the_file_s_name(tmp_path, monkeypatch, error):
+    class Broken(ImageFile.ImageFile):
+        format = "BROKEN"
+
+        def _open(self):
+            raise error
+
+    monkeypatch.setattr(Image, "ID", ["BROKEN"])
+    monkeypatch.setattr(Image, "OPEN", {"BROKEN": (Broken, lambda prefix: True)})
+    (tmp_path / "image.png").write_bytes(b"anything")
+    with pytest.raises(UserError, match=r"image\.png can't be read as an image \(.+\)"):
+        decode(str(tmp_path / "image.png"), 3, 4)

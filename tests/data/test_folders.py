@@ -1,6 +1,7 @@
 """Tiny ImageNet's original layout, and folder trees."""
 
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -160,3 +161,62 @@ def test_imagefolder_needs_a_size_and_a_root(tmp_path):
         load_data(folder_config(tmp_path, image_size=None), 0)
     with pytest.raises(UserError, match=r"dataset=imagenet: no train/ in dataset\.root="):
         load_data(DatasetConfig(name="imagenet", root=str(tmp_path / "nowhere"), image_size=64), 0)
+
+
+@pytest.mark.parametrize("extension", [".pgm", ".jfif", ".gif", ".JPE", ".tga"])
+def test_images_of_less_common_formats_are_read(tmp_path, extension):
+    make_imagefolder(tmp_path, channels=1)
+    formats = {".pgm": "PPM", ".jfif": "JPEG", ".gif": "GIF", ".JPE": "JPEG", ".tga": "TGA"}
+    for path in list(tmp_path.glob("*/cat/*.png")):
+        Image.open(path).save(path.with_suffix(extension), formats[extension])
+        path.unlink()
+    assert torch.bincount(load_data(folder_config(tmp_path), 0).train.labels).tolist() == [6, 6, 6]
+
+
+def test_a_line_counts_and_names_other_files(tmp_path):
+    make_imagefolder(tmp_path)
+    for name in ("train/cat/notes.txt", "train/eel/a.jxl", "test/dog/b.mat", "test/dog/c.mat"):
+        (tmp_path / name).write_text("hello")
+    lines = []
+    load_data(folder_config(tmp_path), 0, say=lines.append)
+    (line,) = [line for line in lines if "left out 4 other files" in line]
+    assert "train/cat/notes.txt" in line
+    assert "and 1 more" in line
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "deep"])
+def test_a_link_to_a_folder_that_was_read_adds_no_image(tmp_path, target):
+    make_imagefolder(tmp_path)
+    deep = tmp_path / "train" / "cat" / "deep"
+    deep.mkdir()
+    (tmp_path / "train" / "cat" / "5.png").rename(deep / "5.png")
+    (tmp_path / "train" / "cat" / "link").symlink_to(target)
+    lines = []
+    data = load_data(folder_config(tmp_path), 0, say=lines.append)
+    assert torch.bincount(data.train.labels).tolist() == [6, 6, 6]
+    assert any("train/cat/link" in line for line in lines)
+
+
+def test_tinyimagenet_leaves_out_the_hidden_files_of_macos(tmp_path):
+    folder = make_tinyimagenet(tmp_path, classes=3, train_per_class=5, val=4)
+    for path in list(folder.glob("train/*/images/*_0.JPEG")):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert len(load_data(tiny_config(tmp_path), 0).train) == 15
+
+
+def test_a_test_folder_without_classes_has_no_labels_so_val_is_the_test_set(tmp_path):
+    make_imagefolder(tmp_path, test_name="val")
+    (tmp_path / "test").mkdir()
+    save_image(tmp_path / "test" / "0.png", np.zeros((3, 8, 8), np.uint8))
+    assert load_data(folder_config(tmp_path), 0).test.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_class_names_may_differ_in_unicode_normalisation(tmp_path):
+    make_imagefolder(tmp_path, classes=("caf\u00e9", "dog"))
+    (tmp_path / "test" / "caf\u00e9").rename(tmp_path / "test" / unicodedata.normalize("NFD", "caf\u00e9"))
+    data = load_data(folder_config(tmp_path), 0)
+    assert data.classes == ("caf\u00e9", "dog")
+    assert data.test.labels.tolist() == [0] * 3 + [1] * 3
+    (tmp_path / "train" / unicodedata.normalize("NFD", "caf\u00e9")).mkdir()
+    with pytest.raises(UserError, match="a second folder of class"):
+        load_data(folder_config(tmp_path), 0)

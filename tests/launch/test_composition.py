@@ -415,3 +415,19 @@ def test_mistakes_and_flags_with_and_without_m(launch: Launch, command: str, cod
     assert result.returncode == code
     assert message in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("seed=range(0,100000000)",), "has 100,000,000 values. Allowed: at most 10,000"),
+        (("seed=range(0,1000)", "batch_size=range(1,1000)"), "the grid has 999,000 points. Allowed: at most 10,000"),
+        (("optimizer.lr=interval(1,2)", "+trials=1000000000"), "the grid has 1,000,000,000 points"),
+        (("seed=range(0,1,0)",), "a step other than 0"),
+        (("+=",), "has no key"),
+    ],
+)
+@pytest.mark.timeout(30)
+def test_a_grid_without_an_end_is_refused_before_it_is_expanded(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        compose_grid(list(arguments), CONF)

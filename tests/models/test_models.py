@@ -13,7 +13,7 @@ from conftest import ROOT, configuration
 from torch import nn
 
 from largebatch.errors import UserError
-from largebatch.models.build import build_model
+from largebatch.models.build import build_model, check_batch_norm, tried
 from largebatch.models.resnet import RESNETS, resnet
 
 
@@ -150,3 +150,32 @@ def test_norm_layers_keep_their_initialisation() -> None:
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert all(bool((norm.weight == 1).all()) for norm in norms)
+
+
+def test_a_model_that_does_not_take_the_images_is_refused_before_training() -> None:
+    config = configuration("model=timm", "model.name=vit_tiny_patch16_224").model
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224: can't take images of 3x32x32.*img_size=32"):
+        tried(config, build_model(config, 4, 3), (3, 32, 32))
+
+
+def test_batch_norm_over_one_value_is_refused_before_training() -> None:
+    config = configuration("model=resnet18").model
+    model = build_model(config, 4, 3)
+    before = [buffer.clone() for buffer in model.buffers()]
+    with pytest.raises(UserError, match=r"batch_norm_size=1: .*micro_batch of at least 2"):
+        check_batch_norm(config, model, (3, 16, 16), 1)
+    check_batch_norm(config, model, (3, 64, 64), 1)
+    check_batch_norm(config, model, (3, 16, 16), 2)
+    assert all(map(torch.equal, before, model.buffers()))
+
+
+def test_weights_without_a_network_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    def offline(*arguments: Any, **options: Any) -> None:
+        raise FileNotFoundError("can't be located on the Hub")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    config = configuration("model=timm", "model.name=resnet10t", "+model.options.pretrained=true").model
+    with pytest.raises(UserError, match=r"resnet10t.*'pretrained': True.*Fix: start it once on a machine with a net"):
+        build_model(config, 4, 3)

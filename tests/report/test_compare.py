@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from made_runs import made, seeds
 
@@ -150,3 +152,16 @@ def test_keys_that_cannot_change_a_result_make_no_setting() -> None:
     runs = [made(seed=0, runs_dir="here"), made(seed=1, runs_dir="there")]
     (cell,) = compare(runs)[0].cells.values()
     assert (cell.trials, cell.seeds) == (1, 2)
+
+
+def test_runs_on_different_data_of_one_name_never_share_a_cell() -> None:
+    first = [replace(run, data="aaaa") for run in seeds("lars", 0.9, 0.8)]
+    other = [replace(run, data="bbbb") for run in seeds("lars", 0.2)]
+    one, two, three = compare([*first, *other, made("lars", seed=7, state="queued")])
+    assert [one.dataset, two.dataset, three.dataset] == [
+        "digits (data aaaa)", "digits (data bbbb)", "digits (data unknown)",
+    ]  # fmt: skip
+    assert one.cells[LARS, 128].mean == pytest.approx(0.85)
+    assert two.cells[LARS, 128].mean == pytest.approx(0.2)
+    (together,) = compare([*first, made("lars", seed=7, state="queued")])
+    assert together.dataset == "digits"

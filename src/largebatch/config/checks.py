@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ def validate(config: Config) -> None:
         *config.mode.problems(config),
         *_check_length(config),
         *_check_cluster(config.cluster),
+        *_check_runs_dir(config),
         *_check_batch(config),
         *_check_space(config),
     ]
@@ -56,6 +58,20 @@ def _check_cluster(cluster: ClusterConfig) -> list[str]:
         for key, fix in _LOCAL_KEYS.items()
         if getattr(cluster, key) is not None
     ]
+    texts = {key: value for key, value in vars(cluster).items() if isinstance(value, str)}
+    texts |= {"setup": "".join(cluster.setup), "options": "".join(f"{k}{v}" for k, v in cluster.options.items())}
+    problems += [
+        f"cluster.{key}={text!r}: has a line break or another control character, which would end its line of the "
+        "script. Fix: remove it, or put more commands into cluster.setup as further elements"
+        for key, text in texts.items()
+        if any(ord(character) < 32 or ord(character) == 127 for character in text)
+    ]
+    problems += [
+        f"cluster.options.{key}={value}: invalid. Allowed: sbatch's long options without dashes, with a text, number, "
+        "true, false or null"
+        for key, value in cluster.options.items()
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(key)) or not isinstance(value, str | int | float | None)
+    ]
     given, nodes, each = cluster.processes, cluster.nodes, cluster.processes_per_node
     if given is not None and nodes >= 1 and (given % nodes or each not in (None, given // nodes)):
         problems.append(
@@ -68,6 +84,12 @@ def _check_cluster(cluster: ClusterConfig) -> list[str]:
             f"{cluster.time_limit} (minutes), else SLURM stops a run as soon as it starts. Fix: shorten it"
         )
     return problems
+
+
+def _check_runs_dir(config: Config) -> list[str]:
+    if any(ord(character) < 32 or ord(character) == 127 for character in config.runs_dir):
+        return [f"runs_dir={config.runs_dir!r}: has a line break or another control character. Fix: another folder"]
+    return []
 
 
 def _check_batch(config: Config) -> list[str]:

@@ -47,9 +47,10 @@ class DatasetConfig:
     test_size: int | None = option(None, least=1)
     num_classes: int | None = option(None, least=2)
     channels: int = option(3, allowed=(1, 3))  # 1: grey
-    image_size: int | None = option(None, least=1)  # side in pixels after resizing; None: the data set's own
-    mean: list[float] | None = None  # per channel, of pixels in 0..1; None: measure them on training images
-    std: list[float] | None = None
+    image_size: int | None = option(None, least=1, most=8192)  # side in pixels after resizing; None: the data set's own
+    # Per channel, of pixels in 0..1; None: measure them on training images.
+    mean: list[float] | None = option(None, least=0, most=1)
+    std: list[float] | None = option(None, above=0)
     crop_padding: int = option(4, least=0)  # pixels of padding before a random crop; 0: off
     flip: bool = True  # random horizontal flip
     rotation: float = option(15.0, least=0, most=180)  # random rotation, degrees to either side; 0: off
@@ -71,8 +72,12 @@ class DatasetConfig:
             for key, values in {"mean": self.mean, "std": self.std}.items()
             if values is not None and len(values) != self.channels
         ]
-        if any(value <= 0 for value in self.std or []):
-            problems.append(f"dataset.std={self.std}: must be above 0")
+        side = self.image_size or type(self).image_size
+        if side is not None and self.crop_padding > side:
+            problems.append(
+                f"dataset.crop_padding={self.crop_padding}: some crops would have nothing of an image of "
+                f"dataset.image_size={side}. Fix: at most {side}"
+            )
         left = self.train_images if 0 <= self.val_fraction < 1 else None
         if left is not None and config.batch_size > left:
             without = " without the validation set" if self.val_fraction else ""
@@ -89,11 +94,12 @@ class Digits(DatasetConfig):
 
     loader = "largebatch.data.builtin:load_digits"
 
-    train_size: int | None = 1437
-    test_size: int | None = 360
-    num_classes: int | None = 10
+    on_error: str = option("stop", allowed=("stop",))  # the images are in one file
+    train_size: int | None = option(1437, allowed=(1437,))
+    test_size: int | None = option(360, allowed=(360,))
+    num_classes: int | None = option(10, allowed=(10,))
     channels: int = option(1, allowed=(1,))
-    image_size: int | None = option(8, least=1)
+    image_size: int | None = option(8, least=1, most=8192)
 
 
 @dataclass
@@ -102,18 +108,19 @@ class Cifar10(DatasetConfig):
 
     loader = "largebatch.data.cifar:load_cifar"
 
-    train_size: int | None = 50_000
-    test_size: int | None = 10_000
-    num_classes: int | None = 10
+    on_error: str = option("stop", allowed=("stop",))  # the images are in a few files
+    train_size: int | None = option(50_000, least=1)
+    test_size: int | None = option(10_000, least=1)
+    num_classes: int | None = option(10, least=2)
     channels: int = option(3, allowed=(3,))
-    image_size: int | None = option(32, least=1)
+    image_size: int | None = option(32, least=1, most=8192)
 
 
 @dataclass
 class Cifar100(Cifar10):
     """CIFAR-100: RGB images of 32x32, with the fine classes."""
 
-    num_classes: int | None = 100
+    num_classes: int | None = option(100, least=2)
 
 
 @dataclass
@@ -122,10 +129,10 @@ class TinyImageNet(DatasetConfig):
 
     loader = "largebatch.data.imagefolder:load_tinyimagenet"
 
-    train_size: int | None = 100_000
-    test_size: int | None = 10_000
-    num_classes: int | None = 200
-    image_size: int | None = option(64, least=1)
+    train_size: int | None = option(100_000, least=1)
+    test_size: int | None = option(10_000, least=1)
+    num_classes: int | None = option(200, least=2)
+    image_size: int | None = option(64, least=1, most=8192)
 
 
 @dataclass
@@ -136,7 +143,7 @@ class ImageFolder(DatasetConfig):
     named_by_root = True
 
     root: str = "data/imagefolder"
-    image_size: int | None = option(64, least=1)
+    image_size: int | None = option(64, least=1, most=8192)
 
 
 @dataclass
@@ -146,10 +153,10 @@ class ImageNet(DatasetConfig):
     loader = "largebatch.data.imagefolder:load_imagefolder"
 
     root: str = "data/imagenet"
-    train_size: int | None = 1_281_167
-    test_size: int | None = 50_000
-    num_classes: int | None = 1000
-    image_size: int | None = option(224, least=1)
+    train_size: int | None = option(1_281_167, least=1)
+    test_size: int | None = option(50_000, least=1)
+    num_classes: int | None = option(1000, least=2)
+    image_size: int | None = option(224, least=1, most=8192)
 
 
 @dataclass
@@ -161,7 +168,8 @@ class Synthetic(DatasetConfig):
     train_size: int | None = option(50_000, least=1)
     test_size: int | None = option(10_000, least=1)
     num_classes: int | None = option(10, least=2)
-    image_size: int | None = option(32, least=1)
+    on_error: str = option("stop", allowed=("stop",))  # there are no files
+    image_size: int | None = option(32, least=1, most=8192)
 
 
 DATASETS: dict[str, type[DatasetConfig]] = {

@@ -45,9 +45,10 @@ class Limits:
         count = "one or more" if self.length is None else self.length
         return f"must be {count} numbers {self._range()}"
 
-    def _holds(self, value: float) -> bool:
+    def _holds(self, value: Any) -> bool:
         return (
-            math.isfinite(value)
+            isinstance(value, int | float)
+            and math.isfinite(value)
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)

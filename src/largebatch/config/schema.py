@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -135,6 +135,7 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
         tree = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
         for key in ("cases", "trials"):  # keys of a grid, not of a run
             tree.pop(key, None)
+        tree = _escaped(tree)
         schema = _schema(*(_chosen(group, tree.get(group)) for group in CHOICES))
         config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
     except OmegaConfBaseException as error:
@@ -193,8 +194,17 @@ def load_config(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the configuration as YAML, with exactly the keys of its dataclasses."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Return the configuration as YAML, with exactly the keys of its dataclasses, for ``load_config``."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
+
+
+def _escaped(tree: Any) -> Any:
+    """Return ``tree`` so that OmegaConf takes every string literally: ``${`` starts no interpolation."""
+    if isinstance(tree, dict):
+        return {key: _escaped(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_escaped(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
 def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, schema: DictConfig | None = None) -> str:
@@ -205,7 +215,7 @@ def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, s
         tree: the configuration with the value.
         schema: the schema with the allowed keys.
     """
-    key = error.full_key or "?"
+    key = error.full_key or _culprit(tree or {}, schema)
     if schema is not None and re.match(r"Key '.*' (not in|is not in struct)", str(error)):
         return _unknown_key(key, tree or {}, schema)
     first_line = str(error).splitlines()[0]
@@ -214,9 +224,23 @@ def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, s
     if "'None'" in first_line or "is not Optional" in first_line:
         return f"{key}=null: needs a value"
     value = OmegaConf.select(OmegaConf.create(tree or {}), key)
-    if OmegaConf.is_dict(value):
+    if OmegaConf.is_dict(value) and value:
         return f"unknown key {key}.{next(iter(value))}: {key} is a value without keys of its own"
     return f"{key}: {first_line}" if value is None else f"{key}={value}: {first_line}"
+
+
+def _culprit(tree: dict[str, Any], schema: DictConfig | None) -> str:
+    """Return the first key whose value alone can't be merged, because OmegaConf names none for some values."""
+    for key, value in tree.items() if schema is not None else ():
+        parts = {key: {key: value}}
+        if isinstance(value, dict) and is_dataclass(getattr(Config(), key, None)):
+            parts = {f"{key}.{inner}": {key: {inner: one}} for inner, one in value.items()}
+        for path, part in parts.items():
+            try:
+                OmegaConf.merge(schema, part)
+            except OmegaConfBaseException:
+                return path
+    return "?"
 
 
 def _unknown_key(key: str, tree: dict[str, Any], schema: DictConfig) -> str:

@@ -14,6 +14,7 @@ from largebatch.data.cache import Say
 from largebatch.data.images import MemoryImages, Split, resize
 from largebatch.data.sampling import hold_out
 from largebatch.errors import UserError
+from largebatch.machine.memory import host_memory
 
 _TEST_SIZE = 360  # of digits
 _SEED = 0  # fixed: every run has the same test set of digits, and the same random images
@@ -47,11 +48,17 @@ def load_synthetic(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple
     """Return uniformly random bytes with balanced labels in random order, equal for every run.
 
     Raises:
-        UserError: if a size isn't set.
+        UserError: if a size isn't set, or the images don't fit into memory.
     """
     train_size, test_size = _given(config, "train_size"), _given(config, "test_size")
     num_classes, side = _given(config, "num_classes"), _given(config, "image_size")
     generator = torch.Generator().manual_seed(_SEED)
+    size, free = (train_size + test_size) * config.channels * side**2, host_memory()
+    if size > free:
+        raise UserError(
+            f"dataset.train_size={train_size}: these images need {size / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB "
+            "of memory are free. Fix: fewer or smaller images (dataset.test_size, dataset.image_size)"
+        )
 
     def random_split(n: int) -> Split:
         pixels = torch.randint(0, 256, (n, config.channels, side, side), dtype=torch.uint8, generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 from largebatch.config.datasets import DatasetConfig
@@ -11,7 +12,11 @@ from largebatch.data.download import find_or_download
 from largebatch.data.images import Split, split_of_files
 from largebatch.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".avif", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".tif", ".tiff", ".tga", ".jp2",
+)  # fmt: skip
+_NAMED = 3  # number of files that a line names
 
 # Tiny ImageNet: 200 classes, 64x64, labels of the test images in a text file.
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -24,8 +29,9 @@ _IMAGE_SIZE = 64
 def load_imagefolder(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
     """Load ``root/train/<class>/...`` and ``root/test/<class>/...``, or ``root/val`` if there is no ``root/test``.
 
-    A class folder may have subfolders; hidden files and other extensions are ignored. The sorted class folders of
-    ``train`` determine the labels. The images stay in their files.
+    A ``test`` without class folders counts as missing: it has no labels. A class folder may have subfolders; hidden
+    files are ignored, and a line names files with other extensions. The sorted class folders of ``train`` determine
+    the labels. The images stay in their files.
 
     Raises:
         UserError: naming the folder that is missing, empty or not among the training classes; or
@@ -34,15 +40,22 @@ def load_imagefolder(config: DatasetConfig, say: Say) -> tuple[Split, Split, tup
     root, size = Path(config.root), config.image_size
     if size is None:
         raise UserError(f"dataset.image_size=null: dataset={config.name} needs the side in pixels to resize images to")
-    train_folder, test_folder = root / "train", root / "test" if (root / "test").is_dir() else root / "val"
+    train_folder, test_folder = root / "train", root / "test"
+    if not test_folder.is_dir() or ((root / "val").is_dir() and not _folders(test_folder)):
+        test_folder = root / "val"
     for folder, name in ((train_folder, "train/"), (test_folder, "test/ or val/")):
         if not folder.is_dir():
             raise UserError(
                 f"dataset={config.name}: no {name} in dataset.root={root}; it must contain train/<class>/... and "
                 "test/<class>/... or val/<class>/..."
             )
-    train = {name: image_files(train_folder / name) for name in class_folders(train_folder, at_least=2)}
-    test = {name: image_files(test_folder / name) for name in class_folders(test_folder)}
+    left_out: list[str] = []
+    train = {
+        name: image_files(train_folder / folder, left_out)
+        for name, folder in class_folders(train_folder, at_least=2).items()
+    }
+    test = {name: image_files(test_folder / folder, left_out) for name, folder in class_folders(test_folder).items()}
+    _name_left_out(left_out, say)
     unknown = [name for name in test if name not in train]
     if unknown:
         raise UserError(f"{test_folder / unknown[0]}: no such class in {train_folder}, which determines the classes")
@@ -67,9 +80,13 @@ def load_tinyimagenet(config: DatasetConfig, say: Say) -> tuple[Split, Split, tu
     folder = find_or_download(config, _TINY_FOLDER, ("train", _ANNOTATIONS, "val/images"), URL, MD5)
     classes = class_folders(folder / "train", at_least=2)
     label_of = {name: label for label, name in enumerate(classes)}
+    left_out: list[str] = []
     train_files = [
-        (path, label) for name, label in label_of.items() for path in image_files(folder / "train" / name / "images")
+        (path, label)
+        for name, label in label_of.items()
+        for path in image_files(folder / "train" / classes[name] / "images", left_out)
     ]
+    _name_left_out(left_out, say)
     train, test = (
         split_of_files(files, config.channels, config.image_size or _IMAGE_SIZE)
         for files in (train_files, _test_files(folder, label_of))
@@ -77,27 +94,77 @@ def load_tinyimagenet(config: DatasetConfig, say: Say) -> tuple[Split, Split, tu
     return train, test, tuple(classes)
 
 
-def class_folders(tree: Path, at_least: int = 1) -> list[str]:
-    """Return the sorted names of the class folders in ``tree``; raise ``UserError`` if there are too few."""
-    names = sorted(entry.name for entry in tree.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if len(names) < at_least:
-        raise UserError(f"{tree}: {len(names)} class folders found, at least {at_least} needed")
-    return names
+def class_folders(tree: Path, at_least: int = 1) -> dict[str, str]:
+    """Return the class folders in ``tree`` by the class's name, sorted.
+
+    A name is in Unicode's composed form (NFC), because other systems may decompose accents.
+
+    Raises:
+        UserError: if there are too few, or two with one name.
+    """
+    found: dict[str, str] = {}
+    for folder in _folders(tree):
+        name = unicodedata.normalize("NFC", folder)
+        if name in found:
+            raise UserError(f"{tree / folder}: a second folder of class {name}, with another spelling in Unicode")
+        found[name] = folder
+    if len(found) < at_least:
+        raise UserError(f"{tree}: {len(found)} class folders found, at least {at_least} needed")
+    return dict(sorted(found.items()))
 
 
-def image_files(folder: Path) -> list[str]:
-    """Return the sorted image files below ``folder``; raise ``UserError`` if there are none."""
+def _folders(tree: Path) -> list[str]:
+    return sorted(entry.name for entry in tree.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def image_files(top: Path, left_out: list[str]) -> list[str]:
+    """Return the sorted image files below the folder ``top``, and add the other visible files to ``left_out``.
+
+    A folder with several names, by links, is read once. A link to a folder that contains it is left out too.
+
+    Raises:
+        UserError: if there are no images.
+    """
 
     def fail(error: OSError) -> None:
         raise error  # os.walk would ignore a folder that it can't read
 
-    found = []
-    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [f"{place}/{name}" for name in names if name.lower().endswith(EXTENSIONS) and name[0] != "."]
+    found: list[str] = []
+    others: list[str] = []
+    real = top.resolve()
+    seen = {_identity(folder) for folder in (real, *real.parents)}
+    for place, folders, names in os.walk(top, onerror=fail, followlinks=True):
+        inside = []
+        for name in sorted(name for name in folders if name[0] != "."):
+            identity = _identity(f"{place}/{name}")
+            if identity in seen:
+                others.append(f"{place}/{name}")
+            else:
+                seen.add(identity)
+                inside.append(name)
+        folders[:] = inside
+        for name in names:
+            if name[0] != ".":
+                (found if name.lower().endswith(EXTENSIONS) else others).append(f"{place}/{name}")
     if not found:
-        raise UserError(f"{folder} has no images ({' '.join(EXTENSIONS)})")
+        which = f"; it has {others[0]}" if others else ""
+        raise UserError(f"{top} has no images ({' '.join(EXTENSIONS)}){which}")
+    left_out += sorted(others)
     return sorted(found)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _name_left_out(left_out: list[str], say: Say) -> None:
+    if left_out:
+        more = f" and {len(left_out) - _NAMED:,} more" if len(left_out) > _NAMED else ""
+        say(
+            f"left out {len(left_out):,} other files, and links to folders that were read already: "
+            f"{', '.join(left_out[:_NAMED])}{more} (images are {' '.join(EXTENSIONS)})"
+        )
 
 
 def _test_files(folder: Path, label_of: dict[str, int]) -> list[tuple[str, int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import struct
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -112,43 +113,47 @@ def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
     """Decode one image file to uint8 [C, S, S].
 
     The shorter side is resized to ``image_size`` (bilinear, antialiased), then the centre is cropped, as in
-    torchvision's ``Resize(S)`` and ``CenterCrop(S)``. Transparency is dropped; 16-bit grey keeps its upper 8 bits. An
-    ``image_size`` of 0 only checks that the file can be read.
+    torchvision's ``Resize(S)`` and ``CenterCrop(S)``. Transparency is dropped; 16-bit grey keeps its upper 8 bits. Grey
+    of 32-bit integers or floats has no defined white: it is scaled from its own minimum and maximum to 0 and 255. An
+    animation gives its first image. An ``image_size`` of 0 only checks that the file can be read.
 
     Raises:
         UserError: if the file can't be read as a whole image.
     """
-    image = _read(path, channels)
-    if image_size == 0:
-        return np.empty((channels, 0, 0), np.uint8)
-    array = np.asarray(_resized(image, image_size))
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def _read(path: str, channels: int) -> Image.Image:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is a pipe or device, not a file")  # opening it would wait for a writer
         with Image.open(path) as opened:
-            return _in_mode(opened, _MODES[channels])
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
+            image = _in_mode(opened, _MODES[channels])
+        if image_size == 0:
+            return np.empty((channels, 0, 0), np.uint8)
+        array: NDArray[np.uint8] = np.asarray(_resized(image, image_size))
+        return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    except Exception as error:  # damaged files make decoders raise anything, also MemoryError and RuntimeError
         raise UserError(
-            f"{path} can't be read as an image ({error}): the file is damaged or cut short; replace or remove it"
+            f"{path} can't be read as an image ({str(error) or type(error).__name__}): the file is damaged or cut "
+            "short; replace or remove it"
         ) from error
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):  # PIL would clip at 255
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if sixteen_bits:  # PIL would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_stretched(np.asarray(image).astype(np.float64)))
     elif "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert(mode)
+
+
+def _stretched(grey: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Scale finite values from their minimum and maximum to 0 and 255."""
+    low, high = grey.min(), grey.max()
+    if not np.isfinite(high - low):
+        raise ValueError("it has infinite or undefined values")
+    scaled: NDArray[np.float64] = np.rint((grey - low) * (255 / (high - low or 1)))
+    return scaled.astype(np.uint8)
 
 
 def _resized(image: Image.Image, size: int) -> Image.Image:

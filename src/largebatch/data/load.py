@@ -12,6 +12,7 @@ from torch import Tensor
 
 from largebatch.config.datasets import DATASETS, DatasetConfig
 from largebatch.data.cache import Say
+from largebatch.data.content import Content, content_of
 from largebatch.data.decoding import read_files
 from largebatch.data.images import FileImages, Images, MemoryImages, Split, decoded_bytes
 from largebatch.data.sampling import hold_out
@@ -33,7 +34,7 @@ class Data:
     """A data set: its splits, class names by label, and per-channel statistics of pixels in 0..1.
 
     ``place`` is the place of the pixels: on the ``device`` (with the labels), in the ``host``'s memory, or in ``files``
-    that are decoded when they are needed. ``skipped`` is the number of images that couldn't be read.
+    that are decoded when they are needed. ``content`` describes the whole data set.
     """
 
     train: Split
@@ -42,8 +43,13 @@ class Data:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    content: Content
     place: Place = "host"
-    skipped: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """Number of images that couldn't be read."""
+        return self.content.skipped
 
     @property
     def num_classes(self) -> int:
@@ -71,7 +77,7 @@ def load_data(
     If ``config.location`` and the free memory of ``device`` and host allow it, all images are decoded now (and kept in
     ``config.root/.largebatch`` for the next start) and stay in memory; otherwise each is decoded when it is needed.
     ``config.val_fraction`` of the training set is held out, stratified, by ``seed``; the test set doesn't change. Sizes
-    and numbers of classes come from the files; the configuration's are for the launcher only.
+    and numbers of classes come from the files; the configuration's are for the launcher, and may not contradict them.
 
     Args:
         device: the device of the run.
@@ -86,6 +92,7 @@ def load_data(
         train, test, classes = load(config, say)
     except OSError as error:  # for example a folder without read permission
         raise UserError(f"dataset={config.name}: {error}; check dataset.root={config.root}") from error
+    _check_sizes(config, train, test, classes)
     in_files = isinstance(train.images, FileImages)
     size = decoded_bytes(train.images) + decoded_bytes(test.images)
     device_free = free_memory(device) if device.type != "cpu" else None
@@ -95,11 +102,14 @@ def load_data(
     if place == "files" or (config.location == "device" and device_free is not None and place != "device"):
         say(f"dataset.location={config.location}: {why}")
 
+    whole = train, test
     unreadable: tuple[str, ...] = ()
     threads = torch.get_num_threads() * processes_here  # one process decodes while the others wait
     if in_files and (place != "files" or config.verify):
         found = read_files(train, test, classes, config, threads, say, decode=place != "files")
         train, test, unreadable = found.train, found.test, found.unreadable
+
+    content = content_of(*whole, classes, config.root, unreadable)
 
     kept, held = _validation_part(train.labels, config.val_fraction, seed)
     mean, std = config.mean, config.std
@@ -123,8 +133,17 @@ def load_data(
     except torch.OutOfMemoryError:
         say(f"dataset.location={config.location}: the pixels don't fit on the device, so they stay on the host")
     else:
-        return Data(train, val, test, classes, tuple(mean), tuple(std), place, len(unreadable))
+        return Data(train, val, test, classes, tuple(mean), tuple(std), content, place)
     return load_data(replace(config, location="host"), seed, device, say, processes_here)
+
+
+def _check_sizes(config: DatasetConfig, train: Split, test: Split, classes: tuple[str, ...]) -> None:
+    """Raise ``UserError`` if the user gave a size that isn't that of the files. A data set's own size may differ."""
+    found = {"train_size": len(train), "test_size": len(test), "num_classes": len(classes)}
+    for key, size in found.items():
+        given = getattr(config, key)
+        if given not in (None, size, getattr(type(config), key)):
+            raise UserError(f"dataset.{key}={given}: the files have {size:,}. Fix: leave it out")
 
 
 def choose_location(

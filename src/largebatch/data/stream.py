@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing.queues
+import os
 import signal
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from largebatch.data.images import FileImages, Images, MemoryImages, decode
 from largebatch.errors import UserError
@@ -23,9 +27,11 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
     """Yield uint8 [n, C, S, S] for each of ``index_lists`` (int64 [n] with n at most ``batch``; may be endless).
 
     ``workers`` processes decode files up to two batches ahead, across steps and epochs; 0 decodes in this process.
+    They hand images over in shared memory (/dev/shm), or through a pipe when that is full.
 
     Raises:
         UserError: from the iterator, if a file can't be read.
+        RuntimeError: from the iterator, if a decoding process ends.
     """
     if isinstance(images, MemoryImages):
         yield from (images.pixels[indices] for indices in index_lists)
@@ -39,36 +45,65 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
         num_workers=workers,
         prefetch_factor=max(2, math.ceil(2 * batch / (_CHUNK * workers))) if workers else None,
         generator=torch.Generator(),  # the default takes a number from the global generator, so a resume would differ
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_start_worker,
+        collate_fn=_unchanged,
     )
     decoded = iter(loader)
     for indices in here:
-        results = [next(decoded) for _ in torch.split(indices, _CHUNK)]
+        try:
+            results = [next(decoded) for _ in torch.split(indices, _CHUNK)]
+        except RuntimeError as error:  # names the process and the signal that ended it
+            raise RuntimeError(
+                f"dataset.workers={workers}: a decoding process failed ({error}). It may have run out of memory, "
+                "shared memory or open files (the log has more). Fix: dataset.workers=0 or fewer than now, or a larger "
+                "/dev/shm (docker run --shm-size)"
+            ) from error
         for result in results:
             if isinstance(result, UserError):
                 raise result
-        yield torch.cat(results)
+        yield torch.cat([torch.as_tensor(result) for result in results])
 
 
 @dataclass(frozen=True)
-class _Decoder(Dataset[Tensor | UserError]):
+class _Decoder(Dataset[Tensor | NDArray[np.uint8] | UserError]):
     """Decoding in a worker process. It returns errors: a raised error would arrive wrapped in a traceback."""
 
     images: FileImages
 
-    def __getitem__(self, indices: list[int]) -> Tensor | UserError:
+    def __getitem__(self, indices: list[int]) -> Tensor | NDArray[np.uint8] | UserError:
         images = self.images
         try:
             decoded = [decode(images.paths[i], images.channels, images.image_size) for i in indices]
         except UserError as error:
             return error
-        return torch.from_numpy(np.stack(decoded))
+        pixels: NDArray[np.uint8] = np.stack(decoded)
+        if get_worker_info() is None:
+            return pixels
+        try:
+            return torch.from_numpy(pixels).share_memory_()  # type: ignore[no-untyped-call, no-any-return]
+        except (RuntimeError, OSError):  # /dev/shm is full (64 MiB in a container by default) or missing
+            return pixels  # through a pipe
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches the whole process group: the parent ends its workers, without their tracebacks."""
+def _unchanged(result: object) -> object:
+    """Replace torch's conversion of arrays to tensors, which would need shared memory."""
+    return result
+
+
+def _start_worker(worker: int) -> None:
+    """Set up a decoding process.
+
+    It ignores Ctrl-C, which reaches the whole process group: the parent ends its workers, without their tracebacks.
+    It ends if a result can't be handed over. The queue's thread would only drop the result, and the parent wait for it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # instead of the inherited handler of the training process
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+
+
+def _end(error: Exception, result: object) -> None:
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

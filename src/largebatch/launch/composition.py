@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.config.schema import explain
 from largebatch.errors import UserError, choices
+
+MOST_POINTS = 10_000  # of a grid
 
 Tree = dict[str, Any]
 
@@ -84,6 +87,7 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
         HydraException, OmegaConfBaseException: if Hydra refuses an override.
     """
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
+        _check_keys(arguments)
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         given = {override.get_key_element(): override for override in parser.parse_overrides(arguments)}
         fixed = [str(override.input_line) for override in given.values() if not override.is_sweep_override()]
@@ -105,6 +109,7 @@ def compose_grid(arguments: list[str], conf: Path) -> list[Composed]:
 
         sweep = base.hydra.runtime.choices.get("sweeps")
         points: dict[tuple[str, ...], Space] = {}
+        _check_size(grids, trials)
         for axes, space in zip(grids, _spaces(base, grids, given), strict=True):
             for point in _combinations(axes, trials):
                 points.setdefault(point, space)
@@ -143,6 +148,17 @@ def _check_trials(trials: Any, grids: list[Axes]) -> None:
         raise UserError(f"{intervals[0]}: an interval needs the number of points to draw. Fix: trials=16, for example")
 
 
+def _check_size(grids: list[Axes], trials: Any) -> None:
+    """Raise a ``UserError`` if the grid has too many points to compose. Expand nothing."""
+    points = sum(
+        math.prod(len(axis) for axis in axes.values() if isinstance(axis, list))
+        * (trials if any(isinstance(axis, Interval) for axis in axes.values()) else 1)
+        for axes in grids
+    )
+    if points > MOST_POINTS:
+        raise UserError(f"-m: the grid has {points:,} points. Allowed: at most {MOST_POINTS:,}. Fix: several commands")
+
+
 def _combinations(axes: Axes, trials: int) -> Iterator[tuple[str, ...]]:
     """Yield every combination of values, for each point drawn from the intervals.
 
@@ -171,12 +187,27 @@ def _axis(key: str, overrides: Sequence[Override]) -> Axis:
                 raise UserError(f"cases: {key} mixes an interval with other values")
             return _interval(override)
         values = [str(override.input_line)]
+        _check_range(override)
         if override.is_sweep_override():
             values = [f"{key}={value}" for value in override.sweep_string_iterator()]
         if not values:
             raise UserError(f"{override.input_line}: has no value")
         lines += values
     return lines
+
+
+def _check_range(override: Override) -> None:
+    """Raise a ``UserError`` for a range whose values can't be listed, or are too many."""
+    if not override.is_range_sweep():
+        return
+    sweep = cast(RangeSweep, override.value())
+    start, stop, step = (float(part or 0) for part in (sweep.start, sweep.stop, sweep.step))
+    if step == 0 or not all(map(math.isfinite, (start, stop, step))):
+        raise UserError(f"{override.input_line}: a range needs finite numbers, and a step other than 0")
+    if (stop - start) / step > MOST_POINTS:
+        raise UserError(
+            f"{override.input_line}: has {(stop - start) / step:,.0f} values. Allowed: at most {MOST_POINTS:,} points"
+        )
 
 
 def _interval(override: Override) -> Interval:
@@ -233,12 +264,20 @@ def by_force(arguments: Sequence[str], conf: Path) -> list[str]:
     Without ``++``, Hydra refuses an option of the chosen optimizer, say, that its preset leaves out. The dataclasses of
     the choices check all keys after composition.
     """
+    _check_keys(arguments)
     overrides = OverridesParser.create().parse_overrides(list(arguments))
     for override in overrides:
         if match := re.fullmatch(r"sweeps(?:=wandb/|/wandb=)(.+)", str(override.input_line)):
             file = f"sweeps/wandb/{match[1]}"
             raise UserError(f"{file}: is a W&B sweep, not a grid. Fix: `wandb sweep {file}.yaml` (docs/dashboards.md)")
     return [f"++{o.input_line}" if _changes_a_value(o, conf) else str(o.input_line) for o in overrides]
+
+
+def _check_keys(arguments: Sequence[str]) -> None:
+    """Raise a ``UserError`` for an argument without a key, which Hydra's parser fails on."""
+    for argument in arguments:
+        if not re.match(r"[+~]*[^+~=]", argument):
+            raise UserError(f"{argument}: has no key. Allowed: key=value")
 
 
 def _changes_a_value(override: Override, conf: Path) -> bool:
@@ -266,12 +305,16 @@ def composition_error(error: Exception) -> str:
     text = str(error).replace("++", "")  # added by by_force
     if isinstance(error, OverrideParseException):
         reason = " ".join(line for line in text.splitlines() if not line.startswith("See "))
-        return f"{error.override}: {reason}. Fix: quote values with commas, brackets or spaces for the shell"
-    if match := re.search(
-        r"Could not find '([^'/]+)/([^']+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text
-    ):
+        key, equals, value = str(error.override).removeprefix("++").partition("=")
+        if not equals or not key.strip("+~"):
+            return f"{key}{equals}{value}: {reason}. Allowed: key=value"
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{key}={value}: {reason}. Fix: if this is one value, quote it for Hydra: \"{key}='{quoted}'\""
+    if match := re.search(r"Could not find '(.+)/([^'/]+)'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text):
         options = match[3].split()
         return f"{match[1]}={match[2]}: {choices(match[2], options)}"
+    if match := re.search(r"Could not find '(.+)/'\n\nAvailable options in '[^']+':\n((?:\t[^\n]+\n?)+)", text):
+        return f"{match[1]}=: has no value; {choices('', match[2].split())}"
     if match := re.search(r"Error merging override ([^\n]+)", text):
         return f"{match[1]}: {str(error.__cause__).splitlines()[0]}"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())

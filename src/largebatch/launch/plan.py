@@ -89,7 +89,7 @@ def _check_writable(runs_dir: Path) -> None:
     """Raise a ``UserError`` if ``runs_dir`` can't be written. Don't create it."""
     nearest = runs_dir
     try:
-        nearest = next(folder for folder in (runs_dir, *runs_dir.parents) if folder.exists())
+        nearest = next(folder for folder in (runs_dir, *runs_dir.parents) if folder.is_symlink() or folder.exists())
         # Only a trial is reliable: root ignores permissions, and a read-only file system has them too.
         tempfile.TemporaryDirectory(dir=nearest, prefix=".largebatch-").cleanup()
     except OSError as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from largebatch.config.models import EfficientNet, ModelConfig, ResNet, SmallCnn, TimmModel
 from largebatch.errors import UserError, choices
@@ -47,21 +48,51 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
     else:
         last = {"smallcnn": "head", "effb0": "classifier"}.get(config.name, "fc")
         setattr(model, last, nn.Identity())
-    model.eval()  # so that this pass doesn't change running statistics
-    try:
-        with torch.no_grad():
-            features = model(torch.zeros(2, *image))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"model.name={config.name}: can't take images of {'x'.join(map(str, image))} ({str(error).strip()}); "
-            "choose another dataset.image_size or model"
-        ) from error
+    features = tried(config, model, image)
     if features.ndim != 2:
         raise UserError(
             f"model.name={config.name}: its features of two images have the shape {list(features.shape)}, and Barlow "
             "Twins needs one vector per image; choose a model with pooling (model.options.global_pool)"
         )
-    return model.train(), features.shape[1]
+    return model, features.shape[1]
+
+
+def tried(config: ModelConfig, model: nn.Module, image: tuple[int, int, int]) -> Tensor:
+    """Return the outputs of ``model`` for two images, without a change of running statistics.
+
+    Raises:
+        UserError: if the model can't take such images.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = model(torch.zeros(2, *image))
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"it returns a {type(outputs).__name__} instead of a tensor")
+    except Exception as error:  # any model can be given
+        raise UserError(
+            f"model.name={config.name}: can't take images of {'x'.join(map(str, image))} ({str(error).strip()}). "
+            "Fix: another dataset.image_size or model; many timm models take +model.options.img_size="
+            f"{image[1]}"
+        ) from error
+    finally:
+        model.train()
+    return outputs
+
+
+def check_batch_norm(config: ModelConfig, model: nn.Module, image: tuple[int, int, int], size: int | None) -> None:
+    """Raise ``UserError`` if batch norm over ``size`` images would get a single value per channel."""
+    if size != 1:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(model).train()(torch.zeros(1, *image))
+    except ValueError as error:
+        raise UserError(
+            f"batch_norm_size=1: model.name={config.name} has batch norm over one value per channel with images of "
+            f"{'x'.join(map(str, image))} ({error}). Fix: a batch_norm_size or micro_batch of at least 2, or a larger "
+            "dataset.image_size"
+        ) from error
 
 
 def _smallcnn(config: SmallCnn, num_classes: int, channels: int) -> nn.Module:
@@ -118,7 +149,10 @@ def _timm(config: TimmModel, num_classes: int, channels: int) -> nn.Module:
         network: nn.Module = timm.create_model(
             config.name, num_classes=num_classes, in_chans=channels, **config.options
         )
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # also those of a download
         given = f" with model.options={config.options}" if config.options else ""
-        raise UserError(f"model.name={config.name}{given}: timm rejects it: {error}") from error
+        fix = ""
+        if config.options.get("pretrained") and isinstance(error, OSError):
+            fix = ". Fix: start it once on a machine with a network, or +model.options.pretrained=false"
+        raise UserError(f"model.name={config.name}{given}: timm rejects it: {error}{fix}") from error
     return network

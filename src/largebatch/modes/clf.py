@@ -10,14 +10,29 @@ from torch import Tensor, nn
 
 from largebatch.config.schema import Config
 from largebatch.data import Data
+from largebatch.errors import UserError
 from largebatch.models.build import build_model as build_network
+from largebatch.models.build import check_batch_norm, tried
 
 # Totals of a micro-batch in training: sum of losses, correct predictions, images.
 TOTALS = 3
 
 
 def build_model(config: Config, data: Data) -> nn.Module:
-    return build_network(config.model, data.num_classes, data.channels)
+    """Build the network.
+
+    Raises:
+        UserError: if it can't be built, or doesn't fit the images or the size of batch norm.
+    """
+    network = build_network(config.model, data.num_classes, data.channels)
+    logits = tried(config.model, network, data.image)
+    if logits.shape != (2, data.num_classes):
+        raise UserError(
+            f"model.name={config.model.name}: its outputs for two images have the shape {list(logits.shape)}, and "
+            f"classification needs {[2, data.num_classes]}. Fix: another model, or other model.options"
+        )
+    check_batch_norm(config.model, network, data.image, config.batch_norm_size)
+    return network
 
 
 def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

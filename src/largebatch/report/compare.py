@@ -58,15 +58,28 @@ class Comparison:
 def compare(runs: Iterable[Run], by: Sequence[str] = ()) -> list[Comparison]:
     """Return one comparison for each data set, model and mode.
 
+    Runs on different data under one name, such as a folder that has got more images, have a comparison each, with the
+    digest of their data in its name.
+
     Args:
         by: dotted configuration keys. Each of their values gets its own row, as optimizers and schedules do.
     """
     groups: dict[tuple[str, str, str], list[Run]] = {}
+    runs = list(runs)
+    digests: dict[str, set[str]] = defaultdict(set)
     for run in runs:
-        dataset = run.config["dataset"]
-        name = f"{dataset['name']} {dataset.get('root')}" if dataset["name"] == "imagefolder" else dataset["name"]
+        digests[_dataset(run)] |= {run.data} - {""}
+    for run in runs:
+        name = _dataset(run)
+        if len(digests[name]) > 1:
+            name += f" (data {run.data or 'unknown'})"
         groups.setdefault((name, run.config["model"]["name"], run.config["mode"]["name"]), []).append(run)
     return [_comparison(key, groups[key], by) for key in sorted(groups)]
+
+
+def _dataset(run: Run) -> str:
+    dataset = run.config["dataset"]
+    return f"{dataset['name']} {dataset.get('root')}" if dataset["name"] == "imagefolder" else str(dataset["name"])
 
 
 def _comparison(key: tuple[str, str, str], runs: list[Run], by: Sequence[str]) -> Comparison:

@@ -54,6 +54,7 @@ class Run:
         state: one of ``runs.folder.STATES``, or ``interrupted``: the process ended without writing a state.
         summary: content of ``summary.json``. Empty for a run that neither finished nor diverged.
         correct: correct test images, bool [number of images], of the ``last`` and the ``best`` evaluation.
+        data: digest of the data set. Empty before the run's first start.
     """
 
     folder: RunFolder
@@ -62,6 +63,7 @@ class Run:
     message: str
     summary: Tree
     correct: Mapping[str, Bits] = field(default_factory=dict)
+    data: str = ""
 
     @property
     def name(self) -> str:
@@ -140,7 +142,7 @@ def load_runs(runs_dir: Path) -> tuple[list[Run], list[Problem]]:
             problems.append(Problem(path.name, str(error)))
             continue
         # A copied folder would otherwise count as another seed.
-        first = runs.setdefault(json.dumps(run.options, sort_keys=True, default=str), run)
+        first = runs.setdefault(json.dumps([run.options, run.data], sort_keys=True, default=str), run)
         if first is not run:
             what = f"the same configuration and seed as {first.name}; only {first.name} counts"
             copies.append(Problem(run.name, what))
@@ -179,7 +181,7 @@ def _load(folder: RunFolder) -> Run:
     summary = _attempt(folder.summary, _read_tree) if state in DONE else {}
     if state == "running" and not folder.is_held():
         state = "interrupted"
-    run = Run(folder, config, str(state), str(status.get("message") or ""), summary)
+    run = Run(folder, config, str(state), str(status.get("message") or ""), summary, data=str(status.get("data") or ""))
     if state == "finished" and run.metric("test/accuracy") is None:
         raise _Broken("summary.json has no test/accuracy, although the run finished")
     return run

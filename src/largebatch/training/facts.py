@@ -40,6 +40,7 @@ def gather_facts(run: Run, model: nn.Module, total_steps: int) -> Facts:
         "test_images": len(data.test),
         "skipped_images": data.skipped,
         "data_location": data.place,
+        "data": data.content.digest,
         "classes": data.num_classes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -140,7 +140,8 @@ def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
         if tensor.numel():
             distributed.sum_over_processes(tensor)
     if session.recorder and session.writer:
-        state = training.state(session.clock.elapsed()) | {"micro_batch": run.batch.micro_batch}
+        constant = {"micro_batch": run.batch.micro_batch, "data": asdict(run.data.content)}
+        state = training.state(session.clock.elapsed()) | constant
         best = run.folder.best_checkpoint if is_best else None
         session.writer.save(training.step, state, first=session.recorder.rows_to_write(), best=best)
     else:

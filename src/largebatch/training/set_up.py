@@ -15,7 +15,7 @@ from largebatch.config.batch import plan_training
 from largebatch.config.epochs import plan_epochs
 from largebatch.config.models import TimmModel
 from largebatch.config.schema import Config
-from largebatch.data import load_data
+from largebatch.data import Data, load_data
 from largebatch.data.cache import Say
 from largebatch.errors import UserError
 from largebatch.machine import distributed
@@ -52,6 +52,7 @@ def set_up(
     the arithmetic from its status, and a resumed run the micro-batch from ``saved``.
     """
     data = load_data(config.dataset, config.seed, device, console.say, distributed.processes_here())
+    _check_content(config, folder, data, saved, rank)
     mode, phase = MODES[config.mode.name]
     torch.manual_seed(derive_seed(config.seed, "model"))
     model: nn.Module = mode.build_model(config, data).to(device)
@@ -102,6 +103,26 @@ def set_up(
     unlogged = Unlogged(mode.TOTALS, device)
     statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
     return phase(run, Training(model, replica, network, optimizer, schedule, norms, statistics, unlogged), mode)
+
+
+def _check_content(config: Config, folder: RunFolder, data: Data, saved: Saved | None, rank: int) -> None:
+    """Keep the data set's digest in the status at the run's first start.
+
+    Raises:
+        UserError: if the data set isn't that of the checkpoint, or of rank 0.
+    """
+    if saved is not None and (difference := data.content.difference(saved["data"])):
+        raise UserError(
+            f"dataset.root={config.dataset.root}: the run began with another data set. Now: {difference}. "
+            f"Fix: restore the data set; or remove {folder.path} to train on the present data from the start"
+        )
+    if rank == 0:
+        folder.update_status(data=data.content.digest)
+    if difference := data.content.difference(distributed.from_rank_0(asdict(data.content))):
+        raise UserError(
+            f"dataset.root={config.dataset.root}: rank {rank} has another data set than rank 0: {difference}. "
+            "Fix: give all nodes the same files"
+        )
 
 
 def _batch_norm_layers(config: Config, network: nn.Module, say: Say) -> list[str]:
