@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     options.overrides = [other for other in others if not other.startswith("-")]
-    if len(options.overrides) < len(others) or (others and options.command != "confirm"):
+    if len(options.overrides) < len(others) or (others and options.command not in ("confirm", "replay")):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     return exit_code_of(lambda: int(options.run(options) or 0))
 
@@ -83,6 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     confirm.add_argument("--dry-run", action="store_true", help="show the runs, start nothing")
     confirm.set_defaults(run=_confirm)
 
+    replay = add(
+        "replay",
+        parents=[where],
+        usage="largebatch replay RUN [OVERRIDE ...]",
+        help="run a configuration again, and show at which step the two runs part",
+        epilog="OVERRIDE: as for launch.py, such as cluster=slurm; it can't change a setting.",
+    )
+    replay.add_argument("wanted", metavar="RUN", help=f"{_RUN}; the new run goes to RUNS_DIR-replayed")
+    replay.set_defaults(run=_replay)
+
     dashboard = add("dashboard", help="write or update a W&B project's saved view and its report")
     dashboard.add_argument("--entity", required=True, help="W&B user or team")
     dashboard.add_argument("--project", default="largebatch", help="W&B project; default: largebatch")
@@ -135,6 +145,25 @@ def _confirm(options: argparse.Namespace) -> int:
     by = "".join(f" --by {key}" for key in options.by)
     print(f"When all runs have ended: largebatch report {options.runs_dir}{by}", flush=True)
     return code
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from largebatch.launch.grid import carry_out_plan
+    from largebatch.launch.plan import make_plan
+    from largebatch.launch.replay import difference, replay_job
+
+    first = find_run(options.wanted, options.runs_dir)
+    if first.state() != "finished":
+        raise UserError(f"{first.path}: the run hasn't finished; it is {first.state()}. Fix: finish it first")
+    runs_dir = first.path.absolute().parent
+    plan = make_plan([replay_job(first, runs_dir.with_name(f"{runs_dir.name}-replayed"), options.overrides)])
+    code = carry_out_plan(plan)
+    second = plan[0].folder
+    if code or second.state() != "finished":
+        return code
+    found = difference(first, second)
+    print(found or "metrics, layers and final parameters are equal, bit for bit")
+    return 1 if found else 0
 
 
 def _dashboard(options: argparse.Namespace) -> None:

@@ -132,7 +132,7 @@ def test_overrides_place_the_runs_and_cannot_change_a_setting(runs_dir: Path) ->
     assert "#SBATCH --partition=gpu" in out
     assert "#SBATCH --array=0-7" in out
     for overrides, message in (
-        (["batch_size=8"], "batch_size: differs from the setting to confirm"),
+        (["batch_size=8"], "batch_size: differs from the setting"),
         (["optimizer=sgd"], "optimizer: differs from the setting"),
         (["seed=3"], "seed=3: largebatch confirm sets this key. Fix: --seeds"),
         (["cluster=slrm"], "cluster=slrm: allowed: .*did you mean slurm"),

@@ -35,7 +35,7 @@ def record(folder: RunFolder) -> None:
             if step == 50:
                 recorder.rows_to_write()()
         recorder.row({"step": 75, "epoch": 7.5, "examples": 75, "wall_seconds": 1.0, "train/loss": 1.0})
-        recorder.finish("finished", 75, "", 1.0)
+        recorder.finish("finished", 75, "", 1.0, "")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from largebatch.config.identity import decisive, without_none
 from largebatch.config.schema import defaults, from_composed
@@ -38,6 +39,23 @@ def confirmation_jobs(
     Raises:
         UserError: Hydra can't compose the overrides, or they change a setting.
     """
+    composed, keys = compose_overrides(arguments)
+    for key in keys.keys() & _OURS:
+        raise UserError(f"{keys[key]}: largebatch confirm sets this key. Fix: {_OURS[key]}")
+    jobs = []
+    for path in configs:
+        tree = frozen_with(path, composed, ("cluster", *keys)) | {"confirms": True, "runs_dir": str(runs_dir)}
+        label = [f"{key}={OmegaConf.select(OmegaConf.create(tree), key)}" for key in _LABEL]
+        jobs += [Composed((*label, f"seed={seed}"), tree | {"seed": seed}, None, multirun=True) for seed in seeds]
+    return jobs
+
+
+def compose_overrides(arguments: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
+    """Compose the program's configuration with overrides. Return it, and the text of each override by its key.
+
+    Raises:
+        UserError: Hydra can't compose the overrides.
+    """
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
     try:
         with initialize_config_dir(config_dir=str(_CONF), version_base="1.3"):
@@ -45,21 +63,26 @@ def confirmation_jobs(
             composed = compose("config", by_force(arguments, _CONF))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(composition_error(error)) from error
-    keys = {override.get_key_element(): str(override.input_line) for override in given}
-    for key in keys.keys() & _OURS:
-        raise UserError(f"{keys[key]}: largebatch confirm sets this key. Fix: {_OURS[key]}")
-    jobs = []
-    for path in configs:
+    return composed, {override.get_key_element(): str(override.input_line) for override in given}
+
+
+def frozen_with(path: Path, composed: DictConfig, keys: Iterable[str]) -> Tree:
+    """Return the frozen configuration in ``path`` with the values of ``keys`` from ``composed``.
+
+    Raises:
+        UserError: the file can't be read, or this makes another setting.
+    """
+    try:
         frozen = OmegaConf.load(path)
-        assert isinstance(frozen, DictConfig)
-        before = plain(frozen)
-        for key in ("cluster", *keys):
-            OmegaConf.update(frozen, key, OmegaConf.select(composed, key), merge=False)
-        tree = plain(frozen) | {"confirms": True, "runs_dir": str(runs_dir)}
-        _check_setting(path, before, tree)
-        label = [f"{key}={OmegaConf.select(frozen, key)}" for key in _LABEL]
-        jobs += [Composed((*label, f"seed={seed}"), tree | {"seed": seed}, None, multirun=True) for seed in seeds]
-    return jobs
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(f"{path}: can't be read ({error})") from None
+    assert isinstance(frozen, DictConfig)
+    before = plain(frozen)
+    for key in keys:
+        OmegaConf.update(frozen, key, OmegaConf.select(composed, key), merge=False)
+    tree = plain(frozen)
+    _check_setting(path, before, tree)
+    return tree
 
 
 def _check_setting(path: Path, frozen: Tree, tree: Tree) -> None:
@@ -68,6 +91,6 @@ def _check_setting(path: Path, frozen: Tree, tree: Tree) -> None:
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     if changed:
         raise UserError(
-            f"{', '.join(changed)}: differs from the setting to confirm, {path}. Fix: override only keys that can't "
+            f"{', '.join(changed)}: differs from the setting of {path}. Fix: override only keys that can't "
             "change a result (cluster, tracker, checkpoint), and use the version of the program that wrote the run"
         )

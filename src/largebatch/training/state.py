@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,6 +135,14 @@ class Training:
     step: int = 0
     seconds: float = 0.0  # wall time of the run's earlier processes
     best: float = -math.inf  # validation accuracy of the best checkpoint
+
+    def checksum(self) -> str:
+        """Return the CRC-32 of all parameters and buffers, in hex. Waits for the device."""
+        tensors = [*self.model.state_dict().values(), *(self.probe.head.state_dict().values() if self.probe else ())]
+        found = 0
+        for tensor in tensors:
+            found = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy(), found)
+        return f"{found:08x}"
 
     def state(self, seconds: float) -> dict[str, Any]:
         return {

@@ -83,7 +83,7 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
         if writer:
             writer.wait()  # before the status is final
         if recorder:
-            recorder.finish(state, training.step, message, session.clock.elapsed())
+            recorder.finish(state, training.step, message, session.clock.elapsed(), training.checksum())
     console.say(f"{state} after step {training.step} of {total_steps}{f': {message}' if message else ''}")
 
 
