@@ -13,7 +13,7 @@ from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.table import find_run, find_runs
 from largebatch.runs.watch import show_log, show_status, watch_status
-from largebatch.terminal import escape_unprintable, printable, restart_in_utf8
+from largebatch.terminal import escape_unprintable, restart_in_utf8
 
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
@@ -126,7 +126,7 @@ def _report(options: argparse.Namespace) -> None:
     from largebatch.report.targets import Target
 
     target = Target(options.target, options.target_metric)
-    print(printable(report(options.runs_dir, options.out, options.format, target, options.by)))
+    print(report(options.runs_dir, options.out, options.format, target, options.by))
 
 
 def _confirm(options: argparse.Namespace) -> int:

@@ -103,6 +103,7 @@ def test_confirm_runs_the_chosen_settings_on_fresh_seeds_and_the_report_shows_on
     assert len(configs(runs_dir)) == len(before) + 4
 
 
+@pytest.mark.slow
 def test_a_killed_confirmation_resumes_with_the_same_seeds(tmp_path: Path) -> None:
     tiny = (*TINY, "steps=60", "eval_every=100", "checkpoint.every_steps=5", "tracker.log_every=1", "cluster.threads=1")
     finish(start(*tiny, cwd=tmp_path))

@@ -18,6 +18,8 @@ from largebatch.machine.pulse import Watch
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import newest
 
+pytestmark = pytest.mark.slow
+
 LONG = (*TINY, "steps=4000", "eval_every=100", "checkpoint.every_steps=1000000", "cluster.threads=1")
 
 

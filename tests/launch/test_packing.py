@@ -28,7 +28,7 @@ from largebatch.launch.composition import compose_grid
 from largebatch.launch.devices import worker_environment
 from largebatch.launch.grid import noted_signals, runs_at_a_time
 from largebatch.launch.plan import PlannedRun, make_plan
-from largebatch.runs.folder import read_json
+from largebatch.runs.folder import RESUMES, read_json
 from largebatch.runs.metrics import read_rows
 
 # Two runs at a time, some seconds each.
@@ -141,7 +141,8 @@ def test_the_same_command_completes_runs_that_ctrl_c_stopped(
     assert all(f"{run.name}" in out.partition("the same command resumes")[2] for run in stopped.values())
     for run in stopped.values():
         status = read_json(run / "status.json")
-        assert (status["state"], status["message"]) == ("preempted", "")  # the worker itself saved and wrote the state
+        # The worker itself saved and wrote the state.
+        assert (status["state"], status["message"]) == ("preempted", RESUMES)
         assert status["step"] < 400
         assert list(run.glob("checkpoints/*.pt"))
 

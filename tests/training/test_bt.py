@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from largebatch.config.schema import load_config
 from largebatch.data import MemoryImages, load_data
 from largebatch.modes.bt import build_model, options
-from largebatch.runs.folder import RunFolder
+from largebatch.runs.folder import RESUMES, RunFolder
 from largebatch.runs.metrics import read_rows
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
@@ -299,7 +299,7 @@ def test_a_stop_request_in_the_last_pretraining_step_stops_the_probe(tmp_path: P
     assert in_session(phase, tmp_path, stop=True) == ("finished", "")
     following = phase.following()
     assert following is not None
-    assert in_session(following, tmp_path, stop=True) == ("preempted", "")
+    assert in_session(following, tmp_path, stop=True) == ("preempted", RESUMES)
     assert phase.training.step == 2
 
 

@@ -111,6 +111,7 @@ def test_a_run_killed_between_pretraining_and_the_probe_resumes_exactly(tmp_path
     resume_after(40, 1240, long, tmp_path, *LONG)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_both_phases_and_then_interrupted_resumes_exactly(tmp_path: Path, long: Path) -> None:
     stop(tmp_path, 20, "worker")
     assert stop(tmp_path, 200, "everything") < 40

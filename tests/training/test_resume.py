@@ -60,7 +60,9 @@ def stop_run(run: Path, process: subprocess.Popen[str], how: str) -> tuple[str, 
     return out, errors
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["one process", "three processes"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)], ids=["one process", "three processes"]
+)
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Uninterrupted run, and its command line."""
     command = [*LONG, f"cluster.processes={request.param}", "model.norm=batch"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet
@@ -91,6 +92,7 @@ def clars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CLARS = ("optimizer=clars", "optimizer.lr=2", "optimizer.sample_size=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("division", [["cluster.processes=2"], ["micro_batch=4"]])
 def test_clars_trains_the_same_on_several_processes_and_with_accumulation(
     tmp_path: Path, clars: Path, division: list[str]
@@ -208,11 +210,29 @@ def test_divergence_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
     assert "diverged before" in launch(*command).stdout
 
 
-def test_an_exception_is_one_line_on_stderr_and_a_traceback_in_the_log(launch: Launch, tmp_path: Path) -> None:
-    result = launch(*TINY, "steps=2", "model=timm", "model.name=test_vit", "dataset.image_size=9")
+FAULTY_LIBRARY = """
+import sys
+
+if "largebatch.training.worker" in sys.orig_argv:
+    import torch
+
+    def fail(*arguments, **options):
+        raise ArithmeticError("a bug")
+
+    torch.nn.functional.cross_entropy = fail
+"""
+
+
+def test_an_exception_is_one_line_on_stderr_and_a_traceback_in_the_log(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAULTY_LIBRARY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]))
+    result = launch(*TINY, "steps=2")
     assert result.returncode == 1
     run = the_run(tmp_path)
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.startswith("error: ArithmeticError: a bug")
     assert len(result.stderr.splitlines()) == 1
     assert str(run / "log.txt") in result.stderr
     assert "Traceback" in (run / "log.txt").read_text()

@@ -49,19 +49,22 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
         collate_fn=_unchanged,
     )
     decoded = iter(loader)
-    for indices in here:
-        try:
-            results = [next(decoded) for _ in torch.split(indices, _CHUNK)]
-        except RuntimeError as error:  # names the process and the signal that ended it
-            raise RuntimeError(
-                f"dataset.workers={workers}: a decoding process failed ({error}). It may have run out of memory, "
-                "shared memory or open files (the log has more). Fix: dataset.workers=0 or fewer than now, or a larger "
-                "/dev/shm (docker run --shm-size)"
-            ) from error
-        for result in results:
-            if isinstance(result, UserError):
-                raise result
-        yield torch.cat([torch.as_tensor(result) for result in results])
+    try:
+        for indices in here:
+            try:
+                results = [next(decoded) for _ in torch.split(indices, _CHUNK)]
+            except RuntimeError as error:  # names the process and the signal that ended it
+                raise RuntimeError(
+                    f"dataset.workers={workers}: a decoding process failed ({error}). It may have run out of memory, "
+                    "shared memory or open files (the log has more). Fix: dataset.workers=0 or fewer than now, or a "
+                    "larger /dev/shm (docker run --shm-size)"
+                ) from error
+            for result in results:
+                if isinstance(result, UserError):
+                    raise result
+            yield torch.cat([torch.as_tensor(result) for result in results])
+    finally:
+        del decoded  # ends its processes now: the traceback of an error would keep them until this process exits
 
 
 @dataclass(frozen=True)

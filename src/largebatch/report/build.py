@@ -68,7 +68,7 @@ def report(
         text = page(runs_dir.resolve().name, runs, problems, comparisons, target)
     elif kind == "md":
         times = [time_to_target(one, read_histories(one, problems), target) for one in comparisons if target.value]
-        text = _markdown(comparisons, problems, times)
+        text = printable(_markdown(comparisons, problems, times))
     name_problems(runs_dir, runs, problems)
     if kind == "csv":
         text = _csv(records(comparisons))
