@@ -24,21 +24,21 @@ demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs in un
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test: install ## run all tests but the slow ones, faults and SLURM's, two files at a time with a thread each
-	LARGEBATCH_SLURM=skip $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' --ignore tests/faults
+test: install ## run all tests but the slow ones, faults and SLURM's, three files at a time with a thread each
+	LARGEBATCH_SLURM=skip $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow' --ignore tests/faults
 
 test-slow: install ## run the slow tests: every benchmark in its smallest size, kernels for every GPU, little memory
-	LARGEBATCH_SLURM=skip $(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	LARGEBATCH_SLURM=skip $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m slow
 
 test-slurm: install ## run SLURM's tests on a private cluster (Debian, root)
 	$(BIN)/python tests/tools/private_slurm/cluster.py install
 	LARGEBATCH_SLURM=required $(PYTEST) tests/slurm
 
 faults: install ## kill and damage runs at random points, with a fixed seed (three minutes)
-	$(PYTEST) -n 2 --no-loadscope-reorder tests/faults
+	$(PYTEST) -n 3 tests/faults
 
 soak: install ## the same at every file operation and for hours, with a new seed: FAULTS_SEED=N repeats one
-	FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} FAULTS=100000 FAULTS_SIGNALS=100 FAULTS_EXAMPLES=100 $(PYTEST) -n 2 --timeout 100000 tests/faults
+	FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} FAULTS=100000 FAULTS_SIGNALS=100 FAULTS_EXAMPLES=100 $(PYTEST) -n 3 --timeout 100000 tests/faults
 
 lint: install ## check style and types
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ correlated over optimizers by rho, because a seed gives all of them the same fir
 batch size, and is named there. Rivals of the report's rule: Welch's test, the paired t-test, and the paired t-test with
 the variance pooled over all optimizers and batch sizes; each against every other optimizer, corrected by Holm.
 The choice among settings is simulated with runs of all settings, through the report's own comparison.
-`python benchmarks/verdict.py [--reports 2000] [--smallest]`
+`python benchmarks/verdict.py [--reports 200] [--smallest]`
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def print_choice(reports: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--reports", type=int, default=2000)
+    parser.add_argument("--reports", type=int, default=200)
     arguments = parsed(parser, reports=4)
     print_power(arguments.reports)
     print_false_leaders(arguments.reports)

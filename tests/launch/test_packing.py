@@ -176,12 +176,14 @@ def test_a_second_ctrl_c_stops_all_runs_within_their_step(tmp_path: Path) -> Non
 
 
 def test_signals_are_collected_instead_of_raised() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background commands
     with noted_signals() as came:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGUSR2)
         assert came == [signal.SIGINT, signal.SIGUSR2]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def workers_that_train(folder: Path) -> list[int]:

@@ -16,6 +16,8 @@ from largebatch.errors import UserError
 from largebatch.launch.devices import chosen_gpus
 from largebatch.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 SHORT = (*TINY, "steps=2")
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, TINY, environment
 from copies import local_rows, timeless
 from protocol import TakenRun
@@ -18,6 +19,8 @@ from runs import the_run
 
 from largebatch.runs.metrics import newest
 from largebatch.tracking.wandb_run import read_uploads
+
+pytestmark = pytest.mark.slow
 
 KEY = "c0ffee" * 6 + "beef"
 # Some seconds long, so that rows are in wandb's file or on the server when the run is killed.
