@@ -14,9 +14,13 @@ TIMES = ("seconds", "started", "ended", "updated", "queued", "pid", "host", "ima
 
 
 def without_times(value: Any) -> Any:
-    """Drop measured times, however deep."""
+    """Drop measured times, however deep. Tensors become types, shapes and bytes."""
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if not any(time in str(k) for time in TIMES)}
+    if isinstance(value, list | tuple):
+        return [without_times(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
     return value
 
 
@@ -28,13 +32,12 @@ def content(path: Path) -> Any:
         table = pyarrow.parquet.read_table(path)
         return table.drop([name for name in table.column_names if any(time in name for time in TIMES)]).to_pylist()
     if path.suffix == ".pt":
-        return repr(without_times(torch.load(path, weights_only=True, map_location="cpu")))
-    return path.read_bytes().replace(bytes(path.parent.parent), b"RUNS_DIR")
+        return without_times(torch.load(path, weights_only=True, map_location="cpu"))
+    return path.read_bytes().replace(bytes(path.parents[2]), b"FOLDER")  # absolute paths in config.yaml
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
     """Compare all files of two run folders, and what they are: nothing is missing, nothing is left behind."""
-    torch.set_printoptions(precision=17, threshold=10**9)
     files = {path.relative_to(whole) for path in whole.rglob("*")}
     assert {path.relative_to(run) for path in run.rglob("*")} == files
     for name in sorted(files):
