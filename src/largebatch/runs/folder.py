@@ -162,7 +162,13 @@ class RunFolder:
     def held_by(self) -> str:
         """Describe the process that holds the run's lock, for error messages."""
         status = self.read_status()
-        where = f"pid {status['pid']} on {status['host']}" if "pid" in status else "another process"
+        where = (
+            f"pid {status['pid']} on {status['host']}"
+            if "pid" in status
+            else f"SLURM job {status['job_id']}"
+            if status.get("job_id")
+            else "another process"
+        )
         return f"{self.path}: {where} works on this run. Fix: stop that process or wait"
 
 
