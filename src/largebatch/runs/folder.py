@@ -162,13 +162,11 @@ class RunFolder:
     def held_by(self) -> str:
         """Describe the process that holds the run's lock, for error messages."""
         status = self.read_status()
-        where = (
-            f"pid {status['pid']} on {status['host']}"
-            if "pid" in status
-            else f"SLURM job {status['job_id']}"
-            if status.get("job_id")
-            else "another process"
-        )
+        where = "another process"
+        if "pid" in status:
+            where = f"pid {status['pid']} on {status['host']}"
+        elif status.get("job_id"):
+            where = f"SLURM job {status['job_id']}"
         return f"{self.path}: {where} works on this run. Fix: stop that process or wait"
 
 
