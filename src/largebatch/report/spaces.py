@@ -128,7 +128,7 @@ def _undeclared(comparison: Comparison) -> Iterator[Warn]:
 
 
 def _unequal_sizes(comparison: Comparison) -> Iterator[Warn]:
-    said = []
+    said: dict[str, list[str]] = {}  # the spaces in words, and the batch sizes that have them
     for batch in comparison.columns:
         cells = [cell for cell in comparison.column(batch) if declared_space(cell) and not undeclared_keys(cell)]
         sizes = [space_size(cell) for cell in cells]
@@ -138,11 +138,12 @@ def _unequal_sizes(comparison: Comparison) -> Iterator[Warn]:
                 f"{row_label(cell.row)} {plural(keys, 'key')} over {size:.1f} decades"
                 for cell, (keys, size) in zip(cells, sizes, strict=True)
             ]
-            said.append(f"at {batch:,} {listed(words)}")
+            said.setdefault(listed(words), []).append(f"{batch:,}")
     if said:
+        differ = "; ".join(f"at {listed(batches)} {words}" for words, batches in said.items())
         yield Warn(
             "Search spaces of different size",
-            f"The optimizers' declared search spaces differ: {'; '.join(said)}. "
+            f"The optimizers' declared search spaces differ: {differ}. "
             "With equal trials, a larger space is searched less densely, and a narrow one around good values helps.",
         )
 
