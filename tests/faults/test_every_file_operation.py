@@ -25,7 +25,7 @@ from largebatch.config.schema import to_yaml
 from largebatch.runs.folder import RunFolder
 
 TOOLS = ROOT / "tests" / "tools"
-COUNT = int(os.environ.get("FAULTS", "4"))
+COUNT = int(os.environ.get("FAULTS", "2"))
 SEED = os.environ.get("FAULTS_SEED", "0")
 RUNS = {
     "clf": (
