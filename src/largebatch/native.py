@@ -8,7 +8,9 @@ others can't write to either. torch's extension builder isn't used: with torch's
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -56,15 +58,28 @@ def _library(source: Path) -> ctypes.CDLL | str:
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:
-    # To a temporary file, then renamed: several processes may compile at once.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        command = [compiler, *_FLAGS, str(source), "-o", str(temporary)]
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        content = temporary.read_bytes()
-        temporary.write_bytes(content + hashlib.sha256(content).digest())  # a loader ignores bytes after the library
-        temporary.chmod(0o700)
-        os.replace(temporary, path)
+    # To a temporary file, then renamed: several processes may compile at once. All hold the lock, so that whoever has
+    # it alone can remove what killed processes left.
+    with (path.parent / "compiling.lock").open("w") as lock:
+        with contextlib.suppress(OSError):  # others compile now, or the file system has no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in path.parent.glob("compiling-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        with tempfile.TemporaryDirectory(prefix="compiling-", dir=path.parent) as folder:
+            _compile_in(Path(folder), compiler, source, path)
+
+
+def _compile_in(folder: Path, compiler: str, source: Path, path: Path) -> None:
+    temporary = folder / path.name
+    command = [compiler, *_FLAGS, str(source), "-o", str(temporary)]
+    variables = {**os.environ, "TMPDIR": str(folder)}
+    subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    content = temporary.read_bytes()
+    temporary.write_bytes(content + hashlib.sha256(content).digest())  # a loader ignores bytes after the library
+    temporary.chmod(0o700)
+    os.replace(temporary, path)
 
 
 def _is_ours(path: Path) -> bool:
@@ -82,17 +97,20 @@ def _only_ours(path: Path) -> bool:
 
 @functools.cache
 def private_folder() -> Path:
-    """Return ``cache_folder``, or a temporary folder of this process if others may write to the cache.
+    """Return ``cache_folder``, or a temporary folder of this process if there is none or others may write to it.
 
     Raises:
         OSError: if there is no folder that can be written.
     """
-    folder = cache_folder()
-    if _only_ours(folder):
-        return folder
+    try:
+        folder = cache_folder()
+        if _only_ours(folder):
+            return folder
+        problem, fix = f"{folder}: others own this folder or may write to it", f"`chmod go-w {folder}`, or "
+    except (OSError, RuntimeError) as error:  # a user without a home, as in a container
+        problem, fix = f"there is no folder for compiled libraries ({error})", ""
     warnings.warn(
-        f"{folder}: others own this folder or may write to it, so this process compiles for itself. "
-        f"Fix: `chmod go-w {folder}`, or LARGEBATCH_CACHE=FOLDER with a folder of your own",
+        f"{problem}, so this process compiles for itself. Fix: {fix}LARGEBATCH_CACHE=FOLDER with a folder of your own",
         stacklevel=2,
     )
     own = Path(tempfile.mkdtemp(prefix="largebatch-"))

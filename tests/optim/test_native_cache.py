@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,15 +23,20 @@ print(native.library(Path(sys.argv[1])).number())
 """
 
 
-def load(tmp_path: Path) -> tuple[list[str], str]:
-    """Load a library that returns 7, in a new process. Return the lines of its output, and its errors."""
+def loading(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Load a library that returns 7, in a new process."""
     source = tmp_path / "seven.cpp"
     source.write_text('extern "C" int number() { return 7; }\n')
-    environment = {**os.environ, "LARGEBATCH_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "LARGEBATCH_CACHE": str(tmp_path / "cache"), **variables}
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         environment.pop(variable, None)
     command = [sys.executable, "-c", LOAD, str(source)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def load(tmp_path: Path) -> tuple[list[str], str]:
+    """Load the library. Return the lines of the output, and the errors."""
+    done = loading(tmp_path)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), done.stderr
 
@@ -95,3 +101,23 @@ def test_a_cache_that_others_may_write_to_is_not_used(tmp_path: Path, change: Ca
     assert library(tmp_path).read_bytes() == b"planted"
     assert f"chmod go-w {tmp_path / 'cache'}" in errors
     assert not Path(kernels.split()[0]).parent.exists()  # the process's own folder is removed
+
+
+def test_without_a_folder_for_the_cache_a_process_compiles_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file, such as the home of a user without one")
+    (reason, kernels, number), errors = load(tmp_path)
+    assert (reason, number) == ("", "7")
+    assert "Fix: LARGEBATCH_CACHE=FOLDER" in errors
+    assert not Path(kernels.split()[0]).parent.exists()  # the process's own folder is removed
+
+
+def test_the_next_compile_removes_what_a_killed_compile_left(tmp_path: Path) -> None:
+    """The compiler writes its temporary files into the folder that is removed, and kills its parent."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo half >"$TMPDIR/half.s"; kill -9 $PPID; }\n')
+    compiler.chmod(0o755)
+    killed = loading(tmp_path, CXX=str(compiler))
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "cache").glob("*/*")] == ["half.s"]
+    assert load(tmp_path)[0][-1] == "7"
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
