@@ -24,12 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from largebatch.config.schema import defaults, from_composed
-from largebatch.errors import UserError, exit_code_of
+from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, by_force, compose_grid, composition_error, plain
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.plan import make_plan
-from largebatch.terminal import outlive_terminal, restart_in_utf8
+from largebatch.terminal import exit_code_of, outlive_terminal, restart_in_utf8
 from largebatch.tracking.wandb_arguments import agent_run_id
 
 CONF = Path(__file__).resolve().parent / "conf"

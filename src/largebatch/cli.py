@@ -8,12 +8,12 @@ import json
 import sys
 from pathlib import Path
 
-from largebatch.errors import UserError, exit_code_of
+from largebatch.errors import UserError
 from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.table import find_run, find_runs
 from largebatch.runs.watch import show_log, show_status, watch_status
-from largebatch.terminal import escape_unprintable, restart_in_utf8
+from largebatch.terminal import escape_unprintable, exit_code_of, restart_in_utf8
 
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 

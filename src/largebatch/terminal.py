@@ -1,11 +1,14 @@
-"""Output that outlives its reader, and text that is safe to print."""
+"""Output that outlives its reader, text that is safe to print, and the exit code of a program."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from largebatch.errors import UserError
 
 
 def restart_in_utf8() -> None:
@@ -43,6 +46,28 @@ def escape_unprintable() -> None:
 def printable(text: str) -> str:
     """Return ``text`` with control characters escaped, except tabs and newlines: a log can hold any byte."""
     return "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
+
+
+def exit_code_of(program: Callable[[], int]) -> int:
+    """Run ``program`` and return its exit code: 2 after a ``UserError``, 130 after Ctrl-C, 141 after a closed pipe.
+
+    The code is also 2 after an error of a file or folder, such as another user's. Its message names the file.
+    """
+    try:
+        return program()
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}"
+    print("\n".join(f"error: {line}" for line in printable(message).splitlines()), file=sys.stderr)
+    return 2
 
 
 class _Output(io.FileIO):

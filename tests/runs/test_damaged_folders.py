@@ -9,12 +9,17 @@ import json
 import multiprocessing
 import os
 import random
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Launch
+from conftest import ROOT, TINY, Launch, environment
 
 from largebatch import cli
 from largebatch.errors import UserError
@@ -69,7 +74,7 @@ def test_another_user_s_runs_are_listed_and_not_cancelled(shared: Path, lock: st
     run.path.chmod(0o755)
     assert code == 1
     assert said.count("\n") == 1
-    assert said.startswith("digits-11111111: not running here:")
+    assert said.startswith("digits-11111111: not cancelled:")
     assert "another user's, or read-only" in said
 
 
@@ -101,11 +106,6 @@ FILES = ("status.json", "summary.json", "metrics.jsonl", "layers.parquet", "corr
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Return the files of a finished run by name."""
-    import subprocess
-    import sys
-
-    from conftest import ROOT, TINY, environment
-
     folder = tmp_path_factory.mktemp("trained")
     command = [sys.executable, str(ROOT / "launch.py"), *TINY, "steps=8"]
     subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True, timeout=120)
@@ -168,3 +168,65 @@ def test_a_folder_that_cannot_be_written_fails_with_one_line(launch: Launch, tmp
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"error: runs_dir={tmp_path}/runs: can't be written (")
     assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_s_running_run_is_not_waited_for(shared: Path) -> None:
+    """The process is found by the run's name in its command line, and can't be signalled."""
+    run = a_run(shared / "runs", "digits-11111111", state="running", host=socket.gethostname())
+    command = [sys.executable, "-c", "import time; time.sleep(100)", run.name]
+    with run.hold(), subprocess.Popen(command) as process:
+        run.update_status(pid=process.pid)
+        started = time.monotonic()
+        code, said = as_another_user(lambda: cli.main(["cancel", str(shared / "runs")]), shared / "out")
+        process.kill()
+    assert (code, time.monotonic() - started < 20) == (1, True)
+    assert said.startswith(f"digits-11111111: not cancelled: {run.path}: pid {process.pid}")
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_s_private_run_is_named_in_one_line_beside_the_other_runs(
+    shared: Path, trained: dict[str, bytes]
+) -> None:
+    for name in ("good-11111111", "private-22222222"):
+        (shared / "runs" / name).mkdir(parents=True)
+        for file, content in trained.items():
+            (shared / "runs" / name / file).write_bytes(content)
+    private = shared / "runs" / "private-22222222"
+    private.chmod(0o700)
+
+    def said(*arguments: str) -> tuple[int | None, str]:
+        cli.main(list(arguments))  # imports what another user may not read
+        code, output = as_another_user(lambda: cli.main(list(arguments)), shared / "out")
+        assert "Traceback" not in output
+        return code, output
+
+    runs = str(shared / "runs")
+    code, listed = said("status", runs)
+    assert code == 0
+    assert "good-11111111     finished" in listed
+    assert f"{private}/summary.json: can't be read (Permission denied)" in listed
+    code, report = said("report", runs, "--format", "md")
+    assert code == 0
+    assert "private-22222222" in report
+    assert f"private-22222222: {private}/status.json: can't be read (Permission denied)" in said("cancel", runs)[1]
+    for command in (["logs"], ["status"], ["cancel"], ["sync", "--dry-run"]):
+        _, output = said(*command, str(private))
+        assert f"{private}/status.json: " in output, output
+    (shared / "runs").chmod(0o700)
+    for command in ("status", "report", "cancel", "sync", "logs"):
+        code, output = said(command, runs)
+        assert (code, output.count("\n")) == (2, 1), output
+        assert output.startswith(f"error: {runs}"), output
+        assert output.endswith(": Permission denied\n"), output
+
+
+@pytest.mark.parametrize(
+    "value", ["optimizer.name=\x1b[31m", "batch_size=\x1b[31m", "\x1b[31m=1", "dataset.root=/\x1b[31m"]
+)
+def test_messages_of_the_launcher_escape_control_characters(launch: Launch, value: str) -> None:
+    refused = launch("dataset=cifar10", "dataset.download=false", "tracker=none", value)
+    assert refused.returncode == 2
+    assert r"\x1b[31m" in refused.stderr
+    assert "\x1b" not in refused.stdout + refused.stderr

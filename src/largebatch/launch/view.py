@@ -12,6 +12,7 @@ from largebatch.launch.local import Outcome, Started
 from largebatch.launch.plan import PlannedRun, notes
 from largebatch.runs.metrics import newest
 from largebatch.runs.table import Row, live_table, plain_table, print_table, run_rows, table_of
+from largebatch.terminal import printable
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -31,7 +32,7 @@ def print_notes(plan: Sequence[PlannedRun]) -> None:
     """Print the options that do nothing, at most ``_MOST_NOTES``."""
     lines = notes(plan)
     for line in lines[:_MOST_NOTES]:
-        print(f"note: {line}", flush=True)
+        print(printable(f"note: {line}"), flush=True)
     if len(lines) > _MOST_NOTES:
         print(f"note: {len(lines) - _MOST_NOTES} more options without effect; the report names them", flush=True)
 
@@ -124,6 +125,7 @@ class PlanView:
         ]
 
     def _print(self, line: str, *, error: bool = False) -> None:
+        line = printable(line)
         if self._live:
             self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:

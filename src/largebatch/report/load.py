@@ -138,7 +138,7 @@ def load_runs(runs_dir: Path) -> tuple[list[Run], list[Problem]]:
     for path in sorted(path for path in runs_dir.iterdir() if path.is_dir() and not path.name.startswith(".")):
         try:
             run = _load(RunFolder(path))
-        except _Broken as error:
+        except (_Broken, PermissionError) as error:  # another user's folder may show nothing
             problems.append(Problem(path.name, str(error)))
             continue
         # A copied folder would otherwise count as another seed.

@@ -14,6 +14,7 @@ from typing import Any
 from largebatch.errors import UserError
 from largebatch.runs.folder import RESUMES, RunBusyError, RunFolder
 from largebatch.runs.slurm_queue import ask, jobs_of, slurm_states
+from largebatch.terminal import printable
 
 _PATIENCE_SECONDS = 60.0  # a run finishes its step, and SLURM waits 30 s before it kills
 _POLL_SECONDS = 0.2
@@ -34,7 +35,7 @@ def cancel(folders: Sequence[RunFolder]) -> int:
         try:
             statuses[folder] = folder.read_status()
         except UserError as error:
-            print(f"{folder.name}: {error}", flush=True)
+            print(printable(f"{folder.name}: {error}"), flush=True)
             unreadable = True
     queued = {str(job) for job, at in jobs_of(statuses.values()).items() if not at.ended}
     of_slurm = {f: str(s["job_id"]) for f, s in statuses.items() if str(s.get("job_id")) in queued}
@@ -43,22 +44,26 @@ def cancel(folders: Sequence[RunFolder]) -> int:
         answer = ask("scancel", *of_slurm.values())
         if answer.returncode != 0:
             raise UserError(f"scancel: {answer.stderr.strip()}")
-    for folder in here:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended, or is another user's
+    for folder in list(here):
+        try:
             os.kill(statuses[folder]["pid"], signal.SIGTERM)
+        except ProcessLookupError:  # it has just ended
+            pass
+        except PermissionError:  # it is another user's
+            here.remove(folder)
     left = _wait([*of_slurm, *here], of_slurm)
     elsewhere = False
     for folder in statuses:
         if folder in of_slurm or folder in here:
             outcome = _outcome(folder, is_running=folder in left)
         elif folder.is_held():
-            outcome, elsewhere = f"not running here: {folder.held_by()}", True
+            outcome, elsewhere = f"not cancelled: {folder.held_by()}", True
         else:
             state = folder.state()
             outcome = f"not running; {'interrupted' if state == 'running' else state}"
         if not os.access(folder.path, os.W_OK):
             outcome += "; the folder is another user's, or read-only"
-        print(f"{folder.name}: {outcome}", flush=True)
+        print(printable(f"{folder.name}: {outcome}"), flush=True)
     return 1 if left or elsewhere or unreadable else 0
 
 

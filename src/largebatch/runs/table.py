@@ -99,8 +99,15 @@ def _joined(state: str, message: str, job: Job, status: dict[str, Any]) -> tuple
 
 
 def list_runs(runs_dir: Path) -> list[RunFolder]:
-    """Return the folders in ``runs_dir`` that hold a status, by name."""
-    return [RunFolder(path.parent) for path in sorted(runs_dir.glob("*/status.json"))]
+    """Return the folders in ``runs_dir`` that hold a status, by name; also another user's that show nothing."""
+    return [RunFolder(path) for path in sorted(runs_dir.iterdir() if runs_dir.is_dir() else ()) if _may_be_run(path)]
+
+
+def _may_be_run(path: Path) -> bool:
+    try:
+        return (path / "status.json").exists()
+    except PermissionError:
+        return not path.name.startswith(".")
 
 
 def find_runs(wanted: str, runs_dir: Path) -> list[RunFolder]:

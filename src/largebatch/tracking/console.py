@@ -10,6 +10,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from largebatch.terminal import printable
+
 _PLAIN_EVERY_SECONDS = 10.0
 
 
@@ -31,6 +33,7 @@ class Console:
         """Print a line and append it to the log."""
         if self._log is None:
             return
+        line = printable(line)
         with contextlib.suppress(OSError):  # a full disk doesn't end the training here
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode(errors="backslashreplace"))
         tqdm.write(f"      {line}", file=sys.stdout)
