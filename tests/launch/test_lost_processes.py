@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, start
+from datafiles import make_imagefolder
 from runs import finish, is_alive, the_run, worker_pid
 
 from largebatch.machine.pulse import Watch
@@ -49,9 +50,10 @@ def ranks(run: Path) -> dict[int, int]:
         try:
             words = (process / "cmdline").read_bytes().decode().split("\0")
             variables = (process / "environ").read_bytes().decode().split("\0")
+            leads = os.getsid(int(process.name)) == int(process.name)  # unlike a decoding process
         except OSError:  # it has ended, or is another user's
             continue
-        if str(run) in words and "torch.distributed.run" not in words:
+        if leads and str(run) in words and "torch.distributed.run" not in words:
             rank = [int(line.partition("=")[2]) for line in variables if line.startswith("RANK=")]
             found[rank[0] if rank else 0] = int(process.name)
     return found
@@ -121,7 +123,7 @@ def test_a_watch_names_ranks_without_progress() -> None:
 
     def beat(*passes: int) -> bool:
         for rank, number in enumerate(passes):
-            sender.sendto(f"{rank} {2**30 + rank} {number}".encode(), ("127.0.0.1", int(watch.port)))
+            sender.sendto(f"{rank} {2**30 + rank} {number} 0 ".encode(), ("127.0.0.1", int(watch.port)))
         sender.sendto(b"not a pulse", ("127.0.0.1", int(watch.port)))
         time.sleep(0.05)
         return watch.look()
@@ -178,3 +180,107 @@ def test_a_removed_folder_ends_its_run_and_not_the_grid(tmp_path: Path) -> None:
     assert not is_alive(worker)
     (second,) = tmp_path.glob("runs/*-s1-*")
     assert RunFolder(second).state() == "finished"
+
+
+@pytest.mark.parametrize("what", ["rank", "torchrun", "launcher"])
+def test_a_run_goes_on_after_a_process_was_stopped_for_a_while(tmp_path: Path, what: str) -> None:
+    launcher = training(tmp_path, *LONG, "steps=300", "cluster.processes=2", "cluster.hang_seconds=20")
+    rank = ranks(the_run(tmp_path))[1]
+    pid = {"rank": rank, "torchrun": parent(rank), "launcher": launcher.pid}[what]
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(pid, signal.SIGCONT)
+    finish(launcher)
+    assert RunFolder(the_run(tmp_path)).state() == "finished"
+
+
+def test_a_launcher_that_was_stopped_for_longer_than_a_hang_sees_no_hang(tmp_path: Path) -> None:
+    launcher = training(tmp_path, *LONG, "cluster.processes=2", "cluster.hang_seconds=4")
+    os.kill(launcher.pid, signal.SIGSTOP)
+    time.sleep(8)
+    os.kill(launcher.pid, signal.SIGCONT)
+    time.sleep(1)
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert RunFolder(the_run(tmp_path)).state() == "preempted"
+
+
+def test_a_run_whose_torchrun_stays_stopped_ends(tmp_path: Path) -> None:
+    """The ranks finish. Their silence ends the launcher's wait for torchrun, and the run has finished."""
+    launcher = training(tmp_path, *LONG, "steps=60", "cluster.processes=2", "cluster.hang_seconds=5")
+    pids = ranks(the_run(tmp_path))
+    torchrun = parent(pids[0])
+    os.kill(torchrun, signal.SIGSTOP)
+    finish(launcher)
+    assert RunFolder(the_run(tmp_path)).state() == "finished"
+    assert not any(is_alive(pid) for pid in (torchrun, *pids.values()))
+
+
+def test_ctrl_c_ends_a_stopped_only_rank_after_the_time_of_a_hang(tmp_path: Path) -> None:
+    launcher = training(tmp_path, *LONG, "cluster.hang_seconds=5")
+    (pid,) = ranks(the_run(tmp_path)).values()
+    os.kill(pid, signal.SIGSTOP)
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert RunFolder(the_run(tmp_path)).state() == "preempted"
+    assert not is_alive(pid)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# Prepares the workers: little memory, so that images are decoded while training. ``STALL``: decoding processes wait for
+# a pipe without a writer, as for a disk without an answer.
+PREPARED = """
+import multiprocessing, os, sys
+if "largebatch.training.worker" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv:
+    import PIL.Image
+    import largebatch.machine.memory
+    largebatch.machine.memory.host_memory = lambda: 1000
+    def stall(*given, before=PIL.Image.open):
+        if multiprocessing.parent_process() is None or "STALL" not in os.environ:
+            return before(*given)
+        return open(os.environ["STALL"])
+    PIL.Image.open = stall
+"""
+DECODERS = "waited 5 s for its decoding processes (dataset.workers=1), which may be stopped or wait for a disk"
+
+
+@pytest.fixture
+def of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """Make an image folder. Return the options that decode it while training, in one process for each rank."""
+    (tmp_path / "sitecustomize.py").write_text(PREPARED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    make_imagefolder(tmp_path / "data", 8)
+    return (
+        "dataset=imagefolder", f"dataset.root={tmp_path / 'data'}", "dataset.image_size=8", "dataset.workers=1",
+        "batch_size=18", "tracker=none", "tracker.log_every=2", "cluster.threads=1", "cluster.hang_seconds=5",
+    )  # fmt: skip
+
+
+def test_a_stopped_decoding_process_is_named_with_its_rank(tmp_path: Path, of_files: tuple[str, ...]) -> None:
+    launcher = training(tmp_path, *of_files, "steps=100000", "cluster.processes=2")
+    pids = ranks(the_run(tmp_path))
+    decoders = children(pids[1])
+    for decoder in decoders:
+        os.kill(decoder, signal.SIGSTOP)
+    _, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1
+    assert f"error: rank 1 {DECODERS}; see " in errors
+    assert "same command resumes" in errors
+    assert not any(is_alive(pid) for pid in (*pids.values(), *decoders))
+
+
+def test_decoding_that_stalls_before_the_first_batch_is_a_hang(
+    tmp_path: Path, of_files: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("STALL", str(tmp_path / "pipe"))
+    launcher = start(*of_files, "steps=8", cwd=tmp_path)
+    _, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1
+    assert f"error: rank 0 {DECODERS}; see " in errors
+    assert " in stall" in (the_run(tmp_path) / "log.txt").read_text()

@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from largebatch.data.images import FileImages, Images, MemoryImages, decode
 from largebatch.errors import UserError
+from largebatch.machine.pulse import waiting_for
 
+Result = Tensor | NDArray[np.uint8] | UserError
 _CHUNK = 64  # images a worker decodes at once: several workers share a large batch
 
 
@@ -52,7 +54,7 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
     try:
         for indices in here:
             try:
-                results = [next(decoded) for _ in torch.split(indices, _CHUNK)]
+                results = [_next(decoded, workers) for _ in torch.split(indices, _CHUNK)]
             except RuntimeError as error:  # names the process and the signal that ended it
                 raise RuntimeError(
                     f"dataset.workers={workers}: a decoding process failed ({error}). It may have run out of memory, "
@@ -67,13 +69,19 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
         del decoded  # ends its processes now: the traceback of an error would keep them until this process exits
 
 
+def _next(decoded: Iterator[Result], workers: int) -> Result:
+    who = "its decoding processes" if workers else "image files"
+    with waiting_for(f"{who} (dataset.workers={workers}), which may be stopped or wait for a disk"):
+        return next(decoded)
+
+
 @dataclass(frozen=True)
-class _Decoder(Dataset[Tensor | NDArray[np.uint8] | UserError]):
+class _Decoder(Dataset[Result]):
     """Decoding in a worker process. It returns errors: a raised error would arrive wrapped in a traceback."""
 
     images: FileImages
 
-    def __getitem__(self, indices: list[int]) -> Tensor | NDArray[np.uint8] | UserError:
+    def __getitem__(self, indices: list[int]) -> Result:
         images = self.images
         try:
             decoded = [decode(images.paths[i], images.channels, images.image_size) for i in indices]

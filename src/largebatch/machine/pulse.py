@@ -1,7 +1,7 @@
 """Signs of life that the ranks of a run send to their launcher, which names a rank that hangs.
 
-A rank sends a datagram to the launcher every two seconds: rank, process number and number of passes so far. So a pulse
-never waits for a disk, and leaves no file.
+A rank sends a datagram to the launcher every two seconds: rank, process number, numbers of passes and waits so far, and
+a description of the present wait. So a pulse never waits for a disk, and leaves no file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,6 +22,7 @@ _BEAT_SECONDS = 2.0
 _START_SECONDS = 600.0
 _TRACEBACK_SECONDS = 1.0  # for the ranks to write where they wait
 _passes = [0]  # of this process; 0: none is expected
+_waits: list[int | str] = [0, ""]  # number, and description of the present wait; empty: none
 
 
 def start_pulse(rank: int) -> None:
@@ -36,7 +37,8 @@ def start_pulse(rank: int) -> None:
     def send() -> None:
         while True:
             with contextlib.suppress(OSError):  # the launcher has ended, and this process ends with it
-                sender.sendto(f"{rank} {os.getpid()} {_passes[0]}".encode(), ("127.0.0.1", int(port)))
+                pulse = f"{rank} {os.getpid()} {_passes[0]} {_waits[0]} {_waits[1]}"
+                sender.sendto(pulse.encode(), ("127.0.0.1", int(port)))
             time.sleep(_BEAT_SECONDS)
 
     threading.Thread(target=send, name="pulse", daemon=True).start()
@@ -53,12 +55,23 @@ def expect_no_progress() -> None:
     _passes[0] = 0
 
 
+@contextlib.contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Tell the launcher that this process waits for ``what``. The wait may not be longer than one for a pass."""
+    _waits[:] = [int(_waits[0]) + 1, what]
+    try:
+        yield
+    finally:
+        _waits[1] = ""
+
+
 class Watch:
     """The launcher's view of a run's ranks on this machine.
 
     Args:
         ranks: the ranks on this machine.
-        seconds: longest time without a sign of life, and longest time without a pass over a batch once passes began.
+        seconds: longest time without a sign of life, and longest time without a pass over a batch once passes began;
+            and longest wait of ``waiting_for``.
 
     Attributes:
         port: number for the ranks' variable ``ADDRESS``.
@@ -75,7 +88,8 @@ class Watch:
         # Seconds. A rank has more time until its first sign of life, because importing torch may take long.
         self._silent = dict.fromkeys(ranks, min(0.0, seconds - _START_SECONDS))
         self._idle = dict.fromkeys(self._silent, 0.0)
-        self._passes = dict.fromkeys(self._silent, 0)
+        self._progress = dict.fromkeys(self._silent, (0, 0))  # numbers of passes and waits
+        self._waits_for = dict.fromkeys(self._silent, "")
         self._pids: dict[int, int] = {}
         self._looked = time.monotonic()
 
@@ -90,9 +104,12 @@ class Watch:
                 times[rank] += passed
         if silent := [rank for rank, seconds in self._silent.items() if seconds > self._seconds]:
             self.verdict = f"{_named(silent)} gave no sign of life for {self._seconds:g} s: stopped or frozen"
-        elif min(self._passes.values()) > 0 and min(self._idle.values()) > self._seconds:
-            behind = [rank for rank, passes in self._passes.items() if passes == min(self._passes.values())]
-            who = f"{_named(behind)} behind the others" if len(behind) < len(self._passes) else _named(behind)
+        elif waiting := [r for r, what in self._waits_for.items() if what and self._idle[r] > self._seconds]:
+            self.verdict = f"{_named(waiting)} waited {self._seconds:g} s for {self._waits_for[waiting[0]]}"
+        elif min(self._progress.values())[0] > 0 and min(self._idle.values()) > self._seconds:
+            fewest = min(self._progress.values())[0]
+            behind = [rank for rank, (passes, _) in self._progress.items() if passes == fewest]
+            who = f"{_named(behind)} behind the others" if len(behind) < len(self._progress) else _named(behind)
             self.verdict = f"no pass over a batch ended for {self._seconds:g} s; {who} hung"
         return bool(self.verdict)
 
@@ -101,8 +118,8 @@ class Watch:
         self._read()
         if self.verdict:
             for pid in self._pids.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGUSR1)
+                with contextlib.suppress(OSError):  # as below
+                    os.killpg(pid, signal.SIGUSR1)
             time.sleep(_TRACEBACK_SECONDS)
         for pid in self._pids.values():
             with contextlib.suppress(OSError):  # none is left, or the rank leads no group
@@ -114,15 +131,16 @@ class Watch:
     def _read(self) -> None:
         while True:
             try:
-                rank, pid, passes = map(int, self._socket.recv(64).split())
+                *numbers, what = self._socket.recv(512).decode(errors="replace").split(" ", 4)
+                rank, pid, passes, waits = map(int, numbers)
             except BlockingIOError:
                 return
             except ValueError:  # from another program
                 continue
             if rank in self._silent:
-                self._pids[rank], self._silent[rank] = pid, 0.0
-                if passes == 0 or passes != self._passes[rank]:
-                    self._passes[rank], self._idle[rank] = passes, 0.0
+                self._pids[rank], self._silent[rank], self._waits_for[rank] = pid, 0.0, what
+                if (passes, waits) != self._progress[rank] or not (passes or what):
+                    self._progress[rank], self._idle[rank] = (passes, waits), 0.0
 
 
 def _named(ranks: list[int]) -> str:

@@ -25,6 +25,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from largebatch.machine.pulse import waiting_for
+
 KEPT = 2
 _FORMAT = 1  # version of the files
 _END = struct.Struct("<II8s")  # bytes of the trailer's JSON, CRC-32, mark
@@ -94,7 +96,8 @@ class CheckpointWriter:
                 describes them (JSON), for ``lacks`` of ``load_newest``.
             best: path of a second name for this checkpoint, kept after newer checkpoints replace it.
         """
-        self.wait()
+        with waiting_for("the checkpoint before to be written"):
+            self.wait()
         copied = self._copy({"step": step, **state})
         done = None
         if self._device.type == "cuda":
