@@ -11,6 +11,9 @@ import pytest
 from conftest import TINY, environment
 from runs import train_in
 
+from largebatch.launch.replay import difference
+from largebatch.runs.folder import RunFolder
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,7 +32,11 @@ def test_a_run_repeats_bit_for_bit_and_a_difference_is_found(run: Path) -> None:
     assert same.returncode == 0, same.stdout + same.stderr
     assert same.stdout.endswith("metrics, layers and final parameters are equal, bit for bit\n")
     again = run.parent.with_name("runs-replayed") / run.name
-    assert json.loads((again / "summary.json").read_text())["parameters"] == _parameters(run)
+    summary = RunFolder(run).read_summary()
+    assert RunFolder(again).read_summary()["checksum"] == summary["checksum"]
+    (run / "summary.json").write_text(json.dumps(summary | {"checksum": "0123abcd"}))
+    found = difference(RunFolder(run), RunFolder(again))
+    assert found == f"the final parameters differ: CRC-32 0123abcd and {summary['checksum']}"
     rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     changed = json.loads(rows[1]) | {"train/loss": 3.0}
     (run / "metrics.jsonl").write_text("".join([rows[0], json.dumps(changed) + "\n", *rows[2:]]))
@@ -43,8 +50,3 @@ def test_a_replay_keeps_the_setting(run: Path) -> None:
     refused = replay(run, "optimizer.lr=3")
     assert refused.returncode == 2
     assert "optimizer: differs from the setting" in refused.stderr
-
-
-def _parameters(run: Path) -> str:
-    found: str = json.loads((run / "summary.json").read_text())["parameters"]
-    return found

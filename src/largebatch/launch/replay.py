@@ -48,7 +48,7 @@ def difference(first: RunFolder, second: RunFolder) -> str | None:
             row = ours or theirs
             key = next(key for key in row if ours.get(key) != theirs.get(key))
             return _parted(row["step"], f"{key} of {row['layer']}", ours.get(key), theirs.get(key))
-    checksums = [run.read_summary().get("parameters") for run in (first, second)]
+    checksums = [run.read_summary().get("checksum") for run in (first, second)]
     if checksums[0] != checksums[1]:
         return f"the final parameters differ: CRC-32 {checksums[0]} and {checksums[1]}"
     return None

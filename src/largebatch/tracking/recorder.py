@@ -78,20 +78,19 @@ class Recorder:
         if self._order:
             self._order.layers(row)
 
-    def finish(self, state: str, step: int, message: str, seconds: float, parameters: str) -> None:
+    def finish(self, state: str, step: int, message: str, seconds: float, checksum: str) -> None:
         """Close the run in ``state``. Write the table and the summary of a run that is over.
 
         Args:
-            parameters: checksum of the final parameters and buffers.
+            checksum: CRC-32 of the final parameters and buffers.
         """
         self.rows_to_write()()
         self._metrics.close()
         if state in DONE:
             rows = read_rows(self._folder.metrics)
             write_table(rows, self._folder.metrics_table)
-            metrics = summarise(rows) | {"state": state, "step": step, "wall_seconds": seconds}
-            summary = metrics | {"parameters": parameters} | self._facts
-            write_atomic(self._folder.summary, json.dumps(summary, indent=1) + "\n")
+            metrics = summarise(rows) | {"state": state, "step": step, "wall_seconds": seconds, "checksum": checksum}
+            write_atomic(self._folder.summary, json.dumps(metrics | self._facts, indent=1) + "\n")
             if self._wandb:
                 self._wandb.summarize(metrics)
                 if self._tracker.checkpoints:
