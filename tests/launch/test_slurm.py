@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -226,5 +227,6 @@ def test_a_run_in_submission_is_left_alone_until_its_launcher_must_be_dead(tmp_p
     folder = RunFolder(tmp_path)
     folder.update_status(state="queued", cluster="slurm")
     assert claim_by_slurm(folder.read_status()) == "is being submitted to SLURM by another launcher"
-    folder.status.write_text(json.dumps(folder.read_status() | {"updated": 0}))
-    assert claim_by_slurm(folder.read_status()) == ""
+    for updated in (0, time.time() + 1e6):  # long ago, or before the clock was set back
+        folder.status.write_text(json.dumps(folder.read_status() | {"updated": updated}))
+        assert claim_by_slurm(folder.read_status()) == ""

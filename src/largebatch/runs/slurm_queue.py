@@ -71,7 +71,7 @@ def claim_by_slurm(status: Mapping[str, Any], jobs: Jobs | None = None) -> str:
     if not _is_open(status):
         return ""
     if not status.get("job_id"):
-        fresh = time.time() - status.get("updated", 0) < _SUBMITTING_SECONDS
+        fresh = abs(time.time() - status.get("updated", 0)) < _SUBMITTING_SECONDS  # the clock may have been set back
         return "is being submitted to SLURM by another launcher" if fresh and status["state"] == "queued" else ""
     job_id = str(status["job_id"])
     if jobs is None or job_id not in jobs:  # a newer job than the known ones

@@ -81,7 +81,7 @@ def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
 def _should_be_held(status: dict[str, Any], job: Job | None) -> bool:
     """Return True if a process should hold the run's lock. ``job``: the run's job if SLURM has forgotten it."""
     if status.get("state") == "queued":
-        late = time.time() - status.get("updated", 0) > _STARTING_SECONDS
+        late = abs(time.time() - status.get("updated", 0)) > _STARTING_SECONDS  # the clock may have been set back
         return job is not None or (status.get("cluster") == "local" and late)
     return status.get("state") == "running"
 
