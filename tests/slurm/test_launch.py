@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, TINY, environment
 from private_slurm.cluster import Cluster
 from private_slurm.processes import wait_until
-from runs import finish, parameters, timeless, train_in
+from runs import finish, is_alive, parameters, timeless, train_in
 
 from largebatch.runs.metrics import read_rows
 from slurm.conftest import place
@@ -140,6 +140,36 @@ def test_two_nodes_of_two_processes_train_the_same_as_one_process(submit: Submit
     assert status(run)["node"] == "node1,node2"
     for name, value in parameters(alone).items():
         assert (parameters(run)[name] - value).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("mode", ["clf", "bt"])
+def test_a_deterministic_run_of_a_job_equals_one_of_this_machine_bit_for_bit(
+    submit: Submit, tmp_path: Path, mode: str
+) -> None:
+    options = (*TINY, f"mode={mode}", "steps=12", "cluster.threads=1", "deterministic=true")
+    here = train_in(tmp_path / "here", *options, "cluster.processes=2")
+    assert submit(*options, "cluster.processes_per_node=2").returncode == 0
+    run = the_run_of_a_job(tmp_path)
+    wait_for_state(run, "finished")
+    assert run.name == here.name
+    assert_same(run, here)
+    first, second = (json.loads((each / "summary.json").read_text()) for each in (here, run))
+    assert first["checksum"] == second["checksum"]
+
+
+def test_a_stopped_rank_of_a_job_is_named_and_the_job_ends(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    assert submit(*LONG, "cluster.processes_per_node=2", "cluster.hang_seconds=5").returncode == 0
+    run = the_run_of_a_job(tmp_path)
+    wait_for_step(run, 2)
+    first = status(run)["pid"]
+    torchrun = Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1]
+    ranks = [int(pid) for pid in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split()]
+    (second,) = {*ranks} - {first}
+    os.kill(second, signal.SIGSTOP)
+    wait_for_state(run, "failed")
+    assert f"{status(run)['node']} rank 1 gave no sign of life for 5 s: stopped or frozen" in status(run)["message"]
+    assert wait_until(lambda: cluster.run("squeue", "--noheader").stdout == "", 30)
+    assert not any(map(is_alive, ranks))
 
 
 @pytest.mark.parametrize("name", ["USR2", "TERM"])
