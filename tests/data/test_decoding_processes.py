@@ -1,5 +1,8 @@
 """Decoding processes hand images over without shared memory, and never leave training waiting."""
 
+import _multiprocessing
+import errno
+import os
 import signal
 
 import pytest
@@ -9,6 +12,7 @@ from datafiles import decoded, make_imagefolder
 from largebatch.data import stream as module
 from largebatch.data.images import FileImages
 from largebatch.data.stream import stream
+from largebatch.errors import UserError
 
 
 @pytest.fixture
@@ -41,4 +45,15 @@ def test_a_result_that_cannot_be_handed_over_ends_with_an_error(images, monkeypa
 def test_a_killed_decoding_process_ends_with_an_error(images, monkeypatch):
     monkeypatch.setattr(module, "decode", lambda *arguments: signal.raise_signal(signal.SIGKILL))
     with pytest.raises(RuntimeError, match=r"dataset\.workers=2: a decoding process failed.*Fix: "):
+        pixels(images)
+
+
+def test_without_semaphores_the_message_names_shared_memory(images, monkeypatch):
+    """They are files in /dev/shm, which may be missing or read-only."""
+
+    def refuse(*arguments):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(_multiprocessing, "SemLock", refuse)
+    with pytest.raises(UserError, match=r"dataset\.workers=2: .* can't start .*/dev/shm.* Fix: dataset\.workers=0"):
         pixels(images)

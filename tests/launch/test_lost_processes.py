@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -116,8 +117,6 @@ def test_ctrl_c_ends_a_run_with_a_stopped_rank(tmp_path: Path) -> None:
 
 def test_a_watch_names_ranks_without_progress() -> None:
     """Ranks send signs of life, but no pass ends; before the first pass, no time limits a download."""
-    import socket
-
     watch = Watch(range(3), 0.2)
     sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
@@ -134,6 +133,23 @@ def test_a_watch_names_ranks_without_progress() -> None:
         if beat(9, 8, 9):
             break
     assert watch.verdict == "no pass over a batch ended for 0.2 s; rank 1 behind the others hung"
+    watch.close()
+
+
+def test_a_watch_names_what_a_rank_waits_for() -> None:
+    """A wait has the limit of a pass, also before the first pass; the next wait is progress."""
+    watch = Watch(range(2), 0.2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+
+        def beat(wait: int) -> bool:
+            for pulse in (f"0 {2**30} 0 0 ", f"1 {2**30 + 1} 0 {wait} a disk"):
+                sender.sendto(pulse.encode(), ("127.0.0.1", int(watch.port)))
+            time.sleep(0.05)
+            return watch.look()
+
+        assert not any(beat(number) for number in range(1, 9))
+        assert any(beat(9) for _ in range(100))
+    assert watch.verdict == "rank 1 waited 0.2 s for a disk"
     watch.close()
 
 
@@ -233,7 +249,8 @@ def children(pid: int) -> list[int]:
 
 
 # Prepares the workers: little memory, so that images are decoded while training. ``STALL``: decoding processes wait for
-# a pipe without a writer, as for a disk without an answer.
+# a pipe without a writer, as for a disk without an answer. ``STALL_DISK``: so do flushes of files of
+# this name.
 PREPARED = """
 import multiprocessing, os, sys
 if "largebatch.training.worker" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv:
@@ -241,10 +258,15 @@ if "largebatch.training.worker" in sys.orig_argv and "torch.distributed.run" not
     import largebatch.machine.memory
     largebatch.machine.memory.host_memory = lambda: 1000
     def stall(*given, before=PIL.Image.open):
-        if multiprocessing.parent_process() is None or "STALL" not in os.environ:
+        if multiprocessing.parent_process() is None or "STALL_DISK" in os.environ or "STALL" not in os.environ:
             return before(*given)
         return open(os.environ["STALL"])
     PIL.Image.open = stall
+    def flush(number, before=os.fsync):
+        if os.environ.get("STALL_DISK", "//") in os.readlink(f"/proc/self/fd/{number}"):
+            open(os.environ["STALL"])
+        before(number)
+    os.fsync = flush
 """
 DECODERS = "waited 5 s for its decoding processes (dataset.workers=1), which may be stopped or wait for a disk"
 
@@ -284,3 +306,17 @@ def test_decoding_that_stalls_before_the_first_batch_is_a_hang(
     assert launcher.returncode == 1
     assert f"error: rank 0 {DECODERS}; see " in errors
     assert " in stall" in (the_run(tmp_path) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("file", "what"), [("/.correct.npz.", "correct.npz"), ("/step-", "the checkpoint before")])
+def test_a_disk_that_stalls_is_named(
+    tmp_path: Path, of_files: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, file: str, what: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv("STALL", str(tmp_path / "pipe"))
+    monkeypatch.setenv("STALL_DISK", file)
+    launcher = start(*of_files, "steps=8", "checkpoint.every_steps=2", cwd=tmp_path)
+    _, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1
+    assert f"error: rank 0 waited 5 s for the disk to write {what}; see " in errors
+    assert "same command resumes" in errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
 import multiprocessing.queues
 import os
 import signal
@@ -32,7 +33,7 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
     They hand images over in shared memory (/dev/shm), or through a pipe when that is full.
 
     Raises:
-        UserError: from the iterator, if a file can't be read.
+        UserError: from the iterator, if a file can't be read or no process can start.
         RuntimeError: from the iterator, if a decoding process ends.
     """
     if isinstance(images, MemoryImages):
@@ -50,7 +51,15 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
         worker_init_fn=_start_worker,
         collate_fn=_unchanged,
     )
-    decoded = iter(loader)
+    try:
+        if workers:
+            multiprocessing.Semaphore()  # fails before torch's iterator, which would be half made
+        decoded = iter(loader)
+    except OSError as error:  # no semaphores without /dev/shm, or no memory for another process
+        raise UserError(
+            f"dataset.workers={workers}: decoding processes can't start ({error.strerror}). They need memory, open "
+            "files and a /dev/shm that can be written. Fix: dataset.workers=0 or fewer than now"
+        ) from error
     try:
         for indices in here:
             try:

@@ -96,7 +96,7 @@ class CheckpointWriter:
                 describes them (JSON), for ``lacks`` of ``load_newest``.
             best: path of a second name for this checkpoint, kept after newer checkpoints replace it.
         """
-        with waiting_for("the checkpoint before to be written"):
+        with waiting_for("the disk to write the checkpoint before"):
             self.wait()
         copied = self._copy({"step": step, **state})
         done = None

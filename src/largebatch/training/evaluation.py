@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from largebatch.data import Split, evaluation_share
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
-from largebatch.machine.pulse import progressed
+from largebatch.machine.pulse import progressed, waiting_for
 from largebatch.modes import clf
 from largebatch.modes.bt import BarlowTwins
 from largebatch.runs.correct import write_correct
@@ -40,7 +40,9 @@ def metrics_of_images(run: Run, images: dict[str, Tensor], step: int) -> dict[st
         metrics |= clf.evaluation_metrics(name, results)
     if run.rank == 0:
         chooses = metrics.get("val/accuracy", metrics["test/accuracy"])
-        write_correct(run.folder.correct, step, chooses, images["test"][:, 1].bool().cpu().numpy())
+        correct = images["test"][:, 1].bool().cpu().numpy()
+        with waiting_for("the disk to write correct.npz"):
+            write_correct(run.folder.correct, step, chooses, correct)
     return metrics
 
 
