@@ -211,6 +211,9 @@ def test_another_user_s_private_run_is_named_in_one_line_beside_the_other_runs(
     assert code == 0
     assert "private-22222222" in report
     assert f"private-22222222: {private}/status.json: can't be read (Permission denied)" in said("cancel", runs)[1]
+    assert (
+        f"private-22222222  FAILED: {private}/wandb/uploads.json: can't be read" in said("sync", "--dry-run", runs)[1]
+    )
     for command in (["logs"], ["status"], ["cancel"], ["sync", "--dry-run"]):
         _, output = said(*command, str(private))
         assert f"{private}/status.json: " in output, output
@@ -230,3 +233,10 @@ def test_messages_of_the_launcher_escape_control_characters(launch: Launch, valu
     assert refused.returncode == 2
     assert r"\x1b[31m" in refused.stderr
     assert "\x1b" not in refused.stdout + refused.stderr
+
+
+def test_lines_of_a_run_escape_control_characters(launch: Launch) -> None:
+    done = launch(*TINY, "steps=1", "runs_dir='runs\x1b[31m'", "rerun=true")
+    assert done.returncode == 0, done.stderr
+    assert r"runs\x1b[31m/synthetic" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr

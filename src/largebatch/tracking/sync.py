@@ -47,17 +47,20 @@ def sync(folders: Iterable[RunFolder], dry_run: bool, seconds: float) -> int:
         import wandb  # noqa: F401
     except Exception as error:  # missing, or broken by another package
         raise UserError(f"wandb can't be imported ({one_line(error)})") from error
-    uploads = [
-        Upload(run, RunFolder(path.absolute()), entry)
-        for run in folders
-        for path in [run.path, *sorted(run.path.glob("previous-*"))]  # earlier repetitions
-        for entry in wandb_run.read_uploads(path).values()
-    ]
+    uploads, failed = [], 0
+    for run in folders:
+        for path in [run.path, *sorted(run.path.glob("previous-*"))]:  # earlier repetitions
+            try:
+                entries = wandb_run.read_uploads(path).values()
+            except UserError as error:
+                failed += 1
+                print(f"{run.name}  FAILED: {error}", flush=True)
+                continue
+            uploads += [Upload(run, RunFolder(path.absolute()), entry) for entry in entries]
     uploads.sort(key=lambda upload: float(upload.entry["started"]))
     pending = [upload for upload in uploads if not upload.entry["uploaded"]]
     if pending and not dry_run:
         _check_access()
-    failed = 0
     for upload in pending:
         name = upload.run.name + ("" if upload.files.name == upload.run.name else f" ({upload.files.name})")
         try:
@@ -67,7 +70,7 @@ def sync(folders: Iterable[RunFolder], dry_run: bool, seconds: float) -> int:
             print(f"{name}  FAILED: {error}", flush=True)
     if uploaded := len(uploads) - len(pending):
         print(f"{uploaded} run(s) were uploaded before")
-    if not uploads:
+    if not uploads and not failed:
         print("none of these runs was started with W&B")
     if failed:
         print(f"{failed} run(s) could not be uploaded; repeat the command to try again")
