@@ -233,10 +233,3 @@ def test_messages_of_the_launcher_escape_control_characters(launch: Launch, valu
     assert refused.returncode == 2
     assert r"\x1b[31m" in refused.stderr
     assert "\x1b" not in refused.stdout + refused.stderr
-
-
-def test_lines_of_a_run_escape_control_characters(launch: Launch) -> None:
-    done = launch(*TINY, "steps=1", "runs_dir='runs\x1b[31m'", "rerun=true")
-    assert done.returncode == 0, done.stderr
-    assert r"runs\x1b[31m/synthetic" in done.stdout
-    assert "\x1b" not in done.stdout + done.stderr
