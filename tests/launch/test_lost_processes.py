@@ -142,7 +142,7 @@ def test_a_watch_names_what_a_rank_waits_for() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
 
         def beat(wait: int) -> bool:
-            for pulse in (f"0 {2**30} 0 0 ", f"1 {2**30 + 1} 0 {wait} a disk"):
+            for pulse in (f"0 {os.getpid()} 0 0 ", f"1 {os.getpid()} 0 {wait} a disk"):
                 sender.sendto(pulse.encode(), ("127.0.0.1", int(watch.port)))
             time.sleep(0.05)
             return watch.look()
@@ -150,6 +150,18 @@ def test_a_watch_names_what_a_rank_waits_for() -> None:
         assert not any(beat(number) for number in range(1, 9))
         assert any(beat(9) for _ in range(100))
     assert watch.verdict == "rank 1 waited 0.2 s for a disk"
+    watch.close()
+
+
+def test_a_rank_that_has_ended_does_not_hang_while_another_writes_the_last_files() -> None:
+    watch, ended = Watch(range(2), 0.2), subprocess.Popen(["true"])
+    ended.wait()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(f"1 {ended.pid} 8 3 a disk".encode(), ("127.0.0.1", int(watch.port)))
+        for _ in range(10):
+            sender.sendto(f"0 {os.getpid()} 0 0 ".encode(), ("127.0.0.1", int(watch.port)))
+            time.sleep(0.05)
+            assert not watch.look(), watch.verdict
     watch.close()
 
 
@@ -200,7 +212,7 @@ def test_a_removed_folder_ends_its_run_and_not_the_grid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["rank", "torchrun", "launcher"])
 def test_a_run_goes_on_after_a_process_was_stopped_for_a_while(tmp_path: Path, what: str) -> None:
-    launcher = training(tmp_path, *LONG, "steps=300", "cluster.processes=2", "cluster.hang_seconds=20")
+    launcher = training(tmp_path, *LONG, "steps=300", "cluster.processes=2")
     rank = ranks(the_run(tmp_path))[1]
     pid = {"rank": rank, "torchrun": parent(rank), "launcher": launcher.pid}[what]
     os.kill(pid, signal.SIGSTOP)

@@ -102,9 +102,11 @@ class Watch:
         for times in (self._silent, self._idle):
             for rank in times:
                 times[rank] += passed
-        if silent := [rank for rank, seconds in self._silent.items() if seconds > self._seconds]:
+        late = [rank for rank in self._silent if max(self._silent[rank], self._idle[rank]) > self._seconds]
+        here = [rank for rank in late if not self._has_ended(rank)]
+        if silent := [rank for rank in here if self._silent[rank] > self._seconds]:
             self.verdict = f"{_named(silent)} gave no sign of life for {self._seconds:g} s: stopped or frozen"
-        elif waiting := [r for r, what in self._waits_for.items() if what and self._idle[r] > self._seconds]:
+        elif waiting := [rank for rank in here if self._waits_for[rank]]:
             self.verdict = f"{_named(waiting)} waited {self._seconds:g} s for {self._waits_for[waiting[0]]}"
         elif min(self._progress.values())[0] > 0 and min(self._idle.values()) > self._seconds:
             fewest = min(self._progress.values())[0]
@@ -112,6 +114,13 @@ class Watch:
             who = f"{_named(behind)} behind the others" if len(behind) < len(self._progress) else _named(behind)
             self.verdict = f"no pass over a batch ended for {self._seconds:g} s; {who} hung"
         return bool(self.verdict)
+
+    def _has_ended(self, rank: int) -> bool:
+        """Return True if the rank's process has ended, as others do while rank 0 writes the last files."""
+        with contextlib.suppress(KeyError, ProcessLookupError):
+            os.kill(self._pids[rank], 0)
+            return False
+        return rank in self._pids
 
     def kill(self) -> None:
         """Kill the processes of all ranks. Ranks that hang first write to the log where they wait."""
