@@ -346,6 +346,15 @@ def test_lr_1d_follows_the_scaling_rule() -> None:
         assert {parameter.ndim for parameter in groups[1]["params"]} == {1}
 
 
+def test_lr_1d_ratio_is_a_part_of_the_scaled_learning_rate() -> None:
+    scaled = ("optimizer=lars", "optimizer.lr=2", "batch_size=1024", "lr_scaling.rule=linear")
+    config = configuration(*scaled, "optimizer.lr_1d_ratio=0.024")
+    groups = build_optimizer(config, small_network(), steps_per_epoch=1).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([8, 0.192])
+    with pytest.raises(UserError, match=r"^optimizer.lr_1d=0.1 and optimizer.lr_1d_ratio=0.024: only one may be set"):
+        validate(configuration("optimizer=sgd", "optimizer.lr_1d=0.1", "optimizer.lr_1d_ratio=0.024"))
+
+
 def test_lr_1d_without_biases_makes_no_second_group() -> None:
     config = configuration("optimizer=lars", "optimizer.lr_1d=0.1")
     optimizer = build_optimizer(config, nn.Linear(3, 2, bias=False), steps_per_epoch=1)

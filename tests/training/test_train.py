@@ -84,6 +84,12 @@ def test_accumulation_trains_the_same(tmp_path: Path, undivided: Path, division:
     assert difference(undivided, train_in(tmp_path / "divided", *GENTLE, *division)) < 1e-5
 
 
+def test_tinycnn_trains_the_same_with_accumulation(tmp_path: Path) -> None:
+    command = (*GENTLE, "model=tinycnn")
+    whole, divided = train_in(tmp_path / "a", *command), train_in(tmp_path / "b", *command, "micro_batch=4")
+    assert 0 < difference(whole, divided) < 1e-5
+
+
 @pytest.fixture(scope="module")
 def clars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_in(tmp_path_factory.mktemp("runs") / "clars", *GENTLE, *CLARS)

@@ -29,11 +29,13 @@ class DatasetConfig:
     """Options of every data set.
 
     ``loader`` names the function that returns training split, test split and class names. ``named_by_root`` is True if
-    ``root`` decides the images, and so the run's identity and name.
+    ``root`` decides the images, and so the run's identity and name. ``copies`` is the number of training images in
+    succession that come from one source; a validation set takes all or none of them.
     """
 
     loader: ClassVar[str] = ""
     named_by_root: ClassVar[bool] = False
+    copies: ClassVar[int] = 1
 
     name: str = MISSING
     root: str = "data"  # folder of the files or of the download
@@ -63,7 +65,9 @@ class DatasetConfig:
     @property
     def train_images(self) -> int | None:
         """Number of training images without the validation set; None: unknown before loading."""
-        return None if self.train_size is None else round(self.train_size * (1 - self.val_fraction))
+        if self.train_size is None:
+            return None
+        return self.copies * round(self.train_size // self.copies * (1 - self.val_fraction))
 
     def problems(self, config: Config) -> list[str]:
         """Return one line for each conflict between options, or with the batch size."""
@@ -100,6 +104,21 @@ class Digits(DatasetConfig):
     num_classes: int | None = option(10, allowed=(10,))
     channels: int = option(1, allowed=(1,))
     image_size: int | None = option(8, least=1, most=8192)
+
+
+@dataclass
+class DeformedDigits(DatasetConfig):
+    """70,000 grey images of 16x16, made from scikit-learn's digits."""
+
+    loader = "largebatch.data.deformed_digits:load_deformed_digits"
+    copies = 40
+
+    on_error: str = option("stop", allowed=("stop",))  # the images are in one file
+    train_size: int | None = option(60_000, allowed=(60_000,))
+    test_size: int | None = option(10_000, allowed=(10_000,))
+    num_classes: int | None = option(10, allowed=(10,))
+    channels: int = option(1, allowed=(1,))
+    image_size: int | None = option(16, least=1, most=8192)
 
 
 @dataclass
@@ -174,6 +193,7 @@ class Synthetic(DatasetConfig):
 
 DATASETS: dict[str, type[DatasetConfig]] = {
     "digits": Digits,
+    "deformed_digits": DeformedDigits,
     "cifar10": Cifar10,
     "cifar100": Cifar100,
     "tinyimagenet": TinyImageNet,

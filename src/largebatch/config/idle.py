@@ -64,7 +64,7 @@ def _flat_phi(config: Config, steps: int, steps_per_epoch: float) -> Iterator[st
         return
     factor = (first + last) / 2
     more = ""
-    if optimizer.lr_1d is None and not optimizer.adapt_1d and not 0.95 < factor < 1.05:
+    if optimizer.learning_rate_1d() is None and not optimizer.adapt_1d and not 0.95 < factor < 1.05:
         more = f", with {1 / factor:.2g} times that learning rate for biases and norm scales"
     steep = ends(_RANGE / steps)
     key = "lmbda" if optimizer.lmbda_relative is None else "lmbda_relative"

@@ -37,6 +37,15 @@ class SmallCnn(ModelConfig):
 
 
 @dataclass
+class TinyCnn(ModelConfig):
+    """Network of three strided convolutions, for tiny images and one core."""
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return False
+
+
+@dataclass
 class EfficientNet(ModelConfig):
     """torchvision's EfficientNet-B0."""
 
@@ -65,6 +74,7 @@ class TimmModel(ModelConfig):
 
 MODELS: dict[str, type[ModelConfig]] = {
     "smallcnn": SmallCnn,
+    "tinycnn": TinyCnn,
     "resnet18": ResNet,
     "resnet34": ResNet,
     "resnet50": ResNet,

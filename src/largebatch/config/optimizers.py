@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from largebatch.config.schema import Config
 
 
+_LEARNING_RATES = ("name", "lr", "lr_1d", "lr_1d_ratio")  # no keyword arguments of a class
+
+
 @dataclass
 class OptimizerConfig:
     """Options of every optimizer.
@@ -32,7 +35,8 @@ class OptimizerConfig:
 
     name: str = MISSING
     lr: float = option(MISSING, above=0)  # learning rate; with a scaling rule, at lr_scaling.base_batch
-    lr_1d: float | None = option(None, least=0)  # the same for biases and norm parameters; None: lr
+    lr_1d: float | None = option(None, least=0)  # the same for biases and norm parameters; None: lr * lr_1d_ratio
+    lr_1d_ratio: float | None = option(None, least=0)  # None: 1
 
     def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         """Return the keyword arguments of the class, without parameters and learning rates.
@@ -42,7 +46,7 @@ class OptimizerConfig:
             steps_per_epoch: optimizer steps per epoch, maybe a fraction.
             steps: optimizer steps of the training that this optimizer does.
         """
-        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "lr", "lr_1d")}
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _LEARNING_RATES}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
     @property
@@ -50,13 +54,19 @@ class OptimizerConfig:
         """Number of samples that must be in one micro-batch. Divides the micro-batch."""
         return 1
 
+    def learning_rate_1d(self) -> float | None:
+        """Return the learning rate of biases and norm parameters, or None if it is ``lr``."""
+        if self.lr_1d is None and self.lr_1d_ratio is not None:
+            return self.lr * self.lr_1d_ratio
+        return self.lr_1d
+
     def beyond_surge(self) -> str:
         """Return the optimizer and its unsuitable option if the surge rule doesn't cover it, else an empty string."""
         return "" if self.sign_like else self.name
 
     def problems(self, config: Config) -> list[str]:
         """Return one line for each conflict between options, or with the rest of the configuration."""
-        return []
+        return _only_one(self, "lr_1d", "lr_1d_ratio")
 
 
 @dataclass
@@ -81,7 +91,7 @@ class Lars(OptimizerConfig):
     lr_in_momentum: bool = False  # keep the learning rate inside the momentum buffer
 
     def problems(self, config: Config) -> list[str]:
-        problems = _nesterov_problems(self.nesterov, self.momentum)
+        problems = super().problems(config) + _nesterov_problems(self.nesterov, self.momentum)
         if self.larc and self.max_ratio is None:
             problems.append("optimizer.larc=true: needs optimizer.max_ratio. Fix: optimizer.max_ratio=1, as in LARC")
         return problems
@@ -117,13 +127,7 @@ class Tvlars(Lars):
         return options
 
     def problems(self, config: Config) -> list[str]:
-        problems = super().problems(config)
-        if self.lmbda is not None and self.lmbda_relative is not None:
-            problems.append(
-                f"optimizer.lmbda={self.lmbda:g} and optimizer.lmbda_relative={self.lmbda_relative:g}: only one may be "
-                "set. Fix: leave one out, or set it to null if a preset sets it"
-            )
-        return problems
+        return super().problems(config) + _only_one(self, "lmbda", "lmbda_relative")
 
 
 @dataclass
@@ -187,7 +191,7 @@ class Sgd(OptimizerConfig):
     nesterov: bool = False
 
     def problems(self, config: Config) -> list[str]:
-        return _nesterov_problems(self.nesterov, self.momentum)
+        return super().problems(config) + _nesterov_problems(self.nesterov, self.momentum)
 
 
 @dataclass
@@ -259,6 +263,17 @@ class TimmOptimizer(OptimizerConfig):
     def beyond_surge(self) -> str:
         changed = [name for name in ("amsgrad", "centered") if self.options.get(name)]
         return "" if self.name in self.SIGN_LIKE and not changed else " with ".join([self.name, *changed])
+
+
+def _only_one(options: OptimizerConfig, key: str, other: str) -> list[str]:
+    """Return a line if both keys are set."""
+    value, other_value = getattr(options, key), getattr(options, other)
+    if value is None or other_value is None:
+        return []
+    return [
+        f"optimizer.{key}={value:g} and optimizer.{other}={other_value:g}: only one may be set. Fix: leave one out, or "
+        "set it to null if a preset sets it"
+    ]
 
 
 def _nesterov_problems(nesterov: bool, momentum: float) -> list[str]:

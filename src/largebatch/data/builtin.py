@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.cache import Say
@@ -23,11 +24,26 @@ _SEED = 0  # fixed: every run has the same test set of digits, and the same rand
 def load_digits(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
     """Load a training set of 1437 and a test set of 360 images, stratified and equal for every seed.
 
-    They are grey, of 8x8 pixels, in 10 classes. Pixels of 0..16 become 0..255 (``round(x * 255 / 16)``). The file is
-    read without importing scikit-learn, in 0.02 s instead of 0.8 s.
+    They are grey, of 8x8 pixels, in 10 classes. Pixels of 0..16 become 0..255 (``round(x * 255 / 16)``).
 
     Raises:
         UserError: if scikit-learn's file is missing or damaged.
+    """
+    grey, digits = read_digits(config.name)
+    pixels = torch.from_numpy(np.rint(grey[:, None] * 255 / 16).astype(np.uint8))
+    labels = torch.from_numpy(digits)
+    whole = Split(MemoryImages(resize(pixels, config.image_size or 8)), labels)
+    train, test = hold_out(labels, _TEST_SIZE, _SEED)
+    return whole.select(train), whole.select(test), tuple(str(digit) for digit in range(10))
+
+
+def read_digits(dataset: str) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Read scikit-learn's digits: pixels of 0..16, [1797, 8, 8], and labels [1797].
+
+    scikit-learn isn't imported: 0.02 s instead of 0.8 s.
+
+    Raises:
+        UserError: if the file is missing or damaged; it names ``dataset``.
     """
     package = importlib.util.find_spec("sklearn")
     assert package is not None
@@ -35,13 +51,9 @@ def load_digits(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[st
     path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     try:
         table = np.loadtxt(path, delimiter=",")
-        images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * 255 / 16).astype(np.uint8)
+        return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"dataset=digits: can't read {path} ({error}); reinstall scikit-learn") from error
-    labels = torch.from_numpy(table[:, -1].astype(np.int64))
-    whole = Split(MemoryImages(resize(torch.from_numpy(images), config.image_size or 8)), labels)
-    train, test = hold_out(labels, _TEST_SIZE, _SEED)
-    return whole.select(train), whole.select(test), tuple(str(digit) for digit in range(10))
+        raise UserError(f"dataset={dataset}: can't read {path} ({error}); reinstall scikit-learn") from error
 
 
 def load_synthetic(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:

@@ -111,7 +111,7 @@ def load_data(
 
     content = content_of(*whole, classes, config.root, unreadable)
 
-    kept, held = _validation_part(train.labels, config.val_fraction, seed)
+    kept, held = _validation_part(train.labels, config, seed)
     mean, std = config.mean, config.std
     if mean is None or std is None:
         measured_mean, measured_std = measure_statistics(train.images, kept, config.workers)
@@ -217,12 +217,22 @@ def measure_statistics(images: Images, indices: Tensor, workers: int = 0) -> tup
     return mean.tolist(), std.tolist()
 
 
-def _validation_part(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Return the indices of the training images that are kept, and of the images that are held out."""
-    if fraction == 0:
+def _validation_part(labels: Tensor, config: DatasetConfig, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Return the indices of the training images that are kept, and of the images that are held out.
+
+    Images of one source are on the same side.
+    """
+    if config.val_fraction == 0:
         return torch.arange(len(labels)), None
-    count = len(labels) - round(len(labels) * (1 - fraction))  # as the launcher counts
+    copies = DATASETS[config.name].copies
+    sources = labels[::copies]
+    count = len(sources) - round(len(sources) * (1 - config.val_fraction))  # as the launcher counts
     try:
-        return hold_out(labels, count, derive_seed(seed, "validation"))
+        kept, held = hold_out(sources, count, derive_seed(seed, "validation"))
     except UserError as error:
-        raise UserError(f"dataset.val_fraction={fraction}: {error}") from None
+        raise UserError(f"dataset.val_fraction={config.val_fraction}: {error}") from None
+
+    def images(sources: Tensor) -> Tensor:
+        return (sources[:, None] * copies + torch.arange(copies)).flatten()
+
+    return images(kept), images(held)

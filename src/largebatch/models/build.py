@@ -1,4 +1,4 @@
-"""Models: a small network, ResNets, torchvision's and timm's models; their stems and weight initialisation."""
+"""Models: two small networks, ResNets, torchvision's and timm's models; their stems and weight initialisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from largebatch.config.models import EfficientNet, ModelConfig, ResNet, SmallCnn, TimmModel
+from largebatch.config.models import EfficientNet, ModelConfig, ResNet, SmallCnn, TimmModel, TinyCnn
 from largebatch.errors import UserError, choices
 from largebatch.models.resnet import resnet
 
@@ -26,6 +26,8 @@ def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Modu
         model = _timm(config, num_classes, channels)
     elif isinstance(config, SmallCnn):
         model = _smallcnn(config, num_classes, channels)
+    elif isinstance(config, TinyCnn):
+        model = _tinycnn(num_classes, channels)
     else:
         assert isinstance(config, EfficientNet)
         model = _torchvision_family(config, num_classes, channels)
@@ -46,7 +48,7 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
     if isinstance(config, TimmModel):
         cast(Any, model).reset_classifier(0)
     else:
-        last = {"smallcnn": "head", "effb0": "classifier"}.get(config.name, "fc")
+        last = {"smallcnn": "head", "tinycnn": "head", "effb0": "classifier"}.get(config.name, "fc")
         setattr(model, last, nn.Identity())
     features = tried(config, model, image)
     if features.ndim != 2:
@@ -111,6 +113,23 @@ def _smallcnn(config: SmallCnn, num_classes: int, channels: int) -> nn.Module:
             layers["pool"] = nn.AvgPool2d(2, ceil_mode=True)
         inputs = outputs
     layers |= {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "head": nn.Linear(inputs, num_classes)}
+    return nn.Sequential(layers)
+
+
+def _tinycnn(num_classes: int, channels: int) -> nn.Module:
+    """Build three strided convolutions (26,234 parameters on grey images with ten classes), smooth like ``smallcnn``.
+
+    On one core it trains ten times as many images per second as ``smallcnn``.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    inputs = channels
+    for number, (outputs, kernel) in enumerate(((16, 5), (32, 3), (64, 3)), start=1):
+        layers[f"conv{number}"] = nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2, bias=False)
+        layers[f"norm{number}"] = nn.GroupNorm(4, outputs)
+        layers[f"gelu{number}"] = nn.GELU()
+        inputs = outputs
+    # Images of 16x16 already have 2x2 features.
+    layers |= {"average": nn.AdaptiveAvgPool2d(2), "flatten": nn.Flatten(), "head": nn.Linear(4 * inputs, num_classes)}
     return nn.Sequential(layers)
 
 

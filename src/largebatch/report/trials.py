@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Options that people tune in log scale, by the last part of their key.
-LOG_SCALE = ("lr", "lr_1d", "lmbda", "weight_decay")
+LOG_SCALE = ("lr", "lr_1d", "lr_1d_ratio", "lmbda", "weight_decay")
 _APART = math.log(1.05)
 
 

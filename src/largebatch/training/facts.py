@@ -56,9 +56,9 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
     noise = config.lr_scaling.noise_scale
     rule = config.lr_scaling.rule + (f", lr_scaling.noise_scale={noise:g}" if noise is not None else "")
     scaled = f" (optimizer.lr={config.optimizer.lr:g}, lr_scaling.rule={rule})"
-    if config.optimizer.lr_1d is not None:
-        lr_1d = config.lr_scaling.scaled(config.optimizer.lr_1d, config.batch_size)
-        scaled += f", {lr_1d:g} for biases and norm parameters"
+    lr_1d = config.optimizer.learning_rate_1d()
+    if lr_1d is not None:
+        scaled += f", {config.lr_scaling.scaled(lr_1d, config.batch_size):g} for biases and norm parameters"
     norm = f", batch norm over {config.batch_norm_size:,}" if config.batch_norm_size else ""
     return [
         f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test"

@@ -46,12 +46,13 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float, st
     _spare_compiler_import()
     given = config.optimizer
     parameters: list[Any] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if given.lr_1d is not None:
+    lr_1d = given.learning_rate_1d()
+    if lr_1d is not None:
         few = [(name, p) for name, p in parameters if p.ndim <= 1]
         many = [(name, p) for name, p in parameters if p.ndim > 1]
         parameters = [{"params": many}]
         if few:
-            parameters.append({"params": few, "lr": config.lr_scaling.scaled(given.lr_1d, config.batch_size)})
+            parameters.append({"params": few, "lr": config.lr_scaling.scaled(lr_1d, config.batch_size)})
     options = given.arguments(config.batch_size, steps_per_epoch, steps)
     try:
         if isinstance(given, TimmOptimizer):
@@ -71,7 +72,7 @@ def _timm_optimizer(
 
     name = config.optimizer.name
     what: Any = model
-    if config.optimizer.lr_1d is not None:
+    if config.optimizer.learning_rate_1d() is not None:
         what = [{**group, "params": [p for _, p in group["params"]]} for group in parameters]
         what[1:] = [{**few, "weight_decay": 0.0} for few in what[1:]]
 

@@ -179,7 +179,7 @@ class MainPhase:
         """Return the learning rates of the next update, and phi of TVLARS."""
         optimizer, config = self.training.optimizer, self.run.config.optimizer
         rates = {"optim/lr": optimizer.param_groups[0]["lr"]}
-        if config.lr_1d is not None and len(optimizer.param_groups) > 1:
+        if config.learning_rate_1d() is not None and len(optimizer.param_groups) > 1:
             rates["optim/lr_1d"] = optimizer.param_groups[1]["lr"]
         if isinstance(optimizer, TVLARS):
             rates["optim/phi"] = optimizer.phi(self.training.step)
