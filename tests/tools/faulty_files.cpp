@@ -26,7 +26,10 @@ long at = 0;
 Kind kind = kCount;
 int trace = -1;
 
-bool below(const char *path) { return !folder.empty() && path && strncmp(path, folder.c_str(), folder.size()) == 0; }
+bool below(const char *path) {
+  if (folder.empty() || !path || strncmp(path, folder.c_str(), folder.size()) != 0) return false;
+  return path[folder.size()] == '/' || path[folder.size()] == 0;
+}
 
 std::string path_of(int descriptor) {
   char link[64], found[PATH_MAX];
@@ -178,6 +181,12 @@ int renameat(int from_directory, const char *from, int to_directory, const char 
 int unlink(const char *path) {
   static auto call = real<int (*)(const char *)>("unlink");
   if (faulty("unlink", path ? path : "")) return -1;
+  return call(path);
+}
+
+int rmdir(const char *path) {
+  static auto call = real<int (*)(const char *)>("rmdir");
+  if (faulty("rmdir", path ? path : "")) return -1;
   return call(path);
 }
 
