@@ -29,7 +29,7 @@ from largebatch.runs.folder import RunFolder
 TOOLS = ROOT / "tests" / "tools"
 COUNT = int(os.environ.get("FAULTS", "2"))
 SEED = os.environ.get("FAULTS_SEED", "0")
-CAUSES = "Input/output error|No space left on device"
+CAUSES = "Input/output error|No space left on device|can't be written"  # torch doesn't tell why
 RUNS = {
     "clf": (
         *TINY, "steps=6", "checkpoint.every_steps=2", "eval_every=1", "dataset.val_fraction=0.2",

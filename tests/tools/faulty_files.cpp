@@ -112,11 +112,19 @@ OPENAT(openat64)
 FOPEN(fopen)
 FOPEN(fopen64)
 
+// A full disk has room for what fits into a file's blocks: an overwritten file, or the end of its last block.
+bool needs_room(int descriptor, size_t size) {
+  struct stat file;
+  if (fstat(descriptor, &file)) return true;
+  off_t from = fcntl(descriptor, F_GETFL) & O_APPEND ? file.st_size : lseek(descriptor, 0, SEEK_CUR);
+  return from + off_t(size) > file.st_blocks * 512;
+}
+
 // A kill leaves half of what was to be written.
 ssize_t write(int descriptor, const void *data, size_t size) {
   static auto call = real<ssize_t (*)(int, const void *, size_t)>("write");
   if (!folder.empty()) {
-    int error = next("write", path_of(descriptor), true);
+    int error = next("write", path_of(descriptor), needs_room(descriptor, size));
     if (error < 0) call(descriptor, data, size / 2), kill(getpid(), SIGKILL);
     if (error) return errno = error, -1;
   }
