@@ -34,7 +34,7 @@ test-slurm: install ## run SLURM's tests on a private cluster (Debian, root)
 	$(BIN)/python tests/tools/private_slurm/cluster.py install
 	LARGEBATCH_SLURM=required $(PYTEST) tests/slurm
 
-faults: install ## kill and damage runs at random points, with a fixed seed (two minutes)
+faults: install ## kill and damage runs at random points, with a fixed seed (under three minutes)
 	$(PYTEST) -n 3 tests/faults
 
 soak: install ## the same at every file operation and for hours, with a new seed: FAULTS_SEED=N repeats one

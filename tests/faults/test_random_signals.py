@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,18 +15,23 @@ from typing import Any
 
 import pytest
 from conftest import TINY, start
-from runs import finish, is_alive, the_run, train_in
-from same_run import assert_same_run
+from runs import finish, is_alive
+from same_run import assert_same_run, top_of
 
 COUNT = int(os.environ.get("FAULTS_SIGNALS", "1"))
 SEED = os.environ.get("FAULTS_SEED", "0")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+WANDB = ("tracker=wandb", "tracker.mode=offline", "tracker.images=true")
 COMMON = (*TINY, "checkpoint.every_steps=3", "tracker.layers_every=2", "cluster.threads=1")
 RUNS = {
     "one process": (*COMMON, "steps=200", "optimizer=tvlars", "dataset.val_fraction=0.2"),
     "two processes": (*COMMON, "steps=60", "optimizer=lamb", "cluster.processes=2"),
     "barlow twins": (*COMMON, "steps=60", "mode=bt", "mode.projector=[16,16]", "mode.eval_epochs=5"),
+    "packed grid": ("-m", *COMMON, "steps=60", "cluster.parallel=2", "seed=0,1,2"),
+    "wandb": (*COMMON, "steps=200", *WANDB),
 }
+if COUNT > 1:  # compiling takes half a minute
+    RUNS["compiled"] = (*COMMON, "steps=60", "compile=true")
 
 
 def descendants(pid: int) -> list[int]:
@@ -44,10 +50,13 @@ def descendants(pid: int) -> list[int]:
 
 @pytest.fixture(scope="module", params=RUNS)
 def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The overrides of a run, its folder, and the seconds that it took."""
-    began = time.monotonic()
-    run = train_in(tmp_path_factory.mktemp("whole") / "folder", *RUNS[request.param])
-    return request.param, run, time.monotonic() - began
+    """The overrides of a run or a grid, its working directory, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    for _ in range(1 + ("compile=true" in RUNS[request.param])):  # the first compiles into the cache
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        began = time.monotonic()
+        finish(start(*RUNS[request.param], cwd=folder))
+    return request.param, folder, time.monotonic() - began
 
 
 @pytest.mark.parametrize("number", range(COUNT))
@@ -60,10 +69,12 @@ def test_a_random_signal_loses_nothing(undisturbed: tuple[str, Path, float], num
     target, sent = draw.choice(processes), draw.choice(SIGNALS)
     if launcher.poll() is None and is_alive(target):
         os.kill(target, sent)
-    out = launcher.communicate(timeout=100)
+    out = launcher.communicate(timeout=500)
     deadline = time.monotonic() + 30
     while any(is_alive(pid) for pid in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in processes if is_alive(pid)], (sent, out)
     finish(start(*RUNS[name], cwd=tmp_path))
-    assert_same_run(the_run(tmp_path), whole)
+    assert top_of(tmp_path) == top_of(whole)
+    for run in whole.glob("runs/*"):
+        assert_same_run(tmp_path / "runs" / run.name, run)

@@ -6,17 +6,21 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, configuration, start
+from conftest import TINY, configuration, environment, start
 from PIL import Image
 from runs import finish, the_run
 
-from largebatch.launch.local import claim
+from largebatch.config.schema import to_yaml
+from largebatch.launch import local
+from largebatch.launch.local import Outcome, Started, claim, conclude
 from largebatch.launch.plan import PlannedRun
+from largebatch.machine.pulse import Watch
 from largebatch.runs.folder import RunFolder
 
 IMAGES = (
@@ -125,3 +129,38 @@ def test_a_repetition_killed_while_it_sets_the_result_aside_keeps_one_result(tmp
     assert sorted(path.name for path in (folder.path / "previous-2").iterdir()) == sorted(files)
     assert folder.read_status()["repetition"] == 2
     assert folder.state() == "queued"
+
+
+def test_a_launcher_that_cannot_open_the_log_fails_the_run_with_the_cause(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.log.mkdir(parents=True)
+    outcome = local.start(PlannedRun(configuration(*TINY), folder, ""), {}, speaking=False)
+    assert isinstance(outcome, Outcome)
+    assert (outcome.state, outcome.exit_code) == ("failed", 1)
+    assert "Is a directory" in outcome.message
+    assert (folder.state(), folder.read_status()["message"]) == ("failed", outcome.message)
+
+
+def test_a_worker_that_cannot_open_the_log_fails_the_run_with_the_cause(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.log.mkdir(parents=True)
+    folder.config.write_text(to_yaml(configuration(*TINY)))
+    folder.update_status(state="queued", message="", exit_code=0)
+    command = [sys.executable, "-m", "largebatch.training.worker", str(folder.path)]
+    worker = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)
+    assert (worker.returncode, worker.stderr) == (1, "")
+    assert "Is a directory" in folder.read_status()["message"]
+
+
+@pytest.mark.parametrize("kept", [None, "metrics.jsonl", "previous-1/metrics.jsonl"])
+def test_a_run_that_fails_before_any_result_leaves_no_folder(tmp_path: Path, kept: str | None) -> None:
+    """The folder may exist before the start: a kill in the middle of its removal leaves a part of it."""
+    folder = RunFolder(tmp_path / "runs" / "run")
+    folder.path.mkdir(parents=True)
+    folder.update_status(state="failed", message="dataset.root: no such folder", exit_code=2)
+    if kept:
+        (folder.path / kept).parent.mkdir(exist_ok=True)
+        (folder.path / kept).write_text("{}\n")
+    child = subprocess.Popen(["true"], start_new_session=True)
+    conclude(Started(PlannedRun(configuration(*TINY), folder, ""), child, Watch(range(1), 100), 0))
+    assert (tmp_path / "runs").exists() == (kept is not None)

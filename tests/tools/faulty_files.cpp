@@ -26,7 +26,10 @@ long at = 0;
 Kind kind = kCount;
 int trace = -1;
 
-bool below(const char *path) { return !folder.empty() && path && strncmp(path, folder.c_str(), folder.size()) == 0; }
+bool below(const char *path) {
+  if (folder.empty() || !path || strncmp(path, folder.c_str(), folder.size()) != 0) return false;
+  return path[folder.size()] == '/' || path[folder.size()] == 0;
+}
 
 std::string path_of(int descriptor) {
   char link[64], found[PATH_MAX];
@@ -109,11 +112,19 @@ OPENAT(openat64)
 FOPEN(fopen)
 FOPEN(fopen64)
 
+// A full disk has room for what fits into a file's blocks: an overwritten file, or the end of its last block.
+bool needs_room(int descriptor, size_t size) {
+  struct stat file;
+  if (fstat(descriptor, &file)) return true;
+  off_t from = fcntl(descriptor, F_GETFL) & O_APPEND ? file.st_size : lseek(descriptor, 0, SEEK_CUR);
+  return from + off_t(size) > file.st_blocks * 512;
+}
+
 // A kill leaves half of what was to be written.
 ssize_t write(int descriptor, const void *data, size_t size) {
   static auto call = real<ssize_t (*)(int, const void *, size_t)>("write");
   if (!folder.empty()) {
-    int error = next("write", path_of(descriptor), true);
+    int error = next("write", path_of(descriptor), needs_room(descriptor, size));
     if (error < 0) call(descriptor, data, size / 2), kill(getpid(), SIGKILL);
     if (error) return errno = error, -1;
   }
@@ -178,6 +189,12 @@ int renameat(int from_directory, const char *from, int to_directory, const char 
 int unlink(const char *path) {
   static auto call = real<int (*)(const char *)>("unlink");
   if (faulty("unlink", path ? path : "")) return -1;
+  return call(path);
+}
+
+int rmdir(const char *path) {
+  static auto call = real<int (*)(const char *)>("rmdir");
+  if (faulty("rmdir", path ? path : "")) return -1;
   return call(path);
 }
 

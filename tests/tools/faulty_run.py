@@ -1,9 +1,11 @@
-"""Works on copies of a run folder, one after the other, each in a forked process with one fault in its files.
+"""Runs workers and launchers, one after the other, each in a forked process with one fault in its files.
 
-``LD_PRELOAD=faulty_files.so python faulty_run.py`` reads from standard input a line of JSON for each run, ``{"run",
-"at", "kind", "trace"}``, and answers with a line, ``{"code", "operations"}``. ``kind`` is ``count``, ``kill``, ``fail``
-(the operation ``at`` fails with an input/output error) or ``full`` (from there on the disk is full). All imports happen
-once, before the forks, so a tiny run takes a fraction of a second.
+``LD_PRELOAD=faulty_files.so python faulty_run.py`` reads from standard input a line of JSON for each process,
+``{"folder", "launch", "at", "kind", "trace"}``, and answers with a line, ``{"code", "operations"}``. Without
+``launch``, the process is the worker of the run in ``folder``. Else it is ``launch.py`` in ``folder`` with these
+arguments; its workers have no fault. ``kind`` is ``count``, ``kill``, ``fail`` (the operation ``at`` fails with an
+input/output error) or ``full`` (from there on the disk is full). All imports happen once, before the forks, so a tiny
+run takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -11,31 +13,45 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import runpy
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 import torch
+import wandb  # noqa: F401
 
 from largebatch.training import worker
+
+LAUNCHER = str(Path(__file__).resolve().parents[2] / "launch.py")
 
 KINDS = ("count", "kill", "fail", "full")
 
 
 def work(asked: dict[str, object], files: ctypes.CDLL, answer: int) -> int:
-    """Train the run in this process, with its output in a file beside the run's folder."""
-    run = Path(str(asked["run"]))
-    log = os.open(run.parent / f"{run.name}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    """Run the worker or the launcher in this process, with its output in a file beside the folder."""
+    folder, launch = Path(str(asked["folder"])), asked["launch"]
+    log = os.open(folder.parent / f"{folder.name}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     kind = KINDS.index(str(asked["kind"]))
-    files.arm(os.fsencode(run), int(str(asked["at"])), kind, os.fsencode(str(asked.get("trace") or "")))
+    files.arm(os.fsencode(folder), int(str(asked["at"])), kind, os.fsencode(str(asked["trace"] or "")))
     try:
-        return worker.main([str(run)])
+        if not isinstance(launch, list):
+            return worker.main([str(folder)])
+        os.chdir(folder)
+        sys.argv = [LAUNCHER, *launch]
+        runpy.run_path(LAUNCHER, run_name="__main__")
+    except SystemExit as error:
+        return int(error.code or 0)
+    except Exception:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
         count = files.operations()
         files.arm(b"", 0, 0, b"")
         os.write(answer, str(count).encode())
-        sys.stdout.flush()
+    return 70
 
 
 def main() -> None:

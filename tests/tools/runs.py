@@ -34,7 +34,7 @@ def timeless(run: Path) -> list[dict[str, Any]]:
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Wait for a launcher that must succeed. Return its standard output."""
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, out + errors
     return out
 
@@ -57,3 +57,15 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Return the living processes with a path below the folder among their arguments."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if bytes(folder) + b"/" in (process / "cmdline").read_bytes() and is_alive(int(process.name)):
+                found.append(int(process.name))
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+    return found

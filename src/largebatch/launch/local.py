@@ -49,7 +49,6 @@ class Started:
 
     run: PlannedRun
     child: subprocess.Popen[bytes]
-    new: bool  # the run had no folder before
     watch: Watch
     logged: int  # bytes of the log before this start
 
@@ -94,13 +93,12 @@ def claim(run: PlannedRun, jobs: Jobs | None = None, **status: Any) -> Outcome |
 
 
 def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> Started | Outcome:
-    """Start or resume a run. Return its outcome instead if it can't be claimed.
+    """Start or resume a run. Return its outcome instead if it can't be claimed or started.
 
     Args:
         environment: variables for the run's devices and threads.
         speaking: the first process writes to the terminal too, not only to the run's log.
     """
-    new = not run.folder.path.exists()
     if outcome := claim(run):
         return outcome
     processes = run.config.cluster.processes or 1
@@ -108,8 +106,15 @@ def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> St
     stdout = None if speaking else subprocess.DEVNULL
     watch = Watch(range(processes), run.config.cluster.hang_seconds)
     logged = run.folder.log.stat().st_size if run.folder.log.exists() else 0
-    child = start_worker(run.folder, torchrun, {**environment, ADDRESS: watch.port}, die_with_parent, stdout)
-    return Started(run, child, new, watch, logged)
+    try:
+        child = start_worker(run.folder, torchrun, {**environment, ADDRESS: watch.port}, die_with_parent, stdout)
+    except OSError as error:  # the log can't be opened, or no process can start
+        watch.close()
+        message = f"{run.folder.path}: {error.strerror}; {RESUMES}"
+        with contextlib.suppress(OSError, UserError):
+            run.folder.update_status(state="failed", message=message, exit_code=1)
+        return Outcome(run, "failed", message, exit_code=1)
+    return Started(run, child, watch, logged)
 
 
 def has_ended(started: Started) -> bool:
@@ -138,7 +143,8 @@ def conclude(started: Started) -> Outcome:
     except (OSError, KeyError, UserError) as error:
         problem = str(error) if folder.status.exists() else "the folder was removed while the run trained"
         return Outcome(run, "failed", f"{folder.path}: {problem}", exit_code=1)
-    if outcome.state == "failed" and outcome.exit_code == 2 and started.new and not folder.has_progress():
+    has_result = folder.has_progress() or any(folder.path.glob("previous-*"))
+    if outcome.state == "failed" and outcome.exit_code == 2 and not has_result:
         # No step was taken, and a corrected configuration may be another run.
         shutil.rmtree(folder.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds other runs

@@ -91,7 +91,8 @@ def _check_writable(runs_dir: Path) -> None:
     try:
         nearest = next(folder for folder in (runs_dir, *runs_dir.parents) if folder.is_symlink() or folder.exists())
         # Only a trial is reliable: root ignores permissions, and a read-only file system has them too.
-        tempfile.TemporaryDirectory(dir=nearest, prefix=".largebatch-").cleanup()
+        # On Linux the file has no name, so a kill leaves nothing.
+        tempfile.TemporaryFile(dir=nearest, prefix=".largebatch-").close()
     except OSError as error:
         raise UserError(
             f"runs_dir={runs_dir}: can't be written ({error.strerror}: {nearest}). Fix: runs_dir=FOLDER"

@@ -117,30 +117,27 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[0]).absolute())
     config = load_config(folder.config)
     try:
-        with (
-            folder.hold(patience=2) if rank == 0 else contextlib.nullcontext(),
-            Console(folder.log, rank == 0) as console,
-        ):
-            if rank == 0:
-                folder.remove_leftovers()
-            return _work(config, folder, rank, console)
+        with folder.hold(patience=2) if rank == 0 else contextlib.nullcontext():
+            return _work(config, folder, rank)
     except (RunBusyError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _work(config: Config, folder: RunFolder, rank: int, console: Console) -> int:
+def _work(config: Config, folder: RunFolder, rank: int) -> int:
     """Train, and write an error to the status. Return the exit code."""
-    if rank == 0:
-        folder.update_status(state="running", started=time.time(), **this_process())
     try:
+        if rank == 0:
+            folder.remove_leftovers()
+            folder.update_status(state="running", started=time.time(), **this_process())
         keep_compiled_kernels_private()
         torch.backends.cudnn.benchmark = not config.deterministic  # all micro-batches have the same shape
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         rank, processes, device = distributed.start(config.cluster.device)
-        train(config, folder, rank, processes, device, console)
+        with Console(folder.log, rank == 0) as console:
+            train(config, folder, rank, processes, device, console)
     except UserError as error:
         return _fail(folder, str(error), exit_code=2)
     except FailedRunError as error:
