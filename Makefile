@@ -37,8 +37,8 @@ test-slurm: install ## run SLURM's tests on a private cluster (Debian, root)
 faults: install ## kill and damage runs at random points, with a fixed seed (under three minutes)
 	$(PYTEST) -n 3 tests/faults
 
-soak: install ## the same at every file operation and for hours, with a new seed: FAULTS_SEED=N repeats one
-	FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} FAULTS=100000 FAULTS_SIGNALS=100 FAULTS_EXAMPLES=100 $(PYTEST) -n 3 --timeout 100000 tests/faults
+soak: install ## the same at every file operation and for hours, with long runs and a new seed: FAULTS_SEED=N repeats one
+	FAULTS_SEED=$${FAULTS_SEED:-$$(date +%s)} FAULTS=100000 FAULTS_SIGNALS=100 FAULTS_EXAMPLES=100 FAULTS_LONG=1 $(PYTEST) -n 3 --timeout 100000 tests/faults
 
 lint: install ## check style and types
 	$(BIN)/ruff check .

@@ -21,9 +21,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from largebatch.config.schema import defaults, from_composed
+from largebatch.config.schema import REFUSED, defaults, from_composed
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, by_force, compose_grid, composition_error, plain
@@ -72,7 +72,7 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
             raise UserError(
                 f"{' '.join(flags)}: not allowed with -m. Fix: add presets with 'hydra.searchpath=[FOLDER]'"
             )
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, *REFUSED, YAMLError, ValueError) as error:
         if wants_traceback:
             raise
         raise UserError(composition_error(error)) from error

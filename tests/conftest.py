@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,6 +18,9 @@ from omegaconf import OmegaConf
 
 from largebatch.config.schema import Config, defaults, from_composed
 from largebatch.launch import devices
+
+if TYPE_CHECKING:
+    from programs import Programs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,9 +62,8 @@ def environment() -> dict[str, str]:
 
 def start(*overrides: str, cwd: Path, **popen: object) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "launch.py"), *overrides]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
-    )  # type: ignore[call-overload,no-any-return]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
+    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, **streams)  # type: ignore[call-overload,no-any-return]
 
 
 @pytest.fixture
@@ -74,6 +77,15 @@ def launch(tmp_path: Path) -> Launch:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """Return the process that calls programs, for the tests of bad input."""
+    import programs  # not found by programs of tests that import this file
+
+    with programs.programs(tmp_path_factory.mktemp("programs")) as process:
+        yield process
 
 
 def configuration(*overrides: str) -> Config:

@@ -45,6 +45,10 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
     [
         ("batch_size=-1", "batch_size=-1"),
         ("epochs=0", "epochs=0"),
+        ("dataset.val_fraction=1" + 400 * "0", "too large"),
+        ("cluster.devices=[[0]]", "must be a list of plain values"),
+        ("cluster.setup=[[module]]", "must be a list of plain values"),
+        ("seed=1" + 400 * "0", "must be an integer below 2**63 of at least 0"),
         ("optimizer.lr=nan", "optimizer.lr=nan"),
         ("optimizer.lr=0", "optimizer.lr=0"),
         ("cluster.processes=0", "cluster.processes=0"),

@@ -1,142 +1,51 @@
 """Any value of any key gives a plan or one message, and a worker of one step a result or one message.
 
-The examples are the same in each run. ``FAULTS_EXAMPLES`` multiplies their number.
+The examples are the same in each run, unless ``FAULTS_SEED`` is set. ``FAULTS_EXAMPLES`` multiplies their number.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import functools
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, configuration
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from bad_values import Configured, base, configurations, examples, with_changes
+from conftest import TINY
+from datafiles import make_imagefolder
+from hypothesis import given
+from programs import Programs, assert_ends_in_order
 
 from largebatch.config.identity import run_name
-from largebatch.config.schema import CHOICES, Config, load_config, to_yaml
+from largebatch.config.schema import load_config, to_yaml
 from largebatch.errors import UserError
 from largebatch.launch.composition import Composed
 from largebatch.launch.grid import show_plan
-from largebatch.launch.plan import make_plan
-
-MANY = int(os.environ.get("FAULTS_EXAMPLES", "1"))
-HOW: dict[str, Any] = {
-    "deadline": None,
-    "derandomize": True,
-    "phases": [Phase.generate],  # shrinking takes minutes
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-}
-PRESETS: dict[str, list[str]] = {
-    group: sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")) for group in (*CHOICES, "cluster")
-}
+from largebatch.launch.plan import PlannedRun, make_plan
+from largebatch.runs.folder import RunFolder
 
 
-def keys_of(kind: Any, prefix: str) -> list[str]:
-    found = []
-    for field in dataclasses.fields(kind):
-        value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        nested = dataclasses.is_dataclass(value)
-        found += keys_of(type(value), f"{prefix}{field.name}.") if nested else [f"{prefix}{field.name}"]
-    return found
-
-
-KEYS = sorted(
-    set(keys_of(Config, ""))
-    | {key for group, kinds in CHOICES.items() for kind in kinds.values() for key in keys_of(kind, f"{group}.")}
-    | {"dataset", "model", "optimizer", "dataset.views", "unknown", "model.options.x", "cluster.options.x"}
-)
-NUMBERS = st.one_of(
-    st.integers(),
-    st.integers(-2, 40),
-    st.floats(),
-    st.floats(0, 2),
-    st.sampled_from([0, -1, 10**6, 10**12, 2**63, 10**30, 1e-30, 1e30, 1e308]),
-)
-TEXTS = st.one_of(
-    st.text(max_size=12),
-    st.sampled_from(
-        [
-            "",
-            " ",
-            "auto",
-            "null",
-            "none",
-            "${",
-            "${seed}",
-            "${oc.env:HOME}",
-            "\\${seed}",
-            "???",
-            "a\nb",
-            "\x00",
-            "\x1b[0m",
-            "ü" * 300,
-            "/dev/null",
-            "/dev/null/x",
-            "../..",
-            "1e3",
-            "true",
-            "\ud800",
-            "'",
-            '"',
-            "a,b",
-        ]
-    ),
-)
-PLAIN = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
-VALUES = st.one_of(
-    PLAIN,
-    st.lists(PLAIN, max_size=4),
-    st.dictionaries(st.one_of(TEXTS, st.sampled_from(KEYS), st.integers()), PLAIN, max_size=3),
-    st.lists(st.lists(PLAIN, max_size=2), max_size=2),
-)
-
-
-@functools.cache
-def base(preset: str) -> dict[str, Any]:
-    return dataclasses.asdict(configuration(*TINY, preset))
-
-
-def tree_with(preset: str, changes: dict[str, Any], runs_dir: Path) -> dict[str, Any]:
-    """Return a composed tree of one preset with ``changes``, by dotted key."""
-    tree = copy.deepcopy(base(preset))
-    tree["runs_dir"] = str(runs_dir)
-    for key, value in changes.items():
-        *path, last = key.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                break
-        else:
-            node[last] = value
-    return tree
-
-
-@settings(max_examples=150 * MANY, **HOW)
-@given(
-    preset=st.sampled_from([f"{group}={name}" for group in PRESETS if group != "dataset" for name in PRESETS[group]]),
-    changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3),
-)
-def test_any_value_gives_a_plan_or_a_message(tmp_path, preset, changes) -> None:
-    tree = tree_with(preset, changes, tmp_path / "runs")
+def planned(tree: dict[str, Any]) -> PlannedRun | str:
+    """Return the run of a composed configuration, or the message of the error."""
     try:
         (run,) = make_plan([Composed((), tree, None, multirun=False)])
-        show_plan([run])
     except UserError as error:
-        message = str(error)
-    else:
-        message = ""
-    assert not message.startswith("?:"), "a message without the key"
-    if message:
-        return
+        return str(error)
+    return run
+
+
+@examples(100)
+@given(configured=configurations(worker=False))
+def test_any_value_gives_a_plan_or_a_message(tmp_path: Path, configured: Configured) -> None:
+    overrides, changes = configured
+    run = planned(with_changes(base(*overrides), changes, tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
+    if isinstance(run, str):
+        assert run
+        assert not run.startswith("?:"), "a message without the key"
+        return
+    show_plan([run])
     frozen = tmp_path / "config.yaml"
     frozen.write_text(to_yaml(run.config), encoding="utf-8")
     read = load_config(frozen)
@@ -144,54 +53,50 @@ def test_any_value_gives_a_plan_or_a_message(tmp_path, preset, changes) -> None:
     assert run_name(read) == run_name(run.config)
 
 
-SMALL = st.one_of(
-    st.none(), st.booleans(), st.integers(-1, 20), st.floats(0, 2, width=16), st.sampled_from(["auto", ""])
-)
-TRAINED = [
-    key
-    for key in KEYS
-    if key.startswith(("dataset.", "model.", "optimizer.", "schedule.", "mode.", "lr_scaling."))
-    or key in ("batch_size", "micro_batch", "batch_norm_size", "precision", "sync_bn", "eval_every", "seed")
-    if key
-    not in ("dataset.root", "dataset.download", "mode.name", "dataset.name", "model.options", "optimizer.options")
-]
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    make_imagefolder(root, 12)
+    return root
 
 
-@pytest.mark.timeout(600)
-@settings(max_examples=20 * MANY, **HOW)
-@given(
-    preset=st.sampled_from(
-        [f"{group}={name}" for group in ("optimizer", "schedule", "mode") for name in PRESETS[group]]
-    ),
-    changes=st.dictionaries(
-        st.sampled_from(TRAINED), st.one_of(SMALL, st.lists(st.floats(0, 1, width=16), max_size=3)), max_size=3
-    ),
-)
-def test_a_plan_trains_one_step_or_ends_with_a_message(preset, changes) -> None:
-    import torch
-
-    from largebatch.runs.folder import RunFolder
-    from largebatch.tracking.console import Console
-    from largebatch.training.worker import train
-
+@pytest.mark.timeout(100_000)
+@examples(20)
+@given(configured=configurations(worker=True))
+def test_a_plan_trains_one_step_or_ends_with_a_message(process: Programs, images: Path, configured: Configured) -> None:
+    overrides, changes = configured
     work = Path(tempfile.mkdtemp(prefix="largebatch-"))
     try:
-        tree = tree_with(preset, {"compile": False, "precision": "fp32"} | changes, work / "runs")
-        tree |= {"epochs": None, "steps": 1}
-        tree["dataset"]["workers"] = 0
-        try:
-            (run,) = make_plan([Composed((), tree, None, multirun=False)])
-        except UserError:
+        tree = base(*overrides)
+        fixed = {"epochs": None, "steps": 1, "dataset.root": str(images), "batch_size": 4}
+        if "model=timm" in overrides:
+            fixed["model.name"] = "test_resnet"
+        if tree["mode"]["name"] == "bt":
+            fixed |= {"mode.eval_epochs": 1, "mode.projector": [16, 16]}
+        tree = with_changes(tree, fixed | changes, work / "runs")
+        run = planned(tree)
+        if isinstance(run, str) or run.config.cluster.name == "slurm" or run.config.cluster.processes != 1:
             return
         folder = RunFolder(work / "runs" / "one")
         folder.path.mkdir(parents=True)
-        folder.update_status(state="running", message="")
+        folder.update_status(state="queued", message="", exit_code=0)
         folder.config.write_text(to_yaml(run.config), encoding="utf-8")
-        try:
-            with Console(folder.log, False) as console:
-                train(load_config(folder.config), folder, 0, 1, torch.device("cpu"), console)
-        except UserError:
-            return
-        assert folder.state() in ("finished", "diverged")
+        ended = process.call("worker", str(folder.path), cwd=work)
+        status = folder.read_status()
+        assert_ends_in_order(ended, (0, 2), str(status), folder.log)
+        if ended.code == 0:
+            assert status["state"] in ("finished", "diverged"), ended
+        else:
+            assert (status["state"], status["exit_code"]) == ("failed", 2), ended
+            assert status["message"], ended
+            assert not folder.has_progress(), "the launcher would keep the folder"
     finally:
         shutil.rmtree(work)
+
+
+@pytest.mark.parametrize("size", [10**9, 10**13])
+def test_a_network_that_fits_into_no_memory_is_one_message(process: Programs, tmp_path: Path, size: int) -> None:
+    ended = process.call("launch", *TINY, "mode=bt", f"mode.projector=[{size}]", "steps=1", cwd=tmp_path)
+    assert_ends_in_order(ended, (2,), "")
+    assert "error: out of memory (" in ended.output
+    assert not (tmp_path / "runs").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,17 @@ def replay(run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=run.parent.parent, env=environment(), capture_output=True, text=True, timeout=120, check=False
     )
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "layers.parquet", "config.yaml"])
+def test_a_damaged_file_is_named(run: Path, tmp_path: Path, name: str) -> None:
+    damaged = tmp_path / "runs" / run.name
+    shutil.copytree(run, damaged)
+    (damaged / name).write_bytes(b"[1\n]\n")
+    refused = replay(damaged)
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.startswith(f"error: {damaged / name}: can't be read (")
+    assert refused.stderr.count("\n") == 1
 
 
 def test_a_run_repeats_bit_for_bit_and_a_difference_is_found(run: Path) -> None:

@@ -106,6 +106,18 @@ def test_a_disturbed_measurement_is_reused_for_an_hour(cache: Path) -> None:
         assert how in choose_arithmetic(configuration(), small_network(), IMAGE, 8, CPU)[1]
 
 
+@pytest.mark.parametrize(
+    "content", ['{"arit', "[]", "{}", '{"calm": true, "arithmetic": {"precision": 3}}', '{"arithmetic": null}']
+)
+def test_a_damaged_measurement_is_replaced(cache: Path, content: str) -> None:
+    chosen, _ = choose_arithmetic(configuration("precision=fp32"), small_network(), IMAGE, 8, CPU)
+    (path,) = cache.glob("arithmetic-*.json")
+    path.write_text(content)
+    again, how = choose_arithmetic(configuration("precision=fp32"), small_network(), IMAGE, 8, CPU)
+    assert (again.precision, how) == (chosen.precision, "measured now")
+    assert json.loads(path.read_text())["arithmetic"]["precision"] == "fp32"
+
+
 def test_arithmetic_is_measured_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("LARGEBATCH_CACHE", str(tmp_path / "file" / "cache"))

@@ -170,7 +170,7 @@ def test_batch_norm_over_one_value_is_refused_before_training() -> None:
     config = configuration("model=resnet18").model
     model = build_model(config, 4, 3)
     before = [buffer.clone() for buffer in model.buffers()]
-    with pytest.raises(UserError, match=r"batch_norm_size=1: .*micro_batch of at least 2"):
+    with pytest.raises(UserError, match=r"batch_norm_size=1: .*Fix: a larger batch_norm_size, micro_batch or dataset"):
         check_batch_norm(config, model, (3, 16, 16), 1)
     check_batch_norm(config, model, (3, 64, 64), 1)
     check_batch_norm(config, model, (3, 16, 16), 2)

@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
-from conftest import configuration
+from conftest import TINY, configuration
 from torch import Tensor, nn
 
+from largebatch.config.batch import plan_training
+from largebatch.data import load_data
 from largebatch.errors import UserError
 from largebatch.models.build import build_backbone, build_model
 from largebatch.modes import bt
@@ -55,6 +57,29 @@ def test_a_stage_is_batch_norm_relu_and_linear() -> None:
     expected = normed.clamp(min=0) @ stage.linear.weight.T
     torch.testing.assert_close(stage(values), expected)
     torch.testing.assert_close(stage.from_standardised(bt.standardised(values)), expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["micro_batch=1"], "batch_norm_size=1: model.name=resnet18"),
+        (["mode.lr_backbone=0.1", "mode.eval_batch_size=1"], "mode.eval_batch_size=1: model.name=resnet18"),
+        (["mode.lr_backbone=0.1", "mode.eval_batch_size=3", "micro_batch=2"], "mode.eval_batch_size=3: model.name"),
+        (["mode.eval_batch_size=1"], ""),
+        (["micro_batch=1", "dataset.image_size=64"], ""),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_batch_norm_over_one_value_is_refused_before_training(overrides: list[str], message: str) -> None:
+    """Fine-tuning has groups of images too: three images in groups of at most two are one and two."""
+    config = configuration(*TINY, "mode=bt", "model=resnet18", "batch_size=8", "precision=fp32", *overrides)
+    plan_training(config, 1)
+    data = load_data(config.dataset, 0)
+    if message:
+        with pytest.raises(UserError, match=message):
+            bt.build_model(config, data)
+    else:
+        bt.build_model(config, data)
 
 
 @pytest.mark.parametrize("widths", [[8], [8, 6], [12, 8, 6]], ids=str)

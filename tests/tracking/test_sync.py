@@ -128,6 +128,28 @@ def test_runs_are_uploaded_in_the_order_of_their_first_start(runs: Path, sync: S
         assert len(server.runs["0000abcd"].history) == len(server.runs[entry["arguments"]["id"]].history)
 
 
+@pytest.mark.parametrize("content", ["[]", '{"a": 1}', '{"a": {"started": "x"}}', "{"])
+def test_a_damaged_list_of_uploads_fails_its_run_alone(runs: Path, sync: Sync, content: str) -> None:
+    (run,) = runs.iterdir()
+    damaged = shutil.copytree(run, runs / "damaged-0000abcd", symlinks=True)
+    (damaged / "wandb" / "uploads.json").write_text(content)
+    done = sync("--dry-run")
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("damaged-0000abcd  FAILED: ")
+    assert "uploads.json" in lines[0]
+    assert lines[1].startswith(f"{run.name}  would upload")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "layers.parquet"])
+def test_damaged_rows_are_named(runs: Path, sync: Sync, name: str) -> None:
+    (run,) = runs.iterdir()
+    (run / name).write_bytes(b"[1]\n\n")
+    done = sync("--dry-run")
+    assert done.returncode == 1, done.stderr
+    assert f"{run.name}  FAILED: {run.absolute()}/{name}: can't be read (" in done.stdout
+
+
 def test_without_a_key_or_a_host_nothing_is_uploaded(runs: Path, sync: Sync) -> None:
     refused = sync()
     assert (refused.returncode, refused.stdout) == (2, "")

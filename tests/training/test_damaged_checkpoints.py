@@ -149,6 +149,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:300])
 
 
+def without_accuracy(path: Path) -> None:
+    """Damage the accuracy's checksum, which only the next better evaluation would read."""
+    content = path.read_bytes()
+    at = content.rindex(b"accuracy.npy")  # in the list of contents, where the CRC-32 is 30 bytes before the name
+    path.write_bytes(content[: at - 30] + bytes(4) + content[at - 26 :])
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "resumes"),
     [
@@ -158,6 +165,7 @@ def cut(path: Path) -> None:
         ("metrics.jsonl", cut, "starts again from step 0"),
         ("metrics.jsonl", flipped, "starts again from step 0"),
         ("correct.npz", cut, "starts again from step 0"),
+        ("correct.npz", without_accuracy, "starts again from step 0"),
     ],
 )
 def test_a_run_with_a_damaged_file_ends_like_an_undisturbed_run(

@@ -6,13 +6,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TINY, Launch, start
+from conftest import TINY, Launch, environment, start
 from runs import finish, is_alive, parameters, the_run, timeless, train_in, worker_pid
 
 from largebatch.runs.metrics import read_rows
@@ -88,11 +89,15 @@ def test_a_stopped_run_resumes_exactly(tmp_path: Path, how: str, undisturbed: tu
 
     out = finish(start(*command, cwd=folder))
     assert "resumed after step" in out
-    resumed, expected = parameters(stopped), parameters(whole)
+    assert_same_bits(stopped, whole)
+
+
+def assert_same_bits(run: Path, whole: Path) -> None:
+    resumed, expected = parameters(run), parameters(whole)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    assert timeless(stopped) == timeless(whole)
+    assert timeless(run) == timeless(whole)
     assert (
-        pyarrow.parquet.read_table(stopped / "layers.parquet").to_pylist()
+        pyarrow.parquet.read_table(run / "layers.parquet").to_pylist()
         == pyarrow.parquet.read_table(whole / "layers.parquet").to_pylist()
     )
 
@@ -108,3 +113,27 @@ def test_starting_a_running_run_is_an_error_with_pid_and_host(tmp_path: Path, la
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("moved", ["runs folder", "run folder"])
+def test_a_moved_run_resumes_exactly(tmp_path: Path, undisturbed: tuple[Path, list[str]], moved: str) -> None:
+    """The launcher finds a run by its name in ``runs_dir``; a worker trains in a folder of any name."""
+    whole, command = undisturbed
+    process = start(*command, cwd=tmp_path)
+    wait_for_step(tmp_path, 20, process)
+    stop_run(the_run(tmp_path), process, "everything")
+    place = tmp_path / "another disk" / "old runs"
+    place.parent.mkdir()
+    (tmp_path / "runs").rename(place)
+    run = place / whole.name
+    if moved == "runs folder":
+        out = finish(start(*command, f"runs_dir='{place}'", cwd=tmp_path))
+    else:
+        if "cluster.processes=1" not in command:
+            pytest.skip("a worker alone is one process")
+        run = run.rename(place / "renamed")
+        worker = [sys.executable, "-m", "largebatch.training.worker", str(run)]
+        one_thread = environment() | {"OMP_NUM_THREADS": "1"}
+        out = subprocess.run(worker, cwd=tmp_path, env=one_thread, check=True, capture_output=True, text=True).stdout
+    assert "resumed after step" in out
+    assert_same_bits(run, whole)

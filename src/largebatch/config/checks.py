@@ -59,7 +59,10 @@ def _check_cluster(cluster: ClusterConfig) -> list[str]:
         if getattr(cluster, key) is not None
     ]
     texts = {key: value for key, value in vars(cluster).items() if isinstance(value, str)}
-    texts |= {"setup": "".join(cluster.setup), "options": "".join(f"{k}{v}" for k, v in cluster.options.items())}
+    texts |= {
+        "setup": "".join(map(str, cluster.setup)),
+        "options": "".join(f"{k}{v}" for k, v in cluster.options.items()),
+    }
     problems += [
         f"cluster.{key}={text!r}: has a line break or another control character, which would end its line of the "
         "script. Fix: remove it, or put more commands into cluster.setup as further elements"

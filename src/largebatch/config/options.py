@@ -9,6 +9,8 @@ from typing import Any
 
 from largebatch.errors import choices
 
+_INTEGERS = 2**63  # libraries and files hold smaller integers
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -39,6 +41,7 @@ class Limits:
             if value in self.words if isinstance(value, str) else self._holds(value):
                 return ""
             kind = "a finite number" if isinstance(value, float) else "an integer"
+            kind += " below 2**63" * (isinstance(value, int) and abs(value) >= _INTEGERS)
             return f"must be {kind} {self._range()}" + "".join(f", or {word}" for word in self.words)
         if (len(value) == self.length if self.length else value) and all(map(self._holds, value)):
             return ""
@@ -48,7 +51,7 @@ class Limits:
     def _holds(self, value: Any) -> bool:
         return (
             isinstance(value, int | float)
-            and math.isfinite(value)
+            and (abs(value) < _INTEGERS if isinstance(value, int) else math.isfinite(value))
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
@@ -83,6 +86,8 @@ def problems_of(node: Any, prefix: str = "") -> list[str]:
         value, key = getattr(node, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             problems += problems_of(value, f"{key}.")
+        elif isinstance(value, list) and any(isinstance(element, list | dict) for element in value):
+            problems.append(f"{key}={value}: must be a list of plain values")
         elif "limits" in field.metadata and value is not None:
             problem = field.metadata["limits"].problem(value)
             problems += [f"{key}={value}: {problem}"] if problem else []

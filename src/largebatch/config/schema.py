@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from largebatch.config.datasets import DATASETS, DatasetConfig
 from largebatch.config.lr_scaling import LrScalingConfig
@@ -120,6 +121,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "schedule": SCHEDULES,
     "mode": MODES,
 }
+# Errors of OmegaConf. An integer above 1e308 in place of a float is an OverflowError.
+REFUSED = (OmegaConfBaseException, OverflowError)
 _TIMM = {"model": TimmModel, "optimizer": TimmOptimizer}
 
 
@@ -138,7 +141,7 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
         tree = _escaped(tree)
         schema = _schema(*(_chosen(group, tree.get(group)) for group in CHOICES))
         config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
-    except OmegaConfBaseException as error:
+    except REFUSED as error:
         raise UserError(explain(error, tree, schema)) from None
     assert isinstance(config, Config)
     if config.epochs is None and config.steps is None:
@@ -187,10 +190,27 @@ def _schema(*kinds: Any) -> DictConfig:
 
 
 def load_config(path: Path) -> Config:
-    """Return the frozen configuration of a run folder."""
-    frozen = OmegaConf.load(path)
-    assert isinstance(frozen, DictConfig)
-    return from_composed(frozen)
+    """Return the frozen configuration of a run folder.
+
+    Raises:
+        UserError: as ``read_frozen`` and ``from_composed``.
+    """
+    return from_composed(read_frozen(path))
+
+
+def read_frozen(path: Path) -> DictConfig:
+    """Return the content of a frozen ``config.yaml``.
+
+    Raises:
+        UserError: the file can't be read, or isn't a mapping in YAML.
+    """
+    try:
+        frozen = OmegaConf.load(path)
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: can't be read ({' '.join(str(error).split())})") from None
+    if not isinstance(frozen, DictConfig):
+        raise UserError(f"{path}: can't be read (it isn't a mapping of keys to values)")
+    return frozen
 
 
 def to_yaml(config: Config) -> str:
@@ -207,7 +227,7 @@ def _escaped(tree: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
 
-def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, schema: DictConfig | None = None) -> str:
+def explain(error: Exception, tree: dict[str, Any] | None = None, schema: DictConfig | None = None) -> str:
     """Return one line for an OmegaConf error: the key, its value and the problem.
 
     Args:
@@ -215,7 +235,7 @@ def explain(error: OmegaConfBaseException, tree: dict[str, Any] | None = None, s
         tree: the configuration with the value.
         schema: the schema with the allowed keys.
     """
-    key = error.full_key or _culprit(tree or {}, schema)
+    key = getattr(error, "full_key", None) or _culprit(tree or {}, schema)
     if schema is not None and re.match(r"Key '.*' (not in|is not in struct)", str(error)):
         return _unknown_key(key, tree or {}, schema)
     first_line = str(error).splitlines()[0]
@@ -238,7 +258,7 @@ def _culprit(tree: dict[str, Any], schema: DictConfig | None) -> str:
         for path, part in parts.items():
             try:
                 OmegaConf.merge(schema, part)
-            except OmegaConfBaseException:
+            except REFUSED:
                 return path
     return "?"
 

@@ -23,9 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from largebatch.config.schema import explain
+from largebatch.config.schema import REFUSED, explain
 from largebatch.errors import UserError, choices
 
 MOST_POINTS = 10_000  # of a grid
@@ -300,7 +299,7 @@ def _set(tree: Tree, key: str, value: Any) -> None:
 
 def composition_error(error: Exception) -> str:
     """Return a message with the key, its value and the allowed values if ``error`` has them, else its own text."""
-    if isinstance(error, OmegaConfBaseException):
+    if isinstance(error, REFUSED):
         return explain(error)
     text = str(error).replace("++", "")  # added by by_force
     if isinstance(error, OverrideParseException):

@@ -11,11 +11,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from largebatch.config.identity import decisive, without_none
-from largebatch.config.schema import defaults, from_composed
+from largebatch.config.schema import REFUSED, defaults, from_composed, read_frozen
 from largebatch.errors import UserError
 from largebatch.launch.composition import Composed, Tree, by_force, composition_error, plain
 
@@ -61,7 +59,7 @@ def compose_overrides(arguments: Sequence[str]) -> tuple[DictConfig, dict[str, s
         with initialize_config_dir(config_dir=str(_CONF), version_base="1.3"):
             given = OverridesParser.create().parse_overrides(list(arguments))
             composed = compose("config", by_force(arguments, _CONF))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, *REFUSED, ValueError) as error:
         raise UserError(composition_error(error)) from error
     return composed, {override.get_key_element(): str(override.input_line) for override in given}
 
@@ -72,11 +70,7 @@ def frozen_with(path: Path, composed: DictConfig, keys: Iterable[str]) -> Tree:
     Raises:
         UserError: the file can't be read, or this makes another setting.
     """
-    try:
-        frozen = OmegaConf.load(path)
-    except (OSError, ValueError, YAMLError) as error:
-        raise UserError(f"{path}: can't be read ({error})") from None
-    assert isinstance(frozen, DictConfig)
+    frozen = read_frozen(path)
     before = plain(frozen)
     for key in keys:
         OmegaConf.update(frozen, key, OmegaConf.select(composed, key), merge=False)

@@ -22,6 +22,7 @@ from largebatch.runs.folder import DONE, RunFolder
 from largebatch.runs.table import list_runs
 
 Summary = dict[str, Any]
+_NEEDED = ("wall_seconds", "steps", "processes", "global_batch", "train_images")
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,15 @@ def _finished(runs_dir: Path, kind: str, on_gpu: bool) -> list[tuple[str, Summar
                 summary = folder.read_summary()
             except UserError:  # `largebatch status` names such folders
                 continue
-            complete = summary.get("state") == "finished" and summary.get("wall_seconds") and summary.get("steps")
-            if complete and on_gpu != str(summary["device"]).startswith("cpu"):
+            complete = summary.get("state") == "finished" and all(_is_number(summary.get(key)) for key in _NEEDED)
+            complete = complete and _is_number(summary.get("training_examples"), least=0)
+            if complete and on_gpu != str(summary.get("device")).startswith("cpu"):
                 found.append((folder.name.removeprefix(kind + "-").partition("-")[0], summary))
     return found
+
+
+def _is_number(value: Any, least: float = 1e-9) -> bool:
+    return isinstance(value, int | float) and least <= value < math.inf
 
 
 def _distance(summary: Summary, config: Config) -> float:

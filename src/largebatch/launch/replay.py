@@ -11,7 +11,7 @@ import pyarrow.parquet
 
 from largebatch.launch.composition import Composed
 from largebatch.launch.confirm import compose_overrides, frozen_with
-from largebatch.runs.folder import RunFolder
+from largebatch.runs.folder import RunFolder, readable
 from largebatch.runs.metrics import Row, read_rows
 
 _TIMES = ("wall_seconds", "perf/images_per_second", "perf/step_ms")
@@ -40,9 +40,7 @@ def difference(first: RunFolder, second: RunFolder) -> str | None:
         for key in sorted((ours.keys() | theirs.keys()) - {*_TIMES}, key=lambda key: (key != "step", key)):
             if ours.get(key) != theirs.get(key):
                 return _parted(ours.get("step") or theirs["step"], key, ours.get(key), theirs.get(key))
-    tables = [
-        pyarrow.parquet.read_table(run.layers).to_pylist() if run.layers.exists() else [] for run in (first, second)
-    ]
+    tables = [_layer_rows(run) for run in (first, second)]
     for ours, theirs in zip_longest(*tables, fillvalue={}):
         if ours != theirs:
             row = ours or theirs
@@ -52,6 +50,14 @@ def difference(first: RunFolder, second: RunFolder) -> str | None:
     if checksums[0] != checksums[1]:
         return f"the final parameters differ: CRC-32 {checksums[0]} and {checksums[1]}"
     return None
+
+
+def _layer_rows(run: RunFolder) -> list[Row]:
+    if not run.layers.exists():
+        return []
+    with readable(run.layers):
+        rows: list[Row] = pyarrow.parquet.read_table(run.layers).to_pylist()
+    return rows
 
 
 def _parted(step: Any, what: str, ours: Any, theirs: Any) -> str:

@@ -9,14 +9,17 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from largebatch.config.schema import Config
+from largebatch.errors import UserError
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.native import cache_folder, processor
-from largebatch.runs.folder import write_atomic
+from largebatch.runs.folder import read_json, write_atomic
 
 Image = tuple[int, int, int]  # channels, height, width
 
@@ -46,6 +49,12 @@ class Arithmetic:
         return self.precision + (", channels last" if self.channels_last else "")
 
 
+def described(kept: Any) -> Arithmetic | None:
+    """Return the arithmetic of which a file keeps the ``asdict``, or None if the file keeps something else."""
+    known = (Arithmetic(precision, last) for precision in ("fp32", "bf16") for last in (False, True))
+    return next((one for one in known if asdict(one) == kept), None)
+
+
 def choose_arithmetic(
     config: Config, model: nn.Module, image: Image, micro_batch: int, device: torch.device
 ) -> tuple[Arithmetic, str]:
@@ -70,13 +79,23 @@ def choose_arithmetic(
     path = folder / f"arithmetic-{_key(config, image, micro_batch, device)}.json"
     with (folder / "arithmetic.lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept and (kept["calm"] or time.time() - path.stat().st_mtime < _DISTURBED_SECONDS):
-            return Arithmetic(**kept["arithmetic"]), "measured before, on a machine of this kind"
+        if (found := _measured_before(path)) in candidates:
+            return found, "measured before, on a machine of this kind"
         seconds = measure(model, candidates, image, micro_batch, device)
         chosen = _fastest(seconds)
         write_atomic(path, json.dumps({"arithmetic": asdict(chosen), "calm": _is_calm(seconds)}))
     return chosen, "measured now"
+
+
+def _measured_before(path: Path) -> Arithmetic | None:
+    """Return the kept choice, or None if there is none, it is damaged, or it was disturbed and is out of date."""
+    try:
+        kept = read_json(path)
+    except UserError:  # damaged: a new measurement replaces it
+        return None
+    if kept and (kept.get("calm") or time.time() - path.stat().st_mtime < _DISTURBED_SECONDS):
+        return described(kept.get("arithmetic"))
+    return None
 
 
 def _candidates(precision: str, device: torch.device) -> list[Arithmetic]:

@@ -82,18 +82,23 @@ def tried(config: ModelConfig, model: nn.Module, image: tuple[int, int, int]) ->
     return outputs
 
 
-def check_batch_norm(config: ModelConfig, model: nn.Module, image: tuple[int, int, int], size: int | None) -> None:
-    """Raise ``UserError`` if batch norm over ``size`` images would get a single value per channel."""
+def check_batch_norm(
+    config: ModelConfig, model: nn.Module, image: tuple[int, int, int], size: int | None, given: str = ""
+) -> None:
+    """Raise ``UserError`` if batch norm over ``size`` images would get a single value per channel.
+
+    ``given``: the key and value that give this size. Default: ``batch_norm_size``.
+    """
     if size != 1:
         return
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             copy.deepcopy(model).train()(torch.zeros(1, *image))
     except ValueError as error:
+        key = given.partition("=")[0] or "batch_norm_size, micro_batch"
         raise UserError(
-            f"batch_norm_size=1: model.name={config.name} has batch norm over one value per channel with images of "
-            f"{'x'.join(map(str, image))} ({error}). Fix: a batch_norm_size or micro_batch of at least 2, or a larger "
-            "dataset.image_size"
+            f"{given or 'batch_norm_size=1'}: model.name={config.name} has batch norm over one value per channel with "
+            f"images of {'x'.join(map(str, image))} ({error}). Fix: a larger {key} or dataset.image_size"
         ) from error
 
 

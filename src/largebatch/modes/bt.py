@@ -14,7 +14,7 @@ from largebatch.config.batch import BatchPlan
 from largebatch.config.modes import Bt
 from largebatch.config.schema import Config
 from largebatch.data import Data
-from largebatch.models.build import build_backbone
+from largebatch.models.build import build_backbone, check_batch_norm
 
 # Totals of a micro-batch: the loss, its two parts, each summed over images, and the number of images.
 TOTALS = 4
@@ -69,8 +69,19 @@ class BarlowTwins(nn.Module):
 
 
 def build_model(config: Config, data: Data) -> BarlowTwins:
+    """Build the network.
+
+    Raises:
+        UserError: as ``build_backbone``, or if batch norm would get one value per channel, also in fine-tuning.
+    """
+    mode, size = options(config), config.batch_norm_size
     backbone, features = build_backbone(config.model, data.image)
-    return BarlowTwins(backbone, features, options(config).projector)
+    check_batch_norm(config.model, backbone, data.image, size)
+    if mode.lr_backbone and size is not None:
+        images = min(mode.eval_batch_size, len(data.train))
+        smallest = images // -(-images // size)  # sizes of groups differ by at most one
+        check_batch_norm(config.model, backbone, data.image, smallest, f"mode.eval_batch_size={mode.eval_batch_size}")
+    return BarlowTwins(backbone, features, mode.projector)
 
 
 def options(config: Config) -> Bt:

@@ -23,7 +23,7 @@ from largebatch.config.modes import MODES
 from largebatch.errors import UserError
 from largebatch.runs.correct import Bits, read_correct
 from largebatch.runs.folder import DONE, STATES, RunFolder
-from largebatch.runs.metrics import Row, read_rows
+from largebatch.runs.metrics import Row, read_lines
 
 Tree = dict[str, Any]
 Item = TypeVar("Item")
@@ -190,7 +190,7 @@ def _load(folder: RunFolder) -> Run:
 def read_history(run: Run, problems: list[Problem]) -> list[Row]:
     """Return the rows of ``metrics.jsonl`` that have a step. Add a problem if the file can't be read."""
     try:
-        rows = _attempt(run.folder.metrics, read_rows)
+        rows = _attempt(run.folder.metrics, read_lines)
     except _Broken as error:
         problems.append(Problem(run.name, f"{error}; its curves are left out"))
         return []
@@ -261,7 +261,7 @@ def _attempt(path: Path, read: Callable[[Path], Item]) -> Item:
     except FileNotFoundError:
         raise _Broken(f"{path.name} is missing") from None
     except (
-        ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError,
+        ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, TypeError, UserError, ValueError,
         struct.error, zipfile.BadZipFile, zlib.error, yaml.YAMLError, pyarrow.ArrowException,
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from largebatch.runs.folder import replace_file
+from largebatch.errors import UserError
+from largebatch.runs.folder import readable, replace_file
 
 Bits = NDArray[np.bool_]
 
@@ -26,10 +25,7 @@ def write_correct(path: Path, step: int, accuracy: float, correct: Bits) -> None
         accuracy: the accuracy that chooses the best evaluation; the earlier of equal ones.
         correct: bool [number of test images].
     """
-    found: dict[str, Any] = {}
-    if path.exists():
-        with np.load(path) as file:
-            found = dict(file)
+    found = _content(path) if path.exists() else {}
     found |= {"images": len(correct), "last": np.packbits(correct)}
     if "best" not in found or accuracy > found["accuracy"] or step == found["step"]:
         found |= {"best": found["last"], "accuracy": accuracy, "step": step}
@@ -42,15 +38,22 @@ def write_correct(path: Path, step: int, accuracy: float, correct: Bits) -> None
 
 
 def is_readable(path: Path) -> bool:
-    """Return True if the file is there and whole: its format has checksums."""
+    """Return True if the file is there and whole."""
     try:
-        read_correct(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        with readable(path):
+            read_correct(path)
+    except (FileNotFoundError, UserError):
         return False
     return True
 
 
 def read_correct(path: Path) -> dict[str, Bits]:
     """Return bool [number of test images] of the ``last`` and the ``best`` evaluation."""
+    content = _content(path)
+    return {name: np.unpackbits(content[name], count=int(content["images"])).astype(bool) for name in ("last", "best")}
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Return all arrays of the file. Reading an array checks its checksum."""
     with np.load(path) as file:
-        return {name: np.unpackbits(file[name], count=int(file["images"])).astype(bool) for name in ("last", "best")}
+        return {name: file[name] for name in ("images", "last", "best", "accuracy", "step")}

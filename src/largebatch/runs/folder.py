@@ -170,6 +170,21 @@ class RunFolder:
         return f"{self.path}: {where} works on this run. Fix: stop that process or wait"
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an error about the content of a file into a ``UserError`` that names the file.
+
+    A missing file stays a ``FileNotFoundError``. Libraries raise errors of many types for a damaged file.
+    """
+    try:
+        yield
+    except (FileNotFoundError, UserError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"{path}: can't be read ({reason}). Fix: correct or remove the file") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file, or ``{}`` if there is no file.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.errors import UserError
-from largebatch.runs.folder import read_tail, replace_file
+from largebatch.runs.folder import read_tail, readable, replace_file
 
 Row = dict[str, Any]
 _TAIL = 1 << 15  # bytes: some hundred rows
@@ -54,10 +54,27 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return all rows, without a last row that a crash cut off; an empty list if there is no file."""
+    """Return all rows, without a last row that a crash cut off; an empty list if there is no file.
+
+    Raises:
+        UserError: the file can't be read, or a row isn't an object with a step.
+    """
+    rows = read_lines(path)
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+        raise UserError(f"{path}: can't be read (a row isn't an object with a step). Fix: correct or remove the row")
+    return rows
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return the JSON value of each complete line; an empty list if there is no file.
+
+    Raises:
+        UserError: the file can't be read.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    with readable(path):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def has_rows(path: Path, described: list[int]) -> bool:

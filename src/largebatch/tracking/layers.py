@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from largebatch.errors import UserError
 from largebatch.runs.folder import replace_file
 from largebatch.tracking.rows import COLUMNS, Layer, LayerRow, read_layer_table
 
@@ -110,7 +111,7 @@ def has_rows(path: Path, step: int, described: list[int]) -> bool:
     try:
         table = read_layer_table(path, step)
         return digest([] if table is None else [table]) == described
-    except (OSError, ValueError):  # pyarrow's errors about damaged files are among them
+    except (OSError, UserError):
         return False
 
 

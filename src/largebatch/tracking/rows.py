@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from largebatch.runs.folder import RunFolder
+from largebatch.runs.folder import RunFolder, readable
 from largebatch.runs.metrics import Row, read_rows
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ def replay(folder: RunFolder, order: RowOrder, step: int = sys.maxsize, is_over:
         order.expect_layers(layer_row.step)
     if order.layers_every and not is_over:
         last = layers[-1].step if layers else 0
-        order.expect_layers(next(step for step in itertools.count(last + 1) if has_layer_row(step, order.layers_every)))
+        regular = (last // order.layers_every + 1) * order.layers_every
+        order.expect_layers(min([step for step in EARLY_LAYER_ROWS if step > last] + [regular]))
     for row in read_rows(folder.metrics):
         order.row(row)
     for layer_row in layers:
@@ -156,12 +157,19 @@ def replay(folder: RunFolder, order: RowOrder, step: int = sys.maxsize, is_over:
 
 
 def read_layer_table(path: Path, step: int) -> pyarrow.Table | None:
-    """Return ``layers.parquet`` up to ``step``, or None without such rows."""
+    """Return ``layers.parquet`` up to ``step``, or None without such rows.
+
+    Raises:
+        UserError: the file can't be read.
+    """
     if not path.exists():
         return None
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(path, filters=[("step", "<=", step)])
+    with readable(path):
+        names = ["step", "layer", "dimensions", *COLUMNS]
+        table = pyarrow.parquet.read_table(path, columns=names, filters=[("step", "<=", step)])
+        table.validate(full=True)
     return table if table.num_rows else None
 
 

@@ -49,14 +49,11 @@ def sync(folders: Iterable[RunFolder], dry_run: bool, seconds: float) -> int:
         raise UserError(f"wandb can't be imported ({one_line(error)})") from error
     uploads, failed = [], 0
     for run in folders:
-        for path in [run.path, *sorted(run.path.glob("previous-*"))]:  # earlier repetitions
-            try:
-                entries = wandb_run.read_uploads(path).values()
-            except UserError as error:
-                failed += 1
-                print(f"{run.name}  FAILED: {error}", flush=True)
-                continue
-            uploads += [Upload(run, RunFolder(path.absolute()), entry) for entry in entries]
+        try:
+            uploads += _uploads_of(run)
+        except UserError as error:
+            failed += 1
+            print(f"{run.name}  FAILED: {error}", flush=True)
     uploads.sort(key=lambda upload: float(upload.entry["started"]))
     pending = [upload for upload in uploads if not upload.entry["uploaded"]]
     if pending and not dry_run:
@@ -75,6 +72,35 @@ def sync(folders: Iterable[RunFolder], dry_run: bool, seconds: float) -> int:
     if failed:
         print(f"{failed} run(s) could not be uploaded; repeat the command to try again")
     return failed
+
+
+def _uploads_of(run: RunFolder) -> list[Upload]:
+    """Return the W&B runs of a run folder and of its earlier repetitions.
+
+    Raises:
+        UserError: an ``uploads.json`` can't be used.
+    """
+    found = []
+    for path in [run.path, *sorted(run.path.glob("previous-*"))]:
+        for entry in wandb_run.read_uploads(path).values():
+            if not _is_entry(entry):
+                raise UserError(
+                    f"{path}/wandb/uploads.json: invalid entry. Fix: remove the file; rerun=true uploads anew"
+                )
+            found.append(Upload(run, RunFolder(path.absolute()), entry))
+    return found
+
+
+def _is_entry(entry: Any) -> bool:
+    match entry:
+        case {
+            "started": int() | float(), "uploaded": bool(), "sweep": str() | None, "arguments": {"config": {
+                "resolved": {"steps": int(), "steps_per_epoch": int() | float() as steps_per_epoch},
+                "tracker": {"layers_every": int() as layers_every, "checkpoints": bool()},
+            }},
+        }:  # fmt: skip
+            return steps_per_epoch > 0 and layers_every >= 0
+    return False
 
 
 def _check_access() -> None:

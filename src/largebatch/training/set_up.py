@@ -19,7 +19,7 @@ from largebatch.data import Data, load_data
 from largebatch.data.cache import Say
 from largebatch.errors import UserError
 from largebatch.machine import distributed
-from largebatch.machine.precision import Arithmetic, Image, choose_arithmetic
+from largebatch.machine.precision import Arithmetic, Image, choose_arithmetic, described
 from largebatch.modes import bt, clf
 from largebatch.optim import CLARS, SampleNorms
 from largebatch.runs.folder import RunFolder
@@ -154,10 +154,8 @@ def _agreed_arithmetic(
     say: Say,
 ) -> Arithmetic:
     """Return the arithmetic of the run's first start, which its status keeps, or else rank 0's choice."""
-    chosen = None
-    if rank == 0 and (kept := folder.read_status().get("arithmetic")):
-        chosen = Arithmetic(**kept)
-    elif rank == 0:
+    chosen = described(folder.read_status().get("arithmetic")) if rank == 0 else None
+    if rank == 0 and chosen is None:
         chosen, how = choose_arithmetic(config, model, image, at_once, device)
         if how:
             say(f"{chosen}: the fastest for {config.model.name} here ({how})")

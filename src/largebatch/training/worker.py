@@ -115,8 +115,8 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     start_pulse(rank)
     folder = RunFolder(Path(arguments[0]).absolute())
-    config = load_config(folder.config)
     try:
+        config = load_config(folder.config)
         with folder.hold(patience=2) if rank == 0 else contextlib.nullcontext():
             return _work(config, folder, rank)
     except (RunBusyError, UserError) as error:
@@ -147,15 +147,17 @@ def _work(config: Config, folder: RunFolder, rank: int) -> int:
             traceback.print_exc()
         return _fail(folder, f"{error}; {RESUMES}", exit_code=1)
     except Exception as error:
-        traceback.print_exc()
-        advice = ""
-        if is_out_of_memory(error) and config.batch_norm_size:
-            advice = f"; {too_large_for_memory(config.batch_norm_size, config.cluster.device)}"
-        elif isinstance(error, torch.OutOfMemoryError):
-            advice = "; a smaller micro_batch needs less memory"
         first_line = str(error).partition("\n")[0]
+        if is_out_of_memory(error):
+            advice = "a smaller micro_batch, batch_size, model or image needs less memory"
+            if config.batch_norm_size:
+                advice = too_large_for_memory(config.batch_norm_size, config.cluster.device)
+            begun = folder.has_progress()
+            message = f"out of memory ({type(error).__name__}: {first_line}); {advice}{f'; {RESUMES}' if begun else ''}"
+            return _fail(folder, message, exit_code=1 if begun else 2)
+        traceback.print_exc()
         where = f"traceback in {folder.log}; {RESUMES}"
-        return _fail(folder, f"{type(error).__name__}: {first_line}{advice}; {where}", exit_code=1)
+        return _fail(folder, f"{type(error).__name__}: {first_line}; {where}", exit_code=1)
     finally:
         distributed.stop()
     return 0
