@@ -316,6 +316,12 @@ def test_a_diverged_pretraining_is_an_outcome(launch: Launch, tmp_path: Path) ->
     assert "Traceback" not in (run / "log.txt").read_text()
 
 
+def test_parameters_that_no_loss_shows_diverge_too(tmp_path: Path) -> None:
+    phase = in_this_process(tmp_path, "epochs=1")
+    phase.training.model.register_buffer("unused", torch.tensor(math.nan))
+    assert in_session(phase, tmp_path) == ("diverged", f"parameters were not finite at step {phase.end}")
+
+
 def test_a_diverged_probe_names_its_first_bad_step(tmp_path: Path) -> None:
     phase = in_this_process(tmp_path, "epochs=0", "mode.lr_classifier=1e30").following()
     assert phase is not None

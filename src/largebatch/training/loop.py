@@ -90,8 +90,10 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         stop, save = session.boundary.after_step(step)
         if not diverged and (save or is_best or step == phase.end):
             with profile.phase("checkpoint"):
-                if _all_finite(phase, first_bad_step):  # else the next row shows the divergence
+                if _all_finite(phase, first_bad_step):
                     _save(phase, session, is_best)
+                else:  # the next row shows the divergence, if there is one
+                    diverged = step == phase.end
             session.boundary.saved(step)
             if stop and step < phase.end:
                 return "preempted", RESUMES
@@ -100,6 +102,8 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
 
     if diverged:
         bad_step = distributed.smallest_over_processes(first_bad_step)
+        if math.isinf(bad_step):  # for example weights that only meet padding
+            return "diverged", f"parameters were not finite at step {training.step}"
         return "diverged", f"the loss was not finite at step {bad_step:.0f}"
     phase.close()
     return "finished", ""
