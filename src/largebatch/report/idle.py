@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from largebatch.config.idle import idle_options
 from largebatch.config.lr_scaling import LrScalingConfig
 from largebatch.config.optimizers import OPTIMIZERS
+from largebatch.config.options import problems_of
 from largebatch.config.schedules import SCHEDULES
 from largebatch.config.schema import Config
 from largebatch.report.cells import Cell, Setting
@@ -30,7 +31,7 @@ def idle(comparison: Comparison) -> Iterator[tuple[str, str]]:
 
 
 def _notes(setting: Setting, cell: Cell) -> list[str]:
-    """Return the notes of a setting with a known length, of options that this version knows."""
+    """Return the notes of a setting with a known length, if this version knows and allows all of its options."""
     run = next((run for run in setting.runs if run.done), None)
     steps, epoch = (run.metric(name) if run else None for name in ("steps", "steps_per_epoch"))
     if run is None or steps is None or epoch is None:
@@ -44,5 +45,7 @@ def _notes(setting: Setting, cell: Cell) -> list[str]:
             batch_size=cell.batch_size,
         )
     except (KeyError, TypeError):
+        return []
+    if any(map(problems_of, (config.optimizer, config.schedule, config.lr_scaling))):
         return []
     return idle_options(config, int(run.metric("pretraining_steps") or steps), float(epoch))
