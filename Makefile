@@ -28,7 +28,7 @@ test: install ## run all tests but the slow ones, faults and SLURM's, three file
 	LARGEBATCH_SLURM=skip $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow' --ignore tests/faults
 
 test-slow: install ## run the slow tests: every benchmark in its smallest size, kernels for every GPU, little memory
-	LARGEBATCH_SLURM=skip $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m slow
+	LARGEBATCH_SLURM=skip $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m slow $(SLOW)
 
 test-slurm: install ## run SLURM's tests on a private cluster (Debian, root)
 	$(BIN)/python tests/tools/private_slurm/cluster.py install

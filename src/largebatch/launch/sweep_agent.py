@@ -16,7 +16,8 @@ from largebatch.launch.plan import PlannedRun
 if TYPE_CHECKING:
     from largebatch.tracking.wandb_run import WandbRun
 
-_OUTCOME = ("state", "step", "wall_seconds", "checksum")  # keys of a summary; other keys without / are facts
+# Keys of a summary; other keys without / are facts.
+_OUTCOME = ("state", "step", "wall_seconds", "images_per_second", "checksum")
 _NOT_OURS = ("_wandb=", "resolved=")  # keys of W&B's configuration of a run, which users never give
 
 
