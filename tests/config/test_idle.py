@@ -10,6 +10,8 @@ import torch
 from conftest import ROOT, Launch, configuration
 
 from largebatch.config.idle import idle_options, planned_length
+from largebatch.config.lr_scaling import LrScalingConfig
+from largebatch.config.options import problems_of
 from largebatch.optim import LARS, TVLARS
 
 
@@ -195,3 +197,9 @@ def test_the_plan_and_a_run_print_each_note_once(launch: Launch, tmp_path: Path)
     (note,) = (line for line in result.stdout.splitlines() if line.startswith("note: "))
     assert note.startswith("note: optimizer.lmbda=1e-06: phi falls only from 0.502 to 0.502 in 112 steps")
     assert note.endswith("[optimizer.lmbda=1e-06 seed=0 and 1 more]")
+
+
+def test_a_list_in_place_of_a_number_is_a_problem() -> None:
+    """OmegaConf refuses it too, but the report reads frozen configurations without OmegaConf."""
+    assert problems_of(LrScalingConfig(noise_scale=[1])) == ["noise_scale=[1]: must be a single value"]  # type: ignore[arg-type]
+    assert problems_of(LrScalingConfig(noise_scale=1.0)) == []

@@ -107,17 +107,14 @@ class Digits(DatasetConfig):
 
 
 @dataclass
-class DeformedDigits(DatasetConfig):
+class DeformedDigits(Digits):
     """70,000 grey images of 16x16, made from scikit-learn's digits."""
 
     loader = "largebatch.data.deformed_digits:load_deformed_digits"
     copies = 40
 
-    on_error: str = option("stop", allowed=("stop",))  # the images are in one file
     train_size: int | None = option(60_000, allowed=(60_000,))
     test_size: int | None = option(10_000, allowed=(10_000,))
-    num_classes: int | None = option(10, allowed=(10,))
-    channels: int = option(1, allowed=(1,))
     image_size: int | None = option(16, least=1, most=8192)
 
 

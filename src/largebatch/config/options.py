@@ -86,6 +86,8 @@ def problems_of(node: Any, prefix: str = "") -> list[str]:
         value, key = getattr(node, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             problems += problems_of(value, f"{key}.")
+        elif isinstance(value, list) and "list" not in str(field.type):
+            problems.append(f"{key}={value}: must be a single value")
         elif isinstance(value, list) and any(isinstance(element, list | dict) for element in value):
             problems.append(f"{key}={value}: must be a list of plain values")
         elif "limits" in field.metadata and value is not None:

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, TypeVar, cast
-
-from omegaconf import OmegaConf
 
 from largebatch.config.idle import idle_options
 from largebatch.config.lr_scaling import LrScalingConfig
 from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.options import problems_of
 from largebatch.config.schedules import SCHEDULES
-from largebatch.config.schema import REFUSED, Config
+from largebatch.config.schema import Config
 from largebatch.report.cells import Cell, Setting
 from largebatch.report.compare import Comparison
 from largebatch.report.wording import batches, row_label
-
-T = TypeVar("T")
 
 
 def idle(comparison: Comparison) -> Iterator[tuple[str, str]]:
@@ -44,18 +39,13 @@ def _notes(setting: Setting, cell: Cell) -> list[str]:
     tree = run.config
     try:
         config = Config(
-            optimizer=_checked(OPTIMIZERS[cell.row.optimizer], tree["optimizer"]),
-            schedule=_checked(SCHEDULES[cell.row.schedule], tree["schedule"]),
-            lr_scaling=_checked(LrScalingConfig, tree["lr_scaling"]),
+            optimizer=OPTIMIZERS[cell.row.optimizer](**tree["optimizer"]),
+            schedule=SCHEDULES[cell.row.schedule](**tree["schedule"]),
+            lr_scaling=LrScalingConfig(**tree["lr_scaling"]),
             batch_size=cell.batch_size,
         )
-    except (KeyError, *REFUSED, ValueError):
+    except (KeyError, TypeError):
         return []
     if any(map(problems_of, (config.optimizer, config.schedule, config.lr_scaling))):
         return []
     return idle_options(config, int(run.metric("pretraining_steps") or steps), float(epoch))
-
-
-def _checked(kind: type[T], tree: dict[str, Any]) -> T:
-    """Return the options of ``tree``, whose types must be those of the dataclass ``kind``."""
-    return cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), tree)))
