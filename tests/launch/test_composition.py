@@ -268,7 +268,7 @@ def test_an_option_that_the_preset_leaves_out_can_be_an_axis() -> None:
     ("command", "message"),
     [
         ("optimizer=glob(zz*)", r"optimizer=glob\(zz\*\): has no value"),
-        ("sweeps=demo,digits_batch", "sweeps=demo,digits_batch: only one named grid is allowed"),
+        ("sweeps=demo,digits_search", "sweeps=demo,digits_search: only one named grid is allowed"),
         ("optimizer.lr=interval(1,2)", "optimizer.lr: an interval needs the number of points"),
         ("optimizer.lr=interval(1,2)|trials=0", "optimizer.lr: an interval needs the number of points"),
         ("optimizer.lr=tag(log,interval(0,2))|trials=3", "a logarithmic interval must start above 0"),

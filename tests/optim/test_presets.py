@@ -26,6 +26,8 @@ def test_numbers_are_numbers(preset):
 
 
 def test_the_published_presets_are_the_released_programs():
+    lars = configuration("optimizer=lars_published").optimizer
+    assert lars == type(lars)(name="lars", lr=lars.lr, weight_decay=5e-4)
     expected = {"alpha": 0.1, "delay_epochs": 0, "gamma_min": 0.0, "norm_clip": 10.0, "lmbda": 1e-3}
     tvlars = configuration("optimizer=tvlars_published").optimizer
     assert tvlars.name == "tvlars"

@@ -146,10 +146,13 @@ def test_tvlars_s_delay_is_in_epochs_and_gamma_min_auto_depends_on_the_batch() -
 
 
 def test_lambda_per_step_and_per_training_are_different_runs_and_exclude_each_other() -> None:
-    default, given = configuration("optimizer=tvlars"), configuration("optimizer=tvlars", "optimizer.lmbda=1e-3")
-    relative = configuration("optimizer=tvlars", "optimizer.lmbda_relative=5")
-    assert identity(default) == identity(given) != identity(relative)
-    validate(relative)
+    default, relative = (
+        configuration("optimizer=tvlars"),
+        configuration("optimizer=tvlars", "optimizer.lmbda_relative=20"),
+    )
+    given = configuration("optimizer=tvlars", "optimizer.lmbda=1e-3")
+    assert identity(default) == identity(relative) != identity(given)
+    validate(given)
     both = configuration("optimizer=tvlars", "optimizer.lmbda=1e-3", "optimizer.lmbda_relative=5")
     with pytest.raises(UserError, match=r"^optimizer.lmbda=0.001 and optimizer.lmbda_relative=5: only one may be set"):
         validate(both)
@@ -157,10 +160,13 @@ def test_lambda_per_step_and_per_training_are_different_runs_and_exclude_each_ot
         validate(configuration("optimizer=tvlars", "optimizer.lmbda_relative=-1"))
 
 
+NO_DELAY = ("optimizer.delay_epochs=0", "optimizer.gamma_min=0")
+
+
 @pytest.mark.parametrize("alpha", [1, 0.1])
 def test_a_relative_lambda_is_one_schedule_at_every_length(alpha: float) -> None:
     """At the same part of the training, phi is the same; the exponent rises from 0 to the given range."""
-    config = configuration("optimizer=tvlars_published", "optimizer.lmbda_relative=4", f"optimizer.alpha={alpha}")
+    config = configuration("optimizer=tvlars", "optimizer.lmbda_relative=4", f"optimizer.alpha={alpha}", *NO_DELAY)
     for steps in (20, 1000, 60_000):
         optimizer = build_optimizer(config, nn.Linear(2, 2), steps_per_epoch=7, steps=steps)
         assert isinstance(optimizer, optim.TVLARS)
@@ -221,6 +227,7 @@ def test_published_lamb_has_no_bias_correction_and_adapts_everything() -> None:
 # -- a separate learning rate for biases and norm parameters
 
 LR_1D = ("optimizer.lr=0.05", "optimizer.lr_1d=0.008", "batch_size=512", "lr_scaling.rule=linear")  # doubles both
+ONE_LR = "optimizer.lr_1d_ratio=null"
 
 
 def small_network() -> nn.Module:
@@ -251,7 +258,7 @@ def test_biases_and_norm_parameters_step_with_their_own_learning_rate(optimizer:
     """They step as if all parameters had ``lr_1d``, and weights as if all had ``lr``."""
     got, with_groups = after_steps(*optimizer, *LR_1D)
     assert [group["lr"] for group in with_groups.param_groups] == pytest.approx([0.1, 0.016])
-    many, few = (after_steps(*optimizer, f"optimizer.lr={lr}")[0] for lr in (0.1, 0.016))
+    many, few = (after_steps(*optimizer, f"optimizer.lr={lr}", ONE_LR)[0] for lr in (0.1, 0.016))
     before = dict(small_network().named_parameters())
     for name, parameter in got.items():
         torch.testing.assert_close(parameter, (few if parameter.ndim == 1 else many)[name], rtol=1e-6, atol=1e-8)
@@ -289,7 +296,7 @@ def test_lr_1d_equal_to_lr_changes_nothing(name: str) -> None:
     """Several steps also cover the optimizer's state of each parameter."""
     adapted = [f"optimizer.{key}_1d=true" for key in ("adapt", "decay") if name in ("lars", "tvlars", "lamb")]
     got, split = after_steps(f"optimizer={name}", *adapted, "optimizer.lr=0.02", "optimizer.lr_1d=0.02", steps=4)
-    expected, _ = after_steps(f"optimizer={name}", *adapted, "optimizer.lr=0.02", steps=4)
+    expected, _ = after_steps(f"optimizer={name}", *adapted, "optimizer.lr=0.02", ONE_LR, steps=4)
     assert len(split.param_groups) == 2
     torch.testing.assert_close(got, expected)
 
@@ -308,7 +315,7 @@ def test_tvlars_s_phi_counts_the_same_steps_in_both_groups() -> None:
     """Biases are adapted too, and phi falls by half in these steps."""
     options = ("optimizer=tvlars", "optimizer.adapt_1d=true", "optimizer.lmbda=1", "optimizer.delay_epochs=2")
     got, optimizer = after_steps(*options, "optimizer.lr=2", "optimizer.lr_1d=2", steps=4)
-    expected, whole = after_steps(*options, "optimizer.lr=2", steps=4)
+    expected, whole = after_steps(*options, "optimizer.lr=2", ONE_LR, steps=4)
     assert isinstance(optimizer, optim.TVLARS)
     assert isinstance(whole, optim.TVLARS)
     assert [group["step"] for group in optimizer.param_groups] == [4, 4]
@@ -351,8 +358,15 @@ def test_lr_1d_ratio_is_a_part_of_the_scaled_learning_rate() -> None:
     config = configuration(*scaled, "optimizer.lr_1d_ratio=0.024")
     groups = build_optimizer(config, small_network(), steps_per_epoch=1).param_groups
     assert [group["lr"] for group in groups] == pytest.approx([8, 0.192])
-    with pytest.raises(UserError, match=r"^optimizer.lr_1d=0.1 and optimizer.lr_1d_ratio=0.024: only one may be set"):
-        validate(configuration("optimizer=sgd", "optimizer.lr_1d=0.1", "optimizer.lr_1d_ratio=0.024"))
+
+
+def test_lr_1d_takes_the_place_of_a_ratio() -> None:
+    config = configuration("optimizer=lars", "optimizer.lr=2", "optimizer.lr_1d=0.1")
+    groups = build_optimizer(config, small_network(), steps_per_epoch=1).param_groups
+    assert [group["lr"] for group in groups] == [2, 0.1]
+    assert identity(config) == identity(
+        configuration("optimizer=lars", "optimizer.lr=2", "optimizer.lr_1d=0.1", "optimizer.lr_1d_ratio=0.5")
+    )
 
 
 def test_lr_1d_without_biases_makes_no_second_group() -> None:

@@ -11,9 +11,10 @@ from largebatch.config.schedules import ScheduleConfig
 from largebatch.config.schema import Config
 
 _FLAT = 0.2  # phi that varies by less is a constant factor
+_HALF = 0.5  # of phi's start: the fall that a note asks for
 _LONG = 1 / 3  # of the training: a longer warm-up
 _NO_DECAY = 1e-6  # relative change over the run
-_RANGE = 5  # of phi's exponent over the training, so that phi falls from near 1/(alpha + 1) to its floor
+_RANGE = 20  # of phi's exponent over the training, so that phi falls to its floor
 
 
 def planned_length(config: Config) -> tuple[int, float] | None:
@@ -60,20 +61,23 @@ def _flat_phi(config: Config, steps: int, steps_per_epoch: float) -> Iterator[st
         return first, last
 
     first, last = ends(options["lmbda"])
-    if first >= (1 + _FLAT) * last:
+    if last <= _HALF * first:
         return
-    factor = (first + last) / 2
-    more = ""
-    if optimizer.learning_rate_1d() is None and not optimizer.adapt_1d and not 0.95 < factor < 1.05:
-        more = f", with {1 / factor:.2g} times that learning rate for biases and norm scales"
-    steep = ends(_RANGE / steps)
+    if first < (1 + _FLAT) * last:
+        factor = (first + last) / 2
+        consequence = f"so TVLARS is LARS at {factor:.2g} times the learning rate"
+        if optimizer.learning_rate_1d() is None and not optimizer.adapt_1d and not 0.95 < factor < 1.05:
+            consequence += f", with {1 / factor:.2g} times that learning rate for biases and norm scales"
+    else:
+        consequence = f"less than {_HALF:.0%} of its start, so TVLARS differs little from LARS"
     key = "lmbda" if optimizer.lmbda_relative is None else "lmbda_relative"
     fix = f"optimizer.lmbda_relative={_RANGE}" + (f" or optimizer.lmbda={_RANGE / steps:.1g}" if key == "lmbda" else "")
-    if steep[0] < (1 + _FLAT) * steep[1]:
-        fix = "lower optimizer.gamma_min or optimizer.alpha"
+    steep = ends(_RANGE / steps)
+    if steep[1] > _HALF * steep[0]:
+        fix = "lower optimizer.delay_epochs, optimizer.gamma_min or optimizer.alpha"
     yield (
         f"optimizer.{key}={getattr(optimizer, key):g}: phi falls only from {first:.3f} to {last:.3f} in {steps:,} "
-        f"steps, so TVLARS is LARS at {factor:.2g} times the learning rate{more}. Fix: {fix}"
+        f"steps, {consequence}. Fix: {fix}"
     )
 
 

@@ -35,8 +35,13 @@ class OptimizerConfig:
 
     name: str = MISSING
     lr: float = option(MISSING, above=0)  # learning rate; with a scaling rule, at lr_scaling.base_batch
-    lr_1d: float | None = option(None, least=0)  # the same for biases and norm parameters; None: lr * lr_1d_ratio
-    lr_1d_ratio: float | None = option(None, least=0)  # None: 1
+    # Learning rate of biases and norm parameters: lr_1d, or else lr * lr_1d_ratio. Both None: lr.
+    lr_1d: float | None = option(None, least=0)
+    lr_1d_ratio: float | None = option(None, least=0)
+
+    def __post_init__(self) -> None:
+        if self.lr_1d is not None:  # takes the place of a preset's ratio
+            self.lr_1d_ratio = None
 
     def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         """Return the keyword arguments of the class, without parameters and learning rates.
@@ -66,7 +71,7 @@ class OptimizerConfig:
 
     def problems(self, config: Config) -> list[str]:
         """Return one line for each conflict between options, or with the rest of the configuration."""
-        return _only_one(self, "lr_1d", "lr_1d_ratio")
+        return []
 
 
 @dataclass
@@ -104,17 +109,20 @@ class Tvlars(Lars):
     target = "largebatch.optim.tvlars:TVLARS"
     label = "TVLARS"
 
-    lmbda: float | None = option(None, least=0)  # steepness of phi's decay, per optimizer step; None: 1e-3
-    lmbda_relative: float | None = option(None, least=0)  # instead of lmbda, for any length: lmbda * steps
+    # Steepness of phi's decay: per optimizer step, or for a training of any length, lmbda * steps. Both None: 20 for
+    # the training, in which phi falls from its start to its floor.
+    lmbda: float | None = option(None, least=0)
+    lmbda_relative: float | None = option(None, least=0)
     alpha: float = option(1.0, least=0)  # phi starts near 1/alpha
     delay_epochs: float = option(0.0, least=0)  # epochs until phi reaches its midpoint
     gamma_min: int | float | str = option(0.0, least=0, words=("auto",))  # floor of phi; auto: 0.001 * batch_size / 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.gamma_min, int):  # 0 and 0.0 must be the same run
             self.gamma_min = float(self.gamma_min)
         if self.lmbda is None and self.lmbda_relative is None:
-            self.lmbda = 1e-3
+            self.lmbda_relative = 20.0
 
     def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         options = super().arguments(batch_size, steps_per_epoch)
@@ -127,7 +135,13 @@ class Tvlars(Lars):
         return options
 
     def problems(self, config: Config) -> list[str]:
-        return super().problems(config) + _only_one(self, "lmbda", "lmbda_relative")
+        if self.lmbda is None or self.lmbda_relative is None:
+            return super().problems(config)
+        return [
+            *super().problems(config),
+            f"optimizer.lmbda={self.lmbda:g} and optimizer.lmbda_relative={self.lmbda_relative:g}: only one may be "
+            "set. Fix: leave one out, or set it to null if a preset sets it",
+        ]
 
 
 @dataclass
@@ -263,17 +277,6 @@ class TimmOptimizer(OptimizerConfig):
     def beyond_surge(self) -> str:
         changed = [name for name in ("amsgrad", "centered") if self.options.get(name)]
         return "" if self.name in self.SIGN_LIKE and not changed else " with ".join([self.name, *changed])
-
-
-def _only_one(options: OptimizerConfig, key: str, other: str) -> list[str]:
-    """Return a line if both keys are set."""
-    value, other_value = getattr(options, key), getattr(options, other)
-    if value is None or other_value is None:
-        return []
-    return [
-        f"optimizer.{key}={value:g} and optimizer.{other}={other_value:g}: only one may be set. Fix: leave one out, or "
-        "set it to null if a preset sets it"
-    ]
 
 
 def _nesterov_problems(nesterov: bool, momentum: float) -> list[str]:
