@@ -122,12 +122,13 @@ def test_the_worker_reads_text_literally(tmp_path: Path) -> None:
 )
 def test_an_invalid_search_space_is_refused(space: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        validate(configuration(f"space={{{space}}}"))
+        validate(configuration(f"space={{{space}}}", "optimizer.lr=2"))
 
 
 def test_a_search_space_has_the_run_s_value_and_is_frozen(tmp_path: Path) -> None:
     config = configuration(
-        "space={optimizer.lr:[0.1,2],optimizer.nesterov:[true,false],schedule.name:[constant,cosine]}"
+        "space={optimizer.lr:[0.1,2],optimizer.nesterov:[true,false],schedule.name:[constant,cosine]}",
+        "optimizer.lr=2",
     )
     validate(config)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -335,7 +336,7 @@ def test_every_key_is_decisive_or_listed_with_a_reason(choices: tuple[str, ...])
 def test_frozen_configuration_has_exactly_the_keys_of_its_choices() -> None:
     shown = yaml.safe_load(to_yaml(configuration("optimizer=tvlars")))["optimizer"]
     assert list(shown) == [field.name for field in dataclasses.fields(OPTIMIZERS["tvlars"])]
-    assert shown["lmbda_relative"] == 20
+    assert shown["lmbda_relative"] == 10
 
 
 def test_every_key_has_a_type() -> None:

@@ -40,7 +40,7 @@ def test_a_note_if_phi_falls_by_less_than_half(
         assert found[0].startswith(f"optimizer.lmbda={lmbda:g}: ")
         assert ("TVLARS is LARS at" in found[0]) == (phi.max() < 1.2 * phi.min())
         fix = found[0].rpartition("Fix: ")[2]
-        if fix.startswith("optimizer.lmbda_relative=20 or optimizer.lmbda="):
+        if fix.startswith("optimizer.lmbda_relative=10 or optimizer.lmbda="):
             config.optimizer.lmbda = float(fix.rpartition("=")[2])  # type: ignore[attr-defined]
             assert idle_options(config, steps, 10) == []
 
@@ -51,7 +51,7 @@ def test_a_relative_lambda_is_named_by_its_own_key(steps: int) -> None:
     assert notes(*relative, "optimizer.lmbda_relative=2", steps=steps) == []
     (note,) = notes(*relative, "optimizer.lmbda_relative=0.1", steps=steps)
     assert note.startswith("optimizer.lmbda_relative=0.1: phi falls only from 0.")
-    assert note.endswith("Fix: optimizer.lmbda_relative=20")
+    assert note.endswith("Fix: optimizer.lmbda_relative=10")
 
 
 def test_tvlars_with_constant_phi_is_lars_with_twice_the_learning_rate_for_biases() -> None:

@@ -148,7 +148,7 @@ def test_tvlars_s_delay_is_in_epochs_and_gamma_min_auto_depends_on_the_batch() -
 def test_lambda_per_step_and_per_training_are_different_runs_and_exclude_each_other() -> None:
     default, relative = (
         configuration("optimizer=tvlars"),
-        configuration("optimizer=tvlars", "optimizer.lmbda_relative=20"),
+        configuration("optimizer=tvlars", "optimizer.lmbda_relative=10"),
     )
     given = configuration("optimizer=tvlars", "optimizer.lmbda=1e-3")
     assert identity(default) == identity(relative) != identity(given)

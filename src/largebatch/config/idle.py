@@ -14,7 +14,7 @@ _FLAT = 0.2  # phi that varies by less is a constant factor
 _HALF = 0.5  # of phi's start: the fall that a note asks for
 _LONG = 1 / 3  # of the training: a longer warm-up
 _NO_DECAY = 1e-6  # relative change over the run
-_RANGE = 20  # of phi's exponent over the training, so that phi falls to its floor
+_RANGE = 10  # of phi's exponent over the training, so that phi falls to its floor
 
 
 def planned_length(config: Config) -> tuple[int, float] | None:

@@ -109,7 +109,7 @@ class Tvlars(Lars):
     target = "largebatch.optim.tvlars:TVLARS"
     label = "TVLARS"
 
-    # Steepness of phi's decay: per optimizer step, or for a training of any length, lmbda * steps. Both None: 20 for
+    # Steepness of phi's decay: per optimizer step, or for a training of any length, lmbda * steps. Both None: 10 for
     # the training, in which phi falls from its start to its floor.
     lmbda: float | None = option(None, least=0)
     lmbda_relative: float | None = option(None, least=0)
@@ -122,7 +122,7 @@ class Tvlars(Lars):
         if isinstance(self.gamma_min, int):  # 0 and 0.0 must be the same run
             self.gamma_min = float(self.gamma_min)
         if self.lmbda is None and self.lmbda_relative is None:
-            self.lmbda_relative = 20.0
+            self.lmbda_relative = 10.0
 
     def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         options = super().arguments(batch_size, steps_per_epoch)
