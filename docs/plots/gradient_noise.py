@@ -3,9 +3,9 @@
 `python docs/plots/gradient_noise.py RUNS_DIR [FILE]` draws the chosen CLARS runs of a folder, one for each batch size.
 FILE is by default gradient_noise.svg beside this script; equal runs give an equal file.
 
-CLARS's trust ratio is `trust_coefficient * ||w|| / (mean_i ||g_i|| + weight_decay * ||w||)`, and layers.parquet has it
-beside the norms of the weight and of the whole batch's gradient g. So it tells the mean norm of the gradients of single
-images. Drawn is the median over layers of mean_i ||g_i|| / ||g||: 1 if all images agree, about sqrt(batch size) if their
+CLARS's trust ratio is `trust_coefficient * ||w|| / (mean_i ||g_i|| + weight_decay * ||w||)`. layers.parquet has it,
+and the norms of the weight and of the batch's gradient g, so the mean norm of the images' gradients g_i follows. The
+figure shows the median over layers of mean_i ||g_i|| / ||g||: 1 if all images agree, about sqrt(batch size) if their
 gradients are independent noise.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pyarrow.parquet
@@ -21,6 +22,13 @@ from matplotlib.figure import Figure
 
 from largebatch.report.compare import compare
 from largebatch.report.load import Run, load_runs
+
+# Okabe and Ito's colours, with line styles that are readable in grey.
+LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "linestyle": "-"},
+    {"color": "#D55E00", "linestyle": "--"},
+    {"color": "#009E73", "linestyle": ":"},
+)
 
 
 def disagreement(run: Run) -> tuple[list[float], list[float]]:
@@ -48,10 +56,8 @@ def main() -> None:
         figure = Figure(figsize=(5, 3.2))
         axes = figure.subplots()
         figure.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.15)
-        for cell, colour, line in zip(
-            cells, ("#0072B2", "#D55E00", "#009E73", "black"), ("-", "--", ":", "-."), strict=False
-        ):
-            axes.plot(*disagreement(cell.drawn[0]), label=f"batch {cell.batch_size:,}", color=colour, linestyle=line)
+        for cell, look in zip(cells, LOOKS, strict=False):
+            axes.plot(*disagreement(cell.drawn[0]), label=f"batch {cell.batch_size:,}", **look)
         axes.set_yscale("log")
         axes.set_title("mean norm of the images' gradients / norm of their mean, median over layers")
         axes.set_xlabel("part of the training")
