@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-slurm faults soak lint bench clean
+.PHONY: help install demo headline test test-slow test-slurm faults soak lint bench clean
 
 help: ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,14 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 
 demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs in under two minutes
 	$(BIN)/python launch.py -m sweeps=demo
+
+headline: install ## compare eight optimizers at batch 128 to 8,192: tune, confirm on fresh seeds, report (hours on two cores)
+	$(BIN)/python launch.py -m sweeps=large_batch runs_dir=runs/large_batch
+	$(BIN)/largebatch confirm runs/large_batch cluster.parallel=2
+	$(BIN)/largebatch report runs/large_batch --out large_batch.html
+	$(BIN)/python launch.py -m sweeps=large_batch_steps runs_dir=runs/large_batch_steps
+	$(BIN)/largebatch confirm runs/large_batch_steps cluster.parallel=2
+	$(BIN)/largebatch report runs/large_batch_steps --out large_batch_steps.html
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 

@@ -74,7 +74,7 @@ def page(
         sections=sections,
         overall=overall,
         problems=sorted(set(problems)),
-        facts=_facts(runs),
+        facts=facts(runs),
         trouble=[
             (run.name, run.state, run.message) for run in runs if run.state not in ("finished", "running", "queued")
         ],
@@ -223,7 +223,7 @@ def _settings_table(comparison: Comparison) -> dict[str, Any]:
     return {"heads": heads, "lines": lines}
 
 
-def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Return the facts about all runs: number, seeds, program, machine and device-hours."""
     done = [run for run in runs if run.done]
     hours: dict[str, float] = defaultdict(float)

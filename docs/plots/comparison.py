@@ -1,15 +1,17 @@
-"""Write the table and the picture of docs/digits_comparison.md from a folder of runs.
+"""Write the answer, the table and the picture of a comparison from a folder of runs.
 
-`python docs/plots/digits_report.py RUNS_DIR [FOLDER]` writes digits_report.md and digits_report.svg into FOLDER, by
-default the script's folder. Equal runs give equal files. The runs come from `python launch.py -m
-sweeps=digits_comparison`; with several data sets, models or modes, the first is drawn.
+`python docs/plots/comparison.py RUNS_DIR NAME` writes NAME.md and NAME.svg beside this script. NAME.md has the commit,
+the date and the machine of the runs. Equal runs give equal files. With several data sets, models or modes, the first is
+drawn. The pages that show the files name the command of the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +24,8 @@ from largebatch.report.cells import RowKey
 from largebatch.report.chart import Style, styles
 from largebatch.report.compare import Comparison, compare
 from largebatch.report.layer_figures import QUANTITIES, Diagnosed, read_diagnosed
-from largebatch.report.load import load_runs
+from largebatch.report.load import Run, load_runs
+from largebatch.report.page import facts
 from largebatch.report.wording import row_label
 
 _LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
@@ -91,23 +94,37 @@ def draw(comparison: Comparison, diagnosed: list[Diagnosed]) -> Figure:
     return figure
 
 
+def origin(runs: Sequence[Run]) -> str:
+    """Return a sentence about the runs: number, time, date, machine and program."""
+    known = dict(facts(runs))
+    ends = sorted(run.folder.read_status()["updated"] for run in runs if run.done)
+    days = sorted(
+        {datetime.datetime.fromtimestamp(end, datetime.UTC).date().isoformat() for end in (ends[0], ends[-1])}
+    )
+    parts = [known["runs"], known["device-hours"], " to ".join(days), f"commit {known['commit']}", known["versions"]]
+    return "; ".join(parts) + "."
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the table and the picture of docs/digits_comparison.md.")
+    parser = argparse.ArgumentParser(description="Write the table and the picture of a comparison.")
     parser.add_argument("runs_dir", type=Path)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent)
+    parser.add_argument("name", help="of the files, without ending")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent, help="of the files")
+    parser.add_argument("--by", metavar="KEY", action="append", default=[], help="as for largebatch report")
     options = parser.parse_args()
-    target = options.folder
+    target = options.folder / options.name
     runs, problems = load_runs(options.runs_dir)
-    comparison = compare(runs)[0]
+    comparison = compare(runs, options.by)[0]
     diagnosed = read_diagnosed(comparison, problems)
     for problem in problems:
         print(f"skipped: {problem.where}: {problem.what}", file=sys.stderr)
-    (target / "digits_report.md").write_text(f"{answer(comparison)}\n\n{table(comparison)}\n", encoding="utf-8")
+    parts = answer(comparison), table(comparison), origin(comparison.runs)
+    target.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     matplotlib.rcdefaults()  # ignores the user's settings
-    salt = {"svg.hashsalt": "digits_report"}  # without it, names inside the file are random
+    salt = {"svg.hashsalt": "comparison"}  # without it, names inside the file are random
     with matplotlib.rc_context({**salt, "font.size": 9, "axes.titlesize": 9}):
         metadata = {"Date": None, "Title": "Test accuracy against batch size, and LNR"}
-        draw(comparison, diagnosed).savefig(target / "digits_report.svg", format="svg", metadata=metadata)
+        draw(comparison, diagnosed).savefig(target.with_suffix(".svg"), format="svg", metadata=metadata)
 
 
 if __name__ == "__main__":

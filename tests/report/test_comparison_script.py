@@ -1,4 +1,4 @@
-"""The script that writes the comparison of docs/digits_comparison.md, on a folder of runs."""
+"""The script that writes the table and picture of a comparison, on a folder of runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from made_runs import write_run
 
 def draw(runs_dir: Path, folder: Path) -> tuple[str, str]:
     folder.mkdir()
-    command = [sys.executable, str(ROOT / "docs" / "plots" / "digits_report.py"), str(runs_dir), str(folder)]
+    command = [sys.executable, str(ROOT / "docs" / "plots" / "comparison.py"), str(runs_dir), "two", str(folder)]
     subprocess.run(command, env=environment(), check=True, timeout=120)
-    return (folder / "digits_report.md").read_text(), (folder / "digits_report.svg").read_text()
+    return (folder / "two.md").read_text(), (folder / "two.svg").read_text()
 
 
 def test_the_script_writes_the_table_and_the_same_picture_each_time(tmp_path: Path) -> None:
