@@ -70,10 +70,12 @@ class StartClock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._ended = 0.0
 
     def end(self, part: str) -> None:
         """End ``part``, which began when the part before it ended."""
-        self.seconds[part] = round(seconds_alive() - sum(self.seconds.values()), 2)
+        before, self._ended = self._ended, seconds_alive()
+        self.seconds[part] = round(self._ended - before, 2)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items())
