@@ -133,8 +133,6 @@ def _sections() -> dict[str, Panels]:
         "Schedules": [  # by run: a mean of two schedules is no schedule
             _lines("Learning rate: of weights, and of biases and norm parameters", "optim/lr", "optim/lr_1d"),
             _lines("TVLARS's phi", "optim/phi"),
-            _lines("fp16: loss scale", "optim/loss_scale"),
-            _lines("fp16: skipped steps", "optim/skipped_steps"),
         ],
         "Throughput": [
             _curves("Images per second", "perf/images_per_second", x="step"),
