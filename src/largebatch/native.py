@@ -129,7 +129,7 @@ def keep_compiled_kernels_private() -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for compiled libraries and measurements of this machine, kept between runs.
+    """Return the folder for libraries compiled for this machine, kept between runs.
 
     A new folder is this user's alone.
     """

@@ -51,6 +51,8 @@ def changed(**changes: object) -> list[Run]:
         (changed(dataset__val_fraction=0.2), "Different conditions (dataset.val_fraction)", "LARS: 0.1; TVLARS: 0.2"),
         (changed(facts={"precision": "bf16"}), "Different precision", "bf16 and fp32"),
         (changed(facts={"channels_last": True}), "Different memory format (channels_last)", "False and True"),
+        (changed(facts={"tf32": True}), "Different use of TF32", "False and True"),
+        (changed(facts={"steps": 1000, "optim/skipped_steps": 11}), "Skipped optimizer steps", "TVLARS up to 1.1%"),
         (changed(batch_norm_size=64), "Different conditions (batch_norm_size)", "At batch 1,024.*LARS: -; TVLARS: 64"),
         (changed(facts={"device": "NVIDIA H100"}), "Different device", "NVIDIA H100 and cpu"),
         ([*FAIR, made("tvlars", lr=2.0, seed=3, state="diverged", facts={"device": "NVIDIA H100"})],

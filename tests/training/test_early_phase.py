@@ -21,6 +21,7 @@ from largebatch.runs.metrics import read_rows
 from largebatch.tracking.console import Console
 from largebatch.tracking.rows import COLUMNS, Layer
 from largebatch.training.phase import MainPhase
+from largebatch.training.profile import StartClock
 from largebatch.training.set_up import set_up
 from largebatch.training.worker import train
 
@@ -37,7 +38,7 @@ def train_here(folder: RunFolder, config: Config) -> None:
     folder.path.mkdir(exist_ok=True)
     folder.config.write_text(to_yaml(config))
     with Console(folder.log, speaking=False) as console:
-        train(config, folder, 0, 1, CPU, console)
+        train(config, folder, 0, 1, CPU, console, StartClock())
 
 
 class Losses:

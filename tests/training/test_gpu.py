@@ -58,7 +58,10 @@ def test_the_exact_loss_of_barlow_twins_is_the_same_in_micro_batches(tmp_path: P
         torch.testing.assert_close(parted[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_micro_batch_and_precision_auto_train(tmp_path: Path) -> None:
-    _, log = train(tmp_path / "run", "micro_batch=auto", "precision=auto", "profile=true")
-    assert "the fastest for resnet18 here" in log
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_a_given_precision_trains_with_micro_batch_auto(tmp_path: Path, precision: str) -> None:
+    _, log = train(tmp_path / "run", "micro_batch=auto", f"precision={precision}", "profile=true")
+    has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    chosen = "bf16" if precision == "auto" and has_bf16 else "fp16"
+    assert f"{chosen}, channels last, on {torch.cuda.get_device_name()}" in log
     assert "finished after step 6 of 6" in log

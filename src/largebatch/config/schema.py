@@ -99,7 +99,9 @@ class Config:
     epochs: int | None = option(None, least=0)  # at most one of the two; None: the mode's or data set's default_epochs
     steps: int | None = option(None, least=0)
     seed: int = option(0, least=0)
-    precision: str = option("auto", allowed=("auto", "fp32", "bf16"))  # auto: the faster for this model and device
+    # auto: bf16 on GPUs that have it, fp16 on older GPUs, fp32 on CPU and for networks under a million parameters
+    precision: str = option("auto", allowed=("auto", "fp32", "bf16", "fp16"))
+    tf32: bool = False  # fp32 products on GPUs round their inputs to TF32 (10 bits of mantissa)
     compile: bool | str = option("auto", allowed=(True, False, "auto"))  # torch.compile; auto: for long runs on GPUs
     sync_bn: bool = False  # batch-norm statistics over all processes
     deterministic: bool = False  # deterministic CUDA kernels, for bit-exact repeats on a GPU

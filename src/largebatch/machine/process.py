@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 LAUNCHER_PID = "LARGEBATCH_LAUNCHER_PID"
@@ -16,6 +17,14 @@ def die_with_parent() -> None:
     """Make the kernel kill this process when its parent ends for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def seconds_alive() -> float:
+    """Return the seconds since this process started; elsewhere than on Linux, its CPU seconds."""
+    if sys.platform != "linux":
+        return time.process_time()
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def launcher_is_gone() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import starmap
@@ -15,6 +16,7 @@ from largebatch.report.load import flat
 from largebatch.report.warn import Check, Warn, check_cells, names_of
 from largebatch.report.wording import batches, listed, plural, row_label, states, value
 
+MANY_SKIPPED = 0.01  # of the steps; the first scales of fp16's loss always cost a few steps
 FEW_STEPS = 100  # the digits' network learns little in 20 steps and most in 100
 # Options that may differ between rows: those of the optimizer, and those that make columns and repetitions.
 _TUNED = ("optimizer.", "schedule.", "lr_scaling.")
@@ -134,7 +136,8 @@ def _provenance(comparison: Comparison) -> Iterator[Warn]:
         return sorted({str(summary[key]) for summary in summaries if key in summary})
 
     facts = {
-        "precision": "precision", "memory format (channels_last)": "channels_last", "device": "device",
+        "precision": "precision", "memory format (channels_last)": "channels_last", "use of TF32": "tf32",
+        "device": "device",
         "version of torch": "versions.torch",
     }  # fmt: skip
     for name, key in facts.items():
@@ -156,6 +159,22 @@ def _provenance(comparison: Comparison) -> Iterator[Warn]:
         yield Warn(
             "Uncommitted changes",
             f"The program had uncommitted changes in {plural(dirty, 'run')}. Such a run can't be repeated exactly.",
+        )
+
+
+def _skipped_steps(comparison: Comparison) -> Iterator[Warn]:
+    """Warn of runs in fp16 that lack updates."""
+    shares: dict[str, float] = defaultdict(float)
+    for cell in comparison.finished:
+        for run in cell.drawn:
+            share = (run.metric("optim/skipped_steps") or 0.0) / (run.metric("steps") or math.inf)
+            shares[row_label(cell.row)] = max(shares[row_label(cell.row)], share)
+    said = [f"{label} up to {share:.1%}" for label, share in shares.items() if share > MANY_SKIPPED]
+    if said:
+        yield Warn(
+            "Skipped optimizer steps",
+            f"Runs in fp16 skipped steps whose gradient overflowed: {listed(said)} of all steps. These updates are "
+            "missing. Run with precision=bf16 or fp32.",
         )
 
 
@@ -220,5 +239,6 @@ _CHECKS: tuple[Check, ...] = (
     lambda comparison: starmap(Warn, idle(comparison)),
     _missing,
     _provenance,
+    _skipped_steps,
     _unfinished,
 )

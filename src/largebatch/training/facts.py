@@ -34,6 +34,7 @@ def gather_facts(run: Run, model: nn.Module, total_steps: int) -> Facts:
         "micro_batch": batch.micro_batch,
         "precision": run.arithmetic.precision,
         "channels_last": run.arithmetic.channels_last,
+        "tf32": config.tf32,
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_images": len(data.train),
         "val_images": len(data.val) if data.val is not None else 0,

@@ -70,7 +70,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
                 # The first steps wait for the device and for their rows: measure the speed over several steps.
                 if step > first_step and (step % phase.run.config.tracker.log_every == 0 or step == phase.end):
                     mean[0] |= clock.speed()
-                diverged = not math.isfinite(mean[0]["train/loss"])
+                diverged = not math.isfinite(mean[0]["train/loss"]) or training.loss_scale.vanished
                 if diverged:
                     first_bad_step.clamp_(max=step)
         for line in profile.after_step(step):
@@ -79,7 +79,8 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         if not diverged and phase.evaluates_after(step):
             with clock.paused(), profile.phase("evaluation"):
                 metrics = phase.evaluate()
-            if not all(map(math.isfinite, metrics.values())):  # before the next training loss shows it
+            # Before the next training loss shows it.
+            if not all(map(math.isfinite, metrics.values())) or training.loss_scale.vanished:
                 diverged = True
                 first_bad_step.clamp_(max=step)
                 each = each or phase.train_rows()[1]
@@ -101,6 +102,8 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             clock.restart()
 
     if diverged:
+        if training.loss_scale.vanished:
+            return "diverged", f"the gradient was not finite at step {training.step}, at any loss scale"
         bad_step = distributed.smallest_over_processes(first_bad_step)
         if math.isinf(bad_step):  # for example weights that only meet padding
             return "diverged", f"parameters were not finite at step {training.step}"

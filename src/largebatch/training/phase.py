@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
+from largebatch.machine.precision import no_search
 from largebatch.machine.pulse import progressed
 from largebatch.optim import CLARS, TVLARS
 from largebatch.optim.layerwise import LayerwiseOptimizer
@@ -70,7 +71,8 @@ class MainPhase:
             True if every loss was finite, as a bool tensor on the device, because reading it waits for the device. None
             if any process ran out of memory. Then only ``run`` has changed: it has smaller micro-batches.
         """
-        done = self._gradient(batches)
+        with no_search(self._smaller):
+            done = self._gradient(batches)
         if done is None:
             return None
         totals, finite = done
@@ -142,7 +144,8 @@ class MainPhase:
                 with profile.phase("forward"), run.autocast:
                     loss, counted = self.mode.loss(run.config, network, images, labels)
                 with profile.phase("backward"):  # divided by the number of passes if the batch is whole
-                    (loss / (self._images / (run.processes * max(len(labels), 1)))).backward()
+                    mean = loss / (self._images / (run.processes * max(len(labels), 1)))
+                    torch.autograd.backward(training.loss_scale.scaled(mean))
             training.statistics.after_pass()
             totals += counted
             finite &= loss.detach().isfinite()
@@ -150,17 +153,22 @@ class MainPhase:
         return totals, finite
 
     def update(self, recorder: Recorder | None) -> None:
-        """Take one optimizer and schedule step. Record the layer statistics that it used, if they are due."""
+        """Take one optimizer and schedule step. Record the layer statistics that it used, if they are due.
+
+        With fp16, ``LossScale`` skips the optimizer's step if a gradient isn't finite, and it has no layer statistics.
+        """
         training, optimizer = self.training, self.training.optimizer
+        training.loss_scale.unscale(optimizer)
         due = recorder is not None and has_layer_row(training.step, self.run.config.tracker.layers_every)
         own = optimizer.layers if due and isinstance(optimizer, LayerwiseOptimizer) else []
         plain = plain_statistics(training.model, without=own) if due else None
         with self.profile.phase("optimizer"):
             if training.norms is not None and isinstance(optimizer, CLARS):
-                optimizer.set_sample_norms(training.norms.means())
-            optimizer.step()
+                optimizer.set_sample_norms(training.norms.means(training.loss_scale.value))
+            taken = training.loss_scale.step(optimizer)
+        training.unlogged.rows[-1] |= training.loss_scale.metrics()
         with self.profile.phase("logging"):
-            if recorder and plain:
+            if recorder and plain and taken:
                 layers, statistics = plain
                 if isinstance(optimizer, LayerwiseOptimizer) and own:
                     scaled = optimizer.layer_stats()
@@ -182,7 +190,7 @@ class MainPhase:
         if config.learning_rate_1d() is not None and len(optimizer.param_groups) > 1:
             rates["optim/lr_1d"] = optimizer.param_groups[1]["lr"]
         if isinstance(optimizer, TVLARS):
-            rates["optim/phi"] = optimizer.phi(self.training.step)
+            rates["optim/phi"] = optimizer.phi(self.training.step - self.training.loss_scale.skipped)
         return rates
 
     def logs_after(self, step: int) -> bool:

@@ -80,7 +80,7 @@ class Pretraining(MainPhase):
         with self.profile.phase("forward"):
             parts, gradient = global_loss(
                 model.projector, collected, max([1, *sizes]), run.autocast,
-                images=self._images, lmbda=options.lmbda, scale=options.loss_scale,
+                images=self._images, lmbda=options.lmbda, scale=options.loss_scale * self.training.loss_scale.value,
             )  # fmt: skip
         for view, rows, output in graphs or self._first_layer(batches, sizes):
             with self.profile.phase("backward"):

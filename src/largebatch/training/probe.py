@@ -130,7 +130,8 @@ class ProbePhase(MainPhase):
         for _ in self.batch.pieces(run.rank, images):
             inputs, labels = next(batches)
             loss, counted = clf.loss(run.config, self._logits, inputs, labels)
-            torch.autograd.backward(loss / (images / (run.processes * max(len(labels), 1))))
+            mean = loss / (images / (run.processes * max(len(labels), 1)))
+            torch.autograd.backward(self.training.loss_scale.scaled(mean))
             self.statistics.after_pass()
             probe.totals += counted
             finite &= loss.detach().isfinite()
@@ -143,7 +144,8 @@ class ProbePhase(MainPhase):
         epoch = self.epochs.completed(self._step - 1)
         for group, lr in zip(self.probe.optimizer.param_groups, self.probe.lrs, strict=True):
             group["lr"] = lr * (1 + math.cos(math.pi * epoch / self.options.eval_epochs)) / 2
-        self.probe.optimizer.step()
+        self.training.loss_scale.unscale(self.probe.optimizer)
+        self.training.loss_scale.step(self.probe.optimizer)
         self.probe.optimizer.zero_grad(set_to_none=True)
 
     def position(self, step: int) -> dict[str, float]:
@@ -172,6 +174,7 @@ class ProbePhase(MainPhase):
         self.probe.totals.zero_()
         metrics = {name.replace("train/", "probe/"): value for name, value in clf.train_metrics(totals).items()}
         metrics["probe/lr"] = self.probe.optimizer.param_groups[0]["lr"]
+        metrics |= self.training.loss_scale.metrics()
         if self.frozen:
             images = {
                 name: clf.evaluate(self.probe.head, [features_and_labels], self.run.device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from largebatch.machine.precision import synchronize
+from largebatch.machine.process import seconds_alive
 from largebatch.runs.folder import write_atomic
 from largebatch.runs.table import plain_table
 
@@ -58,6 +59,27 @@ class StepClock:
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
+
+
+class StartClock:
+    """Seconds of each part of a process's start.
+
+    Attributes:
+        seconds: seconds of each part, in order; the first begins with the process.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._ended = 0.0
+
+    def end(self, part: str) -> None:
+        """End ``part``, which began when the part before it ended."""
+        before, self._ended = self._ended, seconds_alive()
+        self.seconds[part] = round(self._ended - before, 2)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items())
+        return f"start {sum(self.seconds.values()):.1f} s: {parts}"
 
 
 class Profile:

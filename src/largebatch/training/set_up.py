@@ -19,17 +19,19 @@ from largebatch.data import Data, load_data
 from largebatch.data.cache import Say
 from largebatch.errors import UserError
 from largebatch.machine import distributed
-from largebatch.machine.precision import Arithmetic, Image, choose_arithmetic, described
+from largebatch.machine.precision import Arithmetic, choose_arithmetic, described, search_if_it_pays
 from largebatch.modes import bt, clf
 from largebatch.optim import CLARS, SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
 from largebatch.training.compilation import compiled
+from largebatch.training.loss_scale import LossScale
 from largebatch.training.micro_batch import largest_micro_batch
 from largebatch.training.optimization import build_optimizer
 from largebatch.training.phase import MainPhase
 from largebatch.training.pretraining import Pretraining
+from largebatch.training.profile import StartClock
 from largebatch.training.running_statistics import RunningStatistics
 from largebatch.training.state import Run, Training, Unlogged
 
@@ -45,22 +47,25 @@ def set_up(
     device: torch.device,
     console: Console,
     saved: Saved | None,
+    start: StartClock | None = None,
 ) -> MainPhase:
     """Return the main phase at step 0: data, model, optimizer and schedule, the same in every process.
 
-    All processes agree on the measured values (arithmetic, and a micro-batch that fits). A run that starts again takes
-    the arithmetic from its status, and a resumed run the micro-batch from ``saved``.
+    All processes agree on the arithmetic and on a micro-batch that fits. A run that starts again takes the arithmetic
+    from its status, and a resumed run the micro-batch from ``saved``.
     """
     data = load_data(config.dataset, config.seed, device, console.say, distributed.processes_here())
     _check_content(config, folder, data, saved, rank)
+    if start is not None:
+        start.end("data")
     mode, phase = MODES[config.mode.name]
     torch.manual_seed(derive_seed(config.seed, "model"))
     model: nn.Module = mode.build_model(config, data).to(device)
     batch = plan_training(config, processes)
     epochs = plan_epochs(config, len(data.train))
     steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
-    at_once = config.mode.views * batch.micro_batch
-    arithmetic = _agreed_arithmetic(config, folder, model, data.image, at_once, rank, device, console.say)
+    search_if_it_pays(steps, config.deterministic)
+    arithmetic = _agreed_arithmetic(config, folder, model, rank, device)
     model = model.to(memory_format=arithmetic.memory_format)
     if config.micro_batch == "auto" and saved is not None:
         batch = replace(batch, micro_batch=saved["micro_batch"])
@@ -99,10 +104,12 @@ def set_up(
     network, how = compiled(run, replica, model, norms is not None)
     if how:
         console.say(how)
+    loss_scale = LossScale(device, enabled=arithmetic.precision == "fp16")
     schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
     unlogged = Unlogged(mode.TOTALS, device)
     statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
-    return phase(run, Training(model, replica, network, optimizer, schedule, norms, statistics, unlogged), mode)
+    training = Training(model, replica, network, optimizer, schedule, loss_scale, norms, statistics, unlogged)
+    return phase(run, training, mode)
 
 
 def _check_content(config: Config, folder: RunFolder, data: Data, saved: Saved | None, rank: int) -> None:
@@ -144,21 +151,12 @@ def _batch_norm_layers(config: Config, network: nn.Module, say: Say) -> list[str
 
 
 def _agreed_arithmetic(
-    config: Config,
-    folder: RunFolder,
-    model: nn.Module,
-    image: Image,
-    at_once: int,
-    rank: int,
-    device: torch.device,
-    say: Say,
+    config: Config, folder: RunFolder, model: nn.Module, rank: int, device: torch.device
 ) -> Arithmetic:
     """Return the arithmetic of the run's first start, which its status keeps, or else rank 0's choice."""
     chosen = described(folder.read_status().get("arithmetic")) if rank == 0 else None
     if rank == 0 and chosen is None:
-        chosen, how = choose_arithmetic(config, model, image, at_once, device)
-        if how:
-            say(f"{chosen}: the fastest for {config.model.name} here ({how})")
+        chosen = choose_arithmetic(config.precision, model, device)
         folder.update_status(arithmetic=asdict(chosen))
     chosen = distributed.from_rank_0(chosen)
     assert chosen is not None

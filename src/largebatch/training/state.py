@@ -21,9 +21,11 @@ from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import Row
+from largebatch.training.loss_scale import LossScale
 from largebatch.training.running_statistics import RunningStatistics
 
-STATE = ("model", "optimizer", "schedule", "unlogged", "seconds", "best", "micro_batch")  # keys of every checkpoint
+# Keys of every checkpoint.
+STATE = ("model", "optimizer", "schedule", "loss_scale", "unlogged", "seconds", "best", "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Training:
     network: Callable[[Tensor], Tensor]  # the replica, compiled or not
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
+    loss_scale: LossScale
     norms: SampleNorms | None  # gradient norms for CLARS
     statistics: RunningStatistics  # of the network's batch norm
     unlogged: Unlogged
@@ -149,6 +152,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "loss_scale": self.loss_scale.state(),
             "unlogged": {"rows": self.unlogged.rows, "totals": self.unlogged.totals},
             "seconds": seconds,
             "best": self.best,
@@ -158,6 +162,7 @@ class Training:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
+        self.loss_scale.load(saved["loss_scale"])
         self.unlogged.rows, totals = saved["unlogged"]["rows"], saved["unlogged"]["totals"]
         # Saved totals are sums over processes, and will be summed again.
         self.unlogged.totals = totals if rank == 0 else torch.zeros_like(totals)

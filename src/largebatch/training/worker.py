@@ -22,6 +22,7 @@ from largebatch.config.schema import Config, load_config
 from largebatch.errors import UserError
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
+from largebatch.machine.precision import allow_tf32
 from largebatch.machine.process import die_with_parent, launcher_is_gone
 from largebatch.machine.pulse import expect_no_progress, start_pulse
 from largebatch.native import keep_compiled_kernels_private
@@ -35,7 +36,7 @@ from largebatch.training.facts import facts_in_words, gather_facts
 from largebatch.training.loop import Session, loop
 from largebatch.training.micro_batch import too_large_for_memory
 from largebatch.training.phase import MainPhase
-from largebatch.training.profile import StepClock
+from largebatch.training.profile import StartClock, StepClock
 from largebatch.training.set_up import set_up
 from largebatch.training.state import STATE
 from largebatch.training.stop import StepBoundary
@@ -45,18 +46,28 @@ class FailedRunError(Exception):
     """A run that has begun can't continue, for a clear cause such as an image that has become unreadable."""
 
 
-def train(config: Config, folder: RunFolder, rank: int, processes: int, device: torch.device, console: Console) -> None:
+def train(
+    config: Config,
+    folder: RunFolder,
+    rank: int,
+    processes: int,
+    device: torch.device,
+    console: Console,
+    start: StartClock,
+) -> None:
     """Train a run from its newest checkpoint until it finishes, diverges or is asked to stop."""
     saved = _newest_checkpoint(config, folder, rank, device, console)
-    phase: MainPhase | None = set_up(config, folder, rank, processes, device, console, saved)
+    start.end("checkpoint")
+    phase: MainPhase | None = set_up(config, folder, rank, processes, device, console, saved, start)
     assert phase is not None
     run, training, total_steps = phase.run, phase.training, phase.total_steps
     if saved is not None:
         training.load(saved, rank)
         saved = None  # free the device's memory
         console.say(f"resumed after step {training.step} of {total_steps}")
-    facts = gather_facts(run, training.model, total_steps) | phase.facts()
-    for line in (*facts_in_words(config, facts), *phase.facts_in_words(facts)):
+    start.end("set-up")
+    facts = gather_facts(run, training.model, total_steps) | phase.facts() | {"start_seconds": start.seconds}
+    for line in (*facts_in_words(config, facts), *phase.facts_in_words(facts), str(start)):
         console.say(line)
     if rank == 0 and config.tracker.images and training.step == 0:
         batches = phase.batches()
@@ -115,29 +126,32 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     start_pulse(rank)
     folder = RunFolder(Path(arguments[0]).absolute())
+    start = StartClock()
+    start.end("imports")
     try:
         config = load_config(folder.config)
         with folder.hold(patience=2) if rank == 0 else contextlib.nullcontext():
-            return _work(config, folder, rank)
+            return _work(config, folder, rank, start)
     except (RunBusyError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _work(config: Config, folder: RunFolder, rank: int) -> int:
+def _work(config: Config, folder: RunFolder, rank: int, start: StartClock) -> int:
     """Train, and write an error to the status. Return the exit code."""
     try:
         if rank == 0:
             folder.remove_leftovers()
             folder.update_status(state="running", started=time.time(), **this_process())
         keep_compiled_kernels_private()
-        torch.backends.cudnn.benchmark = not config.deterministic  # all micro-batches have the same shape
+        allow_tf32(config.tf32)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         rank, processes, device = distributed.start(config.cluster.device)
+        start.end("device")
         with Console(folder.log, rank == 0) as console:
-            train(config, folder, rank, processes, device, console)
+            train(config, folder, rank, processes, device, console, start)
     except UserError as error:
         return _fail(folder, str(error), exit_code=2)
     except FailedRunError as error:
