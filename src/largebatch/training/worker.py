@@ -55,7 +55,7 @@ def train(config: Config, folder: RunFolder, rank: int, processes: int, device: 
         training.load(saved, rank)
         saved = None  # free the device's memory
         console.say(f"resumed after step {training.step} of {total_steps}")
-    facts = gather_facts(run, training.model, total_steps) | phase.facts()
+    facts = gather_facts(run, training, total_steps) | phase.facts()
     for line in (*facts_in_words(config, facts), *phase.facts_in_words(facts)):
         console.say(line)
     if rank == 0 and config.tracker.images and training.step == 0:
