@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from largebatch.errors import UserError
 from largebatch.machine.precision import Arithmetic
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
-from largebatch.training.compilation import pays, why_no_graphs
+from largebatch.training.compilation import multiplications, pays, why_no_graphs
 from largebatch.training.facts import gather_facts
 from largebatch.training.phase import MainPhase
 from largebatch.training.set_up import set_up
@@ -34,12 +35,27 @@ def on_a_gpu(folder: Path, *overrides: str) -> Run:
     return replace(at_start(folder, *overrides).run, device=GPU)
 
 
-def test_only_long_runs_on_gpus_are_compiled(tmp_path: Path) -> None:
-    run = on_a_gpu(tmp_path)  # batches of 16
-    assert pays(replace(run, steps=312_500), norms=False)
-    assert not pays(replace(run, steps=312_499), norms=False)
-    assert not pays(replace(run, steps=312_500), norms=True)
-    assert not pays(replace(run, steps=312_500, device=CPU), norms=False)
+def test_only_runs_with_much_to_compute_on_gpus_are_compiled(tmp_path: Path) -> None:
+    phase = at_start(tmp_path)
+    model, run = phase.training.model, replace(phase.run, device=GPU)  # batches of 16
+    steps = math.ceil(2.4e15 / 16 / multiplications(model, run))
+    assert pays(replace(run, steps=steps), model, norms=False)
+    assert not pays(replace(run, steps=steps - 1), model, norms=False)
+    assert not pays(replace(run, steps=steps), model, norms=True)
+    assert not pays(replace(run, steps=steps, device=CPU), model, norms=False)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [((), 1), (BT, 2)])
+def test_multiplications_are_those_of_an_image_with_its_views(
+    tmp_path: Path, mode: tuple[str, ...], expected: int
+) -> None:
+    """A grey image of 8x8: two 3x3 convolutions of 8x8 pixels, two of 4x4, and the last layers of the mode."""
+    phase = at_start(tmp_path, *mode)
+    convolutions = 64 * 9 * (32 + 32 * 32) + 16 * 9 * (32 * 64 + 64 * 64)
+    last = 64 * 4 if not mode else 64 * 12 + 12 * 8
+    state = {name: tensor.clone() for name, tensor in phase.training.model.state_dict().items()}
+    assert multiplications(phase.training.model, phase.run) == expected * (convolutions + last)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in phase.training.model.state_dict().items())
 
 
 @pytest.mark.parametrize(
