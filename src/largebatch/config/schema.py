@@ -100,7 +100,7 @@ class Config:
     steps: int | None = option(None, least=0)
     seed: int = option(0, least=0)
     precision: str = option("auto", allowed=("auto", "fp32", "bf16"))  # auto: the faster for this model and device
-    compile: bool | str = option("auto", allowed=(True, False, "auto"))  # torch.compile; auto: for much computing on GPUs
+    compile: bool | str = option("auto", allowed=(True, False, "auto"))  # torch.compile; auto: if it saves time
     cuda_graphs: bool = True  # start all kernels of a pass on a GPU with one call
     sync_bn: bool = False  # batch-norm statistics over all processes
     deterministic: bool = False  # deterministic CUDA kernels, for bit-exact repeats on a GPU

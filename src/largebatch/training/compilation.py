@@ -15,7 +15,7 @@ from largebatch.machine.precision import trial_images, trial_pass
 from largebatch.training.state import Run
 
 # Multiplications in all forward passes: ResNet-18 with its CIFAR stem for 96 epochs of 45,000 images. Compiled kernels
-# then save 16 s on an H200, and more on slower GPUs. Compiling takes half a minute, once for all runs of a grid.
+# then save 16 s on an H200, and more on slower GPUs. Compiling takes half a minute, once for a model and micro-batch.
 _PAYS_FROM = 2.4e15
 
 Network = Callable[[Tensor], Tensor]
