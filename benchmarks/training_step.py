@@ -172,7 +172,7 @@ class Stopwatch(StepClock):
 def program_turn(phase: MainPhase, steps: int) -> Turn:
     run, training = phase.run, phase.training
     console = Console(run.folder.log, speaking=False)
-    facts = gather_facts(run, training.model, phase.total_steps)
+    facts = gather_facts(run, training, phase.total_steps)
     recorder = Recorder(run.config, run.folder, 0, facts, console)
 
     def turn() -> float:

@@ -181,7 +181,7 @@ def test_a_run_takes_the_relative_lambda_of_its_own_length(tmp_path: Path, mode:
     with Console(tmp_path / "log.txt", speaking=False) as console:
         phase = set_up(config, RunFolder(tmp_path), 0, 1, torch.device("cpu"), console, None)
     assert phase.training.optimizer.param_groups[0]["lmbda"] == pytest.approx(3 / steps)
-    assert gather_facts(phase.run, phase.training.model, 99)["optimizer_options"]["lmbda"] == pytest.approx(3 / steps)
+    assert gather_facts(phase.run, phase.training, 99)["optimizer_options"]["lmbda"] == pytest.approx(3 / steps)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ NOT_DECISIVE = {
     "rerun": "an instruction to the launcher",
     "dry_run": "an instruction to the launcher",
     "profile": "observes a run",
+    "cuda_graphs": "starts the same kernels",
     "space": "declares the values that a search may choose",
     "confirms": "decides if a run chooses or reports",
     "dataset.root": "folder of the files; decisive for data sets with ``named_by_root``",

@@ -102,7 +102,8 @@ class Config:
     # auto: bf16 on GPUs that have it, fp16 on older GPUs, fp32 on CPU and for networks under a million parameters
     precision: str = option("auto", allowed=("auto", "fp32", "bf16", "fp16"))
     tf32: bool = False  # fp32 products on GPUs round their inputs to TF32 (10 bits of mantissa)
-    compile: bool | str = option("auto", allowed=(True, False, "auto"))  # torch.compile; auto: for long runs on GPUs
+    compile: bool | str = option("auto", allowed=(True, False, "auto"))  # torch.compile; auto: if it saves time
+    cuda_graphs: bool = True  # start all kernels of a pass on a GPU with one call
     sync_bn: bool = False  # batch-norm statistics over all processes
     deterministic: bool = False  # deterministic CUDA kernels, for bit-exact repeats on a GPU
     eval_every: int = option(1, least=1)  # epochs between evaluations; a run always ends with an evaluation

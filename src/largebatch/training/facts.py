@@ -7,18 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import nn
 
 from largebatch.config.schema import Config
 from largebatch.runs.provenance import git_state
 from largebatch.training.optimization import resolved_lr
-from largebatch.training.state import Run
+from largebatch.training.state import Run, Training
 
 Facts = dict[str, Any]
 _PLACES = {"device": "on the device", "host": "in host memory", "files": "decoded while training"}
 
 
-def gather_facts(run: Run, model: nn.Module, total_steps: int) -> Facts:
+def gather_facts(run: Run, training: Training, total_steps: int) -> Facts:
     """Return the resolved values of a run's configuration, without those specific to its mode."""
     config, data, batch, device = run.config, run.data, run.batch, run.device
     return {
@@ -35,7 +34,9 @@ def gather_facts(run: Run, model: nn.Module, total_steps: int) -> Facts:
         "precision": run.arithmetic.precision,
         "channels_last": run.arithmetic.channels_last,
         "tf32": config.tf32,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "compiled": training.network is not training.replica,
+        "cuda_graphs": not training.graphs.off,
+        "parameters": sum(p.numel() for p in training.model.parameters()),
         "train_images": len(data.train),
         "val_images": len(data.val) if data.val is not None else 0,
         "test_images": len(data.test),

@@ -23,6 +23,7 @@ from largebatch.tracking.recorder import Recorder
 from largebatch.tracking.rows import COLUMNS, Layer, has_layer_row, has_metrics_row
 from largebatch.training.evaluation import classification_metrics
 from largebatch.training.facts import Facts
+from largebatch.training.graphs import Function, Tensors
 from largebatch.training.micro_batch import release_memory, smaller_micro_batch
 from largebatch.training.profile import Profile
 from largebatch.training.state import Run, Training
@@ -129,28 +130,38 @@ class MainPhase:
         Returns:
             The mode's totals, float64 of shape [mode.TOTALS], and True if every loss is finite; both on the device.
         """
-        run, training, profile, replica = self.run, self.training, self.profile, self.training.replica
+        run, training, replica = self.run, self.training, self.training.replica
         replica.train()
         totals = torch.zeros(self.mode.TOTALS, dtype=torch.float64, device=run.device)
         finite = torch.ones((), dtype=torch.bool, device=run.device)
-        network = replica if self._smaller else training.network
         passes = len(run.batch.pieces(run.rank, self._images))
         training.statistics.begin(run.batch.groups(self._images))
         for number in range(1, passes + 1):
-            with profile.phase("data"):
+            with self.profile.phase("data"):
                 images, labels = progressed(next(batches))
             more = number < passes or self._smaller  # DDP averages gradients only in the last pass of a whole batch
             with replica.no_sync() if more and isinstance(replica, DistributedDataParallel) else nullcontext():
-                with profile.phase("forward"), run.autocast:
-                    loss, counted = self.mode.loss(run.config, network, images, labels)
-                with profile.phase("backward"):  # divided by the number of passes if the batch is whole
-                    mean = loss / (self._images / (run.processes * max(len(labels), 1)))
-                    torch.autograd.backward(training.loss_scale.scaled(mean))
+                counted, is_finite = self._call(self._pass, images, labels)
             training.statistics.after_pass()
             totals += counted
-            finite &= loss.detach().isfinite()
+            finite &= is_finite
         training.statistics.end()
         return totals, finite
+
+    def _call(self, function: Function, *inputs: Tensor) -> Tensors:
+        """Call ``function``, if possible as a CUDA graph; a smaller last batch has other shapes."""
+        return function(*inputs) if self._smaller else self.training.graphs(function, *inputs)
+
+    def _pass(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradient of a micro-batch. Return the mode's totals, and True if its loss is finite."""
+        run, training = self.run, self.training
+        network = training.replica if self._smaller else training.network
+        with self.profile.phase("forward"), run.autocast:
+            loss, counted = self.mode.loss(run.config, network, images, labels)
+        with self.profile.phase("backward"):  # divided by the number of passes if the batch is whole
+            mean = loss / (self._images / (run.processes * max(len(labels), 1)))
+            torch.autograd.backward(training.loss_scale.scaled(mean))
+        return counted, loss.detach().isfinite()
 
     def update(self, recorder: Recorder | None) -> None:
         """Take one optimizer and schedule step. Record the layer statistics that it used, if they are due.

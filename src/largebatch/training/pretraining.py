@@ -3,8 +3,7 @@
 The gradient of the loss over a global batch (``mode.exact``) takes two passes over the same micro-batches. The first,
 without gradients, collects the outputs of backbone and first layer of the projector. The loss over the global batch
 follows from them, and its gradient with respect to them (``global_loss.py``). The second pass takes each micro-batch
-through the backbone again, and that gradient back. A process that holds its whole share at once keeps the first pass's
-graph and needs no second pass.
+through the backbone again, and that gradient back. A process that holds its whole share at once needs no second pass.
 """
 
 from __future__ import annotations
@@ -50,48 +49,50 @@ class Pretraining(MainPhase):
         training.probe = build_probe(run, self.model)
 
     def following(self) -> MainPhase:
+        self.training.graphs.free()
         return ProbePhase(self.run, self.training, self.total_steps)
 
     def _forward_backward(self, batches: Batches) -> tuple[Tensor, Tensor]:
         """With ``mode.exact``, add a gradient whose mean over processes is that of the loss over the global batch."""
-        run, model, options = self.run, self.model, self.options
+        run, model = self.run, self.model
         if not run.exact:
             return super()._forward_backward(batches)
         model.train()
         sizes = [piece.stop - piece.start for piece in run.batch.pieces(run.rank, self._images)]
-        share = sum(sizes)
-        whole = len(sizes) == 1
-        buffers = [] if whole else list(model.buffers())
-        before = [buffer.clone() for buffer in buffers]
         statistics = self.training.statistics
         statistics.begin(run.batch.groups(self._images))
-        graphs: list[tuple[int, slice, Tensor]] = []
-        weight = model.projector.first.weight
+        if len(sizes) == 1:
+            with self.profile.phase("data"):
+                images, _ = progressed(next(batches))
+            totals, finite = self._call(self._whole_share, images)
+            statistics.after_pass()
+        else:
+            totals, finite = self._in_two_passes(batches, sizes)
+        statistics.end()
+        return totals, finite
+
+    def _in_two_passes(self, batches: Batches, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Add the gradient of this process's micro-batches of these ``sizes``. Return totals and finiteness."""
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        weight = self.model.projector.first.weight
         collected = weight.new_empty(2, 0, len(weight))  # stays empty in a process without images
-        with torch.set_grad_enabled(whole):
-            for view, rows, output in self._first_layer(batches, sizes):
-                if len(collected[0]) < share:
-                    collected = output.new_empty(2, share, output.shape[1])
-                collected[view, rows] = output.detach()
-                if whole:
-                    graphs.append((view, rows, output))
+        for view, rows, pixels in self._views(batches, sizes):
+            (output,) = self._call(self._first_layer_alone, pixels)
+            if len(collected[0]) < sum(sizes):
+                collected = output.new_empty(2, sum(sizes), output.shape[1])
+            collected[view, rows] = output
         for buffer, saved in zip(buffers, before, strict=True):  # the second pass updates the running statistics
             buffer.copy_(saved)
-        with self.profile.phase("forward"):
-            parts, gradient = global_loss(
-                model.projector, collected, max([1, *sizes]), run.autocast,
-                images=self._images, lmbda=options.lmbda, scale=options.loss_scale * self.training.loss_scale.value,
-            )  # fmt: skip
-        for view, rows, output in graphs or self._first_layer(batches, sizes):
-            with self.profile.phase("backward"):
-                torch.autograd.backward(output, gradient[view, rows])
+        totals, finite, gradient = self._global_loss(collected, max([1, *sizes]))
+        for view, rows, pixels in self._views(batches, sizes):
+            self._call(self._second_pass, pixels, gradient[view, rows])
             if view == 1:
-                statistics.after_pass()
-        statistics.end()
-        return bt.counted(options.loss_scale, parts, share), parts[0].isfinite()
+                self.training.statistics.after_pass()
+        return totals, finite
 
-    def _first_layer(self, batches: Batches, sizes: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
-        """Yield view (0 or 1), rows among this process's images, and output of backbone and projector's first layer.
+    def _views(self, batches: Batches, sizes: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield view (0 or 1), rows among this process's images, and images of each view of each micro-batch.
 
         The seed of a view of a micro-batch is the same in both passes, and so is dropout.
 
@@ -99,16 +100,50 @@ class Pretraining(MainPhase):
             sizes: number of images of each of this process's micro-batches.
         """
         run, training = self.run, self.training
-        network = training.replica if self._smaller else training.network
         ends = [0, *itertools.accumulate(sizes)]
         for number, rows in enumerate(itertools.starmap(slice, itertools.pairwise(ends))):
             with self.profile.phase("data"):
                 images, _ = progressed(next(batches))
             for view, pixels in enumerate(images.chunk(2)):
                 torch.manual_seed(derive_seed(run.config.seed, "view", training.step, run.rank, number, view))
-                with self.profile.phase("forward"), run.autocast:
-                    output: Tensor = self.model.projector.first(network(pixels))
-                yield view, rows, output
+                yield view, rows, pixels
+
+    def _whole_share(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the gradient of all images of this process. Return totals and finiteness."""
+        outputs = [self._first_layer(pixels) for pixels in images.chunk(2)]
+        totals, finite, gradient = self._global_loss(torch.stack([o.detach() for o in outputs]), len(outputs[0]))
+        with self.profile.phase("backward"):
+            for output, its_gradient in zip(outputs, gradient, strict=True):
+                torch.autograd.backward(output, its_gradient)
+        return totals, finite
+
+    def _first_layer(self, pixels: Tensor) -> Tensor:
+        """Return the output of backbone and projector's first layer for images of one view."""
+        network = self.training.replica if self._smaller else self.training.network
+        with self.profile.phase("forward"), self.run.autocast:
+            output: Tensor = self.model.projector.first(network(pixels))
+        return output
+
+    @torch.no_grad()
+    def _first_layer_alone(self, pixels: Tensor) -> tuple[Tensor]:
+        return (self._first_layer(pixels),)
+
+    def _second_pass(self, pixels: Tensor, gradient: Tensor) -> tuple[()]:
+        """Take ``pixels`` through the network again, and the gradient with respect to the first layer's output back."""
+        output = self._first_layer(pixels)
+        with self.profile.phase("backward"):
+            torch.autograd.backward(output, gradient)
+        return ()
+
+    def _global_loss(self, collected: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return totals, finiteness, and the gradient with respect to the outputs ``collected`` of the first layer."""
+        run, options = self.run, self.options
+        with self.profile.phase("forward"):
+            parts, gradient = global_loss(
+                self.model.projector, collected, rows, run.autocast,
+                images=self._images, lmbda=options.lmbda, scale=options.loss_scale * self.training.loss_scale.value,
+            )  # fmt: skip
+        return bt.counted(options.loss_scale, parts, collected.shape[1]), parts[0].isfinite(), gradient
 
     def evaluates_after(self, step: int) -> bool:
         every = self.options.knn_every

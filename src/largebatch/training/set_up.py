@@ -25,7 +25,8 @@ from largebatch.optim import CLARS, SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
-from largebatch.training.compilation import compiled
+from largebatch.training.compilation import compiled, why_no_graphs
+from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
 from largebatch.training.micro_batch import largest_micro_batch
 from largebatch.training.optimization import build_optimizer
@@ -101,14 +102,16 @@ def set_up(
     if not run.averages_afterwards:
         example = torch.zeros(2 * config.mode.views, *data.image, device=device)
         replica = distributed.replicate(replica, example)
-    network, how = compiled(run, replica, model, norms is not None)
-    if how:
-        console.say(how)
+    network = compiled(run, replica, model, norms is not None, console.say)
+    why_not = why_no_graphs(run, norms is not None)
+    if why_not and device.type == "cuda":
+        console.say(f"no CUDA graphs: {why_not}")
+    graphs = Graphs(model, device, batch.accumulation > 1, why_not, console.say)
     loss_scale = LossScale(device, enabled=arithmetic.precision == "fp16")
     schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
     unlogged = Unlogged(mode.TOTALS, device)
     statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
-    training = Training(model, replica, network, optimizer, schedule, loss_scale, norms, statistics, unlogged)
+    training = Training(model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged)
     return phase(run, training, mode)
 
 

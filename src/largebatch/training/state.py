@@ -21,6 +21,7 @@ from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import Row
+from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
 from largebatch.training.running_statistics import RunningStatistics
 
@@ -128,6 +129,7 @@ class Training:
     model: nn.Module
     replica: nn.Module  # the model, or the backbone with mode.exact, with gradients averaged over processes
     network: Callable[[Tensor], Tensor]  # the replica, compiled or not
+    graphs: Graphs  # of the passes
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     loss_scale: LossScale

@@ -66,7 +66,7 @@ def train(
         saved = None  # free the device's memory
         console.say(f"resumed after step {training.step} of {total_steps}")
     start.end("set-up")
-    facts = gather_facts(run, training.model, total_steps) | phase.facts() | {"start_seconds": start.seconds}
+    facts = gather_facts(run, training, total_steps) | phase.facts() | {"start_seconds": start.seconds}
     for line in (*facts_in_words(config, facts), *phase.facts_in_words(facts), str(start)):
         console.say(line)
     if rank == 0 and config.tracker.images and training.step == 0:
