@@ -52,6 +52,7 @@ def changed(**changes: object) -> list[Run]:
         (changed(facts={"precision": "bf16"}), "Different precision", "bf16 and fp32"),
         (changed(facts={"channels_last": True}), "Different memory format (channels_last)", "False and True"),
         (changed(facts={"tf32": True}), "Different use of TF32", "False and True"),
+        (changed(facts={"compiled": True}), "Different use of torch.compile", "False and True"),
         (changed(facts={"steps": 1000, "optim/skipped_steps": 11}), "Skipped optimizer steps", "TVLARS up to 1.1%"),
         (changed(batch_norm_size=64), "Different conditions (batch_norm_size)", "At batch 1,024.*LARS: -; TVLARS: 64"),
         (changed(facts={"device": "NVIDIA H100"}), "Different device", "NVIDIA H100 and cpu"),

@@ -15,8 +15,8 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import MetricsLog
 
 FACTS = {
-    "precision": "fp32", "channels_last": False, "tf32": False, "device": "cpu (x86_64)", "git_commit": "a" * 40,
-    "git_dirty": False,
+    "precision": "fp32", "channels_last": False, "tf32": False, "compiled": False, "device": "cpu (x86_64)",
+    "git_commit": "a" * 40, "git_dirty": False,
     "test_images": 1000, "versions": {"torch": "2.15.0"}, "processes": 1, "wall_seconds": 36.0,
     "images_per_second": 100.0,
 }  # fmt: skip

@@ -137,7 +137,7 @@ def _provenance(comparison: Comparison) -> Iterator[Warn]:
 
     facts = {
         "precision": "precision", "memory format (channels_last)": "channels_last", "use of TF32": "tf32",
-        "device": "device",
+        "use of torch.compile": "compiled", "device": "device",
         "version of torch": "versions.torch",
     }  # fmt: skip
     for name, key in facts.items():
