@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from largebatch.optim import unfused
-from largebatch.optim.fused import fused_kernels
+from largebatch.optim.fused import fused_kernels, may_be_fused
 from largebatch.optim.param_groups import (
     HALF,
     Division,
@@ -145,9 +145,8 @@ class LayerwiseOptimizer(Optimizer):
 
     def _kernels(self, group: Group, part: Part) -> Any:
         """Return the module with the fused step for this part, or None."""
-        if group["fused"] is False or (group["fused"] is None and group["foreach"] is not None):
-            return None
-        if torch.compiler.is_compiling():  # the compiler fuses by itself, and can't trace a warning
+        # The compiler fuses by itself, and can't trace a warning.
+        if not may_be_fused(group) or torch.compiler.is_compiling():
             return None
         kernels, reason = fused_kernels(group, part)
         if kernels is None and group["fused"] and not self._warned:
