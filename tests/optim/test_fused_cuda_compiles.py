@@ -117,6 +117,6 @@ def test_compiles(
         assert not re.search(r"\b(div\.(full|approx)|sqrt\.approx|rsqrt|rcp\.approx|atom|red)\.", program)
         assert ".local" not in program  # registers suffice
         if wide and "DTYPE" in arguments:
-            assert len(re.findall(rf"ld\.global\.{wide}", program)) >= 4
+            assert len(re.findall(rf"ld\.global\.{wide}", program)) >= 2
             if kernel.__name__ != "lars_norms":
                 assert re.search(rf"st\.global\.{wide}", program)

@@ -4,8 +4,8 @@
 
 All tensors of a step are cut into chunks of ``CHUNK`` elements, one program each, so that a step takes three launches
 for any number of layers: sums of squares of each chunk, trust ratio of each layer, update of each chunk. The arithmetic
-of an element is fp32; ``tl.sum`` adds a chunk's 4096 squares in a tree of at most 25 levels (16 elements in a thread,
-then across threads). A norm is therefore right to 8e-7 for any numbers. Chunks are added in fp64, without atomics, in
+of an element is fp32; ``tl.sum`` adds a chunk's 2048 squares in a tree of at most 16 levels (8 elements in a thread,
+then across threads). A norm is therefore right to 5e-7 for any numbers. Chunks are added in fp64, without atomics, in
 the same order in every run.
 
 The same equations stand in ``unfused.py`` and ``fused_cpu.cpp``.
@@ -30,12 +30,12 @@ import triton.language as tl
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETED = triton.knobs.runtime.interpret  # its value when the decorators below read it
 
-# The work is bound by memory (28 bytes an element in LARS, 40 in LAMB). 16 elements a thread are four 16-byte loads of
-# each of 2 to 4 tensors in flight, some 100 KB an SM; Hopper needs about 20 KB to hide its latency. The 11 million
-# elements of ResNet-18 still are 2,700 programs, enough to fill 132 SMs evenly.
-CHUNK = tl.constexpr(4096)
+# The work is bound by memory (28 bytes an element in LARS, 40 in LAMB). 8 elements a thread are two 16-byte loads of
+# each of 2 to 4 tensors. They need 32 to 64 registers, so that an SM holds 4 to 8 programs and has 100 to 200 KB in
+# flight; Hopper needs about 25 KB to hide its latency. 16 elements need 48 to 128 registers.
+CHUNK = tl.constexpr(2048)
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # explicit, because triton's default is changing
-# Partial sums that a program adds at a time: more than those of ResNet-50's largest layer (576).
+# Partial sums that a program adds at a time; ResNet-50's largest layer has 1,152.
 _PARTIALS = tl.constexpr(1024)
 RATIO_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
