@@ -121,9 +121,9 @@ def _failed_trial(
     """
 
     def trial() -> bool:
-        pixels = torch.arange(8 * channels * side**2, device=device).mul(7919).remainder(256).to(torch.uint8)
+        pixels = torch.arange(4 * channels * side**2, device=device).mul(7919).remainder(256).to(torch.uint8)
         mean, std = torch.full((2, channels), 0.3, device=device).unbind()
-        given = pixels.view(8, channels, side, side)
+        given = pixels.view(4, channels, side, side)
         draws = _trial_draws(kind, side, device)
         results = [
             [way(given, None, drawn, mean, std, channels_last=channels_last) for drawn in draws]
@@ -138,7 +138,7 @@ def _trial_draws(kind: str, side: int, device: torch.device) -> list[AnyDraws]:
     generator = torch.Generator().manual_seed(0)
     if kind == "ViewDraws":
         config = DatasetConfig(name="trial", flip=True)
-        return [draw_view(generator, 8, side, config, view).to(device) for view in range(2)]
+        return [draw_view(generator, 4, side, config, view).to(device) for view in range(2)]
     if kind == "Draws":
-        return [draw(generator, 8, padding=2, flip=True, rotation=10.0, side=side).to(device)]
+        return [draw(generator, 4, padding=2, flip=True, rotation=10.0, side=side).to(device)]
     return [None]

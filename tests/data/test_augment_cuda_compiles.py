@@ -1,0 +1,63 @@
+"""The kernels of augmentation on CUDA compile to machine code (without a GPU) with exact arithmetic."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+
+from largebatch.data.augment_cuda import _VIEW_CHUNK, _VIEW_WARPS
+
+triton = pytest.importorskip("triton")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="triton interprets, so it doesn't compile"),
+]
+
+TYPES = {
+    "pixels": "*u8", "indices": "*i64", "table": "*i32", "whole": "*i32", "real": "*fp32", "taps": "*i32",
+    "mean": "*fp32", "std": "*fp32", "scratch": "*u8", "out": "*fp32", "stride": "i32", "padding": "i32",
+}  # fmt: skip
+
+
+def program(kernel: Any, constants: dict[str, Any], warps: int, capability: int) -> str:
+    """Return the kernel's PTX, after compiling it to machine code as triton's launcher would."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {p.name: "constexpr" if p.name in constants else TYPES[p.name] for p in kernel.params}
+    places = {(p.num,): p.name for p in kernel.params}
+    values = {place: constants[name] for place, name in places.items() if name in constants}
+    aligned = {place: [["tt.divisibility", 16]] for place, name in places.items() if name in ("scratch", "out")}
+    options = {"num_warps": warps, "enable_fp_fusion": False, "num_stages": 1}
+    source, target = ASTSource(kernel, signature, values, aligned), GPUTarget("cuda", capability, 32)
+    stages = triton.compile(source, target=target, options=options).asm
+    assert stages["cubin"]
+    text: str = stages["ptx"]
+    return text
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("kernel", "side"), [("crops", 32), ("views", 32), ("views", 224)])
+def test_compiles(
+    kernel: str, side: int, channels: int, capability: int, tmp_path_factory: Any, monkeypatch: Any
+) -> None:
+    from largebatch.data import augment_cuda_kernels as kernels
+
+    try:
+        assert triton.knobs.nvidia.ptxas.path
+    except RuntimeError as error:
+        pytest.skip(f"triton has no assembler: {error}")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+    warps, chunk = (4, 1024) if kernel == "crops" else (_VIEW_WARPS[side > 32], _VIEW_CHUNK[side > 32])
+    constants = {"SIDE": side, "CHANNELS": channels, "LAST": True, "CHUNK": chunk, "LINES": 32 * warps}
+    text = program(getattr(kernels, kernel), constants, warps, capability)
+    assert not re.search(r"\b(div\.(full|approx)|sqrt\.approx|rsqrt|rcp\.approx|fma\.rn\.f)", text)
+    assert "ld.global.nc" not in text  # pixels in scratch change while the kernel runs
+    assert (len(re.findall(r"bar\.sync", text)) >= 4) == (kernel == "views")
+    assert ".local" not in text  # registers suffice
+    assert re.search(r"st\.global\.v[24]", text)
