@@ -25,6 +25,7 @@ def imported(module: str) -> Any:
         return f"triton can't be imported ({error})"
 
 
+@functools.cache  # reading the device's capability takes 10 us
 def why_not(module: str, device: torch.device) -> str:
     """Return the reason why the kernels can't run on this device; empty if they can, up to a trial.
 
