@@ -298,6 +298,12 @@ def _boxed(a, b, c, d, e, inner, outer, wide):
 
 
 @triton.jit
+def _appended(b, c, d, e, begins):
+    """Return the last four inputs of a box after the input ``e``; the first input is repeated."""
+    return tl.where(begins, e, b), tl.where(begins, e, c), tl.where(begins, e, d), e
+
+
+@triton.jit
 def _blur_lines(
     source, target, inner, outer, wide, SIDE: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr
 ):  # fmt: skip
@@ -312,15 +318,19 @@ def _blur_lines(
         read = source + tl.minimum(line, CHANNELS * SIDE - 1) * SIDE
         write = target + line // SIDE * (SIDE * SIDE) + line % SIDE
         e0 = tl.load(read).to(tl.uint32)
-        a0, b0, c0, d0 = e0, e0, e0, e0
-        a1, b1, c1, d1 = e0, e0, e0, e0
-        a2, b2, c2, d2 = e0, e0, e0, e0
+        # Not e0: triton compares values before and after the loop's body to find what a loop changes, and would not
+        # see d0 change if both began as the same value.
+        zero = tl.zeros([LINES], tl.uint32)
+        a0, b0, c0, d0 = zero, zero, zero, zero
+        a1, b1, c1, d1 = zero, zero, zero, zero
+        a2, b2, c2, d2 = zero, zero, zero, zero
         for i in range(SIDE + 6):
             coming = tl.load(read + tl.minimum(i + 1, SIDE - 1)).to(tl.uint32)
             e1 = tl.where(i < SIDE + 2, _boxed(a0, b0, c0, d0, e0, inner, outer, wide), d1)
             e2 = tl.where(i < SIDE + 4, _boxed(a1, b1, c1, d1, e1, inner, outer, wide), d2)
             e3 = _boxed(a2, b2, c2, d2, e2, inner, outer, wide)
-            a0, b0, c0, d0, e0 = b0, c0, d0, e0, coming
-            a1, b1, c1, d1 = tl.where(i < 3, e1, b1), tl.where(i < 3, e1, c1), tl.where(i < 3, e1, d1), e1
-            a2, b2, c2, d2 = tl.where(i < 5, e2, b2), tl.where(i < 5, e2, c2), tl.where(i < 5, e2, d2), e2
+            a0, b0, c0, d0 = _appended(b0, c0, d0, e0, i == 0)
+            a1, b1, c1, d1 = _appended(b1, c1, d1, e1, i <= 2)
+            a2, b2, c2, d2 = _appended(b2, c2, d2, e2, i <= 4)
+            e0 = coming
             tl.store(write + (i - 6) * SIDE, e3.to(tl.uint8), mask=inside & (i >= 6))
