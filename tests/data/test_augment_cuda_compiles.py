@@ -68,7 +68,7 @@ def test_compiles(
 
 @pytest.mark.parametrize(("side", "channels", "last"), [(9, 3, True), (8, 1, False), (33, 3, False)])
 def test_compiled_views_equal_cpp(side: int, channels: int, last: bool, tmp_path: Any, monkeypatch: Any) -> None:
-    """With several chunks, the blur of more lines than at once, and on the CPU.
+    """Run the compiled program on images of several chunks, and with more lines than are blurred at once.
 
     Triton drops a variable from a loop if the loop's body only gives it the value that another variable began with.
     """
