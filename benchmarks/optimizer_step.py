@@ -1,8 +1,12 @@
 """Cost of an optimizer's step: ours beside torch's, timm's and pytorch_optimizer's, on real parameter shapes.
 
 All steps alternate in one process, in reversed order every other repeat; medians [quartiles]; ratios last.
-`python benchmarks/optimizer_step.py [--device cuda] [--models resnet18 resnet50] [--repeats 11] [--out FILE.json]
-[--smallest]`
+`python benchmarks/optimizer_step.py [--device cuda] [--models resnet18 resnet50 transformer] [--repeats 11]
+[--compiled] [--out FILE.json] [--smallest]`
+
+On a GPU, ms is the host's time to queue a step, and device ms the time of a step in a CUDA graph, with a cold cache;
+the ratios are of the device's times. ``--compiled`` adds torch.compile of the foreach form. The transformer has 110
+million parameters.
 
 The byte limit is the least memory traffic of a step, at the bandwidth of an in-place addition of 1 GiB arrays, which
 alternates with the optimizers. Bytes a parameter in fp32: SGD reads weight, gradient and momentum
@@ -24,7 +28,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -37,10 +40,11 @@ import timm.optim
 import torch
 import torchvision
 from shared import parsed, print_table, quartiles
+from shared.device_time import cuda_calls, device_seconds, event_seconds
+from shared.operations import operations
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from largebatch import optim
 
@@ -74,7 +78,7 @@ for name in ("LARS", "TVLARS", "LAMB"):
     print(name, step(getattr(optim, name)))
 """
 
-Make = Callable[[list[Parameter]], Optimizer]
+Make = Callable[..., Optimizer]  # of parameters and further options
 
 
 @dataclass
@@ -106,7 +110,7 @@ def contestants() -> dict[str, tuple[str, Make]]:
     made: dict[str, tuple[str, Make]] = {}
 
     def add(name: str, family: str, optimizer_class: Any, **options: Any) -> None:
-        made[name] = family, lambda parameters: optimizer_class(parameters, **options)
+        made[name] = family, lambda parameters, **more: optimizer_class(parameters, **options, **more)
 
     for form, options in forms.items():
         add(f"torch SGD, {form}", "SGD", torch.optim.SGD, **momentum, **options)
@@ -130,17 +134,38 @@ def contestants() -> dict[str, tuple[str, Make]]:
     return dict(sorted(made.items(), key=lambda item: list(BYTES).index(item[1][0])))  # by family
 
 
+def shapes_of(model: str) -> list[torch.Size]:
+    with torch.device("meta"):
+        if model == "transformer":
+            layers = [torch.nn.TransformerEncoderLayer(768, 12, 3072) for _ in range(12)]
+            network: torch.nn.Module = torch.nn.Sequential(torch.nn.Embedding(32_000, 768), *layers)
+        else:
+            network = getattr(torchvision.models, model)()
+    return [parameter.shape for parameter in network.parameters()]
+
+
+def tensors(model: str, device: str) -> list[list[Tensor]]:
+    """Return random weights and gradients."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    return [
+        [torch.randn(shape, generator=generator, device=device).mul_(scale) for shape in shapes_of(model)]
+        for scale in (0.05, 0.01)
+    ]
+
+
+def with_gradients(weights: list[Tensor], gradients: list[Tensor]) -> list[Parameter]:
+    parameters = [Parameter(weight.clone()) for weight in weights]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    return parameters
+
+
 def candidates(model: str, device: str) -> dict[str, Candidate]:
     """Return all contestants on the shapes of ``model`` after three steps, with state and compiled kernels."""
-    shapes = [parameter.shape for parameter in getattr(torchvision.models, model)().parameters()]
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(shape, generator=generator).mul_(0.05).to(device) for shape in shapes]
-    gradients = [torch.randn(shape, generator=generator).mul_(0.01).to(device) for shape in shapes]
+    weights, gradients = tensors(model, device)
     warm = {}
     for name, (family, make) in contestants().items():
-        parameters = [Parameter(weight.clone()) for weight in weights]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.clone()
+        parameters = with_gradients(weights, gradients)
         candidate = Candidate(family, parameters, make(parameters))
         candidate.prepare()
         try:
@@ -160,16 +185,10 @@ def candidates(model: str, device: str) -> dict[str, Candidate]:
 # -- measuring
 
 
-def seconds(action: Callable[[], object], device: str) -> float:
-    """Return the seconds from the first kernel's launch to the last kernel's end."""
+def host_seconds(action: Callable[[], object], device: str) -> float:
+    """Return the seconds until the action returns: on a GPU, until its kernels are queued."""
     if device == "cuda":
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        started.record()
-        action()
-        ended.record()
-        torch.cuda.synchronize()
-        return started.elapsed_time(ended) / 1000
     begin = time.perf_counter()
     action()
     return time.perf_counter() - begin
@@ -190,58 +209,39 @@ def interleaved(warm: dict[str, Candidate], repeats: int, elements: int, device:
         for name in list(actions) if repeat % 2 == 0 else reversed(actions):
             if name in warm:
                 warm[name].prepare()
-            times[name].append(seconds(actions[name], device))
+            on_device = name == ADDITION and device == "cuda"
+            spent = event_seconds(actions[name]) if on_device else host_seconds(actions[name], device)
+            times[name].append(spent)
         gc.collect()
     gc.enable()
     return times
 
 
-class Dispatched(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher, except views."""
+def device_times(model: str, repeats: int, compiled: bool) -> dict[str, list[float]]:
+    """Return the quartiles of a step's device time for our and torch's optimizers, except the slow forms for-loop.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not operation.is_view and operation.namespace != "profiler":  # torch.optim marks each step for the profiler
-            self.counts[operation.overloadpacket.__name__] += 1
-        return operation(*args, **(kwargs or {}))
-
-
-def dispatched(candidate: Candidate) -> dict[str, int]:
-    """Count the operations of one step. Our fused kernels bypass torch's dispatcher and aren't counted.
-
-    Some scalars are on the host even when training on a device: the step counters of AdamW's unfused forms.
+    Other libraries copy numbers to the device in a step, which a CUDA graph can't capture. Default forms are the fused
+    forms, and CLARS's only form.
     """
-    candidate.prepare()
-    with Dispatched() as mode:
-        candidate.optimizer.step()
-    reads = mode.counts.pop("_local_scalar_dense", 0)
-    return {"operations": mode.counts.total(), "scalar_reads": reads}
-
-
-def cuda_calls(action: Callable[[], object]) -> dict[str, int]:
-    """Count kernel launches and waits for the device, by torch.profiler's calls of the CUDA runtime."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
-        action()
-    counts = {"launches": 0, "synchronisations": 0}
-    for event in profile.key_averages():
-        if event.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")):
-            counts["launches"] += event.count
-        elif event.key.startswith(("cuda", "cu")) and event.key.endswith("Synchronize"):
-            counts["synchronisations"] += event.count
-    return counts
-
-
-def profiled(candidate: Candidate) -> dict[str, int]:
-    """Count the calls of one step, without the profiler's own."""
-    candidate.prepare()
-    torch.cuda.synchronize()
-    of_nothing, of_step = cuda_calls(lambda: None), cuda_calls(candidate.optimizer.step)
-    return {key: of_step[key] - of_nothing[key] for key in of_step}
+    weights, gradients = tensors(model, "cuda")
+    times = {}
+    for name, (family, make) in contestants().items():
+        own = name.startswith(("LARS", "TVLARS", "CLARS", "LAMB"))
+        again = name.endswith("for-loop") or name.replace("default", "fused") in times
+        if again or not (own or name.startswith("torch ")):
+            continue
+        options = {"capturable": True} if own or "AdamW" in name else {}
+        candidate = Candidate(family, [], None)
+        candidate.parameters = with_gradients(weights, gradients)
+        candidate.optimizer = make(candidate.parameters, **options)
+        steps = {name: candidate.optimizer.step}
+        if compiled and own and "foreach" in name:
+            torch._dynamo.reset()
+            steps[name.replace("foreach", "compiled")] = torch.compile(candidate.optimizer.step)
+        for form, step in steps.items():
+            if found := device_seconds(lambda prepare=candidate.prepare, step=step: (prepare(), step()), repeats):
+                times[form] = quartiles(found)
+    return times
 
 
 def first_steps(device: str, threads: int) -> dict[str, dict[str, float]]:
@@ -267,27 +267,34 @@ def first_steps(device: str, threads: int) -> dict[str, dict[str, float]]:
 # -- reporting
 
 
-def measure(model: str, device: str, repeats: int, elements: int) -> dict[str, Any]:
+def measure(model: str, device: str, repeats: int, elements: int, compiled: bool) -> dict[str, Any]:
     warm = candidates(model, device)
     times = {name: quartiles(values) for name, values in interleaved(warm, repeats, elements, device).items()}
     bandwidth = ADDITION_BYTES * elements / times[ADDITION][1]
     weights = next(iter(warm.values())).parameters
     count = sum(weight.numel() for weight in weights)
-    rows = []
+    families = {name: candidate.family for name, candidate in warm.items()}
+    counted = {}
     for name, candidate in warm.items():
-        median = times[name][1]
-        rows.append(
-            {
-                "optimizer": name,
-                "family": candidate.family,
-                "seconds": times[name],
-                "against": YARDSTICK[candidate.family],
-                "ratio": median / times[YARDSTICK[candidate.family]][1],
-                "byte_limit_ratio": median * bandwidth / (BYTES[candidate.family] * count),
-                **dispatched(candidate),
-                **(profiled(candidate) if device == "cuda" else {}),
-            }
-        )
+        candidate.prepare()
+        counted[name] = operations(candidate.optimizer.step)
+    alone = times  # of the device, where host and device work at the same time
+    if device == "cuda":
+        for name, candidate in warm.items():
+            candidate.prepare()
+            counted[name] |= cuda_calls(candidate.optimizer.step)
+        alone = device_times(model, repeats, compiled)
+        families |= {name: families[name.replace("compiled", "foreach")] for name in alone}
+    rows = []
+    for name in sorted(families, key=lambda name: list(BYTES).index(families[name])):
+        family = families[name]
+        row = {"optimizer": name, "family": family, "against": YARDSTICK[family], **counted.get(name, {})}
+        row["seconds"] = times.get(name)
+        if name in alone:
+            row["device_seconds"] = alone[name]
+            row["ratio"] = alone[name][1] / alone[YARDSTICK[family]][1]
+            row["byte_limit_ratio"] = alone[name][1] * bandwidth / (BYTES[family] * count)
+        rows.append(row)
     statistics_rows = [
         {
             "optimizer": name,
@@ -308,7 +315,13 @@ def measure(model: str, device: str, repeats: int, elements: int) -> dict[str, A
     }
 
 
-def milliseconds(times: list[float]) -> str:
+def ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def milliseconds(times: list[float] | None) -> str:
+    if times is None:
+        return ""
     low, median, high = (f"{1000 * value:.0f}" if value >= 0.1 else f"{1000 * value:.3g}" for value in times)
     return f"{median} [{low}-{high}]"
 
@@ -316,15 +329,17 @@ def milliseconds(times: list[float]) -> str:
 def show(model: str, result: dict[str, Any], device: str) -> None:
     print(f"{model}: {result['parameters']:,} parameters in {result['tensors']} tensors; ", end="")
     print(f"bandwidth {result['bytes_per_second'] / 1e9:.1f} GB/s\n")
-    headers = ["optimizer", "ms", "x SGD fused", "x AdamW fused", "x byte limit", "operations", "scalar reads"]
-    headers += ["launches", "synchronisations"] if device == "cuda" else []
+    on_gpu = ["device ms"] if device == "cuda" else []
+    counts = ["operations", "scalar reads", *(["launches", "synchronisations"] if on_gpu else [])]
+    headers = ["optimizer", "ms", *on_gpu, "x SGD fused", "x AdamW fused", "x byte limit", *counts]
     table = [
         [
             row["optimizer"],
             milliseconds(row["seconds"]),
-            *(f"{row['ratio']:.2f}" if row["against"] == YARDSTICK[family] else "" for family in ("SGD", "AdamW")),
-            f"{row['byte_limit_ratio']:.2f}",
-            *(row[key] for key in ("operations", "scalar_reads", "launches", "synchronisations") if key in row),
+            *(milliseconds(row.get("device_seconds")) for _ in on_gpu),
+            *(ratio(row.get("ratio")) if row["against"] == YARDSTICK[family] else "" for family in ("SGD", "AdamW")),
+            ratio(row.get("byte_limit_ratio")),
+            *(row.get(key.replace(" ", "_"), "") for key in counts),
         ]
         for row in result["rows"]
     ]
@@ -355,10 +370,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; 2 by default")
-    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"], help="torchvision's names")
+    parser.add_argument("--models", nargs="+", help="of torchvision, or transformer; by default ResNet-18 and -50")
     parser.add_argument("--repeats", type=int, default=11, help="11 by default")
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     parser.add_argument("--elements", type=int, default=1 << 28, help="elements of each added array; 2^28 by default")
+    parser.add_argument("--compiled", action="store_true", help="on a GPU, compile the foreach forms too (minutes)")
     given = parsed(parser, models=["squeezenet1_1"], repeats=1, elements=1 << 16)
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("error", ".*fused=True")  # our optimizers warn when they take another step
@@ -369,8 +385,8 @@ def main() -> None:
     found = {**about, "first_steps": first_steps(given.device, given.threads), "models": {}}
     if found["first_steps"]:
         show_first_steps(found["first_steps"])
-    for model in given.models:
-        found["models"][model] = measure(model, given.device, given.repeats, given.elements)
+    for model in given.models or ["resnet18", "resnet50", *(["transformer"] if given.device == "cuda" else [])]:
+        found["models"][model] = measure(model, given.device, given.repeats, given.elements, given.compiled)
         show(model, found["models"][model], given.device)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")

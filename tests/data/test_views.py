@@ -344,13 +344,15 @@ def test_min_area_1_crops_nothing():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("channels", [1, 3])
-def test_cuda_equals_pil_without_a_host_synchronisation(channels):
+@pytest.mark.parametrize("path", [augment.augmented, augment.augmented_torch], ids=["kernel", "torch"])
+def test_cuda_equals_pil_without_a_host_synchronisation(path, channels):
     images, draws = some_images(60, channels, 32), draws_for(60, 32, SECOND)
     mean, std = torch.zeros(channels, device="cuda"), torch.full((channels,), 1 / 255, device="cuda")
     on_device, indices = images.cuda(), torch.arange(60, device="cuda")
+    path(on_device[:1], indices[:1], draws[:1].to("cuda"), mean, std)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = augment.augmented(on_device, indices, draws.to("cuda"), mean, std)
+        got = path(on_device, indices, draws.to("cuda"), mean, std)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got.cpu().round(), pil_levels(images, draws))

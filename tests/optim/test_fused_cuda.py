@@ -22,6 +22,7 @@ from torch import Tensor
 
 from largebatch.optim import fused_cuda
 from largebatch.optim.param_groups import LambNumbers, LarsNumbers, Part
+from largebatch.optim.tvlars import phi
 
 INFINITY = float("inf")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -141,14 +142,20 @@ class Setting:
             for weight, flag in zip(weights, flags, strict=True)
         ]
 
-    def step(self, n: LarsNumbers | LambNumbers, given: Tensor | None = None) -> tuple[Tensor, list[list[float]]]:
-        """Return the statistics [3, adapted tensors] of the kernels and of the reference."""
+    def step(
+        self, n: LarsNumbers | LambNumbers, given: Tensor | None = None, launched: Any = None, steps: Any = ()
+    ) -> tuple[Tensor, list[list[float]]]:
+        """Return the statistics [3, adapted tensors] of the kernels and of the reference.
+
+        ``launched`` are the kernels' numbers if they differ from the reference's, ``steps`` the tensors' step counts.
+        """
+        launched = launched or n
         layers = [layer._replace(gradient=numbers(g)) for layer, g in zip(self.layers, self.gradients, strict=True)]
         if isinstance(n, LambNumbers):
-            stats = fused_cuda.lamb(self.part((*self.state, [])), n)
+            stats = fused_cuda.lamb(self.part((*self.state, list(steps))), launched)
             rows = [lamb_reference(layer, n) for layer in layers]
         else:
-            stats = fused_cuda.lars(self.part((self.state[0] if n.momentum else [],), given), n)
+            stats = fused_cuda.lars(self.part((self.state[0] if n.momentum else [],), given), launched)
             norms = iter([] if given is None else given.tolist())
             takes = [given is not None and layer.adapted for layer in layers]
             rows = [
@@ -235,6 +242,42 @@ def check_lamb_with_every_combination_of_options(limited: bool, maximize: bool, 
     corrections = {"correction1": 1 - 0.9**3, "correction2": 1 - 0.99**3} if corrected else {}
     setting = Setting(random(SHAPES, 1), random(SHAPES, 2), 2, initial=0.25)
     setting.compare(*setting.step(LAMB._replace(maximize=maximize, **limits, **corrections)))
+
+
+@pytest.mark.parametrize("options", [{}, {"larc": True, "max_ratio": 0.5}, {"lr_in_momentum": True}], ids=str)
+def check_lars_reads_lr_and_coefficient_from_the_device(options: dict[str, Any]) -> None:
+    """The tensors are elements of larger tensors, aligned to 4 bytes only."""
+    setting, n = Setting(random(SHAPES, 1), random(SHAPES, 2), 1), LARS._replace(**options)
+    values = torch.zeros(3, device=DEVICE)
+    launched = n._replace(lr=values[1], coefficient=values[2])
+    for lr, coefficient in ((0.3, 0.02), (0.1, 0.05)):
+        values.copy_(torch.tensor([0.0, lr, coefficient]))
+        setting.compare(*setting.step(n._replace(lr=lr, coefficient=coefficient), launched=launched))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def check_lamb_reads_lr_and_step_counts_from_the_device(beta1: float) -> None:
+    setting = Setting(random(SHAPES, 1), random(SHAPES, 2), 2)
+    lr, counts = torch.zeros((), device=DEVICE), [torch.zeros((), device=DEVICE) for _ in SHAPES]
+    n = LAMB._replace(beta1=beta1, beta2=0.999)
+    for step in (1, 2, 60, 600, 10**6):  # of 1 - beta2^t, some by the series and some by the exponential
+        lr.fill_(0.01 * step**-0.5)
+        torch._foreach_add_(counts, step - counts[0].item())
+        corrected = n._replace(lr=lr.item(), correction1=1 - beta1**step, correction2=1 - n.beta2**step)
+        setting.compare(*setting.step(corrected, launched=n._replace(lr=lr), steps=counts))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def check_tvlars_coefficient_advances_the_step(alpha: float) -> None:
+    options = {"lmbda": 0.5, "alpha": alpha, "delay": 4, "gamma_min": 0.01}
+    for before in (0, 7, 10**4):  # the last overflows fp64's exponential
+        step = torch.tensor(float(before), device=DEVICE)
+        found = fused_cuda.tvlars_coefficient(step, 0.02, **options)
+        assert step.item() == before + 1
+        assert found.item() == pytest.approx(0.02 * phi(before + 1, **options), rel=1e-6)
+    step = torch.tensor(0.0, device=DEVICE)
+    found = fused_cuda.tvlars_coefficient(step, 1.0, 1.0, 0.0, 1000, 0.0)  # the fraction is larger than any float
+    assert found.item() == pytest.approx(1 / torch.finfo(torch.float32).tiny)
 
 
 @pytest.mark.parametrize("n", [LARS, LAMB], ids=["lars", "lamb"])

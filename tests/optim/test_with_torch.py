@@ -332,19 +332,38 @@ def test_backward_through_an_overwritten_weight_raises(kind, way):
 
 # -- CUDA graphs
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+def captured(step):
+    """Return a graph of ``step`` after one step for the warm-up."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+@on_gpu
+@pytest.mark.filterwarnings("error:.*fused=True")
+@pytest.mark.parametrize("way", ["fused", "foreach"])
 @pytest.mark.parametrize("options", [{}, {"adapt_1d": True, "max_ratio": 1.0}], ids=["default", "limited"])
 @ALL
-def test_cuda_graph(kind, options):
-    """A graph is replayed with another lr each time; statistics are those of the latest replay."""
+def test_cuda_graph(kind, options, way):
+    """A graph is replayed with another lr each time, as an eager step in fp64; statistics are those of the replay."""
     if kind == "lars" and options:
         options = {**options, "denominator": "sum_of_norms", "lr_in_momentum": True}
     lr = torch.tensor(lr_of(kind), device="cuda")
-    eager = Run(kind, small_model().cuda(), foreach=True, **options)
-    run = Run(kind, small_model().cuda(), lr=lr, capturable=True, **options)
-    for one in (eager, run):  # the gradients stay the same: this is about the step
-        loss_of(one.model, *(tensor.cuda() for tensor in batch(0))).backward()
+    eager = Run(kind, small_model().double().cuda(), foreach=True, **options)
+    run = Run(kind, small_model().cuda(), lr=lr, capturable=True, **{way: True}, **options)
+    loss_of(eager.model, *(tensor.double().cuda() for tensor in batch(0))).backward()
+    for mine, theirs in zip(run.model.parameters(), eager.model.parameters(), strict=True):
+        mine.grad = theirs.grad.float()  # stays the same: this is about the step
+    for one in (eager, run):
         one.given = {layer: torch.tensor(2.0, device="cuda") for layer in one.optimizer.layers}
 
     def step(one):
@@ -352,22 +371,47 @@ def test_cuda_graph(kind, options):
             one.optimizer.set_sample_norms(one.given)
         one.optimizer.step()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(run)
-    torch.cuda.current_stream().wait_stream(side)
+    graph = captured(lambda: step(run))
     step(eager)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(run)
     for factor in (1.0, 0.5, 2.0):
         lr.fill_(lr_of(kind) * factor)
         eager.optimizer.param_groups[0]["lr"] = lr_of(kind) * factor
         graph.replay()
         step(eager)
-        close(list(run.model.parameters()), list(eager.model.parameters()))
+        for mine, theirs in zip(run.model.parameters(), eager.model.parameters(), strict=True):
+            close(mine.double(), theirs)
         close(run.optimizer.layer_stats(), eager.optimizer.layer_stats())
+
+
+@on_gpu
+@ALL
+def test_cuda_graph_of_the_whole_training_step(kind):
+    """The captured backward pass allocates the gradients; eager steps don't change the graph."""
+    eager, run = (Run(kind, small_model().cuda(), foreach=foreach, capturable=True) for foreach in (True, None))
+    inputs = [tensor.cuda() for tensor in batch(0)]
+    norm = torch.tensor(2.0, device="cuda")
+
+    def step(one):
+        one.optimizer.zero_grad(set_to_none=True)
+        loss_of(one.model, *inputs).backward()
+        if kind == "clars":
+            one.optimizer.set_sample_norms(dict.fromkeys(one.optimizer.layers, norm))
+        one.optimizer.step()
+
+    if kind == "clars":
+        for one in (eager, run):
+            one.norms.remove()
+    graph = captured(lambda: step(run))
+    step(eager)
+    for number in range(1, 6):
+        for tensor, values in zip(inputs, batch(number), strict=True):
+            tensor.copy_(values)
+        if number == 3:
+            step(run)
+        else:
+            graph.replay()
+        step(eager)
+        close(list(run.model.parameters()), list(eager.model.parameters()))
 
 
 # -- processes

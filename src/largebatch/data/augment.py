@@ -5,8 +5,8 @@ RandomRotation`` at equal parameters: the rotation is PIL's nearest-neighbour ro
 Pixels from outside the crop are 0, also at positions where the padded image has a pixel, as in the chain. With
 ``ViewDraws``, they are a view of Barlow Twins (``views.py``).
 
-On CPU the code is C++ (``augment_cpu.py``). On other devices, and without a compiler, it is torch. Both give the same
-bits.
+On CPU the code is C++ (``augment_cpu.py``), on CUDA a Triton kernel (``augment_cuda.py``). On other devices, and
+without a compiler, it is torch. All give the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from largebatch.data import augment_cpu
+from largebatch.data import augment_cpu, augment_cuda
 from largebatch.data.draws import AnyDraws, Draws, ViewDraws
 from largebatch.data.views import viewed
 
@@ -45,8 +45,12 @@ def augmented(
         IndexError: on CPU, if an index isn't in 0..M-1.
         ValueError: on CPU, if shapes or types don't fit.
     """
-    in_cpp = pixels.device.type == "cpu" and not augment_cpu.why_not(draws)
-    function = augment_cpu.augmented if in_cpp else augmented_torch
+    function = augmented_torch
+    if pixels.device.type == "cpu":
+        if not augment_cpu.why_not(draws):
+            function = augment_cpu.augmented
+    elif not torch.compiler.is_compiling() and not augment_cuda.why_not(pixels, draws, channels_last, augmented_torch):
+        function = augment_cuda.augmented
     return function(pixels, indices, draws, mean, std, channels_last=channels_last)
 
 

@@ -9,10 +9,14 @@ and probabilities. Each number is distributed as in torchvision's transforms.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from largebatch.config.datasets import DatasetConfig
@@ -23,7 +27,10 @@ _LARGEST_SIDE = 1 << 14  # pixels
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
 _SIGMA = (0.1, 2.0)
+_ORDERS = np.array(list(itertools.permutations(range(4))))  # of the colour jitter's steps
 _TRIES = 10  # attempts to find a crop that fits into the image
+
+_Numbers = NDArray[np.floating[Any]]
 
 # Numbers of the colour jitter's steps in ViewDraws.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -110,39 +117,49 @@ AnyDraws = Draws | ViewDraws | None  # None: no augmentation
 
 
 def draw_view(generator: torch.Generator, n: int, side: int, config: DatasetConfig, view: int) -> ViewDraws:
-    """Return ``n`` draws for the first (0) or second (1) ``view`` of images of ``side`` pixels, on the CPU."""
+    """Return ``n`` draws for the first (0) or second (1) ``view`` of images of ``side`` pixels, on the CPU.
+
+    The arithmetic is NumPy's: dozens of small operations would each wake torch's threads.
+    """
     views = config.views
-
-    def chance(probability: float) -> Tensor:
-        return torch.rand(n, generator=generator) < probability
-
-    def factor(spread: float) -> Tensor:
-        return torch.empty(n).uniform_(1 - spread, 1 + spread, generator=generator)
-
     height, width = _crop_sizes(generator, n, side, views.min_area)
-    top, left = (_up_to(generator, side - length) for length in (height, width))
-    order = torch.rand(n, 4, generator=generator).argsort(1)
-    hue = torch.empty(n).uniform_(-_HUE, _HUE, generator=generator)
-    sigma = torch.empty(n).uniform_(*_SIGMA, generator=generator)
-    whole = [top, left, height, width, chance(0.5 if config.flip else 0.0), chance(views.jitter), *order.unbind(1)]
-    shift = (hue.double() * 255).int()  # towards 0, as in torchvision
-    whole += [shift, chance(views.gray), chance(views.solarize[view])]
-    real = [factor(_BRIGHTNESS), factor(_CONTRAST), factor(_SATURATION), sigma * chance(views.blur[view])]
-    return ViewDraws(torch.stack([column.int() for column in whole], 1), torch.stack(real, 1))
+    top, left, order, flip, jitter, gray, solarize, blur, hue, sigma, *factors = torch.rand(
+        (13, n), generator=generator
+    ).numpy()
+    whole, real = np.empty((n, len(_WHOLE)), np.int32), np.empty((n, len(_REAL)), np.float32)
+    whole[:, 0] = _up_to(top, side - height)
+    whole[:, 1] = _up_to(left, side - width)
+    whole[:, 2], whole[:, 3] = height, width
+    whole[:, 4], whole[:, 5] = flip < (0.5 if config.flip else 0.0), jitter < views.jitter
+    whole[:, 6:10] = _ORDERS[_up_to(order, len(_ORDERS) - 1)]
+    whole[:, 10] = _between(-_HUE, _HUE, hue) * 255  # rounded towards 0, as in torchvision
+    whole[:, 11], whole[:, 12] = gray < views.gray, solarize < views.solarize[view]
+    for column, (spread, factor) in enumerate(zip((_BRIGHTNESS, _CONTRAST, _SATURATION), factors, strict=True)):
+        real[:, column] = _between(1 - spread, 1 + spread, factor)
+    real[:, 3] = _between(*_SIGMA, sigma) * (blur < views.blur[view])
+    return ViewDraws(torch.from_numpy(whole), torch.from_numpy(real))
 
 
-def _crop_sizes(generator: torch.Generator, n: int, side: int, min_area: float) -> tuple[Tensor, Tensor]:
-    """Return heights and widths [N]: the first of ten attempts that fits, else the whole image."""
-    shape = (n, _TRIES)
-    area = torch.empty(shape, dtype=torch.float64).uniform_(min_area, 1.0, generator=generator) * side**2
-    ratio = torch.empty(shape, dtype=torch.float64).uniform_(*_LOG_RATIO, generator=generator).exp()
-    height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    fits = (height >= 1) & (height <= side) & (width >= 1) & (width <= side)
-    first = fits.byte().argmax(1, keepdim=True)  # the first maximum
-    height, width = (torch.where(fits, length, side).gather(1, first).squeeze(1) for length in (height, width))
-    return height, width
+def _crop_sizes(generator: torch.Generator, n: int, side: int, min_area: float) -> tuple[_Numbers, _Numbers]:
+    """Return heights and widths [n]: the first of ten attempts that fits, else the whole image."""
+    sizes = np.full((2, n), float(side))
+    left = np.arange(n)  # images without a crop that fits
+    for _ in range(_TRIES):
+        area, ratio = torch.rand((2, len(left)), dtype=torch.float64, generator=generator).numpy()
+        area, ratio = _between(min_area, 1.0, area) * side**2, np.exp(_between(*_LOG_RATIO, ratio))
+        drawn = np.sqrt([area / ratio, area * ratio]).round()
+        fits = ((drawn >= 1) & (drawn <= side)).all(0)
+        sizes[:, left[fits]] = drawn[:, fits]
+        left = left[~fits]
+        if not len(left):
+            break
+    return sizes[0], sizes[1]
 
 
-def _up_to(generator: torch.Generator, last: Tensor) -> Tensor:
-    """Return whole numbers [N], uniform in 0..last."""
-    return (torch.rand(len(last), dtype=torch.float64, generator=generator) * (last + 1)).floor().minimum(last)
+def _between(low: float, high: float, uniform: _Numbers) -> _Numbers:
+    return low + (high - low) * uniform
+
+
+def _up_to(uniform: _Numbers, last: _Numbers | int) -> NDArray[np.int64]:
+    """Return whole numbers [n], uniform in 0..last."""
+    return np.minimum((uniform * (np.asarray(last) + 1.0)).astype(np.int64), np.asarray(last, np.int64))

@@ -29,11 +29,11 @@ def _resized_crop(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
     """Convert uint8 [N, C, S, S] to int32 in 0..255: crop, horizontal and then vertical bicubic pass, flip."""
     images = images.int()
     side = images.shape[-1]
-    columns, weights = _taps(numbers["left"], numbers["width"], side)
+    columns, weights = bicubic_taps(numbers["left"], numbers["width"], side)
     flip = numbers["flip"] > 0  # the last column first
     columns, weights = (torch.where(flip, taps.flip(2), taps) for taps in (columns, weights))
     images = _weigh(images, 3, columns.transpose(2, 3), weights.transpose(2, 3))
-    return _weigh(images, 2, *_taps(numbers["top"], numbers["height"], side))
+    return _weigh(images, 2, *bicubic_taps(numbers["top"], numbers["height"], side))
 
 
 def _weigh(images: Tensor, axis: int, positions: Tensor, weights: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _weigh(images: Tensor, axis: int, positions: Tensor, weights: Tensor) -> Ten
     return (fixed >> _TAP_BITS).clamp_(0, 255)
 
 
-def _taps(first: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
+def bicubic_taps(first: Tensor, size: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Return the four source pixels of each of ``side`` pixels, int64 [N, 1, side, 4], and their weights, int32.
 
     ``first`` and ``size`` [N, 1, 1, 1]: the crop in the image, along one axis.

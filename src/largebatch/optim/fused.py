@@ -17,15 +17,16 @@ def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:
     The module has ``why_not(weights)``, and ``lars(part, numbers)`` and ``lamb(part, numbers)`` as ``unfused`` has.
     """
     weights, device = part.weights, part.weights[0].device.type
-    if group["capturable"]:
-        return None, "capturable=True"
-    if isinstance(group["lr"], Tensor):
-        return None, "the learning rate is a tensor"
+    if device == "cpu" and (group["capturable"] or isinstance(group["lr"], Tensor)):
+        return None, "the fused step on CPU requires numbers, not capturable=True or a tensor as learning rate"
     if part.shards or not {type(weight) for weight in weights} <= {Tensor, torch.nn.Parameter}:
         return None, "parameters are sharded or of a special tensor type"
     if part.gradients[0].dtype != weights[0].dtype:
         return None, "gradients and parameters have different types"
-    if not _same_layout(weights, part.gradients, *part.state):
+    state, steps = part.state[:2], list(chain(*part.state[2:]))  # LAMB's third list is step counts
+    if {(step.device, step.dtype) for step in steps} - {(weights[0].device, torch.float32)}:
+        return None, "step counts aren't fp32 tensors on the device"
+    if not _same_layout(weights, part.gradients, *state):
         return None, "parameters, gradients and state have different memory layouts, or gaps in memory"
     if device == "cpu":
         from largebatch.optim import fused_cpu as kernels
@@ -35,6 +36,26 @@ def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:
         return None, f"there is no fused step for {device}"
     reason = kernels.why_not(weights)
     return (None, reason) if reason else (kernels, "")
+
+
+def fused_tvlars_coefficient(step: Tensor, group: Group) -> Tensor | None:
+    """Advance ``step`` and return TVLARS's factor for it in one launch; None if that isn't possible.
+
+    A captured graph has few kernels, so that ten small operations would be a noticeable part of a step.
+    """
+    if not step.is_cuda or torch.compiler.is_compiling() or not may_be_fused(group):
+        return None
+    from largebatch.optim import fused_cuda
+
+    if fused_cuda.why_not([step]):
+        return None
+    options = [group[name] for name in ("trust_coefficient", "lmbda", "alpha", "delay", "gamma_min")]
+    return fused_cuda.tvlars_coefficient(step, *options)
+
+
+def may_be_fused(group: Group) -> bool:
+    """Return True if the options allow the fused step."""
+    return group["fused"] or (group["fused"] is None and group["foreach"] is None)
 
 
 def _same_layout(weights: list[Tensor], *others: list[Tensor]) -> bool:

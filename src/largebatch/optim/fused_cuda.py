@@ -37,9 +37,12 @@ def why_not(weights: list[Tensor]) -> str:
         return _failed_trial(device, weights[0].dtype) if device.type == "cpu" else "TRITON_INTERPRET is set"
     if device.type != "cuda" or torch.version.hip is not None:
         return "the fused step in triton requires an NVIDIA device"
-    if torch.cuda.get_device_capability(device) < _OLDEST:
+    if _capability(device) < _OLDEST:
         return f"triton needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer"
     return _failed_trial(device, weights[0].dtype)
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def lars(part: Part, numbers: LarsNumbers) -> Tensor:
@@ -51,57 +54,111 @@ def lars(part: Part, numbers: LarsNumbers) -> Tensor:
     Returns:
         fp32 of shape [3, adapted parameters] on their device: weight norm, gradient norm, trust ratio.
     """
-    kernels = _kernels()
     with torch.cuda.device_of(part.weights[0]):  # type: ignore[no-untyped-call]  # triton takes the current device
-        table, partials, stats, types = _prepared(kernels, part)
+        table, partials, stats, types = _prepared(part)
         count, chunks, rows = len(part.weights), len(table.chunks), len(table.rows)
         sign = -1.0 if numbers.maximize else 1.0
-        types["GRADIENT_ALIGN"] = table.gradient_align
+        lr, coefficient = _value(numbers.lr, stats), _value(numbers.coefficient, stats)
+        types = *types, table.gradient_align
         if table.adapted_chunks:
-            kernels.lars_norms[(table.adapted_chunks,)](
-                table.chunks, table.pointers, partials, count, chunks, numbers.weight_decay, sign, **types
-            )
+            _launch(
+                "lars_norms", table.adapted_chunks, types,
+                table.chunks, table.pointers, partials, count, chunks, numbers.weight_decay, sign,
+            )  # fmt: skip
         if rows:
-            kernels.trust_ratios[(rows,)](
+            _launch(
+                "trust_ratios", rows, (numbers.sum_of_norms,),
                 table.rows, partials, part.given_norms, stats, chunks, rows,
-                numbers.coefficient, numbers.weight_decay, numbers.eps, numbers.norm_clip, numbers.norm_clip,
-                numbers.lr if numbers.larc else 1.0, numbers.max_ratio, SUM_OF_NORMS=numbers.sum_of_norms,
-                **kernels.RATIO_OPTIONS,
+                coefficient, numbers.weight_decay, numbers.eps, numbers.norm_clip, numbers.norm_clip,
+                lr if numbers.larc else 1.0, numbers.max_ratio,
             )  # fmt: skip
         if chunks:
-            inner, outer = (numbers.lr, 1.0) if numbers.lr_in_momentum else (1.0, numbers.lr)
-            kernels.lars_update[(chunks,)](
+            inner, outer = (lr, 1.0) if numbers.lr_in_momentum else (1.0, lr)
+            _launch(
+                "lars_update", chunks, (*types, bool(part.state[0]), numbers.nesterov),
                 table.chunks, table.pointers, stats, count, rows,
                 numbers.weight_decay, sign, numbers.momentum, inner, outer,
-                MOMENTUM=bool(part.state[0]), NESTEROV=numbers.nesterov, **types,
             )  # fmt: skip
     return stats
 
 
 def lamb(part: Part, numbers: LambNumbers) -> Tensor:
-    """Update a part in place by the equation of ``LAMB``; tensors and result are as in ``lars``."""
-    kernels = _kernels()
+    """Update a part in place by the equation of ``LAMB``; tensors and result are as in ``lars``.
+
+    If the third list of the state isn't empty, it has fp32 step counts on the device, which give the corrections.
+    """
     with torch.cuda.device_of(part.weights[0]):  # type: ignore[no-untyped-call]
-        table, partials, stats, types = _prepared(kernels, part)
+        table, partials, stats, types = _prepared(part)
         count, chunks, rows = len(part.weights), len(table.chunks), len(table.rows)
-        direction = 1 / numbers.correction1, 1 / numbers.correction2, numbers.eps, numbers.weight_decay
+        has_steps, lr = bool(part.state[2]), _value(numbers.lr, stats)
+        scales = 1 / numbers.correction1, 1 / numbers.correction2
+        if has_steps:
+            scales = _log(numbers.beta1), _log(numbers.beta2)
         if chunks:
-            kernels.lamb_moments[(chunks,)](
+            _launch(
+                "lamb_moments", chunks, (*types, table.gradient_align, has_steps),
                 table.chunks, table.pointers, partials, count, chunks, -1.0 if numbers.maximize else 1.0,
-                numbers.beta1, 1 - numbers.beta1, numbers.beta2, 1 - numbers.beta2, *direction,
-                GRADIENT_ALIGN=table.gradient_align, **types,
+                numbers.beta1, 1 - numbers.beta1, numbers.beta2, 1 - numbers.beta2,
+                *scales, numbers.eps, numbers.weight_decay,
             )  # fmt: skip
         if rows:
-            kernels.trust_ratios[(rows,)](
-                table.rows, partials, None, stats, chunks, rows,
-                1.0, 0.0, 0.0, numbers.norm_clip, math.inf, 1.0, numbers.max_ratio, SUM_OF_NORMS=False,
-                **kernels.RATIO_OPTIONS,
+            _launch(
+                "trust_ratios", rows, (False,), table.rows, partials, None, stats, chunks, rows,
+                1.0, 0.0, 0.0, numbers.norm_clip, math.inf, 1.0, numbers.max_ratio,
             )  # fmt: skip
         if chunks:
-            kernels.lamb_update[(chunks,)](
-                table.chunks, table.pointers, stats, count, rows, numbers.lr, *direction, **types
-            )
+            _launch(
+                "lamb_update", chunks, (*types, has_steps),
+                table.chunks, table.pointers, stats, count, rows, lr, *scales, numbers.eps, numbers.weight_decay,
+            )  # fmt: skip
     return stats
+
+
+def tvlars_coefficient(
+    step: Tensor, coefficient: float, lmbda: float, alpha: float, delay: float, gamma_min: float
+) -> Tensor:
+    """Return ``coefficient * phi(t)`` of ``TVLARS`` on the device of ``step``, an fp32 tensor that becomes ``t``."""
+    with torch.cuda.device_of(step):  # type: ignore[no-untyped-call]
+        result = torch.empty_like(step)
+        _launch("tvlars_coefficient", 1, (), step, result, coefficient, lmbda, alpha, delay, gamma_min)
+    return result
+
+
+def _value(number: Any, like: Tensor) -> Any:
+    """Return a hyper-parameter for a kernel: a tensor on the device stays there, for a CUDA graph to read it anew."""
+    if not isinstance(number, Tensor):
+        return float(number)
+    if number.device.type == "cpu" and like.is_cuda:  # no wait: it's on the host
+        return float(number)
+    return number.to(like.device, non_blocking=True)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
+
+
+# -- launches
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(name: str, programs: int, constants: tuple[Any, ...], *arguments: Any) -> None:
+    """Launch a kernel whose constants follow its other arguments, on the current device.
+
+    Triton's own launch inspects each argument, which takes longer than the launch: a compiled kernel is kept for each
+    combination of types. Other tensors than hyper-parameters are aligned, because they are whole allocations.
+    """
+    types = [value.dtype if isinstance(value, Tensor) else type(value) for value in arguments]
+    key = name, arguments[0].get_device(), constants, *types
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[programs, 1, 1](*arguments, *constants)
+        return
+    kernels = _kernels()
+    options = kernels.RATIO_OPTIONS if name in ("trust_ratios", "tvlars_coefficient") else kernels.OPTIONS
+    compiled = getattr(kernels, name)[programs,](*arguments, *constants, **options)
+    if compiled is not None:  # the interpreter compiles nothing
+        _compiled[key] = compiled
 
 
 # -- tables on the device
@@ -118,37 +175,54 @@ class _Table(NamedTuple):
     gradient_align: int  # the same of gradients: views into a bucket of DDP are aligned to their element's size only
 
 
-def _prepared(kernels: Any, part: Part) -> tuple[_Table, Tensor, Tensor, dict[str, Any]]:
-    """Return the table, space for partial sums and for statistics, and options of the launches."""
+def _prepared(part: Part) -> tuple[_Table, Tensor, Tensor, tuple[Any, ...]]:
+    """Return the table, space for partial sums and for statistics, and the kernels' type and alignment."""
     table = _table(part)
     like: dict[str, Any] = {"dtype": torch.float32, "device": table.chunks.device}
     partials, stats = torch.empty(3, len(table.chunks), **like), torch.empty(3, len(table.rows), **like)
-    types = {"DTYPE": kernels.DTYPES[part.weights[0].dtype], "ALIGN": table.align, **kernels.OPTIONS}
-    return table, partials, stats, types
+    return table, partials, stats, (_kernels().DTYPES[part.weights[0].dtype], table.align)
 
 
 def _table(part: Part) -> _Table:
     """Return the table of the step before if it still holds, else a new table."""
-    tables, flags = part.tables, (tuple(part.adapted), tuple(part.decayed))
+    tables, flags = part.tables, [part.adapted, part.decayed]
     addresses = list(map(Tensor.data_ptr, chain(part.weights, part.gradients, *part.state)))
+    device = part.weights[0].device
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if addresses == tables.get("addresses") and flags == tables["flags"]:
-        kept: _Table = tables["table"]
-        return kept
-    count, device = len(part.weights), part.weights[0].device
-    layout = [weight.numel() for weight in part.weights], *flags, device
+        table: _Table = tables["table"]
+        if captured:
+            tables.setdefault("captured", []).append(table)  # a later step must not free what the graph reads
+        return table
+    numels = [weight.numel() for weight in part.weights]
+    layout = numels, flags, device
     if layout != tables.get("layout"):
-        tables["divided"] = _chunks_and_rows(*layout)
+        if captured:
+            raise RuntimeError("a CUDA graph can't capture the first step: take one step with these parameters before")
+        tables["divided"] = _chunks_and_rows(numels, part.adapted, part.decayed, device)
     chunks, rows, adapted_chunks = tables["divided"]
     # torch.tensor takes five times as long for a list of Python numbers.
-    pointers = _to_device(torch.frombuffer(array("q", addresses), dtype=torch.int64), device)
-    align = _alignment(addresses[:count] + addresses[2 * count :])
+    host = torch.frombuffer(array("q", addresses), dtype=torch.int64)
+    count, pointers = len(part.weights), host
+    if device.type == "cuda":
+        source = tables.pop("spare").copy_(host) if captured and "spare" in tables else host.pin_memory()
+        pointers = source.to(device, non_blocking=True)
+    align = _alignment(addresses[:count] + addresses[2 * count : 4 * count])
     table = _Table(chunks, rows, pointers, adapted_chunks, align, _alignment(addresses[count : 2 * count]))
+    if (
+        captured
+    ):  # each replay copies ``source`` again, and nothing has been copied yet: no other step may use the table
+        tables.setdefault("captured", []).append((table, source))
+        return table
+    if device.type == "cuda" and len(tables.get("spare", ())) != len(host):
+        # For a capture in which the backward pass allocates the gradients: allocated now, because then it may fail.
+        tables["spare"] = torch.empty_like(host, pin_memory=True)
     tables.update(addresses=addresses, flags=flags, layout=layout, table=table)
     return table
 
 
 def _chunks_and_rows(
-    numels: list[int], adapted: tuple[bool, ...], decayed: tuple[bool, ...], device: torch.device
+    numels: list[int], adapted: list[bool], decayed: list[bool], device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
     size = _kernels().CHUNK.value
     chunks: list[list[int]] = []

@@ -4,8 +4,8 @@
 
 All tensors of a step are cut into chunks of ``CHUNK`` elements, one program each, so that a step takes three launches
 for any number of layers: sums of squares of each chunk, trust ratio of each layer, update of each chunk. The arithmetic
-of an element is fp32; ``tl.sum`` adds a chunk's 4096 squares in a tree of at most 25 levels (16 elements in a thread,
-then across threads). A norm is therefore right to 8e-7 for any numbers. Chunks are added in fp64, without atomics, in
+of an element is fp32; ``tl.sum`` adds a chunk's 2048 squares in a tree of at most 16 levels (8 elements in a thread,
+then across threads). A norm is therefore right to 5e-7 for any numbers. Chunks are added in fp64, without atomics, in
 the same order in every run.
 
 The same equations stand in ``unfused.py`` and ``fused_cpu.cpp``.
@@ -14,7 +14,11 @@ Tables, all int64 on the device:
     chunks [chunks, 5]: tensor, first element, elements left in the tensor from there, row (place among the adapted
         tensors; -1: not adapted), decayed (1 or 0). Chunks of adapted tensors come first.
     rows [adapted tensors, 3]: first chunk, number of chunks, decayed.
-    pointers [kinds, tensors]: addresses of weights, gradients and state.
+    pointers [kinds, tensors]: addresses of weights, gradients and state; in LAMB of step counts too, if these are on
+        the device.
+
+Hyper-parameters are fp32 numbers. ``lr``, ``coefficient`` and what is computed of them may be addresses of numbers on
+the device instead, which a CUDA graph reads at each replay.
 """
 
 # No ``from __future__ import annotations``: triton's interpreter compares annotations with tl.constexpr itself.
@@ -26,16 +30,23 @@ import triton.language as tl
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETED = triton.knobs.runtime.interpret  # its value when the decorators below read it
 
-Number = tl.float32  # annotation: without it triton inspects each value at each launch, and compiles again for an int
-
-# The work is bound by memory (28 bytes an element in LARS, 40 in LAMB). 16 elements a thread are four 16-byte loads of
-# each of 2 to 4 tensors in flight, some 100 KB an SM; Hopper needs about 20 KB to hide its latency. The 11 million
-# elements of ResNet-18 still are 2,700 programs, enough to fill 132 SMs evenly.
-CHUNK = tl.constexpr(4096)
+# The work is bound by memory (28 bytes an element in LARS, 40 in LAMB). 8 elements a thread are two 16-byte loads of
+# each of 2 to 4 tensors. They need 32 to 64 registers, so that an SM holds 4 to 8 programs and has 100 to 200 KB in
+# flight; Hopper needs about 25 KB to hide its latency. 16 elements need 48 to 128 registers.
+CHUNK = tl.constexpr(2048)
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # explicit, because triton's default is changing
-# Partial sums that a program adds at a time: more than those of ResNet-50's largest layer (576).
+# Partial sums that a program adds at a time; ResNet-50's largest layer has 1,152.
 _PARTIALS = tl.constexpr(1024)
 RATIO_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _value(number):
+    """Return a hyper-parameter that is given by its value or by its address."""
+    number = tl.core.to_tensor(number)  # the interpreter passes numbers as they are
+    if number.dtype.is_ptr():
+        number = tl.load(number).to(tl.float32)
+    return number
 
 
 @triton.jit
@@ -85,11 +96,11 @@ def _at_most(value, limit):
 # -- trust ratios
 
 
-@triton.jit(do_not_specialize=["chunk_count", "row_count"])
+@triton.jit(do_not_specialize=["chunk_count", "row_count"], do_not_specialize_on_alignment=["coefficient", "divisor"])
 def trust_ratios(
     rows, partials, given_norms, stats, chunk_count, row_count,
-    coefficient: Number, weight_decay: Number, eps: Number, numerator_clip: Number, denominator_clip: Number,
-    divisor: Number, max_ratio: Number, SUM_OF_NORMS: tl.constexpr,
+    coefficient, weight_decay, eps, numerator_clip, denominator_clip, divisor, max_ratio,
+    SUM_OF_NORMS: tl.constexpr,
 ):  # fmt: skip
     """Compute a row's norms and ``q = coefficient * ||w|| / (denominator + eps) / divisor`` in fp64.
 
@@ -114,11 +125,22 @@ def trust_ratios(
         norm = _with_decay(norm, weight_norm, weight_decay, tl.load(rows + row * 3 + 2))
     elif given_norms is None:
         norm = tl.sqrt(tl.sum(squares_d))
-    ratio = coefficient * _at_most(weight_norm, numerator_clip) / (_at_most(norm, denominator_clip) + eps)
-    ratio = tl.where((weight_norm == 0) | (norm == 0), 1.0, ratio) / divisor
+    ratio = _value(coefficient) * _at_most(weight_norm, numerator_clip) / (_at_most(norm, denominator_clip) + eps)
+    ratio = tl.where((weight_norm == 0) | (norm == 0), 1.0, ratio) / _value(divisor)
     tl.store(stats + row, weight_norm.to(tl.float32))
     tl.store(stats + row_count + row, gradient_norm.to(tl.float32))
     tl.store(stats + 2 * row_count + row, _at_most(ratio, max_ratio).to(tl.float32))
+
+
+@triton.jit
+def tvlars_coefficient(step, result, coefficient, lmbda, alpha, delay, gamma_min):
+    """Compute ``step += 1`` and ``coefficient * phi(step)``, as ``tvlars.py``, in fp64."""
+    now = tl.load(step) + 1
+    tl.store(step, now)
+    denominator = alpha + tl.exp(lmbda * (now.to(tl.float64) - delay))
+    # The least normal number of fp32: the fraction long before the delay is larger than any number.
+    denominator = tl.where(denominator < 1.1754943508222875e-38, 1.1754943508222875e-38, denominator)
+    tl.store(result, (coefficient * (1 / denominator + gamma_min)).to(tl.float32))
 
 
 @triton.jit
@@ -138,7 +160,7 @@ def _store_sums(partials, number, chunk_count, weight, gradient, direction):
 
 @triton.jit(do_not_specialize=["tensor_count", "chunk_count"])
 def lars_norms(
-    chunks, pointers, partials, tensor_count, chunk_count, weight_decay: Number, sign: Number,
+    chunks, pointers, partials, tensor_count, chunk_count, weight_decay, sign,
     DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Sum the squares of a chunk's ``w``, ``g`` and ``g' = g + weight_decay * w``."""
@@ -153,10 +175,9 @@ def lars_norms(
             _store_sums(partials, number, chunk_count, weight, gradient, direction)
 
 
-@triton.jit(do_not_specialize=["tensor_count", "row_count"])
+@triton.jit(do_not_specialize=["tensor_count", "row_count"], do_not_specialize_on_alignment=["inner_lr", "outer_lr"])
 def lars_update(
-    chunks, pointers, stats, tensor_count, row_count,
-    weight_decay: Number, sign: Number, momentum: Number, inner_lr: Number, outer_lr: Number,
+    chunks, pointers, stats, tensor_count, row_count, weight_decay, sign, momentum, inner_lr, outer_lr,
     DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr,
     MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +189,7 @@ def lars_update(
     buffers = weights
     if MOMENTUM:
         buffers = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
-    scale = _ratio(stats, row, row_count) * inner_lr
+    scale, outer = _ratio(stats, row, row_count) * _value(inner_lr), _value(outer_lr)
     for masked in tl.static_range(2):
         if masked == (left < CHUNK):
             weight, gradient = _load(weights, left, masked), _load(gradients, left, masked) * sign
@@ -180,18 +201,33 @@ def lars_update(
                     move += momentum * buffer
                 else:
                     move = buffer
-            _store(weights, weight - outer_lr * move, left, masked)
+            _store(weights, weight - outer * move, left, masked)
 
 
 # -- LAMB
 
 
+@triton.jit
+def _scales(pointer, log1, log2):
+    """Return ``1 / (1 - beta^t)`` for both moments, with t of the tensor and the betas' logarithms."""
+    step = tl.load(tl.load(pointer).to(tl.pointer_type(tl.float32)))
+    return tl.div_rn(1.0, _correction(step * log1)), tl.div_rn(1.0, _correction(step * log2))
+
+
+@triton.jit
+def _correction(power):
+    """Return ``1 - exp(power)`` for a negative power: near 0 by 8 terms, because the difference cancels there."""
+    terms = tl.full([], 1.0, tl.float32)
+    for i in tl.static_range(8):
+        terms = 1.0 + terms * power * (1.0 / (9 - i))
+    return tl.where(power > -0.5, -power * terms, 1.0 - tl.exp(power))
+
+
 @triton.jit(do_not_specialize=["tensor_count", "chunk_count"])
 def lamb_moments(
     chunks, pointers, partials, tensor_count, chunk_count,
-    sign: Number, beta1: Number, rest1: Number, beta2: Number, rest2: Number,
-    scale1: Number, scale2: Number, eps: Number, weight_decay: Number,
-    DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr,
+    sign, beta1, rest1, beta2, rest2, scale1, scale2, eps, weight_decay,
+    DTYPE: tl.constexpr, ALIGN: tl.constexpr, GRADIENT_ALIGN: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Update ``m`` and ``v`` of a chunk; sum the squares of its ``w``, ``g`` and ``u``."""
     number = tl.program_id(0)
@@ -200,6 +236,8 @@ def lamb_moments(
     gradients = _address(pointers + tensor_count, tensor, first, DTYPE, GRADIENT_ALIGN)
     firsts = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
     seconds = _address(pointers + 3 * tensor_count, tensor, first, tl.float32, ALIGN)
+    if STEPS:
+        scale1, scale2 = _scales(pointers + 4 * tensor_count + tensor, scale1, scale2)
     for masked in tl.static_range(2):
         if masked == (left < CHUNK):
             weight, gradient = _load(weights, left, masked), _load(gradients, left, masked) * sign
@@ -220,18 +258,20 @@ def _lamb_direction(weight, moment1, moment2, scale1, scale2, eps, weight_decay,
     return _with_decay(adam, weight, weight_decay, decayed)
 
 
-@triton.jit(do_not_specialize=["tensor_count", "row_count"])
+@triton.jit(do_not_specialize=["tensor_count", "row_count"], do_not_specialize_on_alignment=["lr"])
 def lamb_update(
     chunks, pointers, stats, tensor_count, row_count,
-    lr: Number, scale1: Number, scale2: Number, eps: Number, weight_decay: Number,
-    DTYPE: tl.constexpr, ALIGN: tl.constexpr,
+    lr, scale1, scale2, eps, weight_decay,
+    DTYPE: tl.constexpr, ALIGN: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Compute ``w -= lr * q * u`` for a chunk; ``u`` is computed again, because storing it costs 8 bytes an element."""
     tensor, first, left, row, decayed = _chunk(chunks, tl.num_programs(0) - 1 - tl.program_id(0))  # as in LARS
     weights = _address(pointers, tensor, first, DTYPE, ALIGN)
     firsts = _address(pointers + 2 * tensor_count, tensor, first, tl.float32, ALIGN)
     seconds = _address(pointers + 3 * tensor_count, tensor, first, tl.float32, ALIGN)
-    scale = lr * _ratio(stats, row, row_count)
+    if STEPS:
+        scale1, scale2 = _scales(pointers + 4 * tensor_count + tensor, scale1, scale2)
+    scale = _value(lr) * _ratio(stats, row, row_count)
     for masked in tl.static_range(2):
         if masked == (left < CHUNK):
             weight = _load(weights, left, masked)

@@ -17,7 +17,6 @@ from largebatch.optim.param_groups import (
     numbers_of,
     only,
     options_of,
-    parts,
 )
 
 
@@ -84,37 +83,42 @@ class LAMB(LayerwiseOptimizer):
             check_fraction(f"betas[{index}]", beta)
         check_non_negative("eps", group["eps"])
 
-    def _steps_taken(self, parameter: Tensor, group: Group) -> int | Tensor:
-        """Return the parameter's own step count, because the bias to correct is that of its own moments.
+    def _steps_taken(self, parameters: list[Tensor], states: list[dict[str, Any]], capturable: bool) -> list[Any]:
+        """Return the parameters' own step counts, because the bias to correct is that of their own moments.
 
-        It is a Python int, so that the correction is a host scalar. With ``capturable`` it is a tensor of its own on
-        the device, because a graph that is replayed has to read it there.
+        They are Python ints, so that the corrections are host scalars. With ``capturable`` they are tensors of their
+        own on the device, because a graph that is replayed has to read them there.
         """
-        state = self.state[parameter]
-        step: int | Tensor = state.get("step", 0)
-        if group["capturable"] and not isinstance(step, Tensor):
-            step = state["step"] = torch.tensor(float(step), device=parameter.device)
-        elif isinstance(step, Tensor) and not group["capturable"]:
-            step = int(step)
-        return step
+        steps = [state.get("step", 0) for state in states]
+        if all(isinstance(step, Tensor) == capturable for step in dict.fromkeys(steps)):
+            return steps
+        if not capturable:
+            return [int(step) for step in steps]
+        for parameter, state, step in zip(parameters, states, steps, strict=True):
+            if not isinstance(step, Tensor):
+                state["step"] = torch.tensor(float(step), device=parameter.device)
+        return [state["step"] for state in states]
 
     def _step_group(
         self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]
     ) -> list[Measured]:
-        exp_avgs, exp_avg_sqs = self._buffers(parameters, "exp_avg"), self._buffers(parameters, "exp_avg_sq")
-        steps: list[Any] = [self._steps_taken(parameter, group) for parameter in parameters]
+        states = self._states(parameters, "exp_avg", "exp_avg_sq")
+        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        steps = self._steps_taken(parameters, states, bool(group["capturable"]))
         if group["capturable"] and steps:
             torch._foreach_add_(steps, 1)
             corrected = steps if group["bias_correction"] else []
-            divided, numbers = parts(group, parameters, gradients, exp_avgs, exp_avg_sqs, corrected), _numbers(group)
+            divided, numbers = self._parts(index, group, parameters, gradients, *moments, corrected), _numbers(group)
             return [self._step_part(index, group, part, numbers) for part in divided]
         measured = []
+        lists: list[list[Any]] = [states, parameters, gradients, *moments]
         for step in dict.fromkeys(steps):  # one step count, unless some parameters had no gradient for a while
-            now = [step == other for other in steps]
-            for parameter in only(parameters, now):
-                self.state[parameter]["step"] = step + 1
-            lists = [only(tensors, now) for tensors in (parameters, gradients, exp_avgs, exp_avg_sqs)]
-            divided, numbers = parts(group, *lists, []), _numbers(group, step + 1)
+            own = lists
+            if steps.count(step) < len(steps):
+                own = [only(values, [step == other for other in steps]) for values in lists]
+            for state in own[0]:
+                state["step"] = step + 1
+            divided, numbers = self._parts(index, group, *own[1:], []), _numbers(group, step + 1)
             measured += [self._step_part(index, group, part, numbers) for part in divided]
         return measured
 

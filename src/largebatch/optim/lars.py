@@ -16,7 +16,6 @@ from largebatch.optim.param_groups import (
     check_positive,
     numbers_of,
     options_of,
-    parts,
 )
 
 
@@ -112,10 +111,12 @@ class LARS(LayerwiseOptimizer):
     def _step_group(
         self, index: int, group: Group, parameters: list[Tensor], gradients: list[Tensor]
     ) -> list[Measured]:
-        buffers = self._buffers(parameters, "momentum_buffer") if group["momentum"] != 0 else []
+        buffers = []
+        if group["momentum"] != 0:
+            buffers = [state["momentum_buffer"] for state in self._states(parameters, "momentum_buffer")]
         sum_of_norms = group["denominator"] == "sum_of_norms"
         numbers = numbers_of(LarsNumbers, group, coefficient=self._coefficient(group), sum_of_norms=sum_of_norms)
-        divided = parts(group, parameters, gradients, buffers)
+        divided = self._parts(index, group, parameters, gradients, buffers)
         for part in divided:
             part.given_norms = self._given_norms(part.layers())
         return [self._step_part(index, group, part, numbers) for part in divided]

@@ -14,8 +14,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from largebatch.optim import unfused
-from largebatch.optim.fused import fused_kernels
-from largebatch.optim.param_groups import HALF, Group, Part, check_non_negative, check_positive, is_adapted
+from largebatch.optim.fused import fused_kernels, may_be_fused
+from largebatch.optim.param_groups import (
+    HALF,
+    Division,
+    Group,
+    Part,
+    check_non_negative,
+    check_positive,
+    is_adapted,
+    parts,
+)
 
 Measured = tuple[list[Tensor], Tensor]  # layers, and their statistics as fp32 [3, layers]
 
@@ -34,6 +43,7 @@ class LayerwiseOptimizer(Optimizer):
     STATE: ClassVar[tuple[str, ...]]  # keys of a parameter's state
 
     _measured: list[Measured]  # of the latest step
+    _divisions: dict[int, Division]  # by group
     _tables: dict[Any, dict[Any, Any]]  # ``Part.tables`` by group, device and type
     _warned: bool
 
@@ -92,25 +102,34 @@ class LayerwiseOptimizer(Optimizer):
 
     def _with_gradient(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
         """Return the group's parameters that have a gradient, and the gradients."""
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in parameters]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient.layout != torch.strided or gradient.is_complex():
-                kind = "complex" if gradient.layout == torch.strided else "sparse"
-                raise RuntimeError(
-                    f"{type(self).__name__} requires dense real gradients; the gradient of {self._name(parameter)} is "
-                    f"{kind}. Fix: give this parameter to another optimizer"
-                )
+        found = [parameter.grad for parameter in group["params"]]
+        gradients = [gradient for gradient in found if gradient is not None]
+        parameters = list(group["params"])
+        if len(gradients) < len(parameters):
+            parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        layouts, types = {one.layout for one in gradients}, {one.dtype for one in gradients}
+        if layouts - {torch.strided} or any(dtype.is_complex for dtype in types):
+            unfit = [one.layout != torch.strided or one.is_complex() for one in gradients].index(True)
+            kind = "complex" if gradients[unfit].layout == torch.strided else "sparse"
+            raise RuntimeError(
+                f"{type(self).__name__} requires dense real gradients; the gradient of "
+                f"{self._name(parameters[unfit])} is {kind}. Fix: give this parameter to another optimizer"
+            )
         return parameters, gradients
 
-    def _buffers(self, parameters: list[Tensor], name: str) -> list[Tensor]:
-        """Return the parameters' state of this name; zeros at the first step."""
+    def _states(self, parameters: list[Tensor], *names: str) -> list[dict[str, Any]]:
+        """Return the parameters' states; tensors of these names are zeros at the first step."""
         states = [self.state[parameter] for parameter in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
-            if name not in state:
-                kind = torch.float32 if parameter.dtype in HALF else parameter.dtype
-                state[name] = torch.zeros_like(parameter, dtype=kind, requires_grad=False)
-        return [state[name] for state in states]
+        for name in names:
+            for place in [place for place, state in enumerate(states) if name not in state]:
+                kind = torch.float32 if parameters[place].dtype in HALF else parameters[place].dtype
+                states[place][name] = torch.zeros_like(parameters[place], dtype=kind, requires_grad=False)
+        return states
+
+    def _parts(self, index: int, group: Group, *lists: list[Tensor]) -> list[Part]:
+        """Divide parameters, gradients and state of the group at ``index``."""
+        known = Division() if torch.compiler.is_compiling() else self._divisions.setdefault(index, Division())
+        return parts(known, group, *lists)
 
     def _step_part(self, index: int, group: Group, part: Part, numbers: Any) -> Measured:
         """Update a part of the group at ``index``, fused if its options and its tensors allow it."""
@@ -126,9 +145,8 @@ class LayerwiseOptimizer(Optimizer):
 
     def _kernels(self, group: Group, part: Part) -> Any:
         """Return the module with the fused step for this part, or None."""
-        if group["fused"] is False or (group["fused"] is None and group["foreach"] is not None):
-            return None
-        if torch.compiler.is_compiling():  # the compiler fuses by itself, and can't trace a warning
+        # The compiler fuses by itself, and can't trace a warning.
+        if not may_be_fused(group) or torch.compiler.is_compiling():
             return None
         kernels, reason = fused_kernels(group, part)
         if kernels is None and group["fused"] and not self._warned:
@@ -225,5 +243,6 @@ class LayerwiseOptimizer(Optimizer):
     def _forget(self) -> None:
         """Reset the attributes that are no part of the state."""
         self._measured = []
+        self._divisions = {}
         self._tables = {}
         self._warned = False

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -74,22 +75,33 @@ class Part:
         return only(self.parameters, self.adapted)
 
 
-def parts(group: Group, parameters: list[Tensor], gradients: list[Tensor], *state: list[Tensor]) -> list[Part]:
-    """Divide the parameters of a group into parts. A list of state may be empty.
+@dataclass
+class Division:
+    """Division of a group's parameters, kept from step to step, because it takes longer than the launches of a step."""
 
-    With ``foreach=False`` each parameter is a part of its own.
+    parameters: list[Tensor] = field(default_factory=list)
+    seen: list[Any] = field(default_factory=list)  # from which the division follows
+    places: list[list[int]] = field(default_factory=list)  # of each part
+    flags: list[tuple[list[bool], list[bool]]] = field(default_factory=list)  # adapted and decayed, of each part
+
+
+def parts(
+    division: Division, group: Group, parameters: list[Tensor], gradients: list[Tensor], *state: list[Tensor]
+) -> list[Part]:
+    """Divide the parameters of a group into parts, as in the step before if nothing has changed.
+
+    A list of state may be empty. With ``foreach=False`` each parameter is a part of its own.
     """
-    alone = group["foreach"] is False and not group["fused"]
-    places: dict[tuple[Any, ...], list[int]] = {}
-    for place, pair in enumerate(zip(parameters, gradients, strict=True)):
-        places.setdefault((place if alone else None, *_kind(*pair)), []).append(place)
+    _divide(division, group, parameters, gradients)
     divided = []
-    for (*_, mesh, placements), chosen in places.items():  # in order of appearance, so equal in every process
-        own, their_gradients = [parameters[i] for i in chosen], [gradients[i] for i in chosen]
-        their_state = tuple([tensors[i] for i in chosen] if tensors else [] for tensors in state)
-        flags = [is_adapted(one, group) for one in own], [is_decayed(one, group) for one in own]
+    for chosen, flags in zip(division.places, division.flags, strict=True):
+        own, their_gradients, *their_state = (
+            tensors if len(chosen) == len(tensors) else [tensors[i] for i in chosen] if tensors else []
+            for tensors in (parameters, gradients, *state)
+        )
+        mesh, placements = _sharding(own[0])
         if mesh is None:
-            divided.append(Part(own, own, their_gradients, their_state, *flags))
+            divided.append(Part(own, own, their_gradients, tuple(their_state), *flags))
         else:
             shards = tuple(mesh.get_group(dim) for dim, kind in enumerate(placements) if not kind.is_replicate())
             their_gradients = [_like(gradient, mesh, placements) for gradient in their_gradients]
@@ -98,16 +110,39 @@ def parts(group: Group, parameters: list[Tensor], gradients: list[Tensor], *stat
     return divided
 
 
+def _divide(division: Division, group: Group, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    """Bring ``division`` up to date."""
+    seen = [
+        *(group[name] for name in ("adapt", "adapt_1d", "decay_1d", "weight_decay", "foreach", "fused")),
+        *([one.dtype for one in tensors] for tensors in (parameters, gradients)),
+        [one.ndim for one in parameters],
+        [one.device for one in parameters],
+    ]
+    same = len(parameters) == len(division.parameters) and all(map(is_, parameters, division.parameters))
+    if same and seen == division.seen:
+        return
+    alone = group["foreach"] is False and not group["fused"]
+    places: dict[tuple[Any, ...], list[int]] = {}
+    for place, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        kind = parameter.device, parameter.dtype, gradient.dtype, *_sharding(parameter)
+        places.setdefault((place if alone else None, *kind), []).append(place)
+    division.parameters, division.seen = list(parameters), seen
+    division.places = list(places.values())  # in order of appearance, so equal in every process
+    division.flags = [
+        ([is_adapted(parameters[i], group) for i in chosen], [is_decayed(parameters[i], group) for i in chosen])
+        for chosen in division.places
+    ]
+
+
 def only(values: Sequence[T], wanted: Sequence[bool]) -> list[T]:
     return [value for value, yes in zip(values, wanted, strict=True) if yes]
 
 
-def _kind(parameter: Tensor, gradient: Tensor) -> tuple[Any, ...]:
-    """Return device, types and sharding, which all tensors of a part share."""
-    sharding = (None, None)
+def _sharding(parameter: Tensor) -> tuple[Any, Any]:
+    """Return mesh and placements of a DTensor, else None."""
     if type(parameter) not in (torch.nn.Parameter, Tensor) and hasattr(parameter, "device_mesh"):
-        sharding = (parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
-    return parameter.device, parameter.dtype, gradient.dtype, *sharding
+        return parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return None, None
 
 
 def _like(gradient: Any, mesh: Any, placements: Any) -> Any:

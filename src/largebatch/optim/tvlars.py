@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from largebatch.optim.fused import fused_tvlars_coefficient
 from largebatch.optim.lars import LARS
 from largebatch.optim.param_groups import Group, check_non_negative
 
@@ -99,6 +100,9 @@ class TVLARS(LARS):
         # torch.compile sets capturable while it traces, and a loaded state may come from another device.
         if group["capturable"] and group["params"]:
             group["step"] = torch.as_tensor(group["step"], dtype=torch.float32, device=group["params"][0].device)
+            fused = fused_tvlars_coefficient(group["step"], group)
+            if fused is not None:
+                return fused
         elif isinstance(group["step"], Tensor):
             group["step"] = int(group["step"])
         group["step"] += 1  # in place if it is a tensor
