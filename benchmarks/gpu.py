@@ -164,13 +164,12 @@ def start_up(device: torch.device, small: bool) -> None:
     run, called = launched(device, small, "steps=3")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     status = json.loads((run / "status.json").read_text())
-    in_run = next(row["wall_seconds"] for row in rows if row["step"] == 1)
-    table = [
-        ["command to worker", f"{status['started'] - called:.1f}"],
-        ["worker to the end of step 1, without the next line's part", f"{in_run:.1f}"],
-        ["command to the end of the run of 3 steps", f"{status['updated'] - called:.1f}"],
-    ]
-    print_table(["", "s"], table)
+    parts = json.loads((run / "summary.json").read_text())["start_seconds"]
+    parts = {"launcher": status["started"] - parts["imports"] - called} | parts
+    parts["first step"] = next(row["wall_seconds"] for row in rows if row["step"] == 1)
+    parts["command to the end of step 1"] = sum(parts.values())
+    parts["command to the end of the run of 3 steps"] = status["updated"] - called
+    print_table(["", "s"], [[part, f"{spent:.1f}"] for part, spent in parts.items()])
 
 
 def profile(device: torch.device, small: bool) -> None:

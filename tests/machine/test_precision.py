@@ -140,7 +140,7 @@ def searches(folder: Path, *overrides: str) -> dict[str, list[bool]]:
 
 @pytest.mark.parametrize(
     ("overrides", "whole"),
-    [(("steps=1000",), True), (("steps=999",), False), (("steps=1000", "deterministic=true"), False)],
+    [(("steps=62500",), True), (("steps=62499",), False), (("steps=62500", "deterministic=true"), False)],
 )
 def test_cudnn_searches_in_long_runs_for_whole_batches_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], whole: bool
@@ -157,6 +157,6 @@ def test_cudnn_searches_in_evaluation_for_the_batch_of_training_only(
     """The test set is a batch of 256 images, as in training, and a smaller last batch."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     sizes = ("batch_size=256", "dataset.train_size=512", "dataset.test_size=300")
-    assert searches(tmp_path, "steps=1000", *sizes) == {
+    assert searches(tmp_path, "steps=4000", *sizes) == {
         "training, 256": [True, True], "evaluation, 256": [True], "evaluation, 44": [False],
     }  # fmt: skip

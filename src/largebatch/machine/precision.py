@@ -14,7 +14,7 @@ Image = tuple[int, int, int]  # channels, height, width
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL = 1_000_000  # parameters; see choose_arithmetic
-_SEARCH_FROM = 1000  # optimizer steps
+_SEARCH_FROM = 1_000_000  # training images of a run; see search_if_it_pays
 _BF16_FROM = (8, 0)  # CUDA compute capability with bf16 tensor cores
 
 
@@ -73,13 +73,13 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def search_if_it_pays(steps: int, deterministic: bool) -> None:
-    """Let cuDNN search for the fastest algorithm of each new convolution, in a run of many steps.
+def search_if_it_pays(images: int, deterministic: bool) -> None:
+    """Let cuDNN search for the fastest algorithm of each new convolution, in a run of many training ``images``.
 
     Without the search, cuDNN guesses. On an H200 in bf16, steps of ResNet-18 with the CIFAR stem and batch 1,024 then
     take 15 instead of 11 ms. The search takes seconds for each shape of images, and its choice differs between runs.
     """
-    torch.backends.cudnn.benchmark = steps >= _SEARCH_FROM and not deterministic
+    torch.backends.cudnn.benchmark = images >= _SEARCH_FROM and not deterministic
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def set_up(
     batch = plan_training(config, processes)
     epochs = plan_epochs(config, len(data.train))
     steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
-    search_if_it_pays(steps, config.deterministic)
+    search_if_it_pays(steps * config.batch_size, config.deterministic)
     arithmetic = _agreed_arithmetic(config, folder, model, rank, device)
     model = model.to(memory_format=arithmetic.memory_format)
     if config.micro_batch == "auto" and saved is not None:
