@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Launch, configuration
+from conftest import Launch, configuration
 from torch import nn
 
 from largebatch.machine.precision import Arithmetic, allow_tf32, choose_arithmetic
@@ -115,48 +115,3 @@ def test_tf32_is_set_without_a_warning_and_can_be_read(allowed: bool) -> None:
         assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == allowed
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def searches(folder: Path, *overrides: str) -> dict[str, list[bool]]:
-    """Train an epoch and evaluate. Return if cuDNN could search in each forward pass, by number of images."""
-    found: dict[str, list[bool]] = {}
-    with Console(folder / "log.txt", speaking=False) as console:
-        config = configuration(*TINY, "dataset.last_batch=keep", "dataset.train_size=24", *overrides)
-        phase = set_up(config, RunFolder(folder), 0, 1, CPU, console, None)
-
-    def record(module: nn.Module, images: tuple[torch.Tensor], output: object) -> None:
-        kind = f"{'training' if module.training else 'evaluation'}, {len(images[0])}"
-        found.setdefault(kind, []).append(torch.backends.cudnn.benchmark)
-
-    phase.training.model.register_forward_hook(record)
-    batches = phase.batches()
-    for step in (1, 2):
-        phase.training.step = step
-        phase.gradient(batches)
-        phase.update(None)
-    phase.evaluate()
-    return found
-
-
-@pytest.mark.parametrize(
-    ("overrides", "whole"),
-    [(("steps=62500",), True), (("steps=62499",), False), (("steps=62500", "deterministic=true"), False)],
-)
-def test_cudnn_searches_in_long_runs_for_whole_batches_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], whole: bool
-) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # restores it afterwards
-    assert searches(tmp_path, *overrides) == {
-        "training, 16": [whole], "training, 8": [False], "evaluation, 21": [False],
-    }  # fmt: skip
-
-
-def test_cudnn_searches_in_evaluation_for_the_batch_of_training_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The test set is a batch of 256 images, as in training, and a smaller last batch."""
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    sizes = ("batch_size=256", "dataset.train_size=512", "dataset.test_size=300")
-    assert searches(tmp_path, "steps=4000", *sizes) == {
-        "training, 256": [True, True], "evaluation, 256": [True], "evaluation, 44": [False],
-    }  # fmt: skip

@@ -1,9 +1,8 @@
-"""Number format and memory format of a run, by rule; cuDNN's search for the fastest convolutions."""
+"""Number format and memory format of a run: a rule on ``precision``, the network and the device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ Image = tuple[int, int, int]  # channels, height, width
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL = 1_000_000  # parameters; see choose_arithmetic
-_SEARCH_FROM = 1_000_000  # training images of a run; see search_if_it_pays
 _BF16_FROM = (8, 0)  # CUDA compute capability with bf16 tensor cores
 
 
@@ -71,26 +69,6 @@ def allow_tf32(allowed: bool) -> None:
     """Let fp32 matrix products and convolutions on GPUs round their inputs to TF32, or forbid it."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
-
-
-def search_if_it_pays(images: int, deterministic: bool) -> None:
-    """Let cuDNN search for the fastest algorithm of each new convolution, in a run of many training ``images``.
-
-    Without the search, cuDNN guesses. On an H200 in bf16, steps of ResNet-18 with the CIFAR stem and batch 1,024 then
-    take 15 instead of 11 ms. The search takes seconds for each shape of images, and its choice differs between runs.
-    """
-    torch.backends.cudnn.benchmark = images >= _SEARCH_FROM and not deterministic
-
-
-@contextmanager
-def no_search(forbidden: bool = True) -> Iterator[None]:
-    """Keep cuDNN from searching, for shapes that are too rare for a search to pay; without ``forbidden`` do nothing."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before and not forbidden
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def trial_images(image: Image, n: int, memory_format: torch.memory_format, device: torch.device) -> Tensor:

@@ -8,10 +8,8 @@ addresses with those of the step before, and copies a new table of them to the d
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import operator
-import warnings
 from array import array
 from itertools import chain
 from typing import Any, NamedTuple
@@ -19,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from largebatch import triton_kernels
 from largebatch.optim.param_groups import LambNumbers, LarsNumbers, Part
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OLDEST = (7, 0)  # compute capability that triton supports
+_KERNELS = "largebatch.optim.fused_cuda_kernels"
 
 
 def why_not(weights: list[Tensor]) -> str:
@@ -30,19 +29,7 @@ def why_not(weights: list[Tensor]) -> str:
     if weights[0].dtype not in _DTYPES:  # all are of one type
         return "the fused step on CUDA requires fp32, bf16 or fp16 parameters"
     device = weights[0].device
-    kernels = _kernels()
-    if isinstance(kernels, str):
-        return kernels
-    if kernels.INTERPRETED:
-        return _failed_trial(device, weights[0].dtype) if device.type == "cpu" else "TRITON_INTERPRET is set"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "the fused step in triton requires an NVIDIA device"
-    if _capability(device) < _OLDEST:
-        return f"triton needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer"
-    return _failed_trial(device, weights[0].dtype)
-
-
-_capability = functools.cache(torch.cuda.get_device_capability)
+    return triton_kernels.why_not(_KERNELS, device) or _failed_trial(device, weights[0].dtype)
 
 
 def lars(part: Part, numbers: LarsNumbers) -> Tensor:
@@ -154,7 +141,7 @@ def _launch(name: str, programs: int, constants: tuple[Any, ...], *arguments: An
     if compiled is not None:
         compiled[programs, 1, 1](*arguments, *constants)
         return
-    kernels = _kernels()
+    kernels = triton_kernels.imported(_KERNELS)
     options = kernels.RATIO_OPTIONS if name in ("trust_ratios", "tvlars_coefficient") else kernels.OPTIONS
     compiled = getattr(kernels, name)[programs,](*arguments, *constants, **options)
     if compiled is not None:  # the interpreter compiles nothing
@@ -180,7 +167,7 @@ def _prepared(part: Part) -> tuple[_Table, Tensor, Tensor, tuple[Any, ...]]:
     table = _table(part)
     like: dict[str, Any] = {"dtype": torch.float32, "device": table.chunks.device}
     partials, stats = torch.empty(3, len(table.chunks), **like), torch.empty(3, len(table.rows), **like)
-    return table, partials, stats, (_kernels().DTYPES[part.weights[0].dtype], table.align)
+    return table, partials, stats, (triton_kernels.imported(_KERNELS).DTYPES[part.weights[0].dtype], table.align)
 
 
 def _table(part: Part) -> _Table:
@@ -224,7 +211,7 @@ def _table(part: Part) -> _Table:
 def _chunks_and_rows(
     numels: list[int], adapted: list[bool], decayed: list[bool], device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    size = _kernels().CHUNK.value
+    size = triton_kernels.imported(_KERNELS).CHUNK.value
     chunks: list[list[int]] = []
     rows: list[list[int]] = []
     for tensor in sorted(range(len(numels)), key=lambda tensor: not adapted[tensor]):  # adapted first, else in order
@@ -257,23 +244,12 @@ def _alignment(addresses: list[int]) -> int:
 
 
 @functools.cache
-def _kernels() -> Any:
-    """Return the module of kernels, or the reason why it can't be imported."""
-    try:
-        return importlib.import_module("largebatch.optim.fused_cuda_kernels")
-    except ImportError as error:
-        return f"triton can't be imported ({error})"
-
-
-@functools.cache
 def _failed_trial(device: torch.device, dtype: torch.dtype) -> str:
-    """Return the error of a small trial step on this device; empty if there is none.
-
-    The kernels are compiled by the Triton and driver of this machine: a trial protects the model's weights from them.
-    """
+    """Return the error of a small trial step on this device; empty if there is none."""
     weights, gradients = ([torch.full((2, 2), value, device=device, dtype=dtype)] for value in (2.0, 0.5))
     buffer, moment1, moment2 = ([torch.zeros(2, 2, device=device)] for _ in range(3))
-    try:
+
+    def trial() -> bool:
         # ||w|| = 4 and ||g|| = 1, so q = 0.4 and w - lr * q * g = 2 - 0.5 * 0.4 * 0.5 = 1.9.
         plain = LarsNumbers(0.5, 0.1, 0.5, 0.0, 0.0, math.inf, math.inf, *[False] * 5)
         lars(Part(weights, weights, gradients, (buffer,), [True], [False]), plain)
@@ -283,9 +259,6 @@ def _failed_trial(device: torch.device, dtype: torch.dtype) -> str:
         right = torch.allclose(weights[0], expected, rtol=0.01)
         lamb(Part(weights, weights, gradients, (moment1, moment2, []), [True], [False]), adam)
         right &= torch.allclose(weights[0], expected / 2, rtol=0.01)
-        failed = "" if right else "its Triton kernels give wrong results on this device"
-    except Exception as error:  # any error: the unfused step takes over, and the warning names the reason
-        failed = f"its Triton kernels don't run on this device ({type(error).__name__}: {error})".replace("\n", " ")
-    if failed:
-        warnings.warn(f"largebatch's fused step isn't used: {failed}", stacklevel=2)
-    return failed
+        return bool(right)
+
+    return triton_kernels.failure(trial, "fused step")

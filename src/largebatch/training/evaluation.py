@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from largebatch.data import Split, evaluation_share
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
-from largebatch.machine.precision import no_search
 from largebatch.machine.pulse import progressed, waiting_for
 from largebatch.modes import clf
 from largebatch.modes.bt import BarlowTwins
@@ -79,13 +78,6 @@ def _shares(run: Run, images: int) -> list[int]:
     return [len(evaluation_share(images, rank, run.processes)) for rank in range(run.processes)]
 
 
-def _as_in_training(run: Run, batches: Batches) -> Batches:
-    """Yield ``batches``; cuDNN searches only for those of the training's size, for which it has searched already."""
-    for images, labels in batches:
-        with no_search(len(images) != run.batch.micro_batch):
-            yield images, labels
-
-
 @torch.no_grad()
 def without_gradient(
     run: Run, split: Split, compute: Callable[[Batches], Tensor], chosen: Tensor | None = None
@@ -93,7 +85,7 @@ def without_gradient(
     """Return ``compute`` of this process's part of ``split``. ``micro_batch=auto``: halve batches on out of memory."""
     size = min(max(run.batch.micro_batch, _AT_ONCE[0]), _AT_ONCE[1])
     while True:
-        batches = _as_in_training(run, map(progressed, run.loader.evaluate(split, size, chosen)))
+        batches = map(progressed, run.loader.evaluate(split, size, chosen))
         try:
             with run.autocast:
                 return compute(batches)

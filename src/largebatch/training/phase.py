@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
-from largebatch.machine.precision import no_search
 from largebatch.machine.pulse import progressed
 from largebatch.optim import CLARS, TVLARS
 from largebatch.optim.layerwise import LayerwiseOptimizer
@@ -72,8 +71,7 @@ class MainPhase:
             True if every loss was finite, as a bool tensor on the device, because reading it waits for the device. None
             if any process ran out of memory. Then only ``run`` has changed: it has smaller micro-batches.
         """
-        with no_search(self._smaller):
-            done = self._gradient(batches)
+        done = self._gradient(batches)
         if done is None:
             return None
         totals, finite = done

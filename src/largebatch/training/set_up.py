@@ -19,7 +19,7 @@ from largebatch.data import Data, load_data
 from largebatch.data.cache import Say
 from largebatch.errors import UserError
 from largebatch.machine import distributed
-from largebatch.machine.precision import Arithmetic, choose_arithmetic, described, search_if_it_pays
+from largebatch.machine.precision import Arithmetic, choose_arithmetic, described
 from largebatch.modes import bt, clf
 from largebatch.optim import CLARS, SampleNorms
 from largebatch.runs.folder import RunFolder
@@ -65,7 +65,6 @@ def set_up(
     batch = plan_training(config, processes)
     epochs = plan_epochs(config, len(data.train))
     steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
-    search_if_it_pays(steps * config.batch_size, config.deterministic)
     arithmetic = _agreed_arithmetic(config, folder, model, rank, device)
     model = model.to(memory_format=arithmetic.memory_format)
     if config.micro_batch == "auto" and saved is not None:
