@@ -104,9 +104,9 @@ def training(device: torch.device, small: bool) -> None:
 def rate(device: torch.device, batch: int, overrides: tuple[str, ...], small: bool) -> list[str]:
     """Return images a second, milliseconds a step, peak memory and seconds before a second turn, as texts."""
     if small:
-        batch //= 128
+        batch = max(2, batch // 1024)
         overrides = tuple(o for o in overrides if "224" not in o and "compile" not in o and "2048" not in o)
-        overrides = tuple(o.replace("micro_batch=1024", "micro_batch=8") for o in overrides)
+        overrides = tuple(o.replace("micro_batch=1024", "micro_batch=16") for o in overrides)
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.empty_cache()
