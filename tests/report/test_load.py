@@ -40,7 +40,7 @@ def test_options_are_the_keys_of_the_identity(tmp_path: Path) -> None:
     assert run.name.endswith(identity(config))
     assert "cluster.name" not in run.options
     assert "dataset.root" not in run.options
-    assert run.options["optimizer.lmbda"] == config.optimizer.lmbda
+    assert run.options["optimizer.lmbda_relative"] == config.optimizer.lmbda_relative
     assert decisive(run.config)["dataset"]["val_fraction"] == 0.0
 
 

@@ -141,7 +141,7 @@ def test_csv_and_parquet_have_one_row_for_each_run(runs_dir: Path, tmp_path: Pat
             assert row["best/test/accuracy"] == summary["best/test/accuracy"]
             assert (row["chosen"], row["reported"]) == (True, "best/test/accuracy")
     assert sorted(row["state"] for row in table) == ["diverged", "failed", *["finished"] * 4]
-    assert [row["optimizer.lmbda"] for row in table] == [None, None, 0.001, 0.001, None, None]
+    assert [row["optimizer.lmbda_relative"] for row in table] == [None, None, 10, 10, None, None]
 
 
 def test_a_dash_prints_the_page(runs_dir: Path, written: Path, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_offline_run_has_the_config_and_resolved_values(full: tuple[Path, dict[s
     (segment,) = segments(full[0])
     (run,) = all_of("run", segment)
     config = run["config"]["update"]
-    assert config["optimizer"]["lmbda"] == 0.001
+    assert config["optimizer"]["lmbda_relative"] == 10
     assert config["batch_size"] == 512
     assert config["dataset"]["name"] == "digits"
     assert config["resolved"] == {"run": "digits-tvlars-0123abcd", "lr": 4.0, "commit": "0" * 40, "steps": 20}

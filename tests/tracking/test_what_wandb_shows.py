@@ -139,7 +139,7 @@ def test_seeds_of_one_setting_share_its_name() -> None:
     assert setting_name(one) == setting_name(other) != setting_name(another)
     assert run_name(one) != run_name(other)
     assert setting_name(one).endswith(setting_hash(one))
-    assert setting_name(one).startswith("synthetic-smallcnn-clf-lars-constant-b16-lr2-")
+    assert setting_name(one).startswith("synthetic-smallcnn-clf-lars-constant-b16-lr6-")
 
 
 # ---- failing servers: the run finishes in time and its folder is complete ----

@@ -106,7 +106,7 @@ def _grid(name: str, panels: Panels, groups: list[str] | None = None) -> wr.Pane
 def _sections() -> dict[str, Panels]:
     """Return the panels of each section. A new panel needs one line here."""
     column = wr.ParallelCoordinatesPlotColumn
-    searched = ("optimizer.lr", "optimizer.weight_decay", "optimizer.lmbda", "batch_size")
+    searched = ("optimizer.lr", "optimizer.weight_decay", "optimizer.lmbda_relative", "batch_size")
     keys = [column(wr.Config(key), log=True) for key in searched]
     keys += [column(wr.Config(key)) for key in ("schedule.name", "optimizer.name")]
     return {
