@@ -22,7 +22,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 demo: install ## compare LARS, LAMB and TVLARS on bundled images: six runs in under two minutes
 	$(BIN)/python launch.py -m sweeps=demo
 
-headline: install ## compare eight optimizers at batch 128 to 8,192: tune, confirm on fresh seeds, report (hours on two cores)
+headline: install ## compare six optimizers at batch 128 to 8,192: tune, confirm on fresh seeds, report (hours on two cores)
 	$(BIN)/python launch.py -m sweeps=large_batch runs_dir=runs/large_batch
 	$(BIN)/largebatch confirm runs/large_batch cluster.parallel=2
 	$(BIN)/largebatch report runs/large_batch --out large_batch.html
