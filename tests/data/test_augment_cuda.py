@@ -7,12 +7,10 @@ test may already have done in this process. ``test_arithmetic`` therefore runs t
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ import torch
 from test_augment import draws_for, random_images
 from test_views import draws_for as view_draws_for
 from test_views import some_images
+from triton_checks import needs_triton, run_checks
 
 from largebatch import triton_kernels
 from largebatch.data import augment, augment_cpu, augment_cuda
@@ -29,23 +28,11 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 MEAN, STD = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.25, 0.3])
 KERNELS = "largebatch.data.augment_cuda_kernels"
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton isn't installed")
-
 
 @needs_triton
 @pytest.mark.parametrize("where", ["interpreter", "gpu"])
 def test_arithmetic(where: str) -> None:
-    """Run all ``check_*`` below in a process of their own."""
-    if where == "gpu" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    if where == "interpreter" and tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton 3.6 can't run a loop with numpy 2.5")
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if where == "interpreter" else "0"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, "-o", "python_functions=check_*"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_checks(__file__, where)
 
 
 @pytest.fixture(autouse=True)

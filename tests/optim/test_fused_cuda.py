@@ -7,18 +7,17 @@ kernels (``check_*``) in a process of their own, once interpreted and, if there 
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from triton_checks import needs_triton, run_checks
 
 from largebatch import triton_kernels
 from largebatch.optim import fused_cuda
@@ -38,23 +37,11 @@ LAMB = LambNumbers(
 SHAPES = ((), (7,), (5, 3), (0,), (1, 1), (2, 2051))  # the last is a chunk and a piece
 FLAGS = ((True, True), (False, False), (True, False), (True, True), (False, True), (True, True))  # adapted, decayed
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton isn't installed")
-
 
 @needs_triton
 @pytest.mark.parametrize("where", ["interpreter", "gpu"])
 def test_arithmetic(where: str) -> None:
-    """Run all ``check_*`` below in a process of their own."""
-    if where == "gpu" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    if where == "interpreter" and tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of Triton 3.6 can't run a loop with numpy 2.5")
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if where == "interpreter" else "0"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, "-o", "python_functions=check_*"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_checks(__file__, where)
 
 
 # -- the reference, in Python's numbers

@@ -43,7 +43,7 @@ def test_an_unknown_key_of_state_is_refused():
 
 @pytest.mark.parametrize("build", [LARS, TVLARS, LAMB])
 def test_a_change_of_options_or_parameters_acts_at_the_next_step(build):
-    """What is kept from step to step follows the groups, the parameters' types and which of them have a gradient."""
+    """Lists kept from step to step follow the groups, the parameters' types and which of them have a gradient."""
 
     def change(optimizer, first, second):
         (group,) = optimizer.param_groups
