@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from largebatch.config.options import problems_of
 from largebatch.config.schema import Config, load_config
 from largebatch.data.augment import augmented_torch
 from largebatch.data.images import decode, pixels_of
@@ -67,17 +70,29 @@ class LoadedRun:
         """
         if self.config.mode.name == "bt":
             return nn.Sequential(self.backbone(), self.probe_head())
-        network = build_model(self.config.model, len(self.classes), self.shape[0])
-        network.load_state_dict(self.saved["model"])
+        with self._as_configured():
+            network = build_model(self.config.model, len(self.classes), self.shape[0])
+            network.load_state_dict(self.saved["model"])
         return network.eval()
 
     def backbone(self) -> nn.Module:
         """Return the network without its classifier, in evaluation mode on the CPU: images to features [B, F]."""
-        network, _ = build_backbone(self.config.model, self.shape)
-        wanted = network.state_dict()
         prefix = "backbone." if self.config.mode.name == "bt" else ""
-        network.load_state_dict({name: self.saved["model"][prefix + name] for name in wanted})
+        with self._as_configured():
+            network, _ = build_backbone(self.config.model, self.shape)
+            network.load_state_dict({name: self.saved["model"][prefix + name] for name in network.state_dict()})
         return network.eval()
+
+    @contextmanager
+    def _as_configured(self) -> Iterator[None]:
+        """Turn an error from the construction of the network into a ``UserError`` that names the configuration."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # any model can be given
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.folder.config}: the checkpoint isn't of this network ({reason})") from error
 
     def probe_head(self) -> nn.Linear:
         """Return the linear layer of mode ``bt``'s probe.
@@ -85,7 +100,9 @@ class LoadedRun:
         Raises:
             UserError: the checkpoint is from before the probe.
         """
-        probe = self.saved["probe"]
+        probe = self.saved.get("probe")
+        if not probe:
+            raise UserError(f"{self.folder.config}: mode.name=bt: the checkpoint isn't of this mode")
         if not probe["optimizer"]["state"]:
             raise UserError(
                 f"{self.folder.path}: the checkpoint of step {self.step} is from before the probe, so it has no "
@@ -151,9 +168,12 @@ def load_run(run: Path | str, checkpoint: str = "last", runs_dir: Path | str = "
         raise UserError(
             f"{path}: has no entry {error}: an earlier version wrote it. Fix: run the same command with rerun=true"
         ) from error
+    config = load_config(folder.config)
+    if problems := problems_of(config):
+        raise UserError("\n".join(f"{folder.config}: {problem}" for problem in problems))
     return LoadedRun(
         folder,
-        load_config(folder.config),
+        config,
         saved["step"],
         tuple(name for name, *_ in content["classes"]),
         cast(tuple[int, int, int], tuple(images["shape"])),
