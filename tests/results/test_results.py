@@ -206,16 +206,20 @@ def test_the_torch_export_of_a_backbone_has_no_classifier(
     assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 256)
 
 
-def test_an_onnx_export_gives_the_model_s_outputs(folder: Path, run: LoadedRun, tmp_path: Path) -> None:
+def test_an_onnx_export_gives_the_model_s_outputs(
+    folder: Path, run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out = tmp_path / "digits.onnx"
     assert main(["export", str(folder), "--to", "onnx", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
     images = torch.randn(5, *run.shape, generator=torch.Generator().manual_seed(0))
-    (logits,) = runtime.InferenceSession(out).run(["logits"], {"images": images.numpy()})
-    with torch.no_grad():
-        np.testing.assert_allclose(logits, run.model()(images).numpy(), rtol=1e-4, atol=1e-5)
+    for some in (images, images[:1]):  # any number of images
+        (logits,) = runtime.InferenceSession(out).run(["logits"], {"images": some.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(logits, run.model()(some).numpy(), rtol=1e-4, atol=1e-5)
     metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(out).metadata_props}
     assert metadata["std"] == list(run.std)
     assert metadata["classes"] == list(run.classes)

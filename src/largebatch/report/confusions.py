@@ -14,11 +14,10 @@ from largebatch.report.chart import Chart, Switch, batch_switch, new_figure, rou
 from largebatch.report.compare import Comparison
 from largebatch.report.load import Problem, Run, read_predictions_of
 from largebatch.report.wording import row_label
-from largebatch.runs.predictions import Predictions
+from largebatch.runs.predictions import WORST, Predictions
 
 _MOST_CLASSES = 30  # of a matrix: more would be too small to read
 _PAIRS = 3  # pairs of classes in a cell of the table
-_IMAGES = 16  # in a run's worst.png
 
 
 class Confusion(NamedTuple):
@@ -122,5 +121,5 @@ def _captions(predictions: Predictions) -> list[str]:
     return [
         f"image {i:,}: {names[predictions.label[i]]} as {names[predictions.prediction[i]]}, "
         f"loss {predictions.loss[i]:.3g}"
-        for i in predictions.worst(_IMAGES).tolist()
+        for i in predictions.worst(WORST).tolist()
     ]

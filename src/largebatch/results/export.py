@@ -37,7 +37,8 @@ def export(run: LoadedRun, format_: str, out: Path, *, backbone: bool) -> None:
     network = run.backbone() if backbone else run.model()
     metadata = described(run, "features" if backbone else "logits")
     texts = {key: json.dumps(value) for key, value in metadata.items()}
-    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    # Copies, because safetensors refuses tensors that share memory.
+    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()}
     if format_ == "safetensors":
         safetensors = _imported(format_, "safetensors.torch")
         write = partial(_save_safetensors, safetensors, state, texts)

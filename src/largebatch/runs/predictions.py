@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from largebatch.runs.folder import replace_file
 
+WORST = 16  # images with the largest loss in a run's worst.png
+
 
 @dataclass(frozen=True)
 class Predictions:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from largebatch.runs.folder import replace_file
 
-SHOWN = 16
+_IMAGES = 16
 _COLUMNS = 8
 _SMALLEST = 64  # least side of a shown image, in pixels
 
@@ -25,7 +25,7 @@ def save_images(batch: Tensor, views: int, mean: tuple[float, ...], std: tuple[f
         std: likewise.
         path: the PNG file.
     """
-    n = min(len(batch) // views, SHOWN // views)
+    n = min(len(batch) // views, _IMAGES // views)
     shown = torch.stack([view[:n] for view in batch.chunk(views)]).float().cpu()  # [views, n, C, S, S]
     scale = (len(mean), 1, 1)
     pixels = (shown * torch.tensor(std).view(scale) + torch.tensor(mean).view(scale)).clamp(0, 1)

@@ -15,8 +15,8 @@ from largebatch.machine.pulse import progressed, waiting_for
 from largebatch.modes import clf
 from largebatch.modes.bt import BarlowTwins
 from largebatch.runs.correct import write_correct
-from largebatch.runs.predictions import Predictions, write_predictions
-from largebatch.tracking.images import SHOWN, save_worst
+from largebatch.runs.predictions import WORST, Predictions, write_predictions
+from largebatch.tracking.images import save_worst
 from largebatch.training.micro_batch import release_memory
 from largebatch.training.state import Run
 
@@ -71,7 +71,7 @@ def _record_predictions(run: Run, results: Tensor) -> None:
     with waiting_for("the disk to write predictions.parquet"):
         write_predictions(run.folder.predictions, found)
         if run.config.tracker.images:
-            images = test.images.select(torch.from_numpy(found.worst(SHOWN)).to(test.labels.device))
+            images = test.images.select(torch.from_numpy(found.worst(WORST)).to(test.labels.device))
             pixels = next(stream(images, [torch.arange(len(images))], batch=len(images), workers=0))
             save_worst(pixels, run.folder.worst_images)
 
