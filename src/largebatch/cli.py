@@ -1,4 +1,4 @@
-"""The ``largebatch`` command shows, cancels, compares and confirms runs. ``python launch.py`` starts them."""
+"""The ``largebatch`` command shows, cancels, compares, confirms and uses runs. ``python launch.py`` starts them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from largebatch.errors import UserError
 from largebatch.runs.cancel import cancel
-from largebatch.runs.folder import RunFolder
-from largebatch.runs.table import find_run, find_runs
+from largebatch.runs.folder import RunFolder, write_atomic
+from largebatch.runs.table import find_run, find_runs, plain_table, print_table
 from largebatch.runs.watch import show_log, show_status, watch_status
 from largebatch.terminal import escape_unprintable, exit_code_of, restart_in_utf8
 
@@ -25,13 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     options.overrides = [other for other in others if not other.startswith("-")]
-    if len(options.overrides) < len(others) or (others and options.command not in ("confirm", "replay")):
+    if len(options.overrides) < len(others) or (others and options.command not in ("confirm", "replay", "evaluate")):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     return exit_code_of(lambda: int(options.run(options) or 0))
 
 
 def _parser() -> argparse.ArgumentParser:
-    description = "Show, cancel and compare runs; `python launch.py` starts them."
+    description = "Show, cancel, compare and use runs; `python launch.py` starts them."
     parser = argparse.ArgumentParser(prog="largebatch", description=description)
     add = parser.add_subparsers(dest="command", required=True).add_parser
     where = argparse.ArgumentParser(add_help=False)
@@ -105,7 +107,48 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no key or network")
     sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="time for one run; default: 600")
     sync.set_defaults(run=_sync)
+    _add_results(add, where)
     return parser
+
+
+def _add_results(add: Callable[..., argparse.ArgumentParser], where: argparse.ArgumentParser) -> None:
+    """Add the commands that use a run's weights."""
+    weights = argparse.ArgumentParser(add_help=False, parents=[where])
+    weights.add_argument("wanted", metavar="RUN", help=_RUN)
+    which = weights.add_mutually_exclusive_group()
+    which.add_argument(
+        "--last", dest="checkpoint", action="store_const", const="last", default="last",
+        help="take the last checkpoint (default)",
+    )  # fmt: skip
+    which.add_argument(
+        "--best", dest="checkpoint", action="store_const", const="best",
+        help="take the best checkpoint on validation images, of a run with tracker.checkpoints=true",
+    )  # fmt: skip
+
+    export = add("export", parents=[weights], help="write a run's weights for other programs")
+    export.add_argument("--to", required=True, choices=("safetensors", "torch", "onnx"))
+    export.add_argument("--out", type=Path, metavar="FILE", help="default: the run's name, in the current folder")
+    export.add_argument("--backbone", action="store_true", help="leave out the classifier, as always in mode bt")
+    export.set_defaults(run=_export)
+
+    evaluate = add(
+        "evaluate",
+        parents=[weights],
+        usage="largebatch evaluate RUN [--best] [--dataset NAME] [--device DEVICE] [--json FILE] [OVERRIDE ...]",
+        help="evaluate a run's weights again, or on another data set with the same classes",
+        epilog="OVERRIDE: a key of the data set, as for launch.py, such as dataset.root=FOLDER.",
+    )
+    evaluate.add_argument("--dataset", metavar="NAME", help="preset of another data set; default: the run's own")
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    evaluate.add_argument(
+        "--json", metavar="FILE", help="write the metrics as JSON; - prints them instead of the table"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = add("predict", parents=[weights], help="print class and probability of images, as CSV")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder of image files")
+    predict.add_argument("--out", type=Path, metavar="FILE", help="write the CSV there instead of printing it")
+    predict.set_defaults(run=_predict)
 
 
 def _named(options: argparse.Namespace) -> list[RunFolder]:
@@ -190,6 +233,40 @@ def _sync(options: argparse.Namespace) -> int:
     from largebatch.tracking.sync import sync
 
     return 1 if sync(_named(options), options.dry_run, options.timeout) else 0
+
+
+def _export(options: argparse.Namespace) -> None:
+    from largebatch.results.export import ENDINGS, export
+    from largebatch.results.run import load_run
+
+    run = load_run(options.wanted, options.checkpoint, options.runs_dir)
+    out = options.out or Path(run.folder.path.absolute().name + ENDINGS[options.to])
+    export(run, options.to, out, backbone=options.backbone)
+    print(out)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from largebatch.results.evaluate import chosen_device, evaluate, table_of_metrics
+    from largebatch.results.run import load_run
+
+    run = load_run(options.wanted, options.checkpoint, options.runs_dir)
+    overrides = [*([f"dataset={options.dataset}"] if options.dataset else []), *options.overrides]
+    device = chosen_device(options.device)
+    found = evaluate(run, overrides, device, lambda line: print(line, file=sys.stderr, flush=True))
+    if options.json != "-":
+        print_table(plain_table(["set", "images", "loss", "accuracy", "top 5"], table_of_metrics(found)))
+    if options.json:
+        text = json.dumps(found, indent=1)
+        print(text) if options.json == "-" else write_atomic(Path(options.json), text + "\n")
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from largebatch.results.predict import predict
+    from largebatch.results.run import load_run
+
+    run = load_run(options.wanted, options.checkpoint, options.runs_dir)
+    with options.out.open("w", encoding="utf-8") if options.out else nullcontext(sys.stdout) as out:
+        return 1 if predict(run, options.images, out) else 0
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ OPTIONS = (
 )  # fmt: skip
 READ = (
     "status.json", "summary.json", "config.yaml", "metrics.jsonl", "metrics.parquet", "layers.parquet", "correct.npz",
-    "log.txt", "images.png", "wandb/uploads.json", "wandb/offline-run-*/*.wandb", "checkpoints/step-*.pt",
+    "predictions.parquet", "log.txt", "images.png", "wandb/uploads.json", "wandb/offline-run-*/*.wandb",
+    "checkpoints/step-*.pt",
 )  # fmt: skip
 COMMANDS = (
     ("status", "runs"), ("status", "runs", "--json"), ("report", "runs", "--format", "md", "--out", "-"),
     ("report", "runs", "--out", "page.html"), ("report", "runs", "--format", "csv", "--out", "-"), ("logs", "RUN"),
-    ("cancel", "RUN"), ("sync", "RUN", "--dry-run"), ("confirm", "runs", "--dry-run"),
+    ("cancel", "RUN"), ("sync", "RUN", "--dry-run"), ("confirm", "runs", "--dry-run"), ("evaluate", "RUN"),
+    ("export", "RUN", "--to", "torch", "--out", "weights.pt"),
 )  # fmt: skip
 
 

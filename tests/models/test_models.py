@@ -175,15 +175,3 @@ def test_batch_norm_over_one_value_is_refused_before_training() -> None:
     check_batch_norm(config, model, (3, 64, 64), 1)
     check_batch_norm(config, model, (3, 16, 16), 2)
     assert all(map(torch.equal, before, model.buffers()))
-
-
-def test_weights_without_a_network_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
-
-    def offline(*arguments: Any, **options: Any) -> None:
-        raise FileNotFoundError("can't be located on the Hub")
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    config = configuration("model=timm", "model.name=resnet10t", "+model.options.pretrained=true").model
-    with pytest.raises(UserError, match=r"resnet10t.*'pretrained': True.*Fix: start it once on a machine with a net"):
-        build_model(config, 4, 3)

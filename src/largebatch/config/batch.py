@@ -76,7 +76,8 @@ def _share(whole: range, number: int, parts: int) -> range:
 
 def has_batch_statistics(config: Config) -> bool:
     """Return True if the images of a micro-batch are normalised or correlated together, so that its size matters."""
-    return config.model.has_batch_norm or config.mode.loss_per_micro_batch
+    normalises = config.model.has_batch_norm and not config.model.freeze
+    return normalises or config.mode.loss_per_micro_batch
 
 
 def plan_training(config: Config, processes: int) -> BatchPlan:

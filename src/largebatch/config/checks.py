@@ -17,6 +17,7 @@ def validate(config: Config) -> None:
     problems = [
         *problems_of(config),
         *config.dataset.problems(config),
+        *config.model.problems(config),
         *config.optimizer.problems(config),
         *config.lr_scaling.problems(config.optimizer),
         *config.schedule.problems(config),

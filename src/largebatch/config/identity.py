@@ -16,6 +16,7 @@ from largebatch.config.schema import Config
 
 # Keys outside the identity, each with the reason. Every other key is part of it.
 NOT_DECISIVE = {
+    "model.weights": "place of the file; model.weights_hash is decisive",
     "cluster": "devices, processes and SLURM's options decide where a run trains",
     "micro_batch": "divides a step; batch_norm_size has the effect of this division and of processes",
     "sync_bn": "a way to normalise over batch_norm_size images",

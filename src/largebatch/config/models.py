@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
 from largebatch.config.options import option
+
+if TYPE_CHECKING:
+    from largebatch.config.schema import Config
 
 INITS = ("default", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 
 
 @dataclass
 class ModelConfig:
-    """Options of every model."""
+    """Options of every model. ``published`` is True if its library has pre-trained weights."""
+
+    published: ClassVar[bool] = False
 
     name: str = MISSING
     init: str = option("default", allowed=INITS)  # of convolution and linear weights; default: the library's
+    # Weights to start from: a finished run (folder, or beginning of its name), or a file of torch or safetensors.
+    weights: str | None = None
+    weights_hash: str | None = None  # of the content of that file; the launcher sets it
+    pretrained: bool = False  # start from the library's pre-trained weights
+    freeze: bool = False  # train only the head; the rest stays in evaluation mode
 
     @property
     def has_batch_norm(self) -> bool:
         """True if training normalises over the images of a micro-batch. The worker checks a model that says False."""
         return True
+
+    def problems(self, config: Config) -> list[str]:
+        """Return one line for each conflict between options, or with the mode."""
+        problems = []
+        if self.weights is not None and self.pretrained:
+            problems.append(f"model.weights={self.weights} and model.pretrained=true: only one may be set")
+        if self.weights is None and self.weights_hash is not None:
+            problems.append(f"model.weights_hash={self.weights_hash}: needs model.weights. Fix: leave it out")
+        if self.pretrained and not self.published:
+            names = [name for name, kind in MODELS.items() if kind.published]
+            problems.append(
+                f"model.pretrained=true: {self.name} has no pre-trained weights. Allowed: {', '.join(names)}, and "
+                "most models of model=timm"
+            )
+        if self.freeze and self.weights is None and not self.pretrained:
+            problems.append("model.freeze=true: the frozen weights would be random. Fix: set model.weights=RUN too")
+        if self.freeze and config.mode.name == "bt":
+            problems.append("model.freeze=true: mode=bt trains the backbone. Fix: mode=clf, or model.freeze=false")
+        return problems
 
 
 @dataclass
@@ -49,6 +78,8 @@ class TinyCnn(ModelConfig):
 class EfficientNet(ModelConfig):
     """torchvision's EfficientNet-B0."""
 
+    published = True
+
     stem: str = option("imagenet", allowed=("imagenet", "cifar"))  # cifar: 3x3, stride 1, no pooling
 
 
@@ -63,6 +94,8 @@ class ResNet(EfficientNet):
 class TimmModel(ModelConfig):
     """Any timm model, by its timm name. ``options`` are keyword arguments of ``timm.create_model``."""
 
+    published = True
+
     library: str = option("timm", allowed=("timm",))
     options: dict[str, Any] = field(default_factory=dict)
     batch_norm: bool = True  # false: the model has no batch norm, so that every division of a batch has one name
@@ -70,6 +103,11 @@ class TimmModel(ModelConfig):
     @property
     def has_batch_norm(self) -> bool:
         return self.batch_norm
+
+    def problems(self, config: Config) -> list[str]:
+        given = self.options.get("pretrained")
+        found = [] if given is None else [f"model.options.pretrained={given}: not allowed. Fix: model.pretrained=true"]
+        return super().problems(config) + found
 
 
 MODELS: dict[str, type[ModelConfig]] = {

@@ -124,16 +124,21 @@ def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is a pipe or device, not a file")  # opening it would wait for a writer
         with Image.open(path) as opened:
-            image = _in_mode(opened, _MODES[channels])
-        if image_size == 0:
-            return np.empty((channels, 0, 0), np.uint8)
-        array: NDArray[np.uint8] = np.asarray(_resized(image, image_size))
-        return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+            return pixels_of(opened, channels, image_size)
     except Exception as error:  # damaged files make decoders raise anything, also MemoryError and RuntimeError
         raise UserError(
             f"{path} can't be read as an image ({str(error) or type(error).__name__}): the file is damaged or cut "
             "short; replace or remove it"
         ) from error
+
+
+def pixels_of(image: Image.Image, channels: int, image_size: int) -> NDArray[np.uint8]:
+    """Convert an image to uint8 [C, S, S], as ``decode`` does."""
+    image = _in_mode(image, _MODES[channels])
+    if image_size == 0:
+        return np.empty((channels, 0, 0), np.uint8)
+    array: NDArray[np.uint8] = np.asarray(_resized(image, image_size))
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -18,6 +18,7 @@ from largebatch.config.schema import Config, from_composed
 from largebatch.errors import UserError
 from largebatch.launch.composition import Composed
 from largebatch.launch.devices import resolve_devices
+from largebatch.launch.weights import resolve_weights
 from largebatch.runs.folder import DONE, RunFolder
 from largebatch.runs.table import list_runs
 
@@ -53,6 +54,7 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
         try:
             config = from_composed(job.tree)
             validate(config)
+            resolve_weights(config)
             resolve_devices(config)
             if config.dataset.train_images is not None:
                 plan_epochs(config, config.dataset.train_images)

@@ -48,8 +48,7 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
     if isinstance(config, TimmModel):
         cast(Any, model).reset_classifier(0)
     else:
-        last = {"smallcnn": "head", "tinycnn": "head", "effb0": "classifier"}.get(config.name, "fc")
-        setattr(model, last, nn.Identity())
+        setattr(model, head_names(config, model)[0], nn.Identity())
     features = tried(config, model, image)
     if features.ndim != 2:
         raise UserError(
@@ -57,6 +56,14 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
             "Twins needs one vector per image; choose a model with pooling (model.options.global_pool)"
         )
     return model, features.shape[1]
+
+
+def head_names(config: ModelConfig, model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that make logits from features; none if timm doesn't name them."""
+    if isinstance(config, TimmModel):
+        named = cast(Any, model).pretrained_cfg.get("classifier") or ()
+        return (named,) if isinstance(named, str) else tuple(named)
+    return ({"smallcnn": "head", "tinycnn": "head", "effb0": "classifier"}.get(config.name, "fc"),)
 
 
 def tried(config: ModelConfig, model: nn.Module, image: tuple[int, int, int]) -> Tensor:
@@ -173,10 +180,7 @@ def _timm(config: TimmModel, num_classes: int, channels: int) -> nn.Module:
         network: nn.Module = timm.create_model(
             config.name, num_classes=num_classes, in_chans=channels, **config.options
         )
-    except Exception as error:  # also those of a download
+    except Exception as error:  # a model can raise anything
         given = f" with model.options={config.options}" if config.options else ""
-        fix = ""
-        if config.options.get("pretrained") and isinstance(error, OSError):
-            fix = ". Fix: start it once on a machine with a network, or +model.options.pretrained=false"
-        raise UserError(f"model.name={config.name}{given}: timm rejects it: {error}{fix}") from error
+        raise UserError(f"model.name={config.name}{given}: timm rejects it: {error}") from error
     return network

@@ -54,17 +54,18 @@ def train_metrics(totals: list[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
-    """Return [loss, top-1 correct, top-5 correct] of each of this process's images, float64 [n, 3]."""
-    found = [torch.zeros(0, 3, dtype=torch.float64, device=device)]
+    """Return [loss, top-1 correct, top-5 correct, predicted class] of this process's images, float64 [n, 4]."""
+    found = [torch.zeros(0, 4, dtype=torch.float64, device=device)]
     for images, labels in batches:
         logits = model(images).float()
-        top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        top5 = best == labels[:, None]
         losses = F.cross_entropy(logits, labels, reduction="none")
-        found.append(torch.stack([losses.double(), top5[:, 0], top5.any(dim=1)], dim=1))
+        found.append(torch.stack([losses.double(), top5[:, 0], top5.any(dim=1), best[:, 0]], dim=1))
     return torch.cat(found)
 
 
 def evaluation_metrics(split: str, images: Tensor) -> dict[str, float]:
     """Return the logged metrics of ``split`` (``val`` or ``test``) from the result of ``evaluate`` for all images."""
-    loss, top1, top5 = images.mean(dim=0).tolist()
+    loss, top1, top5 = images[:, :3].mean(dim=0).tolist()
     return {f"{split}/loss": loss, f"{split}/accuracy": top1, f"{split}/top5": top5}

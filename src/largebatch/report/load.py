@@ -24,6 +24,7 @@ from largebatch.errors import UserError
 from largebatch.runs.correct import Bits, read_correct
 from largebatch.runs.folder import DONE, STATES, RunFolder
 from largebatch.runs.metrics import Row, read_lines
+from largebatch.runs.predictions import Predictions, read_predictions
 
 Tree = dict[str, Any]
 Item = TypeVar("Item")
@@ -195,6 +196,17 @@ def read_history(run: Run, problems: list[Problem]) -> list[Row]:
         problems.append(Problem(run.name, f"{error}; its curves are left out"))
         return []
     return [row for row in rows if isinstance(row, dict) and number(row.get("step")) is not None]
+
+
+def read_predictions_of(run: Run, problems: list[Problem]) -> Predictions | None:
+    """Return ``predictions.parquet``, or None if there is none. Add a problem if the file can't be read."""
+    if not run.folder.predictions.exists():
+        return None
+    try:
+        return _attempt(run.folder.predictions, read_predictions)
+    except _Broken as error:
+        problems.append(Problem(run.name, f"{error}; its predictions are left out"))
+        return None
 
 
 class Layers(NamedTuple):

@@ -18,6 +18,7 @@ from largebatch.report.answer import answer, differences_table
 from largebatch.report.cells import BY_VALIDATION, RowKey, differing, distinct, values
 from largebatch.report.chart import Chart, Styles, styles
 from largebatch.report.compare import Comparison
+from largebatch.report.confusions import Errors, confused_pairs, confusion_chart, read_errors
 from largebatch.report.fairness import warnings
 from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagnosed
 from largebatch.report.load import Problem, Run
@@ -45,14 +46,15 @@ def page(
     style = styles(comparisons)
     histories = [curves.read_histories(comparison, problems) for comparison in comparisons]
     diagnosed = [read_diagnosed(comparison, problems) for comparison in comparisons]
+    errors = [read_errors(comparison, problems) for comparison in comparisons]
     cells = sum(len(comparison.shown) for comparison in comparisons)
     points = max(_FEWEST_POINTS, min(curves.MOST_POINTS, _BUDGET // max(cells, 1)))
     with_layers = max(sum(map(len, diagnosed)), 1)
     times = [time_to_target(*pair, target) for pair in zip(comparisons, histories, strict=True)]
-    of_sections = zip(comparisons, histories, times, diagnosed, strict=True)
+    of_sections = zip(comparisons, histories, times, diagnosed, errors, strict=True)
     sections = [
-        _section(f"c{number}", comparison, history, time, layers, len(layers) / with_layers, style, points)
-        for number, (comparison, history, time, layers) in enumerate(of_sections, 1)
+        _section(f"c{number}", comparison, history, time, layers, len(layers) / with_layers, wrong, style, points)
+        for number, (comparison, history, time, layers, wrong) in enumerate(of_sections, 1)
     ]
     found = profiles(comparisons, times)
     charts = [("profiles", target_figures.profile_chart(found, style))] if found else []
@@ -85,7 +87,7 @@ def page(
 
 def _section(
     anchor: str, comparison: Comparison, histories: curves.Histories, times: TimeToTarget | None,
-    layers: list[Diagnosed], share: float, style: Styles, points: int,
+    layers: list[Diagnosed], share: float, errors: Errors, style: Styles, points: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the template's values for one comparison.
 
@@ -105,6 +107,7 @@ def _section(
             target_figures.time_by_batch(comparison, times, style) if times else None,
             figures.speed_by_batch(comparison, style),
         ],
+        "Errors": [confusion_chart(comparison, errors.confusions)],
         "Schedules and layers": [
             figures.schedules(comparison, histories, style, points),
             *layer_charts(layers, share, style),
@@ -128,8 +131,14 @@ def _section(
         # Tables below the charts of a group, with their notes.
         "tables": {
             "Settings tried": (sensitivity_note(comparison), _plain(sensitivity_table(comparison))),
+            "Errors": (
+                "Classes that are confused most often at the end of training: class, prediction, and the number of "
+                "test images over the seeds of the chosen setting.",
+                confused_pairs(comparison, errors.confusions),
+            ),
             "Speed": (_reached_note(times), _plain(reached_table(comparison, times))) if times else ("", []),
         },
+        "worst": errors.worst,
         "keys": [
             [key, *(", ".join(map(wording.value, distinct(of_row, key))) for of_row in runs_of)]
             for key in differing(comparison.runs)

@@ -59,10 +59,12 @@ class RunFolder:
         self.metrics_table = self.path / "metrics.parquet"
         self.layers = self.path / "layers.parquet"
         self.correct = self.path / "correct.npz"
+        self.predictions = self.path / "predictions.parquet"
         self.summary = self.path / "summary.json"
         self.checkpoints = self.path / "checkpoints"
         self.best_checkpoint = self.checkpoints / "best.pt"
         self.images = self.path / "images.png"
+        self.worst_images = self.path / "worst.png"
         self.profile = self.path / "profile"
         self.log = self.path / "log.txt"
         self.slurm = self.path.parent / ".slurm"  # SLURM's logs and submitit's files of all runs

@@ -40,6 +40,12 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def content_hash(path: Path) -> str:
+    """Return sixteen hex digits, a hash of the file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def copy_code(folder: Path) -> Path:
     """Copy the package's files to ``folder/HASH``, for PYTHONPATH, if that doesn't exist."""
     copy = folder / code_hash()

@@ -1,4 +1,4 @@
-"""``images.png``: images of one batch as the network sees them."""
+"""``images.png``: images of one batch as the network sees them. ``worst.png``: test images with the largest loss."""
 
 from __future__ import annotations
 
@@ -25,16 +25,30 @@ def save_images(batch: Tensor, views: int, mean: tuple[float, ...], std: tuple[f
         std: likewise.
         path: the PNG file.
     """
-    from PIL import Image
-
     n = min(len(batch) // views, _IMAGES // views)
     shown = torch.stack([view[:n] for view in batch.chunk(views)]).float().cpu()  # [views, n, C, S, S]
     scale = (len(mean), 1, 1)
     pixels = (shown * torch.tensor(std).view(scale) + torch.tensor(mean).view(scale)).clamp(0, 1)
-    filled = torch.cat([pixels, pixels.new_zeros(views, -n % _COLUMNS, *pixels.shape[2:])], dim=1)  # with black
+    side = -(-_SMALLEST // pixels.shape[-1]) * pixels.shape[-1]
+    _save_grid(pixels, side, path)
+
+
+def save_worst(pixels: Tensor, path: Path) -> None:
+    """Write a grid of images, uint8 [n, C, S, S], each 64 pixels wide, so that the file stays small."""
+    _save_grid(pixels[None].float().cpu() / 255, _SMALLEST, path)
+
+
+def _save_grid(pixels: Tensor, side: int, path: Path) -> None:
+    """Write a grid of images [views, n, C, S, S] in 0..1, each ``side`` pixels wide."""
+    from PIL import Image
+
+    views = len(pixels)
+    filled = torch.cat(
+        [pixels, pixels.new_zeros(views, -pixels.shape[1] % _COLUMNS, *pixels.shape[2:])], dim=1
+    )  # with black
     rows = torch.unflatten(filled, 1, (-1, _COLUMNS)).permute(1, 0, 4, 2, 5, 3)  # [rows, views, S, _COLUMNS, S, C]
     grid = rows.flatten(0, 2).flatten(1, 2)
-    times = -(-_SMALLEST // pixels.shape[-1])
     image = Image.fromarray((255 * grid).round().to(torch.uint8).squeeze(-1).numpy())
-    larger = image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
-    replace_file(path, partial(larger.save, format="PNG"))
+    how = Image.Resampling.NEAREST if side >= pixels.shape[-1] else Image.Resampling.BILINEAR
+    size = (side * _COLUMNS, side * image.height // pixels.shape[-1])
+    replace_file(path, partial(image.resize(size, how).save, format="PNG"))

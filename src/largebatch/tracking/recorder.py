@@ -38,7 +38,8 @@ class Recorder:
     def __init__(self, config: Config, folder: RunFolder, step: int, facts: dict[str, Any], console: Console) -> None:
         self._folder, self._facts, self._console, self._tracker = folder, facts, console, config.tracker
         if step == 0:  # also after damaged checkpoints
-            folder.correct.unlink(missing_ok=True)
+            for path in (folder.correct, folder.predictions, folder.worst_images):
+                path.unlink(missing_ok=True)
         self._metrics = MetricsLog(folder.metrics, step)
         self._layers = LayerLog(folder.layers, step, self._layer_row)
         self._status_at = 0.0

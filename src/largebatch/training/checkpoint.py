@@ -176,8 +176,8 @@ def save_checkpoint(
         raise OSError(f"{path} can't be written ({_cause(temporary) or error}); {free:.0f} MB are free") from error
     finally:
         temporary.unlink(missing_ok=True)
-    up_to_now = [old for old in _newest_first(folder) if old.name <= path.name]
-    for old in {*_newest_first(folder)} - {*up_to_now[:KEPT]}:
+    up_to_now = [old for old in newest_first(folder) if old.name <= path.name]
+    for old in {*newest_first(folder)} - {*up_to_now[:KEPT]}:
         old.unlink()
     return path
 
@@ -204,8 +204,8 @@ def load_newest(
         OSError: if no checkpoint is usable, and reading one failed: it may be readable later.
     """
     unread: OSError | None = None
-    newest_first = _newest_first(folder)
-    for path in newest_first:
+    found = newest_first(folder)
+    for path in found:
         try:
             state, trailer = load_checkpoint(path, device)
             if trailer["run"] != run:
@@ -222,7 +222,7 @@ def load_newest(
         return state
     if unread is not None:
         raise unread
-    if newest_first:
+    if found:
         say(f"{folder} has no usable checkpoint: the run starts again from step 0")
     return None
 
@@ -238,7 +238,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Any], T
         trailer = _checked_trailer(file)
         if trailer["format"] != _FORMAT:
             raise DamagedError(f"has format {trailer['format']}, not {_FORMAT}: another version wrote it")
-        if trailer["step"] != int(path.stem.removeprefix("step-")):
+        if path.stem.startswith("step-") and trailer["step"] != int(path.stem.removeprefix("step-")):
             raise DamagedError(f"is the checkpoint of step {trailer['step']}")
         file.seek(0)
         try:
@@ -297,7 +297,8 @@ def _cause(path: Path) -> str:
     return ""
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, without ``best.pt``."""
     return sorted(folder.glob("step-*.pt"), reverse=True)
 
 

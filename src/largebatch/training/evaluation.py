@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.data import Split, evaluation_share
+from largebatch.data.stream import stream
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.machine.pulse import progressed, waiting_for
 from largebatch.modes import clf
 from largebatch.modes.bt import BarlowTwins
 from largebatch.runs.correct import write_correct
+from largebatch.runs.predictions import WORST, Predictions, write_predictions
+from largebatch.tracking.images import save_worst
 from largebatch.training.micro_batch import release_memory
 from largebatch.training.state import Run
 
@@ -22,28 +25,55 @@ _AT_ONCE = (256, 1024)  # bounds of the evaluation batch: a micro-batch that fit
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def classification_metrics(run: Run, model: nn.Module, step: int) -> dict[str, float]:
-    """Return loss and accuracy on the whole validation and test sets, over all processes, after ``step``."""
+def classified(run: Run, model: nn.Module) -> dict[str, Tensor]:
+    """Return the results of ``clf.evaluate`` for the whole validation and test sets, in every process."""
     distributed.share_buffers(model)
     model.eval()
     images = {}
     for name, split in held_out(run):
         here = without_gradient(run, split, lambda batches: clf.evaluate(model, batches, run.device))
         images[name] = distributed.gather_rows(here, _shares(run, len(split)))
-    return metrics_of_images(run, images, step)
+    return images
 
 
-def metrics_of_images(run: Run, images: dict[str, Tensor], step: int) -> dict[str, float]:
-    """Return the metrics of the results of ``clf.evaluate`` by split. Rank 0 records the correct test images."""
+def classified_features(run: Run, head: nn.Linear, features: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return the results of ``clf.evaluate`` for a linear layer on features and labels from ``split_features``."""
+    return {name: clf.evaluate(head, [one], run.device) for name, one in features.items()}
+
+
+def metrics_of_images(images: dict[str, Tensor]) -> dict[str, float]:
+    """Return the metrics of the results of ``clf.evaluate`` by split."""
     metrics: dict[str, float] = {}
     for name, results in images.items():
         metrics |= clf.evaluation_metrics(name, results)
+    return metrics
+
+
+def recorded_metrics(run: Run, images: dict[str, Tensor], step: int, *, final: bool) -> dict[str, float]:
+    """Return ``metrics_of_images``. Rank 0 records the correct test images, and all predictions if it is ``final``."""
+    metrics = metrics_of_images(images)
     if run.rank == 0:
         chooses = metrics.get("val/accuracy", metrics["test/accuracy"])
         correct = images["test"][:, 1].bool().cpu().numpy()
         with waiting_for("the disk to write correct.npz"):
             write_correct(run.folder.correct, step, chooses, correct)
+        if final:
+            _record_predictions(run, images["test"].cpu())
     return metrics
+
+
+def _record_predictions(run: Run, results: Tensor) -> None:
+    """Write the predictions of all test images, and with ``tracker.images`` a picture of the worst images."""
+    test = run.data.test
+    found = Predictions(
+        run.data.classes, test.labels.cpu().numpy(), results[:, 3].long().numpy(), results[:, 0].float().numpy()
+    )
+    with waiting_for("the disk to write predictions.parquet"):
+        write_predictions(run.folder.predictions, found)
+        if run.config.tracker.images:
+            images = test.images.select(torch.from_numpy(found.worst(WORST)).to(test.labels.device))
+            pixels = next(stream(images, [torch.arange(len(images))], batch=len(images), workers=0))
+            save_worst(pixels, run.folder.worst_images)
 
 
 def held_out(run: Run) -> Iterator[tuple[str, Split]]:

@@ -147,7 +147,12 @@ def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
         if tensor.numel():
             distributed.sum_over_processes(tensor)
     if session.recorder and session.writer:
-        constant = {"micro_batch": run.batch.micro_batch, "data": asdict(run.data.content)}
+        constant = {
+            "micro_batch": run.batch.micro_batch,
+            "data": asdict(run.data.content),
+            # For the use of the weights without the data set.
+            "images": {"shape": list(run.data.image), "mean": list(run.data.mean), "std": list(run.data.std)},
+        }
         state = training.state(session.clock.elapsed()) | constant
         best = run.folder.best_checkpoint if is_best else None
         session.writer.save(training.step, state, first=session.recorder.rows_to_write(), best=best)

@@ -20,7 +20,7 @@ from largebatch.seeding import derive_seed
 from largebatch.tracking.layers import plain_statistics
 from largebatch.tracking.recorder import Recorder
 from largebatch.tracking.rows import COLUMNS, Layer, has_layer_row, has_metrics_row
-from largebatch.training.evaluation import classification_metrics
+from largebatch.training.evaluation import classified, recorded_metrics
 from largebatch.training.facts import Facts
 from largebatch.training.graphs import Function, Tensors
 from largebatch.training.micro_batch import release_memory, smaller_micro_batch
@@ -221,7 +221,8 @@ class MainPhase:
 
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the validation and test sets, over all processes."""
-        return classification_metrics(self.run, self.training.model, self.training.step)
+        step = self.training.step
+        return recorded_metrics(self.run, classified(self.run, self.training.model), step, final=step == self.end)
 
     def facts(self) -> Facts:
         """Return the facts specific to the mode."""

@@ -18,7 +18,13 @@ from largebatch.modes import bt, clf
 from largebatch.modes.bt import BarlowTwins
 from largebatch.seeding import derive_seed
 from largebatch.tracking.recorder import Recorder
-from largebatch.training.evaluation import classification_metrics, held_out, metrics_of_images, split_features
+from largebatch.training.evaluation import (
+    classified,
+    classified_features,
+    held_out,
+    recorded_metrics,
+    split_features,
+)
 from largebatch.training.phase import Batches, MainPhase
 from largebatch.training.profile import Profile
 from largebatch.training.running_statistics import RunningStatistics
@@ -175,14 +181,12 @@ class ProbePhase(MainPhase):
         metrics = {name.replace("train/", "probe/"): value for name, value in clf.train_metrics(totals).items()}
         metrics["probe/lr"] = self.probe.optimizer.param_groups[0]["lr"]
         metrics |= self.training.loss_scale.metrics()
+        step, final = self.training.step, self.training.step == self.end
         if self.frozen:
-            images = {
-                name: clf.evaluate(self.probe.head, [features_and_labels], self.run.device)
-                for name, features_and_labels in self._held_out.items()
-            }
-            metrics |= metrics_of_images(self.run, images, self.training.step)
-        elif self.training.step == self.end or self.epochs.ends(self._step, self.run.config.eval_every):
-            metrics |= classification_metrics(self.run, self.classifier, self.training.step)
+            images = classified_features(self.run, self.probe.head, self._held_out)
+            metrics |= recorded_metrics(self.run, images, step, final=final)
+        elif final or self.epochs.ends(self._step, self.run.config.eval_every):
+            metrics |= recorded_metrics(self.run, classified(self.run, self.classifier), step, final=final)
         return metrics
 
     def close(self) -> None:

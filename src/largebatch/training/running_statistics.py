@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from largebatch.machine import distributed
+from largebatch.models.weights import is_frozen
 
 
 class RunningStatistics:
@@ -22,7 +23,7 @@ class RunningStatistics:
     """
 
     def __init__(self, network: nn.Module, over_processes: bool) -> None:
-        layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
+        layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and not is_frozen(layer)]
         values = [value for layer in layers for value in (layer.running_mean, layer.running_var)]
         self._values = [value for value in values if value is not None]
         self._counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]

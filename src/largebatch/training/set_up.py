@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -20,9 +21,11 @@ from largebatch.data.cache import Say
 from largebatch.errors import UserError
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic, choose_arithmetic, described
+from largebatch.models.weights import freeze, is_frozen, load_weights
 from largebatch.modes import bt, clf
 from largebatch.optim import CLARS, SampleNorms
 from largebatch.runs.folder import RunFolder
+from largebatch.runs.provenance import content_hash
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
 from largebatch.training.compilation import compiled, why_no_graphs
@@ -61,7 +64,10 @@ def set_up(
         start.end("data")
     mode, phase = MODES[config.mode.name]
     torch.manual_seed(derive_seed(config.seed, "model"))
-    model: nn.Module = mode.build_model(config, data).to(device)
+    model: nn.Module = mode.build_model(config, data)
+    if saved is None:  # a checkpoint has all weights, so that a resumed run needs no source
+        _load_weights(config, model, data, console.say)
+    model = model.to(device)
     batch = plan_training(config, processes)
     epochs = plan_epochs(config, len(data.train))
     steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
@@ -76,8 +82,10 @@ def set_up(
         )  # fmt: skip
         largest = int(distributed.smallest_over_processes(torch.tensor(float(largest))))
         batch = replace(batch, micro_batch=largest)
-    if config.sync_bn:
+    if config.sync_bn and not config.model.freeze:
         model = distributed.synchronise_batch_norm(model, device)
+    if config.model.freeze:
+        console.say(f"model.freeze=true: trains {', '.join(freeze(config.model, model))}")
     # The part of the model that takes a micro-batch.
     passed = cast(bt.BarlowTwins, model).backbone if config.mode.loss_over_global_batch else model
     layers = _batch_norm_layers(config, passed, console.say)
@@ -114,6 +122,22 @@ def set_up(
     return phase(run, training, mode)
 
 
+def _load_weights(config: Config, model: nn.Module, data: Data, say: Say) -> None:
+    """Replace the initial weights as ``model.weights`` and ``model.pretrained`` demand; in mode ``bt`` the backbone's.
+
+    Raises:
+        UserError: the file is missing or has changed since the run was planned, or the weights don't fit.
+    """
+    given = config.model.weights
+    if given is not None:
+        found = content_hash(Path(given)) if Path(given).is_file() else ""
+        if found != config.model.weights_hash:
+            problem = "has changed since the run was planned" if found else "no such file"
+            raise UserError(f"model.weights={given}: {problem}. Fix: restore the file, or start a run with the present")
+    network = cast(bt.BarlowTwins, model).backbone if config.mode.name == "bt" else model
+    load_weights(config.model, network, data.classes, data.channels, say)
+
+
 def _check_content(config: Config, folder: RunFolder, data: Data, saved: Saved | None, rank: int) -> None:
     """Keep the data set's digest in the status at the run's first start.
 
@@ -140,14 +164,14 @@ def _batch_norm_layers(config: Config, network: nn.Module, say: Say) -> list[str
     Raises:
         UserError: if there are any in a model that has none by its configuration.
     """
-    layers = [name for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)]
+    layers = [name for name, layer in network.named_modules() if isinstance(layer, _BatchNorm) and not is_frozen(layer)]
     name = config.model.name
     if layers and config.batch_norm_size is None:
         raise UserError(
             f"model.name={name}: has batch norm ({layers[0]}), but its configuration says that it has none. "
             "Fix: leave out model.batch_norm=false; for a model of your own, has_batch_norm in config/models.py"
         )
-    if not layers and isinstance(config.model, TimmModel) and config.model.batch_norm:
+    if not layers and config.batch_norm_size and isinstance(config.model, TimmModel) and config.model.batch_norm:
         say(f"{name} has no batch norm: with model.batch_norm=false, any number of processes gives a run the same name")
     return layers
 
