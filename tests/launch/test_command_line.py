@@ -21,6 +21,8 @@ from largebatch.config.optimizers import Tvlars
     [
         (["optimizer=larss"], "optimizer=larss: allowed: adagrad, adam, .*did you mean lars"),
         (["optimizer.lrr=1"], "optimizer.lrr=1: lars has no such option; allowed: .*did you mean lr"),
+        (["lr=3"], r"unknown key lr; did you mean optimizer.lr=3\? allowed: "),
+        (["-m", "bs=64,128"], r"unknown key bs; did you mean batch_size=64\? allowed: "),
         (["+typo=1"], "unknown key typo; allowed: "),
         (["batch_size=abc"], "batch_size=abc: .*Integer"),
         (["batch_size=-1"], "batch_size=-1: must be an integer of at least 1"),
