@@ -11,6 +11,10 @@ import sys
 sys.path.append(os.getcwd())
 sys.path.sort(key=("", os.path.dirname(os.path.abspath(__file__)), os.getcwd()).__contains__)
 
+# The imports below take a second. A person who waits sees that the program has started.
+if __name__ == "__main__" and sys.stderr.isatty() and not {"-sc", "--shell-completion"} & set(sys.argv):
+    print("composing the configurations ...", file=sys.stderr, flush=True)
+
 import argparse
 import signal
 import tempfile

@@ -165,6 +165,8 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if sys.stderr.isatty():  # the imports and the runs take seconds
+        print(f"reading the runs in {options.runs_dir} ...", file=sys.stderr)
     from largebatch.report.build import report
     from largebatch.report.targets import Target
 
@@ -184,10 +186,7 @@ def _confirm(options: argparse.Namespace) -> int:
     print("\n".join([*found.notes, f"seeds: {', '.join(map(str, found.seeds))}"]), flush=True)
     if plan[0].config.dry_run:
         return show_plan(plan)
-    code = carry_out_plan(plan)
-    by = "".join(f" --by {key}" for key in options.by)
-    print(f"When all runs have ended: largebatch report {options.runs_dir}{by}", flush=True)
-    return code
+    return carry_out_plan(plan, "".join(f" --by {key}" for key in options.by))
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -214,12 +214,32 @@ def test_exactly_one_warmup_key_is_set_and_fits_into_training() -> None:
 def test_unknown_keys_are_named_with_the_allowed_keys() -> None:
     for override, message in {
         "optimizer.lrr=1": "optimizer.lrr=1: lars has no such option; allowed: name, lr, .*did you mean lr",
-        "batchsize=1": "unknown key batchsize; allowed: dataset, .*did you mean batch_size",
+        "batchsize=1": r"unknown key batchsize; did you mean batch_size=1\? allowed: dataset, ",
         "batch_size.x=1": "unknown key batch_size.x: batch_size is a value without keys of its own",
         "dataset.views.grey=1": "unknown key dataset.views.grey in dataset.views; allowed: .*did you mean gray",
     }.items():
         with pytest.raises(UserError, match=message):
             configuration(override)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("lr=3", "optimizer.lr=3"), ("bs=3", "batch_size=3"), ("wd=0.1", "optimizer.weight_decay=0.1"),
+        ("learning_rate=1", "optimizer.lr=1"), ("batch=64", "batch_size=64"), ("max_epochs=9", "epochs=9"),
+        ("gpus=2", "cluster.gpus_per_node=2"), ("training.lr=1", "optimizer.lr=1"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_answered_with_the_key_that_was_meant(given: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"^unknown key {given.partition('=')[0]}; did you mean {meant}\? allowed: "):
+        configuration(given)
+
+
+def test_an_option_in_the_wrong_group_is_answered_with_its_key() -> None:
+    with pytest.raises(UserError, match=r"model\.lr=1: smallcnn has no such option; .*did you mean optimizer\.lr\?"):
+        configuration("model.lr=1")
+    with pytest.raises(UserError, match=r"optimizer\.wd=1: lars has no such option; .*did you mean weight_decay\?"):
+        configuration("optimizer.wd=1")
 
 
 def test_a_plus_does_not_allow_an_unknown_key() -> None:

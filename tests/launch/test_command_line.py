@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, TINY, Launch, environment
+from in_terminal import in_terminal
 
 from largebatch.config.optimizers import Tvlars
 
@@ -21,6 +22,8 @@ from largebatch.config.optimizers import Tvlars
     [
         (["optimizer=larss"], "optimizer=larss: allowed: adagrad, adam, .*did you mean lars"),
         (["optimizer.lrr=1"], "optimizer.lrr=1: lars has no such option; allowed: .*did you mean lr"),
+        (["lr=3"], r"unknown key lr; did you mean optimizer.lr=3\? allowed: "),
+        (["-m", "bs=64,128"], r"unknown key bs; did you mean batch_size=64\? allowed: "),
         (["+typo=1"], "unknown key typo; allowed: "),
         (["batch_size=abc"], "batch_size=abc: .*Integer"),
         (["batch_size=-1"], "batch_size=-1: must be an integer of at least 1"),
@@ -145,6 +148,39 @@ def test_a_mistake_found_in_the_worker_gives_one_message(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_terminal_shows_a_line_before_the_slow_imports(tmp_path: Path) -> None:
+    package = tmp_path / "first" / "hydra"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('importing hydra')")
+    command, variables = (
+        [sys.executable, str(ROOT / "launch.py"), "-m", "seed=0,1"],
+        {"PYTHONPATH": str(package.parent)},
+    )
+    shown = in_terminal(command, tmp_path, 80, variables)
+    assert shown.lines[:2] == ["composing the configurations ...", "importing hydra"]
+    completing = in_terminal([*command, "-sc", "query=bash"], tmp_path, 80, variables)
+    assert completing.lines[0] == "importing hydra"
+
+
+def test_a_grid_in_a_terminal_of_80_columns_ends_with_reasons_and_the_next_command(tmp_path: Path) -> None:
+    """One run finishes, one diverges and one fails. W&B has no key."""
+    grid = "cases=[{optimizer.lr:0.1},{optimizer.lr:1e30},{schedule:warmup_cosine}]"
+    command = [sys.executable, str(ROOT / "launch.py"), "-m", *TINY, "tracker=wandb", "steps=9", grid]
+    shown = in_terminal(command, tmp_path, 80, {"HOME": str(tmp_path), "WANDB_API_KEY": ""})
+    assert shown.code == 2
+    *_, following, _ = shown.lines
+    assert following == "next: largebatch report runs"
+    start = next(i for i, line in enumerate(shown.lines) if re.match("run +settings +state +test", line))
+    table = shown.lines[start:]
+    assert max(map(len, table)) <= 80
+    text = " ".join(" ".join(table).split())
+    assert re.search(r"lr=0.1 finished \d+\.\d\d %", text)
+    assert re.search(r"lr=1e\+30 diverged - \S+ the loss was not finite at step \d", text)
+    assert re.search(r"failed - - schedule.warmup_epochs=10: 40 steps of warm-up", text)
+    assert not re.search("W&B|network|key|offline", text)
+    assert any(re.fullmatch(r" +2 to go, about 0:\d\d:\d\d left", line) for line in shown.lines)
+
+
 def test_finished_runs_are_skipped_unless_rerun(launch: Launch, tmp_path: Path) -> None:
     command = ("-m", *TINY, "steps=4", "optimizer=lars,lamb")
     first = launch(*command)
@@ -156,7 +192,9 @@ def test_finished_runs_are_skipped_unless_rerun(launch: Launch, tmp_path: Path) 
 
     second = launch(*command)
     assert second.returncode == 0
-    assert second.stdout.count("finished before; not repeated") == 2
+    shown = re.findall(r"finished before, test accuracy (\S+) %; not repeated", second.stdout)
+    assert shown == re.findall(r"finished, test accuracy (\S+) %", first.stdout)
+    assert len(shown) == 2
     assert [summary.stat().st_mtime_ns for summary in summaries] == before
 
     third = launch(*command, "rerun=true")
@@ -173,7 +211,10 @@ def test_a_failing_run_does_not_stop_the_others(launch: Launch, tmp_path: Path) 
     assert "timm has no such model" in result.stderr
     (finished,) = (tmp_path / "runs").glob("*/summary.json")
     assert "test_resnet" in finished.parent.name
-    assert "finished" in result.stdout.splitlines()[-1]
+    failed, finished, _, following = result.stdout.splitlines()[-4:]
+    assert re.search(r"nonsense +failed .*timm has no such model", failed)
+    assert "  finished  " in finished
+    assert following == "next: largebatch report runs"
 
 
 def test_status_lists_runs(launch: Launch, tmp_path: Path) -> None:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Launch, environment, start
 from hydra.core.config_store import ConfigStore
+from in_terminal import Shown, in_terminal
 from omegaconf import OmegaConf
 from runs import finish, is_alive, parameters, timeless, worker_pid
 
@@ -68,8 +65,11 @@ def test_one_of_four_runs_fails_and_the_others_finish(launch: Launch, tmp_path: 
     result = launch("-m", *TINY, cases, "cluster.parallel=2")
     assert result.returncode == 2
     assert re.search(r"error: \[2/4\] schedule.warmup_epochs=10: 40 steps of warm-up", result.stderr)
-    table = result.stdout.splitlines()[-4:]
-    assert [re.split(r"\s{2,}", line)[1] for line in table] == ["finished", "new", "finished", "finished"]
+    *_, one, two, three, four, _, following = result.stdout.splitlines()
+    table = [one, two, three, four]
+    assert [re.split(r"\s{2,}", line)[1] for line in table] == ["finished", "failed", "finished", "finished"]
+    assert "  schedule.warmup_epochs=10: 40 steps of warm-up" in two
+    assert following == "next: largebatch report runs"
     assert [line.split()[:2] for line in table] == [
         ["seed=0", "steps=6"], ["seed=3", "steps=9"], ["seed=1", "steps=7"], ["seed=2", "steps=8"],
     ]  # fmt: skip
@@ -91,44 +91,32 @@ def test_one_of_four_runs_fails_and_the_others_finish(launch: Launch, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], str]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Shown]:
     """Run ``LONG`` to its end. Return both runs and the output to a terminal of 200 columns."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    terminal, program_side = pty.openpty()
-    fcntl.ioctl(program_side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
-    launcher = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), *LONG],
-        cwd=folder, env={**environment(), "TERM": "xterm"}, stdin=program_side, stdout=program_side,
-        stderr=program_side,
-    )  # fmt: skip
-    os.close(program_side)
-    sent = bytearray()
-    try:
-        while part := os.read(terminal, 1 << 16):
-            sent += part
-    except OSError:  # the other side of the terminal is closed
-        pass
-    os.close(terminal)
-    assert launcher.wait() == 0, sent.decode()
-    return runs_in(folder), sent.decode()
+    shown = in_terminal([sys.executable, str(ROOT / "launch.py"), *LONG], folder, columns=200)
+    assert shown.code == 0, shown.sent
+    return runs_in(folder), shown
 
 
-def test_a_terminal_shows_the_progress_of_each_run(undisturbed: tuple[dict[str, Path], str]) -> None:
-    runs, sent = undisturbed
-    lines = [line.strip() for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent))]
+def test_a_terminal_shows_the_progress_of_each_run(undisturbed: tuple[dict[str, Path], Shown]) -> None:
+    runs, shown = undisturbed
+    lines = [line.strip() for line in shown.lines]
     for number, optimizer in ((1, "tvlars"), (2, "lars")):
         run = runs[f"{optimizer} s0"]
-        assert f"[{number}/2] {run}  (optimizer={optimizer})" in lines
-        moving = rf"\[{number}/2\]\s+running\s+step \d+ of 400.*\s+optimizer={optimizer}"
-        assert any(re.match(moving, line) for line in lines), sent
+        assert f"[{number}/2] runs/{run.name}  (optimizer={optimizer})" in lines
+        moving = rf"{run.name[-8:]}\s+\[{number}/2\] optimizer={optimizer}\s+running\s+\d+\s+400\s+\S+ %\s+0:0\d:\d\d"
+        assert any(re.match(moving, line) for line in lines), shown.sent
         accuracy = f"{100 * read_json(run / 'summary.json')['test/accuracy']:.2f} %"
         assert f"[{number}/2] finished, test accuracy {accuracy}" in lines
-    assert "0 of 2 done, 2 running" in lines
-    assert lines.index(f"[1/2] {runs['tvlars s0']}  (optimizer=tvlars)") < lines.index("0 of 2 done, 2 running")
+    assert any(re.fullmatch(r"0 of 2 done, 2 running, about 0:0\d:\d\d left", line) for line in lines)
+    assert lines.index(f"[1/2] runs/{runs['tvlars s0'].name}  (optimizer=tvlars)") < next(
+        i for i, line in enumerate(lines) if line.startswith("0 of 2 done, 2 running")
+    )
 
 
 def test_the_same_command_completes_runs_that_ctrl_c_stopped(
-    tmp_path: Path, undisturbed: tuple[dict[str, Path], str]
+    tmp_path: Path, undisturbed: tuple[dict[str, Path], Shown]
 ) -> None:
     launcher = start(*LONG, cwd=tmp_path)
     until(lambda: reached(tmp_path, 20, runs=2), launcher)

@@ -117,6 +117,27 @@ def test_a_short_warm_up_is_visible_in_the_schedule_of_a_long_training() -> None
     assert scale.axes["log"] == {"xaxis.type": "log"}
 
 
+def test_learning_rates_have_a_logarithmic_axis_that_shows_every_optimizer() -> None:
+    """One peaks at 9 and one at 0.01. Both end at 0, which a logarithmic axis can't show."""
+    (comparison,) = compare([made("lars", lr=9.0), made("lamb", lr=0.01)])
+    histories = {}
+    for run in comparison.runs:
+        rates = [run.config["optimizer"]["lr"] * (1 - s / 100) for s in range(0, 101, 10)]
+        histories[run.name] = [
+            {"step": 10 * i, "epoch": i, "examples": 0, "wall_seconds": i, "optim/lr": rate, "optim/phi": 0.5}
+            for i, rate in enumerate(rates)
+        ]
+    chart = schedules(comparison, histories, styles([comparison]), 24)
+    assert chart is not None
+    (show,) = (switch for switch in chart.switches if switch.key == "metric")
+    axis = show.axes["optim/lr"]
+    assert axis["yaxis.type"] == "log"
+    low, high = (10**limit for limit in axis["yaxis.range"])
+    assert low == pytest.approx(1e-5, rel=0.01)
+    assert 9 < high < 20
+    assert "yaxis.type" not in show.axes["optim/phi"]
+
+
 def test_the_losses_of_a_diverged_run_are_drawn_up_to_its_end() -> None:
     (comparison,) = compare([made("lars", state="diverged", test=None)])
     for losses in ([2.3], [2.3, 9.1, 1e8]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow.parquet
 import pytest
@@ -60,7 +62,7 @@ def written(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Page(HTMLParser):
     """Text, addresses and scripts of a page, and the elements that it doesn't close."""
 
-    VOID = ("meta", "input", "br", "link", "img")
+    VOID = ("meta", "input", "br", "wbr", "link", "img")
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -93,7 +95,9 @@ class Page(HTMLParser):
 def test_the_page_is_complete_small_and_self_contained(written: Path) -> None:
     page = Page(written.read_text(encoding="utf-8"))
     assert page.open == []
-    assert all(address.startswith("#") for address in page.addresses)
+    folders = {address for address in page.addresses if not address.startswith("#")}
+    assert len(folders) == 6  # of the runs; nothing else outside of the file is named
+    assert all((written.parent / unquote(address) / "config.yaml").exists() for address in folders)
     assert len(page.scripts) == 3  # data of the charts, Plotly, page.js
     assert written.stat().st_size < 6e6
     assert "width=device-width" in written.read_text(encoding="utf-8")
@@ -110,6 +114,32 @@ def test_the_page_shows_answer_table_warnings_and_failed_runs(written: Path) -> 
     assert "the loss was not finite at step" in text
     assert "RuntimeError: <b>no space left</b>" in text  # as text
     assert "half" in page.cells
+
+
+def test_every_cell_shows_its_learning_rate_and_keys_break_after_dots(written: Path) -> None:
+    html = written.read_text(encoding="utf-8")
+    table = html.partition('<table class="by-batch comparison">')[2].partition("</table>")[0]
+    assert re.findall(r"<small>lr ([^,<]+)", table) == ["6", "18", "1e+30"]
+    assert '<th scope="row">optimizer.<wbr>lr</th>' in html
+
+
+def test_seeds_link_to_run_folders_and_to_wandb(tmp_path: Path) -> None:
+    names = []
+    for seed, url in enumerate(("https://wandb.ai/me/largebatch/runs/1a", "javascript:alert(1)", None, "damaged")):
+        run = write_run(tmp_path / "my runs", f"seed={seed}")
+        names.append(run.name)
+        (run.path / "wandb").mkdir()
+        text = json.dumps({"1a": {"rows": 3} | ({"url": url} if url else {})}) if url != "damaged" else "[1"
+        (run.path / "wandb" / "uploads.json").write_text(text)
+    result = report("my runs", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    links = [address for address in page.addresses if not address.startswith("#")]
+    assert links == [
+        f"my%20runs/{names[0]}/", "https://wandb.ai/me/largebatch/runs/1a", *[f"my%20runs/{n}/" for n in names[1:]],
+    ]  # fmt: skip
+    assert f"left out: {names[3]}: " in result.stderr
+    assert "its link to W&B is left out" in result.stderr
 
 
 def test_the_same_runs_give_the_same_file(runs_dir: Path, written: Path, tmp_path: Path) -> None:
@@ -259,3 +289,74 @@ def test_a_switch_changes_axis_and_curves_on_a_narrow_screen(written: Path, tmp_
     ]
     assert re.search(r'class="xtitle"[^>]*>wall time \[s\]<', figure)
     assert re.search(r'class="ytitle"[^>]*>training loss<', figure)
+
+
+def reported(page: Path, name: str, document: str) -> str:
+    """Return the attribute that a script in the page has written."""
+    found = re.search(rf'data-{name}="([^"]*)"', document)
+    assert found, page
+    return found[1]
+
+
+@needs_browser
+def test_charts_follow_dark_mode_and_are_light_on_paper(written: Path, tmp_path: Path) -> None:
+    """The scheme is dark, then light, then dark; then the page is printed."""
+    scheme = """<head><script>
+    let dark = true;
+    const heard = [];
+    window.matchMedia = (query) => query.includes("prefers-color-scheme")
+      ? { get matches() { return dark; }, addEventListener: (_, react) => heard.push(react) }
+      : { matches: false };
+    </script>"""
+    look = """<script>
+    const seen = [];
+    const note = () => {
+      const chart = document.querySelector(".chart");
+      const text = chart.querySelector(".xtitle").style.fill;
+      const line = chart.querySelector(".point").style.fill;
+      const ground = chart.querySelector(".main-svg").style.background;
+      seen.push([ground, text, line, chart.layout.width ?? "auto"].join(" "));
+    };
+    const timer = setInterval(() => {
+      if (document.body.dataset.drawn !== "all") return;
+      clearInterval(timer);
+      note();
+      for (dark of [false, true]) { heard.forEach((react) => react()); note(); }
+      for (const event of ["beforeprint", "afterprint"]) { dispatchEvent(new Event(event)); note(); }
+      document.body.dataset.seen = seen.join("; ");
+    }, 20);
+    </script></body>"""
+    page = tmp_path / "dark.html"
+    html = written.read_text(encoding="utf-8").replace("<head>", scheme, 1)
+    page.write_text(look.join(html.rsplit("</body>", 1)), encoding="utf-8")
+    document, console = shown(page, tmp_path / "profile")
+    assert console == []
+    light, dark = "rgb(255, 255, 255) rgb(34, 34, 34)", "rgb(34, 36, 39) rgb(236, 236, 236)"
+    blue, lighter = "rgb(0, 114, 178)", "rgb(25, 128, 185)"
+    assert re.sub(r" \d+(?=;|$)", " auto", reported(page, "seen", document)).split("; ") == [
+        f"{dark} {lighter} auto", f"{light} {blue} auto", f"{dark} {lighter} auto", f"{light} {blue} auto",
+        f"{dark} {lighter} auto",
+    ]  # fmt: skip
+    assert reported(page, "seen", document).split("; ")[3].endswith(" 680")
+
+
+@needs_browser
+def test_paper_has_no_controls_and_a_phone_breaks_no_key(written: Path, tmp_path: Path) -> None:
+    look = """<script>
+    document.body.style.width = "390px"; // a browser without a screen has at least 500
+    const style = (selector) => getComputedStyle(document.querySelector(selector));
+    const range = new Range();
+    const lines = (node) => { range.selectNode(node); return range.getClientRects().length; };
+    const keys = [...document.querySelectorAll(".keys tbody th")].flatMap((key) => [...key.childNodes]);
+    document.body.dataset.broken = keys.filter((node) => node.nodeType === Node.TEXT_NODE && lines(node) > 1).length;
+    document.body.dataset.keys = keys.length;
+    const looks = [style("select").appearance, style("select").borderStyle, style("details").display];
+    document.body.dataset.look = looks.join(" ");
+    </script></body>"""
+    page = tmp_path / "paper.html"
+    html = written.read_text(encoding="utf-8").replace("@media print {", "@media all {", 1)
+    page.write_text(look.join(html.rsplit("</body>", 1)), encoding="utf-8")
+    document, _ = shown(page, tmp_path / "profile", "--window-size=390,800")
+    assert reported(page, "look", document) == "none none none"
+    assert reported(page, "broken", document) == "0"
+    assert int(reported(page, "keys", document)) > 5

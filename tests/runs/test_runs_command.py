@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, Launch, environment, start
+from in_terminal import in_terminal
 
 from largebatch.runs.folder import RunFolder, read_json
 from largebatch.runs.metrics import newest
@@ -168,25 +167,16 @@ def test_a_cancelled_run_saves_and_can_be_resumed(tmp_path: Path, largebatch: Co
 
 def test_watching_in_a_terminal_ends_when_no_run_is_open(tmp_path: Path) -> None:
     done, queued = a_run(tmp_path, "digits-a-11111111"), a_run(tmp_path, "digits-b-22222222", state="queued")
-    terminal, program_side = pty.openpty()
-    watcher = subprocess.Popen(
-        [*LARGEBATCH, "status", "--watch"], cwd=tmp_path, env={**environment(), "TERM": "xterm", "COLUMNS": "120"},
-        stdin=program_side, stdout=program_side, stderr=program_side,
-    )  # fmt: skip
-    os.close(program_side)
-    sent = bytearray()
-    try:
-        while part := os.read(terminal, 1 << 16):
-            sent += part
-            if b"queued" in sent:  # the table has shown it
-                queued.update_status(state="finished")
-    except OSError:  # the other side of the terminal is closed
-        pass
-    os.close(terminal)
-    assert watcher.wait(30) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", sent.decode())
+
+    def end(sent: bytes) -> None:
+        if b"queued" in sent:  # the table has shown it
+            queued.update_status(state="finished")
+
+    shown = in_terminal([*LARGEBATCH, "status", "--watch"], tmp_path, 120, heard=end)
+    assert shown.code == 0
+    text = "\n".join(shown.lines)
     first = text.partition("1 finished, 1 queued")[2]
-    assert first.index(queued.name) < first.index(done.name)  # open runs come first
+    assert first.index(queued.name[-8:]) < first.index(done.name[-8:])  # open runs come first
     assert text.rstrip().endswith("2 run(s): 2 finished")
 
 

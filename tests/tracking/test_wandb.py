@@ -25,6 +25,7 @@ from conftest import ROOT
 from one_run import configuration
 from recorder import recorder
 
+from largebatch.runs.folder import read_json
 from largebatch.tracking.wandb_arguments import run_tags
 from largebatch.tracking.wandb_session import next_hop, one_line, unreachable
 
@@ -299,11 +300,13 @@ def test_an_unknown_key_is_logged(go: Go) -> None:
     assert "the server did not start the run" in report["said"][0]
 
 
-def test_online_the_server_gets_what_was_logged(go: Go) -> None:
+def test_online_the_server_gets_what_was_logged(go: Go, tmp_path: Path) -> None:
     with recorder() as server:
         address = server.url.replace("//", "//someone:canary@")
         report = go({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": address, "WANDB_RUN_GROUP": "g"})
         assert report["said"] == [f"W&B online: {server.url}/someone/largebatch/runs/0123abcd"]
+        (entry,) = read_json(tmp_path / "run" / "wandb" / "uploads.json").values()
+        assert entry["url"] == f"{server.url}/someone/largebatch/runs/0123abcd"
         assert [row["step"] for row in server.run.rows()] == [1, 2, 3, 3]
         assert server.run.summary["test/accuracy"] == 0.875
         assert server.run.exit_code == 0

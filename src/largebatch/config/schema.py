@@ -23,7 +23,7 @@ from largebatch.config.modes import MODES, ModeConfig
 from largebatch.config.optimizers import OPTIMIZERS, OptimizerConfig, TimmOptimizer
 from largebatch.config.options import option
 from largebatch.config.schedules import SCHEDULES, ScheduleConfig
-from largebatch.errors import UserError, choices
+from largebatch.errors import UserError, choices, nearest
 
 
 @dataclass
@@ -267,7 +267,7 @@ def _culprit(tree: dict[str, Any], schema: DictConfig | None) -> str:
 
 
 def _unknown_key(key: str, tree: dict[str, Any], schema: DictConfig) -> str:
-    """Return the message for ``key``, with the allowed keys of the innermost known part of its path."""
+    """Return the message for ``key``, with the key that was meant or the allowed keys of the known part of its path."""
     node: Any = schema
     path: list[str] = []
     for part in key.split("."):
@@ -275,8 +275,26 @@ def _unknown_key(key: str, tree: dict[str, Any], schema: DictConfig) -> str:
             break
         node = node._get_node(part)
         path.append(part)
-    known = choices(part, map(str, node))
+    value = OmegaConf.select(OmegaConf.create(tree), key)
+    while not path and OmegaConf.is_dict(value) and value:
+        last, value = next(iter(value.items()))
+        key = part = f"{key}.{last}"
+    allowed = choices("", map(str, node))
+    near = (nearest(part, map(str, node)) if path else None) or nearest(key, _dotted(schema))
+    if near and not path:
+        return f"unknown key {key}; did you mean {near}={value}? {allowed}"
+    known = f"{allowed}; did you mean {near}?" if near else allowed
     if len(path) == 1 and path[0] in CHOICES:
-        value = OmegaConf.select(OmegaConf.create(tree), key)
         return f"{key}={value}: {tree[path[0]]['name']} has no such option; {known}"
     return f"unknown key {key}{' in ' + '.'.join(path) if path else ''}; {known}"
+
+
+def _dotted(schema: DictConfig, prefix: str = "") -> list[str]:
+    """Return the dotted names of all keys, a mapping before its keys."""
+    found = []
+    for key in map(str, schema):
+        node = schema._get_node(key)
+        found.append(prefix + key)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            found += _dotted(node, f"{prefix}{key}.")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,9 @@ from largebatch.launch.devices import chosen_gpus, worker_environment
 from largebatch.launch.local import Outcome, Started, conclude, exit_code, has_ended, start, stop
 from largebatch.launch.plan import PlannedRun, estimated
 from largebatch.launch.slurm import sbatch_texts, submit_plan
-from largebatch.launch.view import PlanView, plan_rows, print_notes, print_plan
+from largebatch.launch.view import PlanView, plan_rows, print_notes, print_plan, print_report_command
 from largebatch.runs.folder import DONE
+from largebatch.runs.screen import wrapped
 from largebatch.runs.table import counted
 from largebatch.tracking.wandb_arguments import agent_run_id
 
@@ -24,17 +26,24 @@ _POLL_SECONDS = 0.05
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
-def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
-    """Run every run of the plan and return the program's exit code.
+def carry_out_plan(plan: Sequence[PlannedRun], report_options: str = "") -> int:
+    """Run every run of the plan and return the program's exit code. A grid ends with a table and the next command.
 
     0: every run has an outcome (a divergence is one); 1: a run failed; 2: a failure that the user can fix;
     128 plus the number of the signal that stopped the runs, 130 for Ctrl-C.
+
+    Args:
+        report_options: options of the next command, ``largebatch report``.
     """
     if agent_run_id():
         sweep_agent.check(plan)
     print_notes(plan)
+    is_compared = len(plan) > 1 or plan[0].config.confirms
     if _on_slurm(plan):
-        return submit_plan(plan)
+        code = submit_plan(plan)
+        if is_compared:
+            print_report_command(plan[0].folder.path.parent, report_options, "when all runs have ended")
+        return code
     view = PlanView(plan, runs_at_a_time(plan))
     try:
         with noted_signals() as received:
@@ -42,7 +51,9 @@ def carry_out_plan(plan: Sequence[PlannedRun]) -> int:
     finally:
         view.close()
         if len(plan) > 1:
-            print_plan(plan_rows(plan))
+            print_plan(plan_rows(plan, view.outcomes))
+    if is_compared and outcomes and any(outcome.state in DONE for outcome in outcomes):
+        print_report_command(plan[0].folder.path.parent, report_options)
     if outcomes is None:
         return 128 + received[0]
     if agent_run_id() and outcomes[0].skipped:
@@ -57,7 +68,7 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
     print(f"{len(plan)} run(s): {counted(rows)}; nothing is started (dry_run=true)", flush=True)
     to_go = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE or run.config.rerun]
     if to_go:
-        print(estimated(to_go))
+        print(wrapped(estimated(to_go), sys.stdout))
     print_notes(plan)
     print_plan(rows)
     if _on_slurm(plan):

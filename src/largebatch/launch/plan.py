@@ -117,6 +117,26 @@ def estimated(runs: Sequence[PlannedRun]) -> str:
     return f"about {total} to go, estimated from the nearest finished runs{which}"
 
 
+def expected_seconds(runs: Sequence[PlannedRun]) -> float | None:
+    """Estimate the wall time of ``runs`` one after the other, from the runs that have finished by now.
+
+    A run without a finished run of its kind counts as the mean of the others. None if all are without.
+    """
+    _finished.cache_clear()
+    found: dict[tuple[object, ...], float | None] = {}
+    expected = []
+    for run in runs:
+        config = run.config
+        of_kind = (
+            *run.folder.name.split("-")[:3], config.optimizer.name, config.batch_size, config.epochs, config.steps,
+        )  # fmt: skip
+        if of_kind not in found:
+            found[of_kind] = _device_hours(run)
+        if (hours := found[of_kind]) is not None:
+            expected.append(3600 * hours / (config.cluster.processes or 1))
+    return sum(expected) * len(runs) / len(expected) if expected else None
+
+
 def _device_hours(run: PlannedRun) -> float | None:
     config = run.config
     kind = "-".join(run.folder.name.split("-")[:3])  # data set, model and mode

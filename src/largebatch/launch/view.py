@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from largebatch.launch.local import Outcome, Started
-from largebatch.launch.plan import PlannedRun, notes
+from largebatch.launch.plan import PlannedRun, expected_seconds, notes
 from largebatch.runs.metrics import newest
-from largebatch.runs.table import Row, live_table, plain_table, print_table, run_rows, table_of
+from largebatch.runs.screen import duration, short_label, wrapped
+from largebatch.runs.table import Row, print_runs, run_rows, runs_on_screen
 from largebatch.terminal import printable
 
 if TYPE_CHECKING:
@@ -19,27 +21,52 @@ if TYPE_CHECKING:
 
 _LIVE_SECONDS, _PLAIN_SECONDS = 1.0, 30.0  # between looks at running runs, in a terminal and in a pipe
 _MOST_NOTES = 12
-_COLUMNS = {"label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder"}
+_COLUMNS = {
+    "label": "settings", "state": "state", "test/accuracy": "test", "seconds": "seconds", "folder": "folder",
+    "message": "message",
+}  # fmt: skip
+_LIVE_COLUMNS = {
+    "label": "settings", "state": "state", "step": "step", "steps": "of", "test/accuracy": "accuracy",
+    "seconds_left": "left",
+}  # fmt: skip
 
 
-def plan_rows(plan: Sequence[PlannedRun]) -> list[Row]:
-    """Return a row for each run of the plan; a run without a folder is new."""
+def plan_rows(plan: Sequence[PlannedRun], outcomes: Mapping[str, Outcome] | None = None) -> list[Row]:
+    """Return a row for each run of the plan; a run without a folder is new, or as its outcome tells.
+
+    Args:
+        outcomes: by the name of the run's folder.
+    """
     rows = run_rows([run.folder for run in plan])
-    return [row | {"state": row["state"] or "new", "label": run.label} for run, row in zip(plan, rows, strict=True)]
+    for run, row in zip(plan, rows, strict=True):
+        row["label"] = run.label
+        outcome = (outcomes or {}).get(run.folder.name)
+        if row["state"] is None:
+            row["state"] = outcome.state if outcome else "new"
+            row["message"] = outcome.message if outcome else ""
+    return rows
 
 
 def print_notes(plan: Sequence[PlannedRun]) -> None:
     """Print the options that do nothing, at most ``_MOST_NOTES``."""
     lines = notes(plan)
     for line in lines[:_MOST_NOTES]:
-        print(printable(f"note: {line}"), flush=True)
+        print(wrapped(printable(f"note: {line}"), sys.stdout), flush=True)
     if len(lines) > _MOST_NOTES:
         print(f"note: {len(lines) - _MOST_NOTES} more options without effect; the report names them", flush=True)
 
 
 def print_plan(rows: Sequence[Row]) -> None:
     print()
-    print_table(table_of(rows, {k: heading for k, heading in _COLUMNS.items() if len(rows) > 1 or k != "label"}))
+    columns = {k: heading for k, heading in _COLUMNS.items() if len(rows) > 1 or k != "label"}
+    if sys.stdout.isatty():
+        rows = [row | {"label": short_label(row["label"])} for row in rows]
+    print_runs(rows, columns)
+
+
+def print_report_command(runs_dir: Path, options: str, when: str = "next") -> None:
+    shown = runs_dir.relative_to(Path.cwd()) if runs_dir.is_relative_to(Path.cwd()) else runs_dir
+    print(f"\n{when}: largebatch report {shlex.quote(str(shown))}{options}", flush=True)
 
 
 class PlanView:
@@ -47,13 +74,17 @@ class PlanView:
 
     Args:
         parallel: runs at a time. A single run prints its own progress.
+
+    Attributes:
+        outcomes: of the runs that have ended, by the name of their folders.
     """
 
     def __init__(self, plan: Sequence[PlannedRun], parallel: int) -> None:
+        self.outcomes: dict[str, Outcome] = {}
         self._numbers = {run.folder.name: f"[{number}/{len(plan)}]" for number, run in enumerate(plan, start=1)}
+        self._waiting = {run.folder.name: run for run in plan}
         self._parallel = parallel
-        self._ended = 0
-        self._began: dict[str, tuple[float, int]] = {}  # time and step of the first look at each run
+        self._expected: tuple[int, int, float | None] = (-1, -1, None)  # outcomes, waiting runs, their seconds
         self._looked = time.monotonic()
         self._live: Live | None = None
         if parallel > 1 and sys.stdout.isatty():
@@ -63,21 +94,24 @@ class PlanView:
             self._live.start()
 
     def begins(self, run: PlannedRun) -> None:
+        self._waiting.pop(run.folder.name, None)
         self._print(f"{self._numbers[run.folder.name]} {run.folder.path}" + (f"  ({run.label})" if run.label else ""))
 
     def ended(self, outcome: Outcome) -> None:
-        self._ended += 1
+        self.outcomes[outcome.run.folder.name] = outcome
         number = "" if self._parallel == 1 else f"{self._numbers[outcome.run.folder.name]} "
         if outcome.state in ("failed", "busy"):
             self._print(f"error: {number}{outcome.message}", error=True)
             return
         number = number or "      "
-        if outcome.skipped:
-            self._print(f"{number}{outcome.state} before; not repeated (rerun=true repeats it)")
-            return
-        accuracy = run_rows([outcome.run.folder])[0]["test/accuracy"]
+        accuracy = run_rows([outcome.run.folder], ask_slurm=False)[0]["test/accuracy"]
         result = f", test accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
+        if outcome.skipped:
+            self._print(f"{number}{outcome.state} before{result}; not repeated (rerun=true repeats it)")
+            return
         self._print(f"{number}{outcome.state}{result}{f': {outcome.message}' if outcome.message else ''}")
+        if self._parallel == 1 and self._waiting:
+            self._print(f"      {len(self._waiting)} to go{self._left([])}")
 
     def look(self, running: Sequence[Started]) -> None:
         """Show the progress of parallel runs: every second in a terminal, every half minute in a pipe."""
@@ -86,13 +120,16 @@ class PlanView:
             return
         self._looked = now
         rows = [self._progress(one.run) for one in running]
+        headline = f"{len(self.outcomes)} of {len(self._numbers)} done, {len(running)} running{self._left(rows)}"
         if self._live:
-            headline = f"{self._ended} of {len(self._numbers)} done, {len(running)} running"
-            table = plain_table(["", "state", "step", "accuracy", "", "run"], rows)
-            self._live.update(live_table(headline, table))
+            from rich.text import Text
+
+            table = runs_on_screen(rows, _LIVE_COLUMNS, self._live.console.width, live=True)
+            self._live.update(Text(f"{headline}\n\n").append_text(table))
             return
-        for number, *progress, _ in rows:
-            self._print(f"{number} " + "  ".join(filter(None, progress)))
+        self._print(headline)
+        for row in rows:
+            self._print("  ".join(filter(None, [self._numbers[row["run"]], row["state"], _progress_text(row)])))
 
     def stopping(self, running: int) -> None:
         what = "this step" if running == 1 else f"the current step of {running} runs"
@@ -107,26 +144,37 @@ class PlanView:
             self._live.stop()
             self._live = None
 
-    def _progress(self, run: PlannedRun) -> list[str]:
-        """Return number, state, step, accuracy, remaining time and label; empty strings if unknown."""
-        folder = run.folder
-        status = folder.read_status()
-        step, steps = status.get("step") or 0, status.get("steps") or 0
-        began, first = self._began.setdefault(folder.name, (time.monotonic(), step))
-        accuracy = newest(folder.metrics, "test/accuracy", "train/accuracy")
-        left = (time.monotonic() - began) / (step - first) * (steps - step) if step > first else 0
-        return [
-            self._numbers[folder.name],
-            str(status.get("state")),
-            f"step {step:,} of {steps:,}" if steps else "",
-            f"{100 * accuracy:.2f} %" if accuracy is not None else "",
-            f"{timedelta(seconds=round(left))} left" if step > first else "",
-            run.label or folder.name,
-        ]
+    def _left(self, running: Sequence[Row]) -> str:
+        """Return ``", about 0:12:30 left"`` for the whole plan, or an empty text if no run tells."""
+        if self._expected[:2] != (len(self.outcomes), len(self._waiting)):
+            seconds = expected_seconds(list(self._waiting.values())) if self._waiting else 0.0
+            self._expected = len(self.outcomes), len(self._waiting), seconds
+        lefts = [row["seconds_left"] for row in running]
+        if self._expected[2] is None or None in lefts:
+            return ""
+        return f", about {duration(max([(self._expected[2] + sum(lefts)) / self._parallel, *lefts]))} left"
+
+    def _progress(self, run: PlannedRun) -> Row:
+        """Return a run's row with its newest accuracy: on test images, or else in training."""
+        (row,) = run_rows([run.folder], ask_slurm=False)
+        if row["state"] != "unreadable":
+            row["test/accuracy"] = newest(run.folder.metrics, "test/accuracy", "train/accuracy")
+        label = short_label(run.label) if self._live else run.label
+        return row | {"label": f"{self._numbers[run.folder.name]} {label or run.folder.name}", "log": ""}
 
     def _print(self, line: str, *, error: bool = False) -> None:
         line = printable(line)
         if self._live:
-            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(wrapped(line, sys.stdout), markup=False, highlight=False, soft_wrap=True)
         else:
-            print(line, file=sys.stderr if error else sys.stdout, flush=True)
+            stream = sys.stderr if error else sys.stdout
+            print(wrapped(line, stream), file=stream, flush=True)
+
+
+def _progress_text(row: Row) -> str:
+    """Return ``"step 120 of 400  76.10 %  0:00:12 left"``, without unknown parts."""
+    return "  ".join(filter(None, [
+        f"step {row['step'] or 0:,} of {row['steps']:,}" if row["steps"] else "",
+        f"{100 * row['test/accuracy']:.2f} %" if row["test/accuracy"] is not None else "",
+        f"{duration(row['seconds_left'])} left" if row["seconds_left"] is not None else "",
+    ]))  # fmt: skip

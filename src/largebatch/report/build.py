@@ -65,7 +65,8 @@ def report(
     if kind == "html" and runs:
         from largebatch.report.page import page  # imports Plotly and Jinja2, which the other formats don't need
 
-        text = page(runs_dir.resolve().name, runs, problems, comparisons, target)
+        folder = path.resolve().parent if path else Path.cwd()
+        text = page(runs_dir.resolve().name, runs, problems, comparisons, target, folder)
     elif kind == "md":
         times = [time_to_target(one, read_histories(one, problems), target) for one in comparisons if target.value]
         text = printable(_markdown(comparisons, problems, times))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -18,6 +20,7 @@ from largebatch.report.chart import (
     batch_switch,
     filled,
     line,
+    log_axis,
     new_figure,
     rounded,
     safe,
@@ -104,7 +107,8 @@ def schedules(comparison: Comparison, histories: Histories, style: Styles, most_
     note = (
         "As logged after each of the first steps, then every tracker.log_every steps. A logarithmic axis shows a short "
         "warm-up. Learning rates of different optimizers can't be compared: LARS, TVLARS and CLARS multiply theirs by "
-        "each layer's trust ratio, TVLARS by phi too."
+        "each layer's trust ratio, TVLARS by phi too. The axis of learning rates is logarithmic and ends at a "
+        "thousandth of the lowest peak; double-click to see everything."
     )
     names = {"optim/lr": "learning rate", "optim/phi": "phi of TVLARS"}
     return _over_training("Warm-up and phi", note, names, comparison, histories, style, most_points)
@@ -134,8 +138,24 @@ def _over_training(
         }
         for metric in offered
     }
+    if "optim/lr" in axes:
+        peaks = [max(drawn.mean) for (metric, _, _), drawn in found.items() if metric == "optim/lr"]
+        axes["optim/lr"] = {"yaxis.title.text": names["optim/lr"]} | _lr_axis(peaks)
     show = Switch("metric", "show", [(metric, names[metric]) for metric in offered], axes)
     return Chart(title, note, figure, [show, _X, SCALE, batch_switch(batch for _, batch, _ in found)])
+
+
+def _lr_axis(peaks: Sequence[float]) -> dict[str, Any]:
+    """Return a logarithmic y axis for learning rates with these peaks, in Plotly's dotted form.
+
+    Learning rates of optimizers differ by factors of a thousand. Those of a warm-up or of a cosine begin or end near 0.
+    """
+    peaks = [peak for peak in peaks if peak > 0]
+    if not peaks:
+        return {}
+    limits = min(peaks) / 1000, 1.5 * max(peaks)
+    axis = log_axis([limits]) | {"range": [rounded(math.log10(limit)) for limit in limits]}
+    return {f"yaxis.{key}": value for key, value in axis.items()}
 
 
 def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKey, style: Style, percent: bool) -> None:

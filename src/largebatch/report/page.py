@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from largebatch.report import curves, figures, target_figures, wording
@@ -21,6 +21,7 @@ from largebatch.report.compare import Comparison
 from largebatch.report.confusions import Errors, confused_pairs, confusion_chart, read_errors
 from largebatch.report.fairness import warnings
 from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagnosed
+from largebatch.report.links import Links
 from largebatch.report.load import Problem, Run
 from largebatch.report.maps import setting_maps
 from largebatch.report.profiles import profiles, score_table
@@ -31,19 +32,22 @@ from largebatch.report.tuning import tuning_curves
 # Points of all curves on the page, counted by cell. With all metrics, bands and axes a point takes about 600 bytes.
 _BUDGET = 3_500
 _FEWEST_POINTS = 24
+_LR = "optimizer.lr"
 
 
 def page(
-    name: str, runs: Sequence[Run], problems: list[Problem], comparisons: Sequence[Comparison], target: Target
-) -> str:
+    name: str, runs: Sequence[Run], problems: list[Problem], comparisons: Sequence[Comparison], target: Target,
+    folder: Path,
+) -> str:  # fmt: skip
     """Return the whole file.
 
     Args:
         name: name of the folder of runs.
+        folder: the page's folder, from which it links to the runs.
         problems: folders and files left out so far. Unreadable metrics and layers are added.
         target: the page shows the training to it.
     """
-    style = styles(comparisons)
+    style, links = styles(comparisons), Links(folder, problems)
     histories = [curves.read_histories(comparison, problems) for comparison in comparisons]
     diagnosed = [read_diagnosed(comparison, problems) for comparison in comparisons]
     errors = [read_errors(comparison, problems) for comparison in comparisons]
@@ -53,7 +57,9 @@ def page(
     times = [time_to_target(*pair, target) for pair in zip(comparisons, histories, strict=True)]
     of_sections = zip(comparisons, histories, times, diagnosed, errors, strict=True)
     sections = [
-        _section(f"c{number}", comparison, history, time, layers, len(layers) / with_layers, wrong, style, points)
+        _section(
+            f"c{number}", comparison, history, time, layers, len(layers) / with_layers, wrong, style, points, links
+        )
         for number, (comparison, history, time, layers, wrong) in enumerate(of_sections, 1)
     ]
     found = profiles(comparisons, times)
@@ -67,6 +73,11 @@ def page(
         key: chart.figure.to_plotly_json() | {"axes": {s.key: s.axes for s in chart.switches if s.axes}}
         for key, chart in charts
     }
+    trouble = [
+        (links.both(run, run.name), run.state, run.message)
+        for run in runs
+        if run.state not in ("finished", "running", "queued")
+    ]
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -77,9 +88,7 @@ def page(
         overall=overall,
         problems=sorted(set(problems)),
         facts=facts(runs),
-        trouble=[
-            (run.name, run.state, run.message) for run in runs if run.state not in ("finished", "running", "queued")
-        ],
+        trouble=trouble,
         payload=Markup(text.replace("<", "\\u003c")),  # no string in it can end the script element
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
@@ -87,7 +96,7 @@ def page(
 
 def _section(
     anchor: str, comparison: Comparison, histories: curves.Histories, times: TimeToTarget | None,
-    layers: list[Diagnosed], share: float, errors: Errors, style: Styles, points: int,
+    layers: list[Diagnosed], share: float, errors: Errors, style: Styles, points: int, links: Links,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the template's values for one comparison.
 
@@ -140,17 +149,26 @@ def _section(
         },
         "worst": errors.worst,
         "keys": [
-            [key, *(", ".join(map(wording.value, distinct(of_row, key))) for of_row in runs_of)]
+            [_breakable(key, "."), *(_breakable(_values(distinct(of_row, key)), "_") for of_row in runs_of)]
             for key in differing(comparison.runs)
         ],
-        "settings": _settings_table(comparison),
+        "settings": _settings_table(comparison, links),
     }
+
+
+def _breakable(text: str, after: str) -> Markup:
+    """Return text that a narrow column breaks after a mark between words, besides spaces."""
+    return Markup(escape(after) + Markup("<wbr>")).join(text.split(after))
+
+
+def _values(options: Sequence[Any]) -> str:
+    return ", ".join(map(wording.value, options))
 
 
 def _cells(comparison: Comparison, row: RowKey) -> list[dict[str, Any]]:
     """Return the row's results, for each batch size."""
     # Keys that vary within a cell: choosing a setting meant choosing their values.
-    varied = sorted({key for cell in comparison.row(row) for key in differing(cell.runs)} - {"seed"})
+    varied = sorted({key for cell in comparison.row(row) for key in differing(cell.runs)} - {"seed", _LR})
     cells: list[dict[str, Any]] = []
     for batch in comparison.columns:
         cell = comparison.cells.get((row, batch))
@@ -158,7 +176,9 @@ def _cells(comparison: Comparison, row: RowKey) -> list[dict[str, Any]]:
             cells.append({"text": "-"})
             continue
         options = cell.chosen.options if cell.chosen else {}
-        setting = ", ".join(f"{wording.short(key)} {wording.value(options[key])}" for key in varied if key in options)
+        tried = _values([options[_LR]] if options else distinct(cell.settings, _LR))
+        others = (f"{wording.short(key)} {wording.value(options[key])}" for key in varied if key in options)
+        setting = ", ".join([f"lr {tried}", *others])
         cells.append({
             "text": wording.cell_accuracy(cell, wording.decimals(comparison)),
             "bold": cell in comparison.bold,
@@ -200,8 +220,8 @@ def _reached_note(times: TimeToTarget) -> str:
     )
 
 
-def _settings_table(comparison: Comparison) -> dict[str, Any]:
-    """Return a line for every setting, with the keys that differ between settings."""
+def _settings_table(comparison: Comparison, links: Links) -> dict[str, Any]:
+    """Return a line for every setting, with the keys that differ between settings. A seed links to its run."""
     digits = wording.decimals(comparison)
     keys = sorted(differing(comparison.runs).keys() - {"optimizer.name", "schedule.name", "batch_size", "seed"})
 
@@ -214,7 +234,7 @@ def _settings_table(comparison: Comparison) -> dict[str, Any]:
             wording.row_label(cell.row),
             f"{cell.batch_size:,}",
             *(wording.value(setting.options.get(key)) for key in keys),
-            ", ".join(str(run.config["seed"]) for run in runs),
+            Markup(", ").join(links.both(run, str(run.seed)) for run in runs),
             mean(runs, "best/val/accuracy"),
             mean(runs, "test/accuracy"),
             ", ".join(wording.states(runs)),

@@ -103,15 +103,36 @@ def newest(path: Path, *names: str) -> float | None:
     Raises:
         UserError: a row isn't JSON.
     """
-    try:
-        rows = [json.loads(line) for line in reversed(read_tail(path, _TAIL))]
-    except ValueError as error:
-        raise UserError(f"{path}: a row isn't JSON ({error}). Fix: correct or remove the row") from None
+    rows = _last_rows(path)[::-1]
     values = (row.get(name) if isinstance(row, dict) else row for name in names for row in rows)
     found = next((value for value in values if value is not None), None)
     if not isinstance(found, int | float | None):
         raise UserError(f"{path}: a row isn't an object with numbers. Fix: correct or remove the row")
     return found
+
+
+def seconds_left(path: Path, steps: int) -> float | None:
+    """Return the seconds to step ``steps`` at the speed of the last rows, or None if they have fewer than two steps.
+
+    Raises:
+        UserError: a row isn't JSON.
+    """
+    times = [
+        (row["step"], row["wall_seconds"])
+        for row in _last_rows(path)
+        if isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in ("step", "wall_seconds"))
+    ]
+    if not times or times[-1][0] <= times[0][0]:
+        return None
+    (first, began), (step, now) = times[0], times[-1]
+    return float(max(steps - step, 0) * max(now - began, 0.0) / (step - first))
+
+
+def _last_rows(path: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in read_tail(path, _TAIL)]
+    except ValueError as error:
+        raise UserError(f"{path}: a row isn't JSON ({error}). Fix: correct or remove the row") from None
 
 
 def write_table(rows: list[Row], path: Path) -> None:

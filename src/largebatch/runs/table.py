@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from largebatch.errors import UserError
 from largebatch.runs.folder import DONE, RESUMES, RunFolder, read_tail
-from largebatch.runs.metrics import newest
+from largebatch.runs.metrics import newest, seconds_left
+from largebatch.runs.screen import duration, screen_table, split_names
 from largebatch.runs.slurm_queue import Job, jobs_of
 from largebatch.terminal import printable
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 _STARTING_SECONDS = 120.0  # a worker on this machine has written its status by then
+_OPTIONAL = ("job", "node", "seconds_left", "message")  # columns that a table lacks if all cells are empty
+_NAMING = ("run", "label", "folder", "message", "news")  # columns that a terminal shows in another way
 
 
 def run_rows(folders: Iterable[RunFolder], *, ask_slurm: bool = True) -> list[Row]:
@@ -54,12 +57,14 @@ def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
     elif _should_be_held(status, job) and not folder.is_held():
         state = "interrupted"
     summary: dict[str, Any] = {}
-    accuracy, log = None, ""
+    accuracy, left, log = None, None, ""
     try:
         summary = folder.read_summary()
         accuracy = summary.get("test/accuracy") if state in DONE else newest(folder.metrics, "test/accuracy")
         if not isinstance(accuracy, int | float | None):
             raise UserError(f"{folder.summary}: invalid test/accuracy ({accuracy!r})")
+        if state == "running" and isinstance(steps := status.get("steps"), int):
+            left = seconds_left(folder.metrics, steps)
         log = next((line for line in reversed(read_tail(folder.log, 1 << 12)) if line.strip()), "")
     except UserError as error:
         state, message = "unreadable", str(error)
@@ -70,6 +75,7 @@ def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
         "steps": status.get("steps"),
         "test/accuracy": accuracy,
         "seconds": summary.get("wall_seconds"),
+        "seconds_left": left,
         "job": status.get("job_id"),
         "node": status.get("node"),
         "message": message,
@@ -161,9 +167,63 @@ def counted(rows: Iterable[Row]) -> str:
     return ", ".join(f"{number} {state}" for state, number in Counter(str(row["state"]) for row in rows).items())
 
 
-def table_of(rows: Iterable[Row], columns: dict[str, str]) -> str:
-    """Return a table as text. ``columns`` maps a row's keys to headings."""
-    return plain_table(list(columns.values()), [[_cell(key, row.get(key)) for key in columns] for row in rows])
+def seconds_to_go(rows: Sequence[Row]) -> float | None:
+    """Estimate the seconds until no run is queued or running, or None without a run to estimate them from.
+
+    A queued run counts as long as the mean of the finished runs. As many runs as now train at a time.
+    """
+    lefts = [row["seconds_left"] for row in rows if row["state"] == "running"]
+    queued = sum(row["state"] == "queued" for row in rows)
+    done = [row["seconds"] for row in rows if row["state"] in DONE and isinstance(row["seconds"], int | float)]
+    known = [left for left in lefts if left is not None]
+    if len(known) < len(lefts) or not (lefts or queued) or (queued and not done):
+        return None
+    waiting = queued * sum(done) / len(done) if queued else 0.0
+    return float(max([(sum(known) + waiting) / max(len(known), 1), *known]))
+
+
+def news(row: Row) -> str:
+    """Return the reason for a run's state, or else the last line of its log if it has no outcome."""
+    return str(row["message"] if row["message"] or row["state"] in DONE else row["log"])
+
+
+def print_runs(rows: Sequence[Row], columns: dict[str, str]) -> None:
+    """Print a table of runs. In a terminal it fits, with short names; elsewhere each row is one whole line.
+
+    Args:
+        columns: maps a row's keys to headings.
+    """
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console()
+        console.print(runs_on_screen(rows, columns, console.width), soft_wrap=True)
+    else:
+        cells = [[_cell(key, row.get(key)) for key in _filled(rows, columns)] for row in rows]
+        print(plain_table(list(_filled(rows, columns).values()), cells), flush=True)
+
+
+def runs_on_screen(rows: Sequence[Row], columns: dict[str, str], width: int, *, live: bool = False) -> Text:
+    """Return ``print_runs``'s table for a terminal. ``live``: each row is one line."""
+    from rich.text import Text
+
+    names, common = split_names([row["run"] for row in rows])
+    labelled = any(row.get("label") for row in rows)
+    shown: dict[str, list[str]] = {
+        "run": [digits for digits, _ in names],
+        "settings": [row["label"] if labelled else settings for row, (_, settings) in zip(rows, names, strict=True)],
+    }
+    for key, heading in _filled(rows, columns).items():
+        if key not in _NAMING:
+            shown[heading] = [_cell(key, row.get(key)) for row in rows]
+    table = screen_table(shown, [news(row) for row in rows], width, live=live)
+    return Text().append(f"all runs: {common}\n", "dim").append_text(table) if common and not labelled else table
+
+
+def _filled(rows: Sequence[Row], columns: dict[str, str]) -> dict[str, str]:
+    """Return the columns without optional ones that are empty."""
+    empty = [key for key in _OPTIONAL if all(row.get(key) in (None, "") for row in rows)]
+    return {key: heading for key, heading in columns.items() if key not in empty}
 
 
 def _cell(key: str, value: Any) -> str:
@@ -171,6 +231,8 @@ def _cell(key: str, value: Any) -> str:
         return "-"
     if key.endswith("/accuracy"):
         return f"{100 * value:.2f} %"
+    if key == "seconds_left":
+        return duration(value)
     return f"{value:.1f}" if key == "seconds" else str(value)
 
 
@@ -183,22 +245,3 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         numeric = any(cells) and all(cell[:1].isdigit() or cell in ("-", "") for cell in cells)
         columns.append([line.rjust(width) if numeric else line.ljust(width) for line in lines])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def print_table(table: str) -> None:
-    """Print a table with whole cells; each row is one line, which a narrow terminal wraps."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.text import Text
-
-        first, _, rest = table.partition("\n")
-        Console().print(Text(first, "bold"), Text(rest), sep="\n", soft_wrap=True)
-    else:
-        print(table, flush=True)
-
-
-def live_table(headline: str, table: str) -> Text:
-    """Return a headline and a table for rich's live view, which cuts lines that are too long."""
-    from rich.text import Text
-
-    return Text(f"{headline}\n\n{table}", no_wrap=True, overflow="ellipsis")

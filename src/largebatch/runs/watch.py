@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from largebatch.errors import UserError
-from largebatch.runs.folder import DONE, RunFolder
-from largebatch.runs.table import Row, counted, live_table, print_table, run_rows, table_of
+from largebatch.runs.folder import RunFolder
+from largebatch.runs.screen import duration
+from largebatch.runs.table import Row, counted, news, print_runs, run_rows, runs_on_screen, seconds_to_go
 from largebatch.terminal import printable
 
 _LOOK_SECONDS = 2.0
@@ -18,8 +19,8 @@ _LOG_SECONDS = 0.5  # between looks at a log
 _STATE_SECONDS = 5.0  # between looks at the state of the log's run, which may ask SLURM
 _OPEN = ("queued", "running")
 _COLUMNS = {
-    "run": "run", "state": "state", "step": "step", "steps": "of", "test/accuracy": "test", "job": "job",
-    "node": "node", "news": "",
+    "run": "run", "state": "state", "step": "step", "steps": "of", "test/accuracy": "test", "seconds_left": "left",
+    "job": "job", "node": "node", "news": "",
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def show_status(folders: Sequence[RunFolder], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        print_table(_table(rows))
+        print_runs([row | {"news": news(row)} for row in rows], _COLUMNS)
         print(f"\n{_headline(rows)}")
     else:
         print("no runs")
@@ -43,12 +44,14 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
     """
     if sys.stdout.isatty():
         from rich.live import Live
+        from rich.text import Text
 
-        order = {"running": 0, "queued": 1}  # such runs come first; rich shows as many rows as fit
+        order = {"running": 0, "failed": 1, "queued": 2}  # such runs come first; rich shows as many rows as fit
         with Live(screen=True, auto_refresh=False) as live:
             for rows in _looks(find):
-                table = _table(sorted(rows, key=lambda row: order.get(row["state"], 2)))
-                live.update(live_table(_headline(rows), table), refresh=True)
+                ordered = sorted(rows, key=lambda row: order.get(row["state"], 3))
+                table = runs_on_screen(ordered, _COLUMNS, live.console.width, live=True)
+                live.update(Text(f"{_headline(rows)}\n\n").append_text(table), refresh=True)
         show_status(find(), as_json=False)
         return
     states: dict[str, str] = {}
@@ -56,7 +59,7 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
         for row in rows:
             if states.get(row["run"]) != row["state"]:
                 states[row["run"]] = row["state"]
-                line = f"{time.strftime('%H:%M:%S')} {row['run']} {row['state']}  {_news(row)}"
+                line = f"{time.strftime('%H:%M:%S')} {row['run']} {row['state']}  {news(row)}"
                 print(printable(line).rstrip(), flush=True)
     print(_headline(rows), flush=True)
 
@@ -80,22 +83,8 @@ def _rows(folders: Sequence[RunFolder]) -> list[Row]:
 
 
 def _headline(rows: list[Row]) -> str:
-    return f"{len(rows)} run(s): {counted(rows)}"
-
-
-def _table(rows: list[Row]) -> str:
-    """Return the table of the runs, without SLURM's columns if no run has a job."""
-    columns = {
-        key: heading
-        for key, heading in _COLUMNS.items()
-        if key not in ("job", "node") or any(row.get(key) is not None for row in rows)
-    }
-    return table_of([row | {"news": _news(row)} for row in rows], columns)
-
-
-def _news(row: Row) -> str:
-    """Return the reason for a run's state, or else the last line of its log if it has no outcome."""
-    return str(row["message"] if row["message"] or row["state"] in DONE else row["log"])
+    left = seconds_to_go(rows)
+    return f"{len(rows)} run(s): {counted(rows)}" + (f"; about {duration(left)} left" if left is not None else "")
 
 
 def show_log(folder: RunFolder, lines: int | None, follow: bool) -> None:

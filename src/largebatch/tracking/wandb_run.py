@@ -43,6 +43,7 @@ def read_uploads(run: Path) -> dict[str, Entry]:
 
     ``started``: unix time of the first start. ``arguments``: of ``wandb.init``, JSON types only. ``sweep``: id of the
     W&B sweep or None. ``rows``: number of rows that W&B has for certain. ``uploaded``: True if W&B has everything.
+    ``url``: the run's page, if the run was ever online.
 
     Raises:
         UserError: the file isn't JSON.
@@ -80,6 +81,8 @@ class WandbRun:
         self.mode = "offline" if run.offline else "online"
         sent_before = read_uploads(folder).get(self.id, {}).get("rows", 0)  # a server may not know its number of rows
         self.first = 0 if run.offline else max(run.starting_step, sent_before)
+        if is_recorded and not run.offline:
+            update_upload(folder, self.id, url=wandb_session.without_password(str(run.url)))
         self._count = self.first
         self._is_sending, self._is_refused = True, False
         listener = SimpleNamespace(info=self._hear, warning=self._hear, error=self._hear)
