@@ -30,6 +30,7 @@ class PlannedRun:
     config: Config
     folder: RunFolder
     label: str  # the overrides that differ within the grid; empty for a single run
+    sweep: str = ""  # name of the run's sweep
 
 
 def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
@@ -62,7 +63,7 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
                 problems.setdefault(line, []).append(label)
             continue
         name = run_name(config)
-        plan.setdefault(name, PlannedRun(config, RunFolder(Path(config.runs_dir) / name), label))
+        plan.setdefault(name, PlannedRun(config, RunFolder(Path(config.runs_dir) / name), label, job.sweep or ""))
     if problems:
         raise UserError("\n".join(_with_jobs(problem, labels, len(jobs)) for problem, labels in problems.items()))
     for runs_dir in {run.config.runs_dir for run in plan.values()}:
