@@ -6,6 +6,7 @@ from dataclasses import MISSING, replace
 from typing import Any
 
 from largebatch.config.batch import plan_batch, plan_training
+from largebatch.config.epochs import plan_epochs
 from largebatch.config.options import problems_of
 from largebatch.config.schema import ClusterConfig, Config
 from largebatch.config.slurm import has_control_character, slurm_problems
@@ -29,6 +30,21 @@ def validate(config: Config) -> None:
     ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def check_training(config: Config, images: int | None) -> None:
+    """Check batch and warm-up against ``images`` training images; None if their number is unknown.
+
+    Raises:
+        UserError: if the batch is larger than the training set, or the warm-up as long as the training.
+    """
+    schedule = config.schedule
+    if images is not None:
+        epochs = plan_epochs(config, images)
+        schedule.factor(config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0), epochs.steps)
+        return
+    for unit, training in ("steps", config.steps), ("epochs", config.epochs):
+        schedule.check_warmup(getattr(schedule, f"warmup_{unit}", None) or 0, training or 0, unit)
 
 
 def _check_length(config: Config) -> list[str]:

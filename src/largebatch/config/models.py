@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
 from largebatch.config.options import option
+from largebatch.errors import UserError, choices
 
 INITS = ("default", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
 
@@ -70,6 +72,11 @@ class TimmModel(ModelConfig):
     @property
     def has_batch_norm(self) -> bool:
         return self.batch_norm
+
+    def check_name(self, names: Collection[str]) -> None:
+        """Raise a ``UserError`` if the name, without a tag after a dot, isn't among timm's ``names``."""
+        if self.name.partition(".")[0] not in names:
+            raise UserError(f"model.name={self.name}: timm has no such model; {choices(self.name, names)}")
 
 
 MODELS: dict[str, type[ModelConfig]] = {

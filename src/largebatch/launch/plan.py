@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.config.checks import validate
-from largebatch.config.epochs import Epochs, plan_epochs
+from largebatch.config.epochs import Epochs
 from largebatch.config.identity import run_name
 from largebatch.config.idle import idle_options, planned_length
 from largebatch.config.schema import Config, from_composed
 from largebatch.errors import UserError
+from largebatch.launch.checks import check_run
 from largebatch.launch.composition import Composed
 from largebatch.launch.devices import resolve_devices
 from largebatch.runs.folder import DONE, RunFolder
@@ -55,8 +56,7 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
             config = from_composed(job.tree)
             validate(config)
             resolve_devices(config)
-            if config.dataset.train_images is not None:
-                plan_epochs(config, config.dataset.train_images)
+            check_run(config)
             config.tracker.group = config.tracker.group or job.sweep
         except UserError as error:
             for line in str(error).splitlines():
