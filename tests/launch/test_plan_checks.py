@@ -160,6 +160,10 @@ def test_timm_is_asked_for_its_names_once_and_only_if_it_is_chosen(
     checks._timm_names.cache_clear()
     monkeypatch.setattr(sys, "executable", "/bin/false")  # the list is in the cache's folder now
     optimizers = refusal(lambda: planned(*timm_optimizer))
+    names = checks._timm_names()
+    assert names is not None
+    for name in ("resnet18", "resnet18.a1_in1k", names["deprecated"][0]):
+        planned(*TINY, "model=timm", f"model.name={name}", "model.batch_norm=false")
     assert listing not in capfd.readouterr().out
     checks._timm_names.cache_clear()
 

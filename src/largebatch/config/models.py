@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,10 +73,9 @@ class TimmModel(ModelConfig):
     def has_batch_norm(self) -> bool:
         return self.batch_norm
 
-    def check_name(self, names: Collection[str]) -> None:
-        """Raise a ``UserError`` if the name, without a tag after a dot, isn't among timm's ``names``."""
-        if self.name.partition(".")[0] not in names:
-            raise UserError(f"model.name={self.name}: timm has no such model; {choices(self.name, names)}")
+    def unknown(self, names: Iterable[str]) -> UserError:
+        """Return the error for a name that timm doesn't have. ``names`` are timm's."""
+        return UserError(f"model.name={self.name}: timm has no such model; {choices(self.name, names)}")
 
 
 MODELS: dict[str, type[ModelConfig]] = {

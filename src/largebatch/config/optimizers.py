@@ -6,7 +6,7 @@ test compares them. To add an optimizer, add its dataclass here and to ``OPTIMIZ
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -275,10 +275,9 @@ class TimmOptimizer(OptimizerConfig):
     def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         return {"weight_decay": self.weight_decay, **self.options}
 
-    def check_name(self, names: Collection[str]) -> None:
-        """Raise a ``UserError`` if the name isn't among timm's ``names``."""
-        if self.name not in names:
-            raise UserError(f"optimizer.name={self.name}: timm has no such optimizer; {choices(self.name, names)}")
+    def unknown(self, names: Iterable[str]) -> UserError:
+        """Return the error for a name that timm doesn't have. ``names`` are timm's."""
+        return UserError(f"optimizer.name={self.name}: timm has no such optimizer; {choices(self.name, names)}")
 
     def beyond_surge(self) -> str:
         changed = [name for name in ("amsgrad", "centered") if self.options.get(name)]

@@ -22,8 +22,10 @@ from largebatch.native import cache_folder
 from largebatch.runs.folder import read_json, write_atomic
 
 _LIST = """
-import json, timm, timm.optim
-print(json.dumps({"models": timm.list_models(), "optimizers": timm.optim.list_optimizers()}))
+import json, timm, timm.optim, timm.models._registry
+models = timm.list_models()
+deprecated = sorted(timm.models._registry._model_entrypoints.keys() - set(models))
+print(json.dumps({"models": models, "deprecated": deprecated, "optimizers": timm.optim.list_optimizers()}))
 """
 Names = dict[str, list[str]]
 
@@ -31,11 +33,18 @@ Names = dict[str, list[str]]
 def check_run(config: Config) -> None:
     """Raise the ``UserError`` that the run's worker would raise, as far as it can be known without torch."""
     check_training(config, _training_images(config))
-    chosen = {"models": config.model, "optimizers": config.optimizer}
     if config.cluster.python is None:  # a container may have another timm
-        for kind, one in chosen.items():
-            if isinstance(one, TimmModel | TimmOptimizer) and (names := _timm_names()):
-                one.check_name(names[kind])
+        _check_timm(config)
+
+
+def _check_timm(config: Config) -> None:
+    model, optimizer = config.model, config.optimizer
+    if isinstance(model, TimmModel) and (names := _timm_names()):
+        architecture = model.name.partition(".")[0]  # without the tag of pre-trained weights
+        if architecture not in names["models"] and architecture not in names["deprecated"]:
+            raise model.unknown(names["models"])
+    if isinstance(optimizer, TimmOptimizer) and (names := _timm_names()) and optimizer.name not in names["optimizers"]:
+        raise optimizer.unknown(names["optimizers"])
 
 
 def _training_images(config: Config) -> int | None:

@@ -167,7 +167,8 @@ def _stem_convolution(original: nn.Conv2d, channels: int, *, cifar: bool) -> nn.
 def _timm(config: TimmModel, num_classes: int, channels: int) -> nn.Module:
     import timm  # 0.7 to 3 s to import
 
-    config.check_name(timm.list_models())
+    if not timm.is_model(config.name):
+        raise config.unknown(timm.list_models())
     try:
         network: nn.Module = timm.create_model(
             config.name, num_classes=num_classes, in_chans=channels, **config.options

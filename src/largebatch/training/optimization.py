@@ -76,6 +76,8 @@ def _timm_optimizer(
         what = [{**group, "params": [p for _, p in group["params"]]} for group in parameters]
         what[1:] = [{**few, "weight_decay": 0.0} for few in what[1:]]
 
-    given.check_name(timm.optim.list_optimizers())
+    names: list[str] = timm.optim.list_optimizers()
+    if name not in names:
+        raise given.unknown(names)
     optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(what, opt=name, lr=resolved_lr(config), **options)
     return optimizer
