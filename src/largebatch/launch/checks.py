@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -52,7 +53,7 @@ def _training_images(config: Config) -> int | None:
     dataset = config.dataset
     if not dataset.named_by_root:
         return dataset.train_images
-    if config.cluster.name == "slurm" and not Path(dataset.root).exists():  # the nodes may have it
+    if config.cluster.name == "slurm" and not os.path.exists(dataset.root):  # the nodes may have it
         return None
     train, test = _class_sizes(dataset.name, dataset.root)
     dataset.check_sizes(sum(train), sum(test), len(train))
