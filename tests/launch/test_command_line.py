@@ -138,7 +138,7 @@ def test_equal_settings_make_one_run(launch: Launch) -> None:
         (["schedule=warmup_cosine", "steps=10", "tracker=none"], "schedule.warmup_epochs=10: 28 steps of warm-up"),
     ],
 )
-def test_a_mistake_found_in_the_worker_gives_one_message(
+def test_a_mistake_found_by_the_plan_or_the_worker_gives_one_message(
     launch: Launch, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     result = launch(*overrides)

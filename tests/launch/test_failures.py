@@ -17,7 +17,9 @@ from PIL import Image
 from runs import finish, the_run
 
 from largebatch.config.schema import to_yaml
+from largebatch.errors import UserError
 from largebatch.launch import local
+from largebatch.launch.devices import resolve_devices
 from largebatch.launch.local import Outcome, Started, claim, conclude
 from largebatch.launch.plan import PlannedRun
 from largebatch.machine.pulse import Watch
@@ -164,3 +166,21 @@ def test_a_run_that_fails_before_any_result_leaves_no_folder(tmp_path: Path, kep
     child = subprocess.Popen(["true"], start_new_session=True)
     conclude(Started(PlannedRun(configuration(*TINY), folder, ""), child, Watch(range(1), 100), 0))
     assert (tmp_path / "runs").exists() == (kept is not None)
+
+
+def test_torchrun_binds_the_processes_of_this_machine(
+    four_gpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Look only at the command line: these GPUs don't exist."""
+    config = configuration(*TINY, "cluster.numa_binding=node", "cluster.processes=2")
+    path, driver = os.environ["PATH"], os.environ["PATH"].partition(":")[0]
+    monkeypatch.setenv("PATH", driver)
+    with pytest.raises(UserError, match=r"cluster.numa_binding=node: needs numactl, which isn't on PATH here"):
+        resolve_devices(config)
+    (tmp_path / "numactl").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{path}")
+    resolve_devices(config)
+    started = local.start(PlannedRun(config, RunFolder(tmp_path / "run"), ""), {}, speaking=False)
+    assert isinstance(started, Started)
+    local.stop([started], at_once=lambda: True, by="the test")
+    assert {"--nproc-per-node=2", "--numa-binding=node"} <= {*started.child.args}

@@ -60,15 +60,15 @@ def reached(folder: Path, step: int, runs: int) -> bool:
 
 
 def test_one_of_four_runs_fails_and_the_others_finish(launch: Launch, tmp_path: Path) -> None:
-    # Only the worker notices the error, 40 steps of warm-up in a training of 9 steps.
-    cases = "cases=[{seed:0,steps:6},{seed:3,steps:9,schedule:warmup_cosine},{seed:1,steps:7},{seed:2,steps:8}]"
+    # Only the worker knows the classes of the images: one held-out image can't be of each class.
+    cases = "cases=[{seed:0,steps:6},{seed:3,steps:9,dataset.val_fraction:0.01},{seed:1,steps:7},{seed:2,steps:8}]"
     result = launch("-m", *TINY, cases, "cluster.parallel=2")
     assert result.returncode == 2
-    assert re.search(r"error: \[2/4\] schedule.warmup_epochs=10: 40 steps of warm-up", result.stderr)
+    assert re.search(r"error: \[2/4\] dataset.val_fraction=0.01: holding out 1 of 64", result.stderr)
     *_, one, two, three, four, _, following = result.stdout.splitlines()
     table = [one, two, three, four]
     assert [re.split(r"\s{2,}", line)[1] for line in table] == ["finished", "failed", "finished", "finished"]
-    assert "  schedule.warmup_epochs=10: 40 steps of warm-up" in two
+    assert "  dataset.val_fraction=0.01: holding out 1 of 64" in two
     assert following == "next: largebatch report runs"
     assert [line.split()[:2] for line in table] == [
         ["seed=0", "steps=6"], ["seed=3", "steps=9"], ["seed=1", "steps=7"], ["seed=2", "steps=8"],

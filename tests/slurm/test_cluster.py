@@ -89,9 +89,10 @@ def test_an_array_runs_as_many_jobs_at_once_as_requested(cluster: Cluster, tmp_p
 def test_fake_gpus_are_allocated_up_to_their_number(cluster: Cluster) -> None:
     shown = cluster.run("srun", "--gpus-per-node=2", "printenv", "CUDA_VISIBLE_DEVICES")
     assert shown.stdout == "0,1\n", shown.stderr
-    refused = cluster.run("srun", "--gpus-per-node=3", "true")
-    assert refused.returncode != 0
-    assert "Requested node configuration is not available" in refused.stderr
+    for request in ("--gpus-per-node=3", "--gpus-per-node=v100:1"):
+        refused = cluster.run("srun", request, "true")
+        assert refused.returncode != 0
+        assert "Requested node configuration is not available" in refused.stderr
 
 
 def test_accounting_has_a_job_s_end(cluster: Cluster, tmp_path: Path) -> None:

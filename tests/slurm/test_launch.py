@@ -172,6 +172,74 @@ def test_a_stopped_rank_of_a_job_is_named_and_the_job_ends(submit: Submit, clust
     assert not any(map(is_alive, ranks))
 
 
+# A file on the path of imports that each Python reads first: it notes what a process sees.
+NOTES = """
+import json, os, pathlib, sys
+if "{only}" in os.environ:
+    rank = os.environ.get("RANK", "0")
+    seen = {{"python": sys.executable, "argv": sys.orig_argv}} | dict(os.environ)
+    pathlib.Path(r"{folder}", f"{{rank}}.json").write_text(json.dumps(seen))
+"""
+
+
+def notes_of_processes(tmp_path: Path, only: str) -> tuple[str, Callable[[], list[dict[str, Any]]]]:
+    """Return a key that has each Python with the variable ``only`` note what it sees, and a reader of the notes."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(NOTES.format(only=only, folder=folder))
+
+    def read() -> list[dict[str, Any]]:
+        return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+
+    return f"cluster.setup=['export PYTHONPATH={folder}']", read
+
+
+@pytest.mark.parametrize(
+    "request_for_gpus",
+    [
+        "cluster.gpus_per_node=2", "cluster.gpus_per_node=a100:2", "+cluster.options.gres=gpu:a100:2",
+        "+cluster.options.gres=gpu:2", "+cluster.options.gpus=a100:4", "+cluster.options.gpus_per_task=2",
+    ],
+)  # fmt: skip
+def test_each_rank_of_two_nodes_sees_its_node_s_gpus(submit: Submit, tmp_path: Path, request_for_gpus: str) -> None:
+    noting, noted = notes_of_processes(tmp_path, "LOCAL_RANK")
+    shown = submit(*TINY, "cluster.nodes=2", request_for_gpus, "cluster.cpus_per_node=2", "dry_run=true")
+    assert "2 nodes x 2 processes on cuda, 2 CPUs each" in shown.stdout, shown.stderr
+    result = submit(*TINY, "cluster.nodes=2", request_for_gpus, "cluster.cpus_per_node=2", noting)
+    assert "2 nodes x 2 processes on cuda, 2 CPUs each" in result.stdout, result.stderr
+    run = the_run_of_a_job(tmp_path)
+    assert wait_until(lambda: len(noted()) == 4, 60), describe(run)
+    for rank, seen in enumerate(noted()):
+        assert seen["CUDA_VISIBLE_DEVICES"] == seen["SLURM_STEP_GPUS"] == "0,1"
+        assert (seen["LOCAL_RANK"], seen["SLURM_NODEID"]) == (str(rank % 2), str(rank // 2))
+    wait_for_state(run, "failed")  # the GPUs are fake
+
+
+def test_a_wrapper_starts_the_task_and_its_ranks(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    """A wrapper in place of a container: it has another interpreter, and needs srun's own options."""
+    noting, noted = notes_of_processes(tmp_path, "LOCAL_RANK")
+    inside = tmp_path / "container"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", inside], check=True)
+    wrapper = tmp_path / "wrapper"
+    site = Path(pytest.__file__).parent.parent
+    wrapper.write_text(
+        f'#!/bin/sh\n[ "$1" = exec ] || exit 3\nexport INSIDE=yes PYTHONPATH="$PYTHONPATH:{site}"\n'
+        f'shift\nexec {inside}/bin/"$@"\n'
+    )
+    wrapper.chmod(0o755)
+    container = (f"cluster.python='{wrapper} exec python3'", "cluster.srun_args=['--job-name=step']")
+    result = submit(
+        *TINY, "epochs=1", "cluster.processes_per_node=2", "cluster.job_name=mine", "cluster.cpu_bind=cores", noting,
+        *container, "+cluster.options.comment=two words",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    run = the_run_of_a_job(tmp_path)
+    named = cluster.run("squeue", "--noheader", "--states=all", "--format=%j", f"--jobs={job_of(run)}")
+    assert named.stdout == "mine\n"
+    wait_for_state(run, "finished")
+    assert [(seen["INSIDE"], seen["python"]) for seen in noted()] == [("yes", f"{inside}/bin/python3")] * 2
+
+
 @pytest.mark.parametrize("name", ["USR2", "TERM"])
 def test_a_signalled_run_is_requeued_and_equals_an_undisturbed_run(
     submit: Submit, cluster: Cluster, tmp_path: Path, undisturbed: Path, name: str

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import MISSING, replace
 from typing import Any
 
 from largebatch.config.batch import plan_batch, plan_training
+from largebatch.config.epochs import plan_epochs
 from largebatch.config.options import problems_of
 from largebatch.config.schema import ClusterConfig, Config
+from largebatch.config.slurm import has_control_character, slurm_problems
 from largebatch.errors import UserError
 
 
@@ -32,6 +33,21 @@ def validate(config: Config) -> None:
         raise UserError("\n".join(problems))
 
 
+def check_training(config: Config, images: int | None) -> None:
+    """Check batch and warm-up against ``images`` training images; None if their number is unknown.
+
+    Raises:
+        UserError: if the batch is larger than the training set, or the warm-up as long as the training.
+    """
+    schedule = config.schedule
+    if images is not None:
+        epochs = plan_epochs(config, images)
+        schedule.factor(config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0), epochs.steps)
+        return
+    for unit, training in ("steps", config.steps), ("epochs", config.epochs):
+        schedule.check_warmup(getattr(schedule, f"warmup_{unit}", None) or 0, training or 0, unit)
+
+
 def _check_length(config: Config) -> list[str]:
     if config.epochs is not None and config.steps is not None:
         return [
@@ -43,7 +59,7 @@ def _check_length(config: Config) -> list[str]:
 
 # Keys without a meaning on SLURM, and the fix.
 _LOCAL_KEYS = {"devices": "leave it out, since SLURM chooses the GPUs", "parallel": "set cluster.array_parallelism"}
-_SHARED_KEYS = ("name", "processes", "device", "threads", "hang_seconds")
+_SHARED_KEYS = ("name", "processes", "device", "threads", "hang_seconds", "numa_binding")
 
 
 def _check_cluster(cluster: ClusterConfig) -> list[str]:
@@ -59,39 +75,18 @@ def _check_cluster(cluster: ClusterConfig) -> list[str]:
         for key, fix in _LOCAL_KEYS.items()
         if getattr(cluster, key) is not None
     ]
-    texts = {key: value for key, value in vars(cluster).items() if isinstance(value, str)}
-    texts |= {
-        "setup": "".join(map(str, cluster.setup)),
-        "options": "".join(f"{k}{v}" for k, v in cluster.options.items()),
-    }
-    problems += [
-        f"cluster.{key}={text!r}: has a line break or another control character, which would end its line of the "
-        "script. Fix: remove it, or put more commands into cluster.setup as further elements"
-        for key, text in texts.items()
-        if any(ord(character) < 32 or ord(character) == 127 for character in text)
-    ]
-    problems += [
-        f"cluster.options.{key}={value}: invalid. Allowed: sbatch's long options without dashes, with a text, number, "
-        "true, false or null"
-        for key, value in cluster.options.items()
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(key)) or not isinstance(value, str | int | float | None)
-    ]
+    problems += slurm_problems(cluster)
     given, nodes, each = cluster.processes, cluster.nodes, cluster.processes_per_node
     if given is not None and nodes >= 1 and (given % nodes or each not in (None, given // nodes)):
         problems.append(
             f"cluster.processes={given}: must be cluster.nodes={nodes} times cluster.processes_per_node"
             f"{f'={each}' if each else ''}. Fix: leave cluster.processes out"
         )
-    if cluster.time_limit is not None and cluster.signal_seconds >= 60 * cluster.time_limit:
-        problems.append(
-            f"cluster.signal_seconds={cluster.signal_seconds}: must be shorter than cluster.time_limit="
-            f"{cluster.time_limit} (minutes), else SLURM stops a run as soon as it starts. Fix: shorten it"
-        )
     return problems
 
 
 def _check_runs_dir(config: Config) -> list[str]:
-    if any(ord(character) < 32 or ord(character) == 127 for character in config.runs_dir):
+    if has_control_character(config.runs_dir):
         return [f"runs_dir={config.runs_dir!r}: has a line break or another control character. Fix: another folder"]
     return []
 

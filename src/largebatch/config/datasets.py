@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from omegaconf import MISSING
 
 from largebatch.config.options import option
+from largebatch.errors import UserError
 
 if TYPE_CHECKING:
     from largebatch.config.schema import Config
+
+
+_SIDE = "the side in pixels to resize images to"
 
 
 @dataclass
@@ -28,12 +33,14 @@ class ViewsConfig:
 class DatasetConfig:
     """Options of every data set.
 
-    ``loader`` names the function that returns training split, test split and class names. ``named_by_root`` is True if
+    ``loader`` names the function that returns training split, test split and class names. ``needs`` describes the
+    options that can't be None. ``named_by_root`` is True if
     ``root`` decides the images, and so the run's identity and name. ``copies`` is the number of training images in
     succession that come from one source; a validation set takes all or none of them.
     """
 
     loader: ClassVar[str] = ""
+    needs: ClassVar[dict[str, str]] = {}
     named_by_root: ClassVar[bool] = False
     copies: ClassVar[int] = 1
 
@@ -69,9 +76,42 @@ class DatasetConfig:
             return None
         return self.copies * round(self.train_size // self.copies * (1 - self.val_fraction))
 
+    def needed(self, key: str) -> int:
+        """Return an option of ``needs``. Raise a ``UserError`` if it is None."""
+        value: int | None = getattr(self, key)
+        if value is None:
+            raise UserError(self._lacks(key))
+        return value
+
+    def _lacks(self, key: str) -> str:
+        return f"dataset.{key}=null: dataset={self.name} needs {self.needs.get(key, 'a value')}"
+
+    def check_sizes(self, train_size: int, test_size: int, num_classes: int) -> None:
+        """Raise a ``UserError`` if the user gave a size that isn't that of the files.
+
+        A data set's own default may differ from the files.
+        """
+        for key, size in {"train_size": train_size, "test_size": test_size, "num_classes": num_classes}.items():
+            given = getattr(self, key)
+            if given not in (None, size, getattr(type(self), key)):
+                raise UserError(f"dataset.{key}={given}: the files have {size:,}. Fix: leave it out")
+
+    def validation_sizes(self, sizes: Sequence[int]) -> list[int]:
+        """Return the number of held-out sources of each class, for classes of ``sizes`` sources.
+
+        Raises:
+            UserError: if a class would have no source on one side.
+        """
+        count = sum(sizes) - round(sum(sizes) * (1 - self.val_fraction))
+        try:
+            return held_out(sizes, count)
+        except UserError as error:
+            raise UserError(f"dataset.val_fraction={self.val_fraction}: {error}") from None
+
     def problems(self, config: Config) -> list[str]:
         """Return one line for each conflict between options, or with the batch size."""
-        problems = [
+        problems = [self._lacks(key) for key in self.needs if getattr(self, key) is None]
+        problems += [
             f"dataset.{key}={values}: must have one number per channel (dataset.channels={self.channels})"
             for key, values in {"mean": self.mean, "std": self.std}.items()
             if values is not None and len(values) != self.channels
@@ -90,6 +130,30 @@ class DatasetConfig:
                 f"{self.name} has {left} images{without}. Fix: batch_size={left} or less"
             )
         return problems
+
+
+def held_out(sizes: Sequence[int], count: int) -> list[int]:
+    """Return the number of held-out images of each class, ``count`` in all, for classes of ``sizes`` images.
+
+    A class of n images gives ``n * count / N``, rounded down. The classes with the largest remainders give one more
+    image each, until there are ``count`` (if remainders are equal, the first class).
+
+    Raises:
+        UserError: if a class would have no image on one side.
+    """
+    images = sum(sizes)
+    held = [size * count // images for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda label: -(sizes[label] * count % images))
+    for label in by_remainder[: count - sum(held)]:
+        held[label] += 1
+    for label, (size, part) in enumerate(zip(sizes, held, strict=True)):
+        if size and part in (0, size):
+            nothing = "the training set" if part else "the held-out part"
+            raise UserError(
+                f"holding out {count} of {images} images leaves no image of class {label}, which has {size}, in "
+                f"{nothing}"
+            )
+    return held
 
 
 @dataclass
@@ -156,6 +220,7 @@ class ImageFolder(DatasetConfig):
     """Images in folders ``root/train/<class>/...`` and ``root/test/<class>/...``."""
 
     loader = "largebatch.data.imagefolder:load_imagefolder"
+    needs: ClassVar[dict[str, str]] = {"image_size": _SIDE}
     named_by_root = True
 
     root: str = "data/imagefolder"
@@ -167,6 +232,7 @@ class ImageNet(DatasetConfig):
     """ImageNet-1k (ILSVRC 2012) as class folders."""
 
     loader = "largebatch.data.imagefolder:load_imagefolder"
+    needs: ClassVar[dict[str, str]] = {"image_size": _SIDE}
 
     root: str = "data/imagenet"
     train_size: int | None = option(1_281_167, least=1)
@@ -180,6 +246,7 @@ class Synthetic(DatasetConfig):
     """Random images and labels for timing, by default in CIFAR-10's shape."""
 
     loader = "largebatch.data.builtin:load_synthetic"
+    needs = dict.fromkeys(("train_size", "test_size", "num_classes", "image_size"), "a number")
 
     train_size: int | None = option(50_000, least=1)
     test_size: int | None = option(10_000, least=1)

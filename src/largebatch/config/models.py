@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
 from largebatch.config.options import option
+from largebatch.errors import UserError, choices
 
 if TYPE_CHECKING:
     from largebatch.config.schema import Config
@@ -108,6 +110,10 @@ class TimmModel(ModelConfig):
         given = self.options.get("pretrained")
         found = [] if given is None else [f"model.options.pretrained={given}: not allowed. Fix: model.pretrained=true"]
         return super().problems(config) + found
+
+    def unknown(self, names: Iterable[str]) -> UserError:
+        """Return the error for a name that timm doesn't have. ``names`` are timm's."""
+        return UserError(f"model.name={self.name}: timm has no such model; {choices(self.name, names)}")
 
 
 MODELS: dict[str, type[ModelConfig]] = {

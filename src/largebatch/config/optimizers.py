@@ -6,13 +6,14 @@ test compares them. To add an optimizer, add its dataclass here and to ``OPTIMIZ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
 from largebatch.config.options import option
+from largebatch.errors import UserError, choices
 
 if TYPE_CHECKING:
     from largebatch.config.schema import Config
@@ -273,6 +274,10 @@ class TimmOptimizer(OptimizerConfig):
 
     def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         return {"weight_decay": self.weight_decay, **self.options}
+
+    def unknown(self, names: Iterable[str]) -> UserError:
+        """Return the error for a name that timm doesn't have. ``names`` are timm's."""
+        return UserError(f"optimizer.name={self.name}: timm has no such optimizer; {choices(self.name, names)}")
 
     def beyond_surge(self) -> str:
         changed = [name for name in ("amsgrad", "centered") if self.options.get(name)]

@@ -47,11 +47,7 @@ class ScheduleConfig:
             UserError: if no step is left after the warm-up.
         """
         warmup = self.warmup(steps_per_epoch)
-        if total_steps and warmup >= total_steps:
-            raise UserError(
-                f"{self.warmup_key()}: {warmup} steps of warm-up, but the training has {total_steps}. "
-                "Fix: shorten the warm-up, or train longer"
-            )
+        self.check_warmup(warmup, total_steps, "steps")
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -62,6 +58,14 @@ class ScheduleConfig:
 
     def warmup_key(self) -> str:
         return ""
+
+    def check_warmup(self, warmup: float, training: int, unit: str) -> None:
+        """Raise a ``UserError`` if a warm-up is as long as the training."""
+        if training and warmup >= training:
+            raise UserError(
+                f"{self.warmup_key()}: {warmup:.10g} {unit} of warm-up, but the training has {training}. "
+                "Fix: shorten the warm-up, or train longer"
+            )
 
     def problems(self, config: Config) -> list[str]:
         """Return one line for each conflict between options, or with the length of the training."""
@@ -108,10 +112,6 @@ class _Warmup(ScheduleConfig):
                 f"schedule.warmup_epochs={self.warmup_epochs} and schedule.warmup_steps={self.warmup_steps}: "
                 "exactly one must be set. Fix: set one, and the other to null"
             ]
-        for given, length in ("warmup_steps", "steps"), ("warmup_epochs", "epochs"):
-            warmup, training = getattr(self, given), getattr(config, length)
-            if warmup and training and warmup > training:
-                return [f"schedule.{given}={warmup:g}: longer than the training, {length}={training}"]
         return []
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import SafeLoader, YAMLError
 
 from largebatch.config.datasets import DATASETS, DatasetConfig
 from largebatch.config.lr_scaling import LrScalingConfig
@@ -35,6 +35,8 @@ class ClusterConfig:
     parallel: int | None = option(None, least=1)  # concurrent runs; None: as many as fit on the GPUs, 1 on CPU
     threads: int | None = option(None, least=1)  # CPU threads per process; None: an equal share of the cores
     hang_seconds: float = option(1800.0, above=0)  # a run fails if no rank progresses for so long
+    # torchrun binds each process to CPUs near its GPU; needs numactl. None: no binding
+    numa_binding: str | None = option(None, allowed=("node", "socket", "exclusive", "core-complex"))
     # SLURM only. `processes` is then nodes * processes_per_node.
     nodes: int = option(1, least=1)
     processes_per_node: int | None = option(None, least=1)  # None: one per GPU, or one on CPU
@@ -42,12 +44,17 @@ class ClusterConfig:
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    gpus_per_node: int | None = option(None, least=0)
+    gpus_per_node: int | str | None = None  # a number, or with a type as a100:4
     cpus_per_node: int | None = option(None, least=1)
     memory_gb: float | None = option(None, above=0)  # per node
-    time_limit: int | None = option(None, least=1)  # minutes; a requeued job resumes a longer run
+    # Minutes, or another of SLURM's forms such as 4:00:00 or 1-12. A requeued job resumes a longer run.
+    time_limit: int | str | None = None
+    job_name: str | None = None  # None: the run's name; of an array the sweep's name
     array_parallelism: int | None = option(None, least=1)  # concurrent runs; None: as many as SLURM allows
     setup: list[str] = field(default_factory=list)  # shell commands before the run, such as `module load`
+    python: str | None = None  # command that starts Python on a node, perhaps in a container. None: this interpreter
+    srun_args: list[str] = field(default_factory=list)  # options of srun, such as --container-image=IMAGE
+    cpu_bind: str | None = None  # srun's binding of a node's task to CPUs, such as cores
     options: dict[str, Any] = field(default_factory=dict)  # other options of sbatch, without dashes
     wait: bool = False  # wait until all jobs have ended, instead of returning after submission
     max_requeues: int = option(100, least=0)  # automatic requeues per run
@@ -127,6 +134,12 @@ CHOICES: dict[str, dict[str, Any]] = {
 # Errors of OmegaConf. An integer above 1e308 in place of a float is an OverflowError.
 REFUSED = (OmegaConfBaseException, OverflowError)
 _TIMM = {"model": TimmModel, "optimizer": TimmOptimizer}
+# YAML 1.1 reads 4:00:00 as 14,400, a number to the base 60. Here it stays text, as in SLURM's time limits.
+_BASE_60 = ("tag:yaml.org,2002:str", re.compile("[0-9]+(:[0-5]?[0-9])+$"))
+SafeLoader.yaml_implicit_resolvers = {
+    first: [_BASE_60, *kinds] if first in "0123456789" else kinds
+    for first, kinds in SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def from_composed(composed: DictConfig | dict[str, Any]) -> Config:

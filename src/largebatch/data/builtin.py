@@ -62,8 +62,7 @@ def load_synthetic(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple
     Raises:
         UserError: if a size isn't set, or the images don't fit into memory.
     """
-    train_size, test_size = _given(config, "train_size"), _given(config, "test_size")
-    num_classes, side = _given(config, "num_classes"), _given(config, "image_size")
+    train_size, test_size, num_classes, side = map(config.needed, config.needs)
     generator = torch.Generator().manual_seed(_SEED)
     size, free = (train_size + test_size) * config.channels * side**2, host_memory()
     if size > free:
@@ -77,10 +76,3 @@ def load_synthetic(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple
         return Split(MemoryImages(pixels), torch.randperm(n, generator=generator) % num_classes)
 
     return random_split(train_size), random_split(test_size), tuple(str(label) for label in range(num_classes))
-
-
-def _given(config: DatasetConfig, key: str) -> int:
-    value: int | None = getattr(config, key)
-    if value is None:
-        raise UserError(f"dataset.{key}=null: dataset=synthetic needs a number")
-    return value

@@ -15,7 +15,7 @@ from largebatch.data.cache import Say
 from largebatch.data.content import Content, content_of
 from largebatch.data.decoding import read_files
 from largebatch.data.images import FileImages, Images, MemoryImages, Split, decoded_bytes
-from largebatch.data.sampling import hold_out
+from largebatch.data.sampling import hold_out_parts
 from largebatch.data.stream import stream
 from largebatch.errors import UserError
 from largebatch.machine.memory import free_memory, host_memory
@@ -92,7 +92,7 @@ def load_data(
         train, test, classes = load(config, say)
     except OSError as error:  # for example a folder without read permission
         raise UserError(f"dataset={config.name}: {error}; check dataset.root={config.root}") from error
-    _check_sizes(config, train, test, classes)
+    config.check_sizes(len(train), len(test), len(classes))
     in_files = isinstance(train.images, FileImages)
     size = decoded_bytes(train.images) + decoded_bytes(test.images)
     device_free = free_memory(device) if device.type != "cpu" else None
@@ -135,15 +135,6 @@ def load_data(
     else:
         return Data(train, val, test, classes, tuple(mean), tuple(std), content, place)
     return load_data(replace(config, location="host"), seed, device, say, processes_here)
-
-
-def _check_sizes(config: DatasetConfig, train: Split, test: Split, classes: tuple[str, ...]) -> None:
-    """Raise ``UserError`` if the user gave a size that isn't that of the files. A data set's own size may differ."""
-    found = {"train_size": len(train), "test_size": len(test), "num_classes": len(classes)}
-    for key, size in found.items():
-        given = getattr(config, key)
-        if given not in (None, size, getattr(type(config), key)):
-            raise UserError(f"dataset.{key}={given}: the files have {size:,}. Fix: leave it out")
 
 
 def choose_location(
@@ -226,11 +217,8 @@ def _validation_part(labels: Tensor, config: DatasetConfig, seed: int) -> tuple[
         return torch.arange(len(labels)), None
     copies = DATASETS[config.name].copies
     sources = labels[::copies]
-    count = len(sources) - round(len(sources) * (1 - config.val_fraction))  # as the launcher counts
-    try:
-        kept, held = hold_out(sources, count, derive_seed(seed, "validation"))
-    except UserError as error:
-        raise UserError(f"dataset.val_fraction={config.val_fraction}: {error}") from None
+    parts = config.validation_sizes(torch.bincount(sources).tolist())  # as the launcher counts
+    kept, held = hold_out_parts(sources, parts, derive_seed(seed, "validation"))
 
     def images(sources: Tensor) -> Tensor:
         return (sources[:, None] * copies + torch.arange(copies)).flatten()

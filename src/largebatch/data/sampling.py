@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from largebatch.config.datasets import held_out
 from largebatch.config.epochs import Epochs
-from largebatch.errors import UserError
 from largebatch.seeding import derive_seed
 
 
@@ -41,30 +41,19 @@ def evaluation_share(n: int, rank: int, processes: int) -> Tensor:
 def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Hold out exactly ``count`` of ``labels`` [N], stratified; return indices (kept, held out), each ascending.
 
-    A class of n_c images gives ``n_c * count / N``, rounded down. The classes with the largest remainders give one more
-    image each, until there are ``count`` (if remainders are equal, the first class). ``seed`` chooses the images of a
-    class.
+    ``held_out`` divides ``count`` over the classes. ``seed`` chooses the images of a class.
 
     Raises:
-        UserError: if a class would have no image on one side.
+        UserError: as ``held_out``.
     """
-    sizes = torch.bincount(labels)
-    wanted = sizes * count  # in 1/N of an image: exact
-    held = wanted // len(labels)
-    remainders = wanted - held * len(labels)
-    rounded_up = torch.sort(remainders, descending=True, stable=True).indices[: count - int(held.sum())]
-    held[rounded_up] += 1
-    for label, (size, part) in enumerate(zip(sizes.tolist(), held.tolist(), strict=True)):
-        if size and part in (0, size):
-            nothing = "the training set" if part else "the held-out part"
-            raise UserError(
-                f"holding out {count} of {len(labels)} images leaves no image of class {label}, which has {size}, in "
-                f"{nothing}"
-            )
+    return hold_out_parts(labels, held_out(torch.bincount(labels).tolist(), count), seed)
 
+
+def hold_out_parts(labels: Tensor, held: list[int], seed: int) -> tuple[Tensor, Tensor]:
+    """Hold out ``held[label]`` images of each class, as ``hold_out`` does."""
     generator = torch.Generator().manual_seed(seed)
     is_held = torch.zeros(len(labels), dtype=torch.bool)
-    for label, part in enumerate(held.tolist()):
+    for label, part in enumerate(held):
         members = torch.nonzero(labels == label).flatten()
         is_held[members[torch.randperm(len(members), generator=generator)[:part]]] = True
     return torch.nonzero(~is_held).flatten(), torch.nonzero(is_held).flatten()

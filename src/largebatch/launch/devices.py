@@ -12,6 +12,7 @@ from pathlib import Path
 
 from largebatch.config.batch import plan_training
 from largebatch.config.schema import ClusterConfig, Config
+from largebatch.config.slurm import gpu_requests, gpus_in_words, gpus_per_node
 from largebatch.errors import UserError
 
 
@@ -29,13 +30,35 @@ def resolve_devices(config: Config) -> None:
     else:
         _resolve_here(cluster)
     assert cluster.processes is not None
+    _check_numa_binding(cluster)
     plan_training(config, cluster.processes)
 
 
+def in_words(cluster: ClusterConfig) -> str:
+    """Describe the processes and devices of a run, such as ``2 nodes x 4 processes on cuda, 32 CPUs each``."""
+    processes = cluster.processes or 1
+    if cluster.name != "slurm":
+        return f"{_counted(processes, 'process')} on {cluster.device}"
+    words = f"{_counted(cluster.nodes, 'node')} x {_counted(processes // cluster.nodes, 'process')} on {cluster.device}"
+    if cluster.cpus_per_node is not None:
+        words += f", {_counted(cluster.cpus_per_node, 'CPU')} each"
+    if gpus := gpus_in_words(gpus_per_node(cluster)):
+        words += f"; GPUs of a node: {gpus}"
+    return words + (f"; time limit {cluster.time_limit}" if cluster.time_limit is not None else "")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")
+
+
 def _resolve_request(cluster: ClusterConfig) -> None:
-    gpus = cluster.gpus_per_node or 0
-    otherwise = [key for key in cluster.options if key.startswith(("gres", "gpus"))]
-    if cluster.device == "cuda" and not gpus and not otherwise:
+    for name in ("SBATCH_GRES", "SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK"):
+        if name in os.environ:  # sbatch prefers it to the script's own option
+            raise UserError(
+                f"{name}={os.environ[name]}: sets GPUs for sbatch. Fix: unset it, set cluster.gpus_per_node"
+            )
+    gpus = sum(gpus_per_node(cluster).values())
+    if cluster.device == "cuda" and not gpus:
         raise UserError("cluster.device=cuda: the job requests no GPU. Fix: set cluster.gpus_per_node")
     if cluster.device == "auto":
         cluster.device = "cuda" if gpus else "cpu"
@@ -43,7 +66,8 @@ def _resolve_request(cluster: ClusterConfig) -> None:
         cluster.processes_per_node = cluster.processes // cluster.nodes
     each = cluster.processes_per_node or (max(1, gpus) if cluster.device == "cuda" else 1)
     if cluster.device == "cuda" and gpus and each > gpus:
-        raise UserError(f"cluster.processes_per_node={each}: needs a GPU each, but cluster.gpus_per_node={gpus}")
+        (request,) = (f"{key}={value}" for key, value in gpu_requests(cluster).items())
+        raise UserError(f"cluster.processes_per_node={each}: needs a GPU each, but {request} is {gpus} on a node")
     cluster.processes_per_node, cluster.processes = each, cluster.nodes * each
 
 
@@ -57,6 +81,16 @@ def _resolve_here(cluster: ClusterConfig) -> None:
     cluster.processes = cluster.processes or max(1, len(gpus))
     if gpus and cluster.processes > len(gpus):
         raise UserError(f"cluster.processes={cluster.processes}: needs a GPU each, but found {len(gpus)} GPU(s)")
+
+
+def _check_numa_binding(cluster: ClusterConfig) -> None:
+    if cluster.numa_binding is None:
+        return
+    given = f"cluster.numa_binding={cluster.numa_binding}"
+    if cluster.device != "cuda":
+        raise UserError(f"{given}: binds processes to CPUs near their GPUs, and the run is on CPU. Fix: leave it out")
+    if cluster.python is None and shutil.which("numactl") is None:  # a container may have its own
+        raise UserError(f"{given}: needs numactl, which isn't on PATH here. Fix: install numactl, or leave it out")
 
 
 def chosen_gpus(cluster: ClusterConfig) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
-from largebatch.launch.devices import chosen_gpus, worker_environment
+from largebatch.launch.devices import chosen_gpus, in_words, worker_environment
 from largebatch.launch.local import Outcome, Started, conclude, exit_code, has_ended, start, stop
 from largebatch.launch.plan import PlannedRun, estimated
 from largebatch.launch.slurm import sbatch_texts, submit_plan
@@ -67,6 +67,8 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
     rows = plan_rows(plan)
     print(f"{len(plan)} run(s): {counted(rows)}; nothing is started (dry_run=true)", flush=True)
     to_go = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE or run.config.rerun]
+    for words in dict.fromkeys(in_words(run.config.cluster) for run in plan):
+        print(words)
     if to_go:
         print(wrapped(estimated(to_go), sys.stdout))
     print_notes(plan)

@@ -101,8 +101,8 @@ def start(run: PlannedRun, environment: dict[str, str], *, speaking: bool) -> St
     """
     if outcome := claim(run):
         return outcome
-    processes = run.config.cluster.processes or 1
-    torchrun = torchrun_arguments(processes, *ON_THIS_NODE) if processes > 1 else []
+    processes, binding = run.config.cluster.processes or 1, run.config.cluster.numa_binding
+    torchrun = torchrun_arguments(processes, binding, *ON_THIS_NODE) if processes > 1 or binding else []
     stdout = None if speaking else subprocess.DEVNULL
     watch = Watch(range(processes), run.config.cluster.hang_seconds)
     logged = run.folder.log.stat().st_size if run.folder.log.exists() else 0

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.config.checks import validate
-from largebatch.config.epochs import Epochs, plan_epochs
+from largebatch.config.epochs import Epochs
 from largebatch.config.identity import run_name
 from largebatch.config.idle import idle_options, planned_length
 from largebatch.config.schema import Config, from_composed
 from largebatch.errors import UserError
+from largebatch.launch.checks import check_run
 from largebatch.launch.composition import Composed
 from largebatch.launch.devices import resolve_devices
 from largebatch.launch.weights import resolve_weights
@@ -31,6 +32,7 @@ class PlannedRun:
     config: Config
     folder: RunFolder
     label: str  # the overrides that differ within the grid; empty for a single run
+    sweep: str = ""  # name of the run's sweep
 
 
 def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
@@ -56,15 +58,14 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
             validate(config)
             resolve_weights(config)
             resolve_devices(config)
-            if config.dataset.train_images is not None:
-                plan_epochs(config, config.dataset.train_images)
+            check_run(config)
             config.tracker.group = config.tracker.group or job.sweep
         except UserError as error:
             for line in str(error).splitlines():
                 problems.setdefault(line, []).append(label)
             continue
         name = run_name(config)
-        plan.setdefault(name, PlannedRun(config, RunFolder(Path(config.runs_dir) / name), label))
+        plan.setdefault(name, PlannedRun(config, RunFolder(Path(config.runs_dir) / name), label, job.sweep or ""))
     if problems:
         raise UserError("\n".join(_with_jobs(problem, labels, len(jobs)) for problem, labels in problems.items()))
     for runs_dir in {run.config.runs_dir for run in plan.values()}:

@@ -14,7 +14,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from largebatch.config.slurm import sbatch_options, seconds_of
 from largebatch.errors import UserError
+from largebatch.launch.devices import in_words
 from largebatch.launch.local import claim, exit_code
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm_task import carry_out_run
@@ -70,7 +72,7 @@ def sbatch_texts(plan: Sequence[PlannedRun]) -> Iterator[str]:
     missing = [run for run in plan if not claim_by_slurm(run.folder.read_status(), jobs)]
     for array in arrays_of(missing, _largest_array()):
         folder = array[0].folder.slurm
-        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        command = f"{_python(array[0])} -u -m submitit.core._submit {shlex.quote(str(folder))}"
         count = len(array) if len(array) > 1 else None
         yield _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters(array[0], len(array)))
 
@@ -79,36 +81,48 @@ def arrays_of(plan: Sequence[PlannedRun], largest: int) -> list[Array]:
     """Group the runs by their requests, in arrays of at most ``largest`` runs."""
     groups: dict[str, Array] = {}
     for run in plan:
-        groups.setdefault(json.dumps(parameters(run, 0), sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps([_python(run), parameters(run, 0)], sort_keys=True), []).append(run)
     return [runs[at : at + largest] for runs in groups.values() for at in range(0, len(runs), largest)]
+
+
+def _python(run: PlannedRun) -> str:
+    """Return the shell command that starts Python on a node; the workers inherit its interpreter and container."""
+    return run.config.cluster.python or shlex.quote(sys.executable)
 
 
 def parameters(run: PlannedRun, count: int) -> dict[str, Any]:
     """Return submitit's parameters for ``count`` runs like ``run``: ``#SBATCH`` lines, and shell commands before."""
     cluster = run.config.cluster
-    options = ({"requeue": True} | cluster.options).items()
-    cpus = [] if cluster.cpus_per_node is None else [f"--cpus-per-task={cluster.cpus_per_node}"]  # 22.05 drops sbatch's
+    # SLURM 22.05 drops sbatch's cpus-per-task.
+    srun = {"kill-on-bad-exit": 1, "cpus-per-task": cluster.cpus_per_node, "cpu-bind": cluster.cpu_bind}
+    seconds = None if cluster.time_limit is None else seconds_of(cluster.time_limit)
     code = shlex.quote(str(run.folder.code / code_hash()))
     return {
-        "job_name": run.folder.name if count == 1 else "largebatch",
+        "job_name": cluster.job_name or (run.folder.name if count == 1 else _array_name(run)),
         # Options that submitit knows; others go into additional_parameters.
         **{key: getattr(cluster, key) for key in ("nodes", "partition", "account", "qos", "constraint")},
         "ntasks_per_node": 1,
-        "gpus_per_node": cluster.gpus_per_node or None,
         "cpus_per_task": cluster.cpus_per_node,
         "mem": None if cluster.memory_gb is None else f"{round(1024 * cluster.memory_gb)}M",
-        "time": cluster.time_limit,
+        "time": None if seconds is None else -(-seconds // 60),  # submitit counts minutes, and SLURM rounds up too
         "signal_delay_s": cluster.signal_seconds,
         "array_parallelism": cluster.array_parallelism or count,
         "wckey": None,
-        "additional_parameters": {key: value for key, value in options if value not in (None, False)},
+        "additional_parameters": sbatch_options(cluster),
         "setup": [
             *cluster.setup,
             f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
             "export PYTHONSAFEPATH=1",  # packages in the folder of the submission don't come first
         ],
-        "srun_args": ["--kill-on-bad-exit=1", *cpus],
+        "srun_args": [
+            *(f"--{option}={value}" for option, value in srun.items() if value is not None),
+            *cluster.srun_args,
+        ],
     }
+
+
+def _array_name(run: PlannedRun) -> str:
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", run.sweep) or "largebatch"
 
 
 def _submit(array: Array) -> str:
@@ -120,7 +134,7 @@ def _submit(array: Array) -> str:
     # Set on the class, because submitit makes another executor for an array.
     sbatch = [sys.executable, "-P", "-m", "largebatch.launch.sbatch"]
     SlurmExecutor._make_submission_command = lambda _, file: [*sbatch, str(file)]  # type: ignore[assignment,method-assign]
-    executor = SlurmExecutor(array[0].folder.slurm)
+    executor = SlurmExecutor(array[0].folder.slurm, python=_python(array[0]))
     executor.update_parameters(**parameters(array[0], len(array)))
     where = {key: value for key, value in os.environ.items() if key in ("SLURM_CONF", "SLURM_CLUSTERS")}
     in_a_job = "SLURM_JOB_ID" in os.environ  # the new job must not inherit this job's variables
@@ -164,7 +178,7 @@ def _announce(jobs: dict[str, Array]) -> None:
         folder, most = array[0].folder, array[0].config.cluster.array_parallelism
         at_a_time = f", at most {most} at a time" if most else ""
         what = f"{len(array)} runs as array {job}{at_a_time}" if len(array) > 1 else f"{folder.name} as job {job}"
-        print(f"submitted {what}")
+        print(f"submitted {what}: {in_words(array[0].config.cluster)}")
     print(f"  largebatch status {folder.path.parent}   # states of the runs; --watch updates them")
     print(f"  largebatch logs {folder.path}   # a run's log; SLURM's own logs are in {folder.slurm}")
     print(f"  squeue --jobs={','.join(jobs)}   # SLURM's view")

@@ -83,11 +83,11 @@ def carry_out_run(path: str) -> None:
 
 def node_arguments(cluster: ClusterConfig, place: Place) -> list[str]:
     """Return the arguments between ``python`` and the worker; empty for one process. Nodes meet on the first host."""
-    if cluster.processes == 1:
+    if cluster.processes == 1 and cluster.numa_binding is None:
         return []
     assert cluster.processes_per_node is not None
     # By default torchrun ends the workers at other signals.
-    arguments = torchrun_arguments(cluster.processes_per_node, "--signals-to-handle=SIGINT")
+    arguments = torchrun_arguments(cluster.processes_per_node, cluster.numa_binding, "--signals-to-handle=SIGINT")
     if cluster.nodes == 1:
         return [*arguments, *ON_THIS_NODE]
     return [

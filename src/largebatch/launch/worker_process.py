@@ -47,11 +47,12 @@ def start_worker(
         )
 
 
-def torchrun_arguments(processes: int, *more: str) -> list[str]:
+def torchrun_arguments(processes: int, numa_binding: str | None, *more: str) -> list[str]:
     """Return the arguments between ``python`` and ``processes`` workers of one node, which meet as ``more`` says."""
     # Without a folder for logs, torchrun leaves one in the folder of temporary files.
     fixed = ["-m", "torch.distributed.run", "--max-restarts=0", f"--log-dir={os.devnull}"]
-    return [*fixed, f"--nproc-per-node={processes}", *more]
+    binding = [] if numa_binding is None else [f"--numa-binding={numa_binding}"]
+    return [*fixed, f"--nproc-per-node={processes}", *binding, *more]
 
 
 # The workers of one node meet at a free port of the loopback address, which needs no host name.

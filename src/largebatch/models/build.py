@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.config.models import EfficientNet, ModelConfig, ResNet, SmallCnn, TimmModel, TinyCnn
-from largebatch.errors import UserError, choices
+from largebatch.errors import UserError
 from largebatch.models.resnet import resnet
 
 
@@ -175,7 +175,7 @@ def _timm(config: TimmModel, num_classes: int, channels: int) -> nn.Module:
     import timm  # 0.7 to 3 s to import
 
     if not timm.is_model(config.name):
-        raise UserError(f"model.name={config.name}: timm has no such model; {choices(config.name, timm.list_models())}")
+        raise config.unknown(timm.list_models())
     try:
         network: nn.Module = timm.create_model(
             config.name, num_classes=num_classes, in_chans=channels, **config.options

@@ -10,7 +10,7 @@ from torch import nn
 
 from largebatch.config.optimizers import TimmOptimizer
 from largebatch.config.schema import Config
-from largebatch.errors import UserError, choices
+from largebatch.errors import UserError
 
 
 def _spare_compiler_import() -> None:
@@ -56,7 +56,7 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float, st
     options = given.arguments(config.batch_size, steps_per_epoch, steps)
     try:
         if isinstance(given, TimmOptimizer):
-            return _timm_optimizer(config, model, parameters, options)
+            return _timm_optimizer(config, given, model, parameters, options)
         module, _, name = given.target.partition(":")
         optimizer: type[torch.optim.Optimizer] = getattr(importlib.import_module(module), name)
         return optimizer(parameters, lr=resolved_lr(config), **options)  # type: ignore[call-arg]
@@ -65,19 +65,19 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float, st
 
 
 def _timm_optimizer(
-    config: Config, model: nn.Module, parameters: list[Any], options: dict[str, Any]
+    config: Config, given: TimmOptimizer, model: nn.Module, parameters: list[Any], options: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """Return timm's optimizer. Biases and norms have no decay, as in timm's parameter groups, with ``lr_1d`` too."""
     import timm.optim
 
-    name = config.optimizer.name
+    name = given.name
     what: Any = model
-    if config.optimizer.learning_rate_1d() is not None:
+    if given.learning_rate_1d() is not None:
         what = [{**group, "params": [p for _, p in group["params"]]} for group in parameters]
         what[1:] = [{**few, "weight_decay": 0.0} for few in what[1:]]
 
     names: list[str] = timm.optim.list_optimizers()
     if name not in names:
-        raise UserError(f"optimizer.name={name}: timm has no such optimizer; {choices(name, names)}")
+        raise given.unknown(names)
     optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(what, opt=name, lr=resolved_lr(config), **options)
     return optimizer

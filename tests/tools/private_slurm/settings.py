@@ -21,7 +21,7 @@ _ALLOWED = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345
 class Settings:
     """A cluster of ``nodes`` machines named node1, node2, ..., each with these ``cpus``, ``gpus`` and ``memory`` (MB).
 
-    The machine may have less: SLURM schedules by its configuration, and GPUs are fake (jobs get
+    The machine may have less: SLURM schedules by its configuration, and GPUs are fake, of type a100 (jobs get
     ``CUDA_VISIBLE_DEVICES``, but no device). All nodes share this machine's files, ports and processes.
 
     ``port``: first of the ports: ``port`` for slurmctld, +1 for slurmdbd, +2, +3, ... for the nodes.
@@ -88,8 +88,8 @@ def write_configuration(state: Path, settings: Settings) -> None:
     # slurmd requires a device as the File of a GPU; any device works.
     for number in range(settings.gpus):
         (state / "gpus" / f"gpu{number}").symlink_to("/dev/null")
-    gpus = [f"NodeName={_list(settings.node_names)} Name=gpu File={state}/gpus/gpu{n}\n" for n in range(settings.gpus)]
-    (etc / "gres.conf").write_text("".join(gpus))
+    each = f"NodeName={_list(settings.node_names)} Name=gpu Type=a100 File={state}/gpus/gpu"
+    (etc / "gres.conf").write_text("".join(f"{each}{number}\n" for number in range(settings.gpus)))
     if settings.accounting:
         slurmdbd_conf = etc / "slurmdbd.conf"
         slurmdbd_conf.touch(mode=0o600)  # slurmdbd reads no other
@@ -146,7 +146,8 @@ def _slurm_conf(state: Path, settings: Settings) -> Iterator[str]:
     yield "GresTypes=gpu"
     yield (
         f"NodeName={nodes} NodeHostname={nodes} NodeAddr={_list(settings.addresses)} Port={_list(settings.node_ports)} "
-        f"CPUs={settings.cpus} RealMemory={settings.memory}" + (f" Gres=gpu:{settings.gpus}" if settings.gpus else "")
+        f"CPUs={settings.cpus} RealMemory={settings.memory}"
+        + (f" Gres=gpu:a100:{settings.gpus}" if settings.gpus else "")
     )
     times = "MaxTime=60 DefaultTime=10"
     yield f"PartitionName=high Nodes={nodes} {times} Default=YES PriorityTier=10 PreemptMode=OFF"
