@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from largebatch.config.custom import Custom
 from largebatch.config.options import option
 
 INITS = ("default", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal")
@@ -72,6 +73,21 @@ class TimmModel(ModelConfig):
         return self.batch_norm
 
 
+@dataclass
+class CustomModel(Custom, ModelConfig):
+    """Any ``torch.nn.Module``: ``target(num_classes=..., **options)``."""
+
+    group = "model"
+    required = ("num_classes",)
+    offered = ("in_channels", "image_size")
+
+    batch_norm: bool = True  # as for timm
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.batch_norm
+
+
 MODELS: dict[str, type[ModelConfig]] = {
     "smallcnn": SmallCnn,
     "tinycnn": TinyCnn,
@@ -80,3 +96,4 @@ MODELS: dict[str, type[ModelConfig]] = {
     "resnet50": ResNet,
     "effb0": EfficientNet,
 }
+LIBRARIES: dict[str, type[ModelConfig]] = {"timm": TimmModel, "custom": CustomModel}

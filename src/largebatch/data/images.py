@@ -124,10 +124,10 @@ def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is a pipe or device, not a file")  # opening it would wait for a writer
         with Image.open(path) as opened:
-            image = _in_mode(opened, _MODES[channels])
+            image = in_mode(opened, _MODES[channels])
         if image_size == 0:
             return np.empty((channels, 0, 0), np.uint8)
-        array: NDArray[np.uint8] = np.asarray(_resized(image, image_size))
+        array: NDArray[np.uint8] = np.asarray(resized(image, image_size))
         return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
     except Exception as error:  # damaged files make decoders raise anything, also MemoryError and RuntimeError
         raise UserError(
@@ -136,7 +136,8 @@ def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
         ) from error
 
 
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to PIL's mode L or RGB, as ``decode`` describes."""
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if sixteen_bits:  # PIL would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -156,7 +157,8 @@ def _stretched(grey: NDArray[np.float64]) -> NDArray[np.uint8]:
     return scaled.astype(np.uint8)
 
 
-def _resized(image: Image.Image, size: int) -> Image.Image:
+def resized(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to ``size`` and crop the centre."""
     width, height = image.size
     if (width, height) == (size, size):
         return image
