@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.overrides = [other for other in others if not other.startswith("-")]
     if len(options.overrides) < len(others) or (others and options.command not in ("confirm", "replay", "evaluate")):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    sys.path.append(os.getcwd())  # last, so that own classes are found and replace none
     return exit_code_of(lambda: int(options.run(options) or 0))
 
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from largebatch.config.checks import validate
 from largebatch.config.identity import NOT_DECISIVE, decisive, identity, run_name
 from largebatch.config.optimizers import OPTIMIZERS, TimmOptimizer
-from largebatch.config.schema import CHOICES, Config, from_composed, load_config, to_yaml
+from largebatch.config.schema import CHOICES, LIBRARIES, Config, from_composed, load_config, to_yaml
 from largebatch.errors import UserError
 
 PRESETS = [
@@ -339,13 +339,14 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("mode=bt", "optimizer=tvlars", "schedule=warmup_poly", "model=resnet18"),
         ("optimizer=clars", "dataset=imagefolder"),
         ("optimizer=timm", "model=timm"),
+        ("optimizer=custom", "model=custom", "dataset=custom", "schedule=custom"),
     ],
 )
 def test_every_key_is_decisive_or_listed_with_a_reason(choices: tuple[str, ...]) -> None:
     tree = dataclasses.asdict(configuration(*choices))
     decided = set(leaves(decisive(tree)))
     listed = {key for key in leaves(tree) if any(f"{key}.".startswith(f"{free}.") for free in NOT_DECISIVE)}
-    conditional = {"dataset.root"} if "dataset=imagefolder" in choices else set()
+    conditional = {"dataset.root"} if {"dataset=imagefolder", "dataset=custom"} & {*choices} else set()
     conditional |= {key for key in leaves(tree) if key.startswith("dataset.views.") and "mode=bt" in choices}
     assert decided == set(leaves(tree)) - (listed - conditional)
     assert all(NOT_DECISIVE.values())
@@ -359,7 +360,8 @@ def test_frozen_configuration_has_exactly_the_keys_of_its_choices() -> None:
 
 def test_every_key_has_a_type() -> None:
     """OmegaConf can then refuse a wrong type before a run starts."""
-    for kind in (Config, *(kind for kinds in CHOICES.values() for kind in kinds.values())):
+    kinds = (kind for kinds in (*CHOICES.values(), *LIBRARIES.values()) for kind in kinds.values())
+    for kind in (Config, *kinds):
         for field in dataclasses.fields(kind):
             assert field.type not in ("Any", ""), field.name
 

@@ -119,6 +119,19 @@ def test_a_run_is_a_job_and_its_command_returns_at_once(submit: Submit, cluster:
     assert "nothing to submit" in again.stdout
 
 
+def test_a_job_runs_the_own_classes_of_its_submission(submit: Submit, cluster: Cluster, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples" / "mylab", tmp_path / "mylab")
+    own = ("optimizer=custom", "optimizer.target=mylab.optimizer:SignMomentum")
+    result = submit(*TINY, "epochs=1", *own, "cluster.options={hold: true}")
+    assert result.returncode == 0, result.stderr
+    run = the_run_of_a_job(tmp_path)
+    (tmp_path / "mylab" / "optimizer.py").write_text("raise SystemExit('changed')\n")
+    release = ["scontrol", "release", job_of(run)]
+    subprocess.run(release, env=environment() | cluster.environment, capture_output=True, check=True)
+    wait_for_state(run, "finished")
+    assert "SignMomentum: lr 0.003" in (run / "log.txt").read_text()
+
+
 def test_a_grid_is_one_array_and_can_be_watched_to_its_end(submit: Submit, tmp_path: Path) -> None:
     result = submit("-m", *TINY, "epochs=1", "seed=0,1,2,3", "cluster.array_parallelism=2", "cluster.wait=true")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -6,6 +6,7 @@ from dataclasses import MISSING, replace
 from typing import Any
 
 from largebatch.config.batch import plan_batch, plan_training
+from largebatch.config.custom import custom_choices
 from largebatch.config.epochs import plan_epochs
 from largebatch.config.options import problems_of
 from largebatch.config.schema import ClusterConfig, Config
@@ -17,6 +18,7 @@ def validate(config: Config) -> None:
     """Raise one ``UserError`` that lists every problem of ``config``."""
     problems = [
         *problems_of(config),
+        *(problem for choice in custom_choices(config) for problem in choice.problems_in_source()),
         *config.dataset.problems(config),
         *config.model.problems(config),
         *config.optimizer.problems(config),
@@ -112,7 +114,7 @@ def _check_space(config: Config) -> list[str]:
     for key, declared in config.space.items():
         value: Any = config
         for part in key.split("."):
-            value = getattr(value, part, MISSING)
+            value = value.get(part, MISSING) if isinstance(value, dict) else getattr(value, part, MISSING)
         numbers = isinstance(declared, list) and not any(isinstance(one, bool | str | list) for one in declared)
         if value is MISSING:
             problems.append(f"space: the run has no key {key}. Fix: declare it only in the cases that have it")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
+from largebatch.config.custom import Custom
 from largebatch.config.options import option
 from largebatch.errors import UserError
 
@@ -34,14 +36,14 @@ class DatasetConfig:
     """Options of every data set.
 
     ``loader`` names the function that returns training split, test split and class names. ``needs`` describes the
-    options that can't be None. ``named_by_root`` is True if
-    ``root`` decides the images, and so the run's identity and name. ``copies`` is the number of training images in
+    options that can't be None. ``root_decides`` is True if ``root`` decides the images, and so the run's identity.
+    ``copies`` is the number of training images in
     succession that come from one source; a validation set takes all or none of them.
     """
 
     loader: ClassVar[str] = ""
     needs: ClassVar[dict[str, str]] = {}
-    named_by_root: ClassVar[bool] = False
+    root_decides: ClassVar[bool] = False
     copies: ClassVar[int] = 1
 
     name: str = MISSING
@@ -68,6 +70,11 @@ class DatasetConfig:
     # batch is smaller; drop: they are left out.
     last_batch: str = option("carry", allowed=("carry", "keep", "drop"))
     default_epochs: int = option(100, least=1)  # without `epochs`, `steps` and a length of the mode's own
+
+    @property
+    def label(self) -> str:
+        """Name of the data set in the names of runs."""
+        return self.name
 
     @property
     def train_images(self) -> int | None:
@@ -114,7 +121,7 @@ class DatasetConfig:
         problems += [
             f"dataset.{key}={values}: must have one number per channel (dataset.channels={self.channels})"
             for key, values in {"mean": self.mean, "std": self.std}.items()
-            if values is not None and len(values) != self.channels
+            if None not in (values, self.channels) and len(values or ()) != self.channels
         ]
         side = self.image_size or type(self).image_size
         if side is not None and self.crop_padding > side:
@@ -221,10 +228,14 @@ class ImageFolder(DatasetConfig):
 
     loader = "largebatch.data.imagefolder:load_imagefolder"
     needs: ClassVar[dict[str, str]] = {"image_size": _SIDE}
-    named_by_root = True
+    root_decides = True
 
     root: str = "data/imagefolder"
     image_size: int | None = option(64, least=1, most=8192)
+
+    @property
+    def label(self) -> str:
+        return Path(self.root).name
 
 
 @dataclass
@@ -255,6 +266,20 @@ class Synthetic(DatasetConfig):
     image_size: int | None = option(32, least=1, most=8192)
 
 
+@dataclass
+class CustomDataset(Custom, DatasetConfig):
+    """Any images in memory: ``target(**options)`` returns training data, test data and class names."""
+
+    loader = "largebatch.data.custom:load_custom"
+    group = "dataset"
+    keys = ("root",)
+    root_decides = True
+
+    root: str = ""  # passed to the target if it isn't empty
+    on_error: str = option("stop", allowed=("stop",))
+    channels: int | None = option(None, allowed=(1, 3))  # type: ignore[assignment]  # None: those of the images
+
+
 DATASETS: dict[str, type[DatasetConfig]] = {
     "digits": Digits,
     "deformed_digits": DeformedDigits,
@@ -265,3 +290,9 @@ DATASETS: dict[str, type[DatasetConfig]] = {
     "imagenet": ImageNet,
     "synthetic": Synthetic,
 }
+LIBRARIES: dict[str, type[DatasetConfig]] = {"custom": CustomDataset}
+
+
+def dataset_kind(dataset: Mapping[str, Any]) -> type[DatasetConfig] | None:
+    """Return the dataclass of the data set's part of a configuration, or None if its name is unknown."""
+    return LIBRARIES.get(str(dataset.get("library"))) or DATASETS.get(dataset["name"])

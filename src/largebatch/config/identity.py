@@ -7,10 +7,9 @@ import dataclasses
 import hashlib
 import json
 import re
-from pathlib import Path
 from typing import Any
 
-from largebatch.config.datasets import DATASETS
+from largebatch.config.datasets import dataset_kind
 from largebatch.config.modes import MODES
 from largebatch.config.schema import Config
 
@@ -29,7 +28,7 @@ NOT_DECISIVE = {
     "cuda_graphs": "starts the same kernels",
     "space": "declares the values that a search may choose",
     "confirms": "decides if a run chooses or reports",
-    "dataset.root": "folder of the files; decisive for data sets with ``named_by_root``",
+    "dataset.root": "folder of the files; decisive for data sets with ``root_decides``",
     "dataset.download": "permission to download files",
     "dataset.verify": "a check of the files",
     "dataset.workers": "number of decoding processes",
@@ -41,7 +40,7 @@ NOT_DECISIVE = {
 }
 
 
-_LONGEST = 40  # characters of a data set's or model's name in a run's name: some file systems allow 143 bytes
+_LONGEST = 40  # characters of a choice in a run's name: some file systems allow 143 bytes
 
 
 def identity(config: Config) -> str:
@@ -59,8 +58,9 @@ def setting_hash(config: Config) -> str:
 def decisive(tree: dict[str, Any]) -> dict[str, Any]:
     """Return ``tree`` without the keys that can't change the result (``NOT_DECISIVE``)."""
     kept = copy.deepcopy(tree)
-    dataset, mode = tree["dataset"]["name"], tree["mode"]["name"]
-    decisive_here = {"dataset.root": DATASETS[dataset].named_by_root, "dataset.views": MODES[mode].views > 1}
+    dataset, mode = dataset_kind(tree["dataset"]), MODES[tree["mode"]["name"]]
+    assert dataset is not None
+    decisive_here = {"dataset.root": dataset.root_decides, "dataset.views": mode.views > 1}
     for key in NOT_DECISIVE:
         if not decisive_here.get(key):
             *path, last = key.split(".")
@@ -83,11 +83,11 @@ def setting_name(config: Config) -> str:
 
 def _choices(config: Config) -> tuple[str, ...]:
     return (
-        (Path(config.dataset.root).name if config.dataset.named_by_root else config.dataset.name)[:_LONGEST],
+        config.dataset.label[:_LONGEST],
         config.model.name[:_LONGEST],
         config.mode.name,
-        config.optimizer.name,
-        config.schedule.name,
+        config.optimizer.name[:_LONGEST],
+        config.schedule.name[:_LONGEST],
         f"b{config.batch_size}",
         f"lr{config.optimizer.lr:g}",
     )

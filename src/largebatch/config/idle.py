@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from largebatch.config.epochs import plan_epochs
 from largebatch.config.optimizers import Adagrad, Clars, Tvlars
-from largebatch.config.schedules import ScheduleConfig
+from largebatch.config.schedules import CustomSchedule, ScheduleConfig
 from largebatch.config.schema import Config
 
 _FLAT = 0.2  # phi that varies by less is a constant factor
@@ -99,7 +99,7 @@ def _warmup(schedule: ScheduleConfig, steps: int, steps_per_epoch: float) -> Ite
 
 
 def _schedule_decay(schedule: ScheduleConfig, steps: int, steps_per_epoch: float) -> Iterator[str]:
-    decays = type(schedule).decay is not ScheduleConfig.decay
+    decays = type(schedule).decay is not ScheduleConfig.decay and not isinstance(schedule, CustomSchedule)
     if not decays or steps - schedule.warmup(steps_per_epoch) < 2:
         return
     if abs(1 - schedule.factor(steps, steps_per_epoch)(steps - 1)) < _NO_DECAY:
@@ -113,7 +113,7 @@ def _schedule_decay(schedule: ScheduleConfig, steps: int, steps_per_epoch: float
 
 def _weight_decay(config: Config, steps: int) -> Iterator[str]:
     optimizer = config.optimizer
-    decay = getattr(optimizer, "weight_decay", 0.0)
+    decay = getattr(optimizer, "weight_decay", None) or 0.0
     whole = config.lr_scaling.scaled(optimizer.lr, config.batch_size) * decay * steps
     if 0 < whole < _NO_DECAY:
         yield (

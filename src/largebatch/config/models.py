@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
+from largebatch.config.custom import Custom
 from largebatch.config.options import option
 from largebatch.errors import UserError, choices
 
@@ -116,6 +117,21 @@ class TimmModel(ModelConfig):
         return UserError(f"model.name={self.name}: timm has no such model; {choices(self.name, names)}")
 
 
+@dataclass
+class CustomModel(Custom, ModelConfig):
+    """Any ``torch.nn.Module``: ``target(num_classes=..., **options)``."""
+
+    group = "model"
+    required = ("num_classes",)
+    offered = ("in_channels", "image_size")
+
+    batch_norm: bool = True  # as for timm
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return self.batch_norm
+
+
 MODELS: dict[str, type[ModelConfig]] = {
     "smallcnn": SmallCnn,
     "tinycnn": TinyCnn,
@@ -124,3 +140,4 @@ MODELS: dict[str, type[ModelConfig]] = {
     "resnet50": ResNet,
     "effb0": EfficientNet,
 }
+LIBRARIES: dict[str, type[ModelConfig]] = {"timm": TimmModel, "custom": CustomModel}

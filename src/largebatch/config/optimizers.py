@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
+from largebatch.config.custom import Custom
 from largebatch.config.options import option
 from largebatch.errors import UserError, choices
 
@@ -284,6 +285,21 @@ class TimmOptimizer(OptimizerConfig):
         return "" if self.name in self.SIGN_LIKE and not changed else " with ".join([self.name, *changed])
 
 
+@dataclass
+class CustomOptimizer(Custom, OptimizerConfig):
+    """Any ``torch.optim.Optimizer``: ``target(params, lr=..., **options)``."""
+
+    group = "optimizer"
+    positional = ("params",)
+    required = ("lr",)
+    keys = ("weight_decay",)
+
+    weight_decay: float | None = option(None, least=0)  # None: the class's default
+
+    def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
+        return {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+
+
 def _nesterov_problems(nesterov: bool, momentum: float) -> list[str]:
     return ["optimizer.nesterov=true: needs optimizer.momentum above 0"] if nesterov and not momentum else []
 
@@ -299,6 +315,7 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adagrad": Adagrad,
     "rmsprop": RmsProp,
 }
+LIBRARIES: dict[str, type[OptimizerConfig]] = {"timm": TimmOptimizer, "custom": CustomOptimizer}
 
 
 def structure(optimizer: Mapping[str, Any]) -> dict[str, str]:
@@ -310,11 +327,16 @@ def structure(optimizer: Mapping[str, Any]) -> dict[str, str]:
         optimizer: the optimizer's part of a configuration; a missing option has its default.
     """
     found = {}
-    for field_ in fields(OPTIMIZERS.get(optimizer["name"], TimmOptimizer)):
+    kind = LIBRARIES.get(str(optimizer.get("library"))) or OPTIMIZERS.get(optimizer["name"], TimmOptimizer)
+    for field_ in fields(kind):
         value = optimizer.get(field_.name, field_.default)
         if field_.metadata.get("switch"):
             found[field_.name] = "off" if value is None else "on"
         elif field_.type in ("bool", "str") and field_.name not in ("name", "library"):
-            found[field_.name] = str(value).lower()
-    options = optimizer.get("options") or {}  # of timm
-    return found | {name: str(value).lower() for name, value in options.items() if isinstance(value, bool | str)}
+            found[field_.name] = _in_words(value)
+    options = optimizer.get("options") or {}
+    return found | {name: _in_words(value) for name, value in options.items() if isinstance(value, bool | str)}
+
+
+def _in_words(value: bool | str) -> str:
+    return value if isinstance(value, str) else str(value).lower()

@@ -7,6 +7,7 @@ dataclass here and to ``SCHEDULES``.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from omegaconf import MISSING
 
+from largebatch.config.custom import Custom
 from largebatch.config.options import option
 from largebatch.errors import UserError
 
@@ -135,9 +137,38 @@ class WarmupPoly(_Warmup):
         return self.final_factor + (1 - self.final_factor) * math.pow(1 - progress, self.power)
 
 
+@dataclass
+class CustomSchedule(Custom, _Warmup):
+    """``target(progress, **options)`` is ``decay``, after a linear warm-up if one is set."""
+
+    group = "schedule"
+    positional = ("progress",)
+
+    def decay(self, progress: float) -> float:
+        """Return the factor.
+
+        Raises:
+            UserError: the function doesn't return a finite number of at least 0.
+        """
+        value = self.call(progress)
+        with contextlib.suppress(TypeError, ValueError):
+            if math.isfinite(float(value)) and float(value) >= 0:
+                return float(value)
+        raise UserError(f"{self.key}: returns {value!r} at progress {progress:g}. Allowed: a finite number from 0 on")
+
+    def factor(self, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:
+        for progress in (0.0, 0.5, 1.0):  # an error at the end of the training would cost the training
+            self.decay(progress)
+        return super().factor(total_steps, steps_per_epoch)
+
+    def problems(self, config: Config) -> list[str]:
+        return super().problems(config) if (self.warmup_epochs, self.warmup_steps) != (None, None) else []
+
+
 SCHEDULES: dict[str, type[ScheduleConfig]] = {
     "constant": Constant,
     "cosine": Cosine,
     "warmup_cosine": WarmupCosine,
     "warmup_poly": WarmupPoly,
 }
+LIBRARIES: dict[str, type[ScheduleConfig]] = {"custom": CustomSchedule}

@@ -16,11 +16,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import SafeLoader, YAMLError
 
+from largebatch.config import datasets, models, optimizers, schedules
+from largebatch.config.custom import complete
 from largebatch.config.datasets import DATASETS, DatasetConfig
 from largebatch.config.lr_scaling import LrScalingConfig
-from largebatch.config.models import MODELS, ModelConfig, TimmModel
+from largebatch.config.models import MODELS, ModelConfig
 from largebatch.config.modes import MODES, ModeConfig
-from largebatch.config.optimizers import OPTIMIZERS, OptimizerConfig, TimmOptimizer
+from largebatch.config.optimizers import OPTIMIZERS, OptimizerConfig
 from largebatch.config.options import option
 from largebatch.config.schedules import SCHEDULES, ScheduleConfig
 from largebatch.errors import UserError, choices, nearest
@@ -133,12 +135,19 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 # Errors of OmegaConf. An integer above 1e308 in place of a float is an OverflowError.
 REFUSED = (OmegaConfBaseException, OverflowError)
-_TIMM = {"model": TimmModel, "optimizer": TimmOptimizer}
 # YAML 1.1 reads 4:00:00 as 14,400, a number to the base 60. Here it stays text, as in SLURM's time limits.
 _BASE_60 = ("tag:yaml.org,2002:str", re.compile("[0-9]+(:[0-5]?[0-9])+$"))
 SafeLoader.yaml_implicit_resolvers = {
     first: [_BASE_60, *kinds] if first in "0123456789" else kinds
     for first, kinds in SafeLoader.yaml_implicit_resolvers.items()
+}
+# Dataclasses of choices by group and library. Their names are the library's, or the user's.
+LIBRARIES: dict[str, dict[str, Any]] = {
+    "dataset": datasets.LIBRARIES,
+    "model": models.LIBRARIES,
+    "optimizer": optimizers.LIBRARIES,
+    "schedule": schedules.LIBRARIES,
+    "mode": {},
 }
 
 
@@ -154,6 +163,9 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
         tree = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
         for key in ("cases", "trials"):  # keys of a grid, not of a run
             tree.pop(key, None)
+        for group in CHOICES:
+            if isinstance(given := tree.get(group), dict) and given.get("library") == "custom":
+                complete(group, given)
         tree = _escaped(tree)
         schema = _schema(*(_chosen(group, tree.get(group)) for group in CHOICES))
         config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
@@ -163,7 +175,8 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
     if config.epochs is None and config.steps is None:
         config.epochs = config.mode.length(config.dataset.default_epochs)
     config.runs_dir = str(Path(config.runs_dir).expanduser().absolute())
-    config.dataset.root = str(Path(config.dataset.root).expanduser().absolute())
+    if config.dataset.root:
+        config.dataset.root = str(Path(config.dataset.root).expanduser().absolute())
     return config
 
 
@@ -176,23 +189,24 @@ def defaults(with_options: bool = False) -> dict[str, Any]:
     for group, kinds in CHOICES.items():
         del tree[group]
         if with_options:
-            tree[group] = {option.name: None for kind in kinds.values() for option in fields(kind)}
+            every = (*kinds.values(), *LIBRARIES[group].values())
+            tree[group] = {option.name: None for kind in every for option in fields(kind)}
     return cast(dict[str, Any], tree)
 
 
 def _chosen(group: str, given: Any) -> Any:
-    """Return the dataclass that ``name`` or ``library=timm`` selects.
+    """Return the dataclass that ``library`` or else ``name`` selects.
 
     Raises:
         UserError: if the name is missing or unknown.
     """
     if not isinstance(given, dict) or given.get("name") in (None, "???"):
         raise UserError(f"{group}.name has no value. Fix: choose a preset with {group}=NAME")
-    if group in _TIMM and given.get("library") == "timm":
-        return _TIMM[group]
+    if kind := LIBRARIES[group].get(str(given.get("library"))):
+        return kind
     name = str(given["name"])
     if name not in CHOICES[group]:
-        any_timm = f" ({group}=timm allows any timm name)" if group in _TIMM else ""
+        any_timm = f" ({group}=timm allows any timm name)" if "timm" in LIBRARIES[group] else ""
         raise UserError(f"{group}.name={name}: {choices(name, CHOICES[group])}{any_timm}")
     return CHOICES[group][name]
 

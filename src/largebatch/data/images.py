@@ -134,14 +134,15 @@ def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
 
 def pixels_of(image: Image.Image, channels: int, image_size: int) -> NDArray[np.uint8]:
     """Convert an image to uint8 [C, S, S], as ``decode`` does."""
-    image = _in_mode(image, _MODES[channels])
+    image = in_mode(image, _MODES[channels])
     if image_size == 0:
         return np.empty((channels, 0, 0), np.uint8)
-    array: NDArray[np.uint8] = np.asarray(_resized(image, image_size))
+    array: NDArray[np.uint8] = np.asarray(resized(image, image_size))
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to PIL's mode L or RGB, as ``decode`` describes."""
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if sixteen_bits:  # PIL would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -161,7 +162,8 @@ def _stretched(grey: NDArray[np.float64]) -> NDArray[np.uint8]:
     return scaled.astype(np.uint8)
 
 
-def _resized(image: Image.Image, size: int) -> Image.Image:
+def resized(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to ``size`` and crop the centre."""
     width, height = image.size
     if (width, height) == (size, size):
         return image

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from largebatch.config.datasets import DATASETS, DatasetConfig
+from largebatch.config.datasets import DATASETS, CustomDataset, DatasetConfig
 from largebatch.data.cache import Say
 from largebatch.data.content import Content, content_of
 from largebatch.data.decoding import read_files
@@ -87,7 +87,7 @@ def load_data(
     Raises:
         UserError: if files are missing, damaged or contradict the configuration; it names the file or key.
     """
-    load: Callable[[DatasetConfig, Say], Loaded] = pkgutil.resolve_name(DATASETS[config.name].loader)
+    load: Callable[[DatasetConfig, Say], Loaded] = pkgutil.resolve_name(_kind(config).loader)
     try:
         train, test, classes = load(config, say)
     except OSError as error:  # for example a folder without read permission
@@ -135,6 +135,10 @@ def load_data(
     else:
         return Data(train, val, test, classes, tuple(mean), tuple(std), content, place)
     return load_data(replace(config, location="host"), seed, device, say, processes_here)
+
+
+def _kind(config: DatasetConfig) -> type[DatasetConfig]:
+    return CustomDataset if isinstance(config, CustomDataset) else DATASETS[config.name]
 
 
 def choose_location(
@@ -215,7 +219,7 @@ def _validation_part(labels: Tensor, config: DatasetConfig, seed: int) -> tuple[
     """
     if config.val_fraction == 0:
         return torch.arange(len(labels)), None
-    copies = DATASETS[config.name].copies
+    copies = _kind(config).copies
     sources = labels[::copies]
     parts = config.validation_sizes(torch.bincount(sources).tolist())  # as the launcher counts
     kept, held = hold_out_parts(sources, parts, derive_seed(seed, "validation"))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from largebatch.config.checks import check_training
+from largebatch.config.datasets import ImageFolder
 from largebatch.config.imagefolder import find_images
 from largebatch.config.models import TimmModel
 from largebatch.config.optimizers import TimmOptimizer
@@ -51,7 +52,7 @@ def _check_timm(config: Config) -> None:
 def _training_images(config: Config) -> int | None:
     """Return the number of training images without the validation set. None: unknown before loading."""
     dataset = config.dataset
-    if not dataset.named_by_root:
+    if not isinstance(dataset, ImageFolder):
         return dataset.train_images
     if config.cluster.name == "slurm" and not os.path.exists(dataset.root):  # the nodes may have it
         return None

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from largebatch.config.custom import custom_choices
 from largebatch.config.slurm import sbatch_options, seconds_of
 from largebatch.errors import UserError
 from largebatch.launch.devices import in_words
@@ -22,7 +23,7 @@ from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm_task import carry_out_run
 from largebatch.launch.view import plan_rows, print_plan
 from largebatch.runs.folder import DONE, RunBusyError
-from largebatch.runs.provenance import code_hash, copy_code
+from largebatch.runs.provenance import code_hash, copy_code, copy_files
 from largebatch.runs.slurm_queue import ask, claim_by_slurm, jobs_of
 from largebatch.runs.watch import watch_status
 
@@ -54,6 +55,8 @@ def submit_plan(plan: Sequence[PlannedRun]) -> int:
                 print(f"      {outcome.message}")
         for array in arrays_of([run for run, _ in claimed], _largest_array()):
             copy_code(array[0].folder.code)
+            for run in array:
+                copy_own_code(run)
             jobs[_submit(array)] = array
     except (Exception, KeyboardInterrupt) as error:
         _withdraw(list(jobs), claimed, str(error) or type(error).__name__)
@@ -149,6 +152,13 @@ def _submit(array: Array) -> str:
             if run.folder.read_status().get("job_id") is None:
                 run.folder.update_status(job_id=job.job_id)
     return str(jobs[0].job_id).partition("_")[0]
+
+
+def copy_own_code(run: PlannedRun) -> None:
+    """Copy the user's own modules of a run beside the package's copy. The worker imports them from there."""
+    for choice in custom_choices(run.config):
+        if choice.files:
+            copy_files(run.folder.code / choice.version, choice.files)
 
 
 def _withdraw(jobs: list[str], claimed: list[tuple[PlannedRun, bool]], why: str) -> None:

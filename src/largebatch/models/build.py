@@ -9,21 +9,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from largebatch.config.models import EfficientNet, ModelConfig, ResNet, SmallCnn, TimmModel, TinyCnn
+from largebatch.config.models import CustomModel, EfficientNet, ModelConfig, ResNet, SmallCnn, TimmModel, TinyCnn
 from largebatch.errors import UserError
 from largebatch.models.resnet import resnet
 
 
-def build_model(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+def build_model(config: ModelConfig, num_classes: int, channels: int, image_size: int | None = None) -> nn.Module:
     """Build a classifier from float images [B, channels, H, W] to logits [B, num_classes], randomly initialised.
 
-    ``config.init`` draws the weights of convolutions and linear layers; biases and norm layers don't change.
+    ``config.init`` draws the weights of convolutions and linear layers; biases and norm layers don't change. Only a
+    user's own class gets ``image_size``, the number of pixels of a side.
 
     Raises:
-        UserError: for a name that timm doesn't know, or arguments that timm rejects.
+        UserError: for a name that timm doesn't know, arguments that timm rejects, or as ``Custom.call``.
     """
     if isinstance(config, TimmModel):
         model = _timm(config, num_classes, channels)
+    elif isinstance(config, CustomModel):
+        model = _custom(config, num_classes, channels, image_size)
     elif isinstance(config, SmallCnn):
         model = _smallcnn(config, num_classes, channels)
     elif isinstance(config, TinyCnn):
@@ -44,11 +47,17 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
     Raises:
         UserError: as ``build_model``, and for a timm model that returns no vector of features.
     """
-    model = build_model(config, num_classes=1, channels=image[0])
+    model = build_model(config, num_classes=1, channels=image[0], image_size=image[1])
     if isinstance(config, TimmModel):
         cast(Any, model).reset_classifier(0)
     else:
-        setattr(model, head_names(config, model)[0], nn.Identity())
+        names = head_names(config, model)
+        if not names:
+            raise UserError(
+                f"model.name={config.name}: has no layer named head, classifier or fc, which mode=bt takes away to get "
+                "features. Fix: give the last layer of the class such a name"
+            )
+        setattr(model, names[0], nn.Identity())
     features = tried(config, model, image)
     if features.ndim != 2:
         raise UserError(
@@ -59,11 +68,11 @@ def build_backbone(config: ModelConfig, image: tuple[int, int, int]) -> tuple[nn
 
 
 def head_names(config: ModelConfig, model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules that make logits from features; none if timm doesn't name them."""
+    """Return the names of the modules that make logits from features; none if the model doesn't name them."""
     if isinstance(config, TimmModel):
         named = cast(Any, model).pretrained_cfg.get("classifier") or ()
         return (named,) if isinstance(named, str) else tuple(named)
-    return ({"smallcnn": "head", "tinycnn": "head", "effb0": "classifier"}.get(config.name, "fc"),)
+    return tuple(name for name in ("head", "classifier", "fc") if hasattr(model, name))[:1]
 
 
 def tried(config: ModelConfig, model: nn.Module, image: tuple[int, int, int]) -> Tensor:
@@ -79,6 +88,9 @@ def tried(config: ModelConfig, model: nn.Module, image: tuple[int, int, int]) ->
         if not isinstance(outputs, Tensor):
             raise TypeError(f"it returns a {type(outputs).__name__} instead of a tensor")
     except Exception as error:  # any model can be given
+        if isinstance(config, CustomModel):
+            error.add_note(f"{config.key}, with images of {'x'.join(map(str, image))}")
+            raise
         raise UserError(
             f"model.name={config.name}: can't take images of {'x'.join(map(str, image))} ({str(error).strip()}). "
             "Fix: another dataset.image_size or model; many timm models take +model.options.img_size="
@@ -169,6 +181,13 @@ def _stem_convolution(original: nn.Conv2d, channels: int, *, cifar: bool) -> nn.
     stem = nn.Conv2d(channels, original.out_channels, size, stride, padding, bias=original.bias is not None)  # type: ignore[arg-type]
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # torchvision's own, for both families
     return stem
+
+
+def _custom(config: CustomModel, num_classes: int, channels: int, image_size: int | None) -> nn.Module:
+    model = config.call(num_classes=num_classes, in_channels=channels, image_size=image_size)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{config.key}: returns a {type(model).__name__}. Allowed: a torch.nn.Module")
+    return model
 
 
 def _timm(config: TimmModel, num_classes: int, channels: int) -> nn.Module:

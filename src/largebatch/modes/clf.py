@@ -24,7 +24,7 @@ def build_model(config: Config, data: Data) -> nn.Module:
     Raises:
         UserError: if it can't be built, or doesn't fit the images or the size of batch norm.
     """
-    network = build_network(config.model, data.num_classes, data.channels)
+    network = build_network(config.model, data.num_classes, data.channels, data.image_size)
     logits = tried(config.model, network, data.image)
     if logits.shape != (2, data.num_classes):
         raise UserError(

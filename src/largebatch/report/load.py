@@ -17,7 +17,7 @@ import pyarrow.compute
 import pyarrow.parquet
 import yaml
 
-from largebatch.config.datasets import DATASETS
+from largebatch.config.datasets import dataset_kind
 from largebatch.config.identity import decisive
 from largebatch.config.modes import MODES
 from largebatch.errors import UserError
@@ -166,7 +166,7 @@ def _load(folder: RunFolder) -> Run:
             value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise _Broken(f"config.yaml has no valid {key} ({value!r})")
-    if config["dataset"]["name"] not in DATASETS or config["mode"]["name"] not in MODES:
+    if dataset_kind(config["dataset"]) is None or config["mode"]["name"] not in MODES:
         raise _Broken("config.yaml has an unknown data set or mode")
     if config["batch_size"] < 1 or number(config["optimizer"]["lr"]) is None:
         raise _Broken("config.yaml has an invalid batch size or learning rate")

@@ -1,4 +1,4 @@
-"""The code of a run: its git commit, and the copy of the package that a queued job runs."""
+"""The code of a run: its git commit, and the copies of the package and of own modules that a queued job runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,33 @@ def content_hash(path: Path) -> str:
 
 def copy_code(folder: Path) -> Path:
     """Copy the package's files to ``folder/HASH``, for PYTHONPATH, if that doesn't exist."""
-    copy = folder / code_hash()
+
+    def write(half: Path) -> None:
+        shutil.copytree(PACKAGE, half / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+        (half / _GIT_STATE).write_text(json.dumps(git_state()) + "\n")
+
+    return _copied(folder / code_hash(), write)
+
+
+def copy_files(copy: Path, files: Mapping[str, Path]) -> Path:
+    """Copy ``files`` to their relative paths below ``copy``, if that doesn't exist."""
+
+    def write(half: Path) -> None:
+        for name, path in files.items():
+            (half / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, half / name)
+
+    return _copied(copy, write)
+
+
+def _copied(copy: Path, write: Callable[[Path], None]) -> Path:
+    """Return the folder ``copy``, which appears whole, with the files that ``write`` writes."""
     if copy.exists():
         return copy
-    folder.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(dir=folder, prefix=".copying-"))
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(dir=copy.parent, prefix=".copying-"))
     half.chmod(0o755)  # other users of a shared folder can read it
-    shutil.copytree(PACKAGE, half / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    (half / _GIT_STATE).write_text(json.dumps(git_state()) + "\n")
+    write(half)
     try:
         os.rename(half, copy)
     except OSError:  # another launcher was faster

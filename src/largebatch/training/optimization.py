@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from largebatch.config.optimizers import TimmOptimizer
+from largebatch.config.optimizers import CustomOptimizer, TimmOptimizer
 from largebatch.config.schema import Config
 from largebatch.errors import UserError
 
@@ -41,7 +41,7 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float, st
         steps: optimizer steps of the main training.
 
     Raises:
-        UserError: if timm doesn't know the name, or the optimizer refuses an option.
+        UserError: if timm doesn't know the name, the optimizer refuses an option, or as ``Custom.call``.
     """
     _spare_compiler_import()
     given = config.optimizer
@@ -54,6 +54,8 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float, st
         if few:
             parameters.append({"params": few, "lr": config.lr_scaling.scaled(lr_1d, config.batch_size)})
     options = given.arguments(config.batch_size, steps_per_epoch, steps)
+    if isinstance(given, CustomOptimizer):
+        return _custom_optimizer(given, parameters, options | {"lr": resolved_lr(config)})
     try:
         if isinstance(given, TimmOptimizer):
             return _timm_optimizer(config, given, model, parameters, options)
@@ -62,6 +64,17 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float, st
         return optimizer(parameters, lr=resolved_lr(config), **options)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer.name={given.name}: {error}") from error
+
+
+def _custom_optimizer(given: CustomOptimizer, parameters: list[Any], options: dict[str, Any]) -> torch.optim.Optimizer:
+    optimizer = given.call(parameters, **options)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"{given.key}: returns a {type(optimizer).__name__}. Allowed: a torch.optim.Optimizer")
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise UserError(
+            f"{given.key}: its parameter groups have no lr, which the schedule sets. Fix: put lr into the defaults"
+        )
+    return optimizer
 
 
 def _timm_optimizer(

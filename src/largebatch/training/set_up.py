@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from largebatch.config.batch import plan_training
 from largebatch.config.epochs import plan_epochs
-from largebatch.config.models import TimmModel
+from largebatch.config.models import CustomModel, TimmModel
 from largebatch.config.schema import Config
 from largebatch.data import Data, load_data
 from largebatch.data.cache import Say
@@ -171,7 +171,8 @@ def _batch_norm_layers(config: Config, network: nn.Module, say: Say) -> list[str
             f"model.name={name}: has batch norm ({layers[0]}), but its configuration says that it has none. "
             "Fix: leave out model.batch_norm=false; for a model of your own, has_batch_norm in config/models.py"
         )
-    if not layers and config.batch_norm_size and isinstance(config.model, TimmModel) and config.model.batch_norm:
+    may_lack = isinstance(config.model, TimmModel | CustomModel) and config.model.batch_norm
+    if not layers and config.batch_norm_size and may_lack:
         say(f"{name} has no batch norm: with model.batch_norm=false, any number of processes gives a run the same name")
     return layers
 

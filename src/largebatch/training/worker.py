@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from largebatch.config.custom import custom_choices
 from largebatch.config.identity import identity
 from largebatch.config.schema import Config, load_config
 from largebatch.errors import UserError
@@ -143,6 +144,7 @@ def _work(config: Config, folder: RunFolder, rank: int, start: StartClock) -> in
         if rank == 0:
             folder.remove_leftovers()
             folder.update_status(state="running", started=time.time(), **this_process())
+        _find_own_code(config, folder)
         keep_compiled_kernels_private()
         allow_tf32(config.tf32)
         if config.deterministic:
@@ -157,9 +159,9 @@ def _work(config: Config, folder: RunFolder, rank: int, start: StartClock) -> in
     except FailedRunError as error:
         return _fail(folder, f"{error}; {RESUMES}", exit_code=1)
     except OSError as error:  # a full disk, a network disk that doesn't answer, a file that is gone
-        if error.errno is None and error.__cause__ is None:
+        if (error.errno is None and error.__cause__ is None) or _noted(error):
             traceback.print_exc()
-        return _fail(folder, f"{error}; {RESUMES}", exit_code=1)
+        return _fail(folder, f"{_noted(error)}{error}; {RESUMES}", exit_code=1)
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         if is_out_of_memory(error):
@@ -171,10 +173,30 @@ def _work(config: Config, folder: RunFolder, rank: int, start: StartClock) -> in
             return _fail(folder, message, exit_code=1 if begun else 2)
         traceback.print_exc()
         where = f"traceback in {folder.log}; {RESUMES}"
-        return _fail(folder, f"{type(error).__name__}: {first_line}; {where}", exit_code=1)
+        return _fail(folder, f"{_noted(error)}{type(error).__name__}: {first_line}; {where}", exit_code=1)
     finally:
         distributed.stop()
     return 0
+
+
+def _find_own_code(config: Config, folder: RunFolder) -> None:
+    """Import the user's modules from the copies for queued jobs, if there are any.
+
+    Each copy has one module or package that is in no other import folder, so that it replaces none.
+
+    Raises:
+        UserError: an own module isn't there, or has changed since the run got its name.
+    """
+    choices = custom_choices(config)
+    sys.path[:0] = [str(copy) for one in choices if one.version and (copy := folder.code / one.version).is_dir()]
+    if problems := [problem for one in choices for problem in one.problems_in_source()]:
+        raise UserError("\n".join(problems))
+
+
+def _noted(error: Exception) -> str:
+    """Return the target of an error in the user's own code, to put before the error."""
+    notes = (note for note in getattr(error, "__notes__", []) if note.partition("=")[0].endswith(".target"))
+    return next((f"{note}: " for note in notes), "")
 
 
 def _fail(folder: RunFolder, message: str, exit_code: int) -> int:

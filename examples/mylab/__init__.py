@@ -1,0 +1,1 @@
+"""Own classes for largebatch: an optimizer, a model, a data set and a schedule."""
