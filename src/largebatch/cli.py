@@ -1,13 +1,17 @@
-"""The ``largebatch`` command shows, cancels, compares and confirms runs. ``python launch.py`` starts them."""
+"""The ``largebatch`` command starts, shows, cancels, compares and confirms runs."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
+from largebatch import __version__
 from largebatch.errors import UserError
 from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder
@@ -18,22 +22,70 @@ from largebatch.terminal import escape_unprintable, exit_code_of, restart_in_utf
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
 
+_GROUPS = {
+    "Train": ("run", "confirm", "replay"),
+    "Watch": ("status", "logs", "cancel"),
+    "Compare": ("report",),
+    "Weights & Biases": ("sync", "dashboard"),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
+    if importlib.util.find_spec("fcntl") is None:
+        print("error: largebatch: runs need Linux or macOS. Allowed here: `import largebatch.optim`", file=sys.stderr)
+        return 2
     if arguments is None:
         restart_in_utf8()
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["run"]:  # Hydra reads the rest
+        return exit_code_of(lambda: _run(given[1:]))
     escape_unprintable()
     parser = _parser()
-    options, others = parser.parse_known_args(arguments)
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options, others = parser.parse_known_args(given)
     options.overrides = [other for other in others if not other.startswith("-")]
     if len(options.overrides) < len(others) or (others and options.command not in ("confirm", "replay")):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     return exit_code_of(lambda: int(options.run(options) or 0))
 
 
+def _run(arguments: list[str]) -> int:
+    from largebatch.launch.main import main
+
+    return main(arguments)
+
+
+def _completions(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Return the overrides that argcomplete offers after ``largebatch run``."""
+    from largebatch.launch.main import completions
+
+    return completions(parsed_args.overrides, prefix)
+
+
 def _parser() -> argparse.ArgumentParser:
-    description = "Show, cancel and compare runs; `python launch.py` starts them."
-    parser = argparse.ArgumentParser(prog="largebatch", description=description)
-    add = parser.add_subparsers(dest="command", required=True).add_parser
+    description = "Train and compare large-batch optimizers."
+    parser = argparse.ArgumentParser(
+        prog="largebatch",
+        usage="largebatch [--help] [--version] COMMAND ...",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, prog="largebatch", help=argparse.SUPPRESS)
+    helps: dict[str, str] = {}
+
+    def add(name: str, **options: Any) -> argparse.ArgumentParser:
+        helps[name] = options["help"]
+        return commands.add_parser(name, **options)
+
+    run = add("run", help="train: one run, or a grid with -m; `largebatch run --help` lists presets")
+    run.add_argument("-m", "--multirun", action="store_true")
+    overrides = run.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=preset or key=value")
+    overrides.completer = _completions  # type: ignore[attr-defined]
+
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument(
         "--runs-dir", default="runs", type=Path, help="folder of the runs that names refer to (default: runs)"
@@ -75,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "confirm",
         usage="largebatch confirm RUNS_DIR [--seeds N] [--by KEY] [--dry-run] [OVERRIDE ...]",
         help="run the chosen settings again on fresh seeds, which the report then shows",
-        epilog="OVERRIDE: as for launch.py, such as cluster=slurm; it can't change a setting.",
+        epilog="OVERRIDE: as for `largebatch run`, such as cluster=slurm; it can't change a setting.",
     )
     confirm.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder of runs; the new runs go there too")
     confirm.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of each setting; default: 5")
@@ -88,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[where],
         usage="largebatch replay RUN [OVERRIDE ...]",
         help="run a configuration again, and show at which step the two runs part",
-        epilog="OVERRIDE: as for launch.py, such as cluster=slurm; it can't change a setting.",
+        epilog="OVERRIDE: as for `largebatch run`, such as cluster=slurm; it can't change a setting.",
     )
     replay.add_argument("wanted", metavar="RUN", help=f"{_RUN}; the new run goes to RUNS_DIR-replayed")
     replay.set_defaults(run=_replay)
@@ -105,7 +157,18 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("--dry-run", action="store_true", help="print what would be uploaded; needs no key or network")
     sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="time for one run; default: 600")
     sync.set_defaults(run=_sync)
+    parser.epilog = _grouped(helps)
     return parser
+
+
+def _grouped(helps: dict[str, str]) -> str:
+    """Return the commands and their help texts, in groups."""
+    groups = {**_GROUPS, "Other": tuple(helps.keys() - {name for names in _GROUPS.values() for name in names})}
+    lines = ["`largebatch COMMAND --help` shows the options of a command."]
+    for title, names in groups.items():
+        if names:
+            lines += ["", f"{title}:", *(f"  {name:<11} {helps[name]}" for name in names)]
+    return "\n".join(lines)
 
 
 def _named(options: argparse.Namespace) -> list[RunFolder]:
@@ -167,11 +230,6 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _dashboard(options: argparse.Namespace) -> None:
-    try:
-        import wandb_workspaces  # noqa: F401
-    except ModuleNotFoundError:
-        problem = "wandb-workspaces is missing. Fix: pip install 'wandb-workspaces>=0.4.13,<0.5'"
-        raise UserError(f"dashboard: {problem}") from None
     from largebatch.report import dashboard, saved_view
 
     where = options.entity, options.project, options.name

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from largebatch.errors import UserError
+from largebatch.errors import UserError, require
 from largebatch.launch.local import claim, exit_code
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.slurm_task import carry_out_run
@@ -35,6 +35,7 @@ def submit_plan(plan: Sequence[PlannedRun]) -> int:
     """
     if shutil.which("sbatch") is None:
         raise UserError("cluster.name=slurm: no sbatch here. Fix: run this on a login node, or set cluster=local")
+    require("slurm")
     jobs: dict[str, Array] = {}
     claimed: list[tuple[PlannedRun, bool]] = []  # True if the run's folder is new
     try:

@@ -15,6 +15,7 @@ from typing import Any
 from largebatch.runs.folder import read_json
 
 PACKAGE = Path(__file__).resolve().parent.parent  # src/largebatch
+_NO_CODE = ("__pycache__", "conf")  # an installed package has presets; a job reads its frozen configuration
 _GIT_STATE = "git.json"  # beside a copied package
 
 
@@ -34,9 +35,10 @@ def git_state() -> dict[str, Any]:
 def code_hash() -> str:
     """Return sixteen hex digits, a hash of names and contents of the package's files. Its copy has this name."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(PACKAGE)}\0{len(content)}\0".encode() + content)
+    files = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file())
+    for path in sorted(path for path in files if not set(_NO_CODE) & set(path.parts)):
+        content = (PACKAGE / path).read_bytes()
+        digest.update(f"{path}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 
 
@@ -48,7 +50,7 @@ def copy_code(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(dir=folder, prefix=".copying-"))
     half.chmod(0o755)  # other users of a shared folder can read it
-    shutil.copytree(PACKAGE, half / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, half / PACKAGE.name, ignore=shutil.ignore_patterns(*_NO_CODE))
     (half / _GIT_STATE).write_text(json.dumps(git_state()) + "\n")
     try:
         os.rename(half, copy)
