@@ -87,6 +87,24 @@ def launch(tmp_path: Path) -> Launch:
 
 
 @pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the project's wheel."""
+    from wheel import build_wheel
+
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for PYTHONPATH with the installed wheel; its scripts are in ``bin``."""
+    from wheel import install_wheel
+
+    folder = tmp_path_factory.mktemp("installed")
+    install_wheel(wheel, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
     """Return the process that calls programs, for the tests of bad input."""
     import programs  # not found by programs of tests that import this file

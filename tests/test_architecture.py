@@ -28,7 +28,9 @@ def imported(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             modules = (
-                [node.module or ""] if node.module != "largebatch" else [f"largebatch.{a.name}" for a in node.names]
+                [node.module or ""]
+                if node.module != "largebatch"
+                else [f"largebatch.{a.name}" for a in node.names if a.name != "__version__"]
             )
         found |= {room(tuple(module.split("."))) for module in modules if module.split(".")[0] == "largebatch"}
     return found

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from largebatch.results.run import load_run
 
 __all__ = ["load_run"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

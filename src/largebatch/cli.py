@@ -1,32 +1,54 @@
-"""The ``largebatch`` command shows, cancels, compares, confirms and uses runs. ``python launch.py`` starts them."""
+"""The ``largebatch`` command starts, shows, cancels, compares, confirms and uses runs."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+from largebatch import __version__
 from largebatch.errors import UserError
 from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder, write_atomic
-from largebatch.runs.table import find_run, find_runs, plain_table, print_table
+from largebatch.runs.table import find_run, find_runs, plain_table
 from largebatch.runs.watch import show_log, show_status, watch_status
 from largebatch.terminal import escape_unprintable, exit_code_of, restart_in_utf8
 
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
 
+_GROUPS = {
+    "Train": ("run", "confirm", "replay"),
+    "Watch": ("status", "logs", "cancel"),
+    "Compare": ("report",),
+    "Use": ("export", "evaluate", "predict"),
+    "Weights & Biases": ("sync", "dashboard"),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
+    if importlib.util.find_spec("fcntl") is None:
+        print("error: largebatch: runs need Linux or macOS. Allowed here: `import largebatch.optim`", file=sys.stderr)
+        return 2
     if arguments is None:
         restart_in_utf8()
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["run"]:  # Hydra reads the rest
+        return exit_code_of(lambda: _run(given[1:]))
     escape_unprintable()
     parser = _parser()
-    options, others = parser.parse_known_args(arguments)
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options, others = parser.parse_known_args(given)
     options.overrides = [other for other in others if not other.startswith("-")]
     if len(options.overrides) < len(others) or (others and options.command not in ("confirm", "replay", "evaluate")):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -34,10 +56,43 @@ def main(arguments: list[str] | None = None) -> int:
     return exit_code_of(lambda: int(options.run(options) or 0))
 
 
+def _run(arguments: list[str]) -> int:
+    # The imports take a second. A person who waits sees that the program has started.
+    if sys.stderr.isatty() and not {"-sc", "--shell-completion"} & set(arguments):
+        print("composing the configurations ...", file=sys.stderr, flush=True)
+    from largebatch.launch.main import main
+
+    return main(arguments)
+
+
+def _completions(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Return the overrides that argcomplete offers after ``largebatch run``."""
+    from largebatch.launch.main import completions
+
+    return completions(parsed_args.overrides, prefix)
+
+
 def _parser() -> argparse.ArgumentParser:
-    description = "Show, cancel, compare and use runs; `python launch.py` starts them."
-    parser = argparse.ArgumentParser(prog="largebatch", description=description)
-    add = parser.add_subparsers(dest="command", required=True).add_parser
+    description = "Train and compare large-batch optimizers."
+    parser = argparse.ArgumentParser(
+        prog="largebatch",
+        usage="largebatch [--help] [--version] COMMAND ...",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, prog="largebatch", help=argparse.SUPPRESS)
+    helps: dict[str, str] = {}
+
+    def add(name: str, **options: Any) -> argparse.ArgumentParser:
+        helps[name] = options["help"]
+        return commands.add_parser(name, **options)
+
+    run = add("run", help="train: one run, or a grid with -m; `largebatch run --help` lists presets")
+    run.add_argument("-m", "--multirun", action="store_true")
+    overrides = run.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="group=preset or key=value")
+    overrides.completer = _completions  # type: ignore[attr-defined]
+
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument(
         "--runs-dir", default="runs", type=Path, help="folder of the runs that names refer to (default: runs)"
@@ -79,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "confirm",
         usage="largebatch confirm RUNS_DIR [--seeds N] [--by KEY] [--dry-run] [OVERRIDE ...]",
         help="run the chosen settings again on fresh seeds, which the report then shows",
-        epilog="OVERRIDE: as for launch.py, such as cluster=slurm; it can't change a setting.",
+        epilog="OVERRIDE: as for `largebatch run`, such as cluster=slurm; it can't change a setting.",
     )
     confirm.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder of runs; the new runs go there too")
     confirm.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of each setting; default: 5")
@@ -92,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[where],
         usage="largebatch replay RUN [OVERRIDE ...]",
         help="run a configuration again, and show at which step the two runs part",
-        epilog="OVERRIDE: as for launch.py, such as cluster=slurm; it can't change a setting.",
+        epilog="OVERRIDE: as for `largebatch run`, such as cluster=slurm; it can't change a setting.",
     )
     replay.add_argument("wanted", metavar="RUN", help=f"{_RUN}; the new run goes to RUNS_DIR-replayed")
     replay.set_defaults(run=_replay)
@@ -110,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="time for one run; default: 600")
     sync.set_defaults(run=_sync)
     _add_results(add, where)
+    parser.epilog = _grouped(helps)
     return parser
 
 
@@ -151,6 +207,16 @@ def _add_results(add: Callable[..., argparse.ArgumentParser], where: argparse.Ar
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder of image files")
     predict.add_argument("--out", type=Path, metavar="FILE", help="write the CSV there instead of printing it")
     predict.set_defaults(run=_predict)
+
+
+def _grouped(helps: dict[str, str]) -> str:
+    """Return the commands and their help texts, in groups."""
+    groups = {**_GROUPS, "Other": tuple(helps.keys() - {name for names in _GROUPS.values() for name in names})}
+    lines = ["`largebatch COMMAND --help` shows the options of a command."]
+    for title, names in groups.items():
+        if names:
+            lines += ["", f"{title}:", *(f"  {name:<11} {helps[name]}" for name in names)]
+    return "\n".join(lines)
 
 
 def _named(options: argparse.Namespace) -> list[RunFolder]:
@@ -211,11 +277,6 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _dashboard(options: argparse.Namespace) -> None:
-    try:
-        import wandb_workspaces  # noqa: F401
-    except ModuleNotFoundError:
-        problem = "wandb-workspaces is missing. Fix: pip install 'wandb-workspaces>=0.4.13,<0.5'"
-        raise UserError(f"dashboard: {problem}") from None
     from largebatch.report import dashboard, saved_view
 
     where = options.entity, options.project, options.name
@@ -255,7 +316,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     device = chosen_device(options.device)
     found = evaluate(run, overrides, device, lambda line: print(line, file=sys.stderr, flush=True))
     if options.json != "-":
-        print_table(plain_table(["set", "images", "loss", "accuracy", "top 5"], table_of_metrics(found)))
+        print(plain_table(["set", "images", "loss", "accuracy", "top 5"], table_of_metrics(found)))
     if options.json:
         text = json.dumps(found, indent=1)
         print(text) if options.json == "-" else write_atomic(Path(options.json), text + "\n")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -40,6 +40,8 @@ def library(source: Path) -> ctypes.CDLL:
 
 @functools.cache
 def _library(source: Path) -> ctypes.CDLL | str:
+    if importlib.util.find_spec("fcntl") is None:
+        return "compiling needs Linux or macOS"
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return "there is no C++ compiler (c++, g++ or $CXX)"
@@ -58,6 +60,8 @@ def _library(source: Path) -> ctypes.CDLL | str:
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:
+    import fcntl  # not on Windows
+
     # To a temporary file, then renamed: several processes may compile at once. All hold the lock, so that whoever has
     # it alone can remove what killed processes left.
     with (path.parent / "compiling.lock").open("w") as lock:

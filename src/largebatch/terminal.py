@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from largebatch.errors import UserError
+from largebatch.errors import UserError, missing_extra
 
 
 def restart_in_utf8() -> None:
@@ -51,7 +51,8 @@ def printable(text: str) -> str:
 def exit_code_of(program: Callable[[], int]) -> int:
     """Run ``program`` and return its exit code: 2 after a ``UserError``, 130 after Ctrl-C, 141 after a closed pipe.
 
-    The code is also 2 after an error of a file or folder, such as another user's. Its message names the file.
+    The code is also 2 after an error of a file or folder, such as another user's. Its message names the file. So it is
+    if a module of an extra isn't installed; the message then has the command that installs it.
     """
     try:
         return program()
@@ -62,6 +63,9 @@ def exit_code_of(program: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except ModuleNotFoundError as error:
+        if not (message := missing_extra(error)):
+            raise
     except OSError as error:
         if error.filename is None:
             raise

@@ -41,6 +41,7 @@ from largebatch.config.optimizers import Tvlars
         (["-m", "optimizer=lars,larss"], "larss"),
         (["-m", "optimizer=lars,tvlars", "optimizer.lmbda=0.1"], r"optimizer.lmbda=0.1: lars has no such option"),
         (["cluster.device=cuda"], "cluster.device=cuda: no GPU"),
+        (["cluster.device=mps"], "cluster.device=mps: allowed: auto, cpu, cuda"),
         (["batch_size=[1,2"], "batch_size"),
     ],
 )
@@ -104,7 +105,7 @@ def test_timm_model_options_need_no_plus(launch: Launch, sign: str) -> None:
 
 def test_the_launching_side_never_imports_torch() -> None:
     ours = (
-        *("config.checks", "config.identity", "runs.watch", "runs.cancel", "cli", "launch.grid", "launch.confirm"),
+        *("config.checks", "config.identity", "runs.watch", "runs.cancel", "cli", "launch.main", "launch.confirm"),
         *("tracking.sync", "report.build", "report.confirm", "report.page"),
     )
     modules = ", ".join([*(f"largebatch.{name}" for name in ours), "launch"])

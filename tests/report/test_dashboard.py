@@ -207,4 +207,4 @@ def test_a_missing_library_is_a_message_with_the_command_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     assert cli.main(["dashboard", *OPTIONS, "--print"]) == 2
-    assert "pip install 'wandb-workspaces" in capsys.readouterr().err
+    assert "wandb_workspaces isn't installed. Fix: pip install 'largebatch[wandb]'" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from conftest import ROOT, TINY, environment
 from private_slurm.cluster import Cluster
 from private_slurm.processes import wait_until
 from runs import finish, is_alive, parameters, timeless, train_in
+from wheel import with_packages
 
 from largebatch.runs.metrics import read_rows
 from slurm.conftest import place
@@ -380,6 +381,16 @@ def test_edits_while_a_run_is_queued_do_not_affect_it(submit: Submit, cluster: C
         file.write_text("raise SystemExit('edited')\n")
     cluster.run("scontrol", "release", job_of(run))
     wait_for_state(run, "finished")
+
+
+def test_an_installed_package_runs_its_own_code_in_a_job(installed: Path, cluster: Cluster, tmp_path: Path) -> None:
+    env = with_packages(installed, base=environment() | cluster.environment)
+    command = [str(installed / "bin" / "largebatch"), "run", *ON_SLURM, *TINY, "epochs=1"]
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    run = the_run_of_a_job(tmp_path)
+    wait_for_state(run, "finished")
+    assert sorted(path.name for path in (tmp_path / "runs" / ".code").iterdir()) == [status(run)["code"]]
 
 
 @pytest.mark.parametrize("grid", [("seed=0",), ("-m", "seed=0,1")])

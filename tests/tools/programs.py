@@ -110,7 +110,7 @@ def main() -> None:
     import torchvision  # noqa: F401
     import wandb  # noqa: F401
 
-    from largebatch.launch import confirm, grid, replay  # noqa: F401
+    from largebatch.launch import confirm, main, replay  # noqa: F401
     from largebatch.report import build  # noqa: F401
     from largebatch.tracking import sync  # noqa: F401
     from largebatch.training import worker  # noqa: F401

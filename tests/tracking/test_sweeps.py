@@ -36,7 +36,7 @@ WANDB = "from wandb.wandb_agent import Agent; Agent.POLL_INTERVAL = 0.5; from wa
 
 
 def under(server: Recorded, home: Path, **more: str) -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the sweep's command says "python"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of the sweep's program
     return {**environment(), **server.environment(KEY), "HOME": str(home), "PATH": path, **more}
 
 
@@ -54,10 +54,10 @@ def given(**values: Any) -> Json:
 
 def test_an_agent_runs_in_its_w_and_b_runs_and_does_not_repeat_a_finished_run(tmp_path: Path) -> None:
     sweep = {
-        "program": str(ROOT / "launch.py"), "project": "p", "entity": "team", "method": "random",
+        "program": "largebatch", "project": "p", "entity": "team", "method": "random",
         "metric": {"name": "val/accuracy", "goal": "maximize"},
         "parameters": {"optimizer.lr": {"min": 0.1, "max": 1.5}},
-        "command": ["${env}", "python", "${program}", *COMMAND, "${args_no_hyphens}"],
+        "command": ["${env}", "${program}", "run", *COMMAND, "${args_no_hyphens}"],
     }  # fmt: skip
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     with recorder() as server:
@@ -209,10 +209,10 @@ def test_every_sweep_is_valid_at_the_ends_of_its_parameters(file: Path) -> None:
     sweep = yaml.safe_load(text)
     assert f"#   wandb sweep sweeps/wandb/{file.name}\n" in text
     _validate_config_and_fill_distribution(sweep)  # as `wandb sweep` does
-    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["program"] == "largebatch"
     assert sweep["project"] == configuration().tracker.project
-    before, program, after = sweep["command"][:2], sweep["command"][2], sweep["command"][3:]
-    assert (before, program, after[-1]) == (["${env}", "python"], "${program}", "${args_no_hyphens}")
+    before, after = sweep["command"][:3], sweep["command"][3:]
+    assert (before, after[-1]) == (["${env}", "${program}", "run"], "${args_no_hyphens}")
     fixed = after[:-1]
     groups = [key for key in sweep["parameters"] if (ROOT / "conf" / key).is_dir()]
     assert groups == [], "W&B would store the choice's name in place of the group's configuration"
@@ -245,4 +245,4 @@ def test_compared_optimizers_get_the_same_number_of_trials() -> None:
 def test_w_and_b_sweeps_are_refused_as_grids(launch: Launch, command: list[str]) -> None:
     result = launch(*command)
     assert result.returncode == 2
-    assert "`wandb sweep sweeps/wandb/" in result.stderr
+    assert f"`wandb sweep {ROOT}/conf/sweeps/wandb/digits_tvlars.yaml`" in result.stderr

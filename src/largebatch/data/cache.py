@@ -7,7 +7,6 @@ the processes of a host share its pages.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -118,6 +117,8 @@ def _read(path: Path, read: Callable[[BinaryIO], T]) -> T:
 @contextmanager
 def alone(path: Path, say: Say) -> Iterator[None]:
     """Hold a lock that one process has at a time; the operating system releases it when the process ends."""
+    import fcntl  # not on Windows
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}.lock").open("w") as handle:
         try:

@@ -267,8 +267,8 @@ def by_force(arguments: Sequence[str], conf: Path) -> list[str]:
     overrides = OverridesParser.create().parse_overrides(list(arguments))
     for override in overrides:
         if match := re.fullmatch(r"sweeps(?:=wandb/|/wandb=)(.+)", str(override.input_line)):
-            file = f"sweeps/wandb/{match[1]}"
-            raise UserError(f"{file}: is a W&B sweep, not a grid. Fix: `wandb sweep {file}.yaml` (docs/dashboards.md)")
+            fix = f"`wandb sweep {conf}/sweeps/wandb/{match[1]}.yaml` (docs/dashboards.md)"
+            raise UserError(f"sweeps/wandb/{match[1]}: is a W&B sweep, not a grid. Fix: {fix}")
     return [f"++{o.input_line}" if _changes_a_value(o, conf) else str(o.input_line) for o in overrides]
 
 

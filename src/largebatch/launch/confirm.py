@@ -16,8 +16,8 @@ from largebatch.config.identity import decisive, without_none
 from largebatch.config.schema import REFUSED, defaults, from_composed, read_frozen
 from largebatch.errors import UserError
 from largebatch.launch.composition import Composed, Tree, by_force, composition_error, plain
+from largebatch.launch.presets import presets
 
-_CONF = Path(__file__).resolve().parents[3] / "conf"
 _LABEL = ("optimizer.name", "schedule.name", "batch_size", "optimizer.lr")
 _OURS = {"seed": "--seeds N sets the number of seeds", "confirms": "leave it out", "runs_dir": "leave it out"}
 
@@ -56,9 +56,9 @@ def compose_overrides(arguments: Sequence[str]) -> tuple[DictConfig, dict[str, s
     """
     ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
     try:
-        with initialize_config_dir(config_dir=str(_CONF), version_base="1.3"):
+        with initialize_config_dir(config_dir=str(presets()), version_base="1.3"):
             given = OverridesParser.create().parse_overrides(list(arguments))
-            composed = compose("config", by_force(arguments, _CONF))
+            composed = compose("config", by_force(arguments, presets()))
     except (HydraException, *REFUSED, ValueError) as error:
         raise UserError(composition_error(error)) from error
     return composed, {override.get_key_element(): str(override.input_line) for override in given}

@@ -111,7 +111,8 @@ def chosen_gpus(cluster: ClusterConfig) -> list[str]:
 
 def worker_environment(cluster: ClusterConfig, gpus: list[str], parallel: int) -> dict[str, str]:
     """Return environment variables for a run's ``gpus``, and for its threads if ``parallel`` runs share the cores."""
-    cores = len(os.sched_getaffinity(0)) // parallel
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+    cores = here // parallel
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} | thread_environment(cluster.threads, cluster.processes or 1, cores)
 
 

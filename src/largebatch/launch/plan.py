@@ -19,6 +19,7 @@ from largebatch.errors import UserError
 from largebatch.launch.checks import check_run
 from largebatch.launch.composition import Composed
 from largebatch.launch.devices import resolve_devices
+from largebatch.launch.presets import program
 from largebatch.launch.weights import resolve_weights
 from largebatch.runs.folder import DONE, RunFolder
 from largebatch.runs.table import list_runs
@@ -43,7 +44,7 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
     """
     for job in jobs:
         if job.sweep is not None and not job.multirun:
-            command = " ".join(("python launch.py -m", *job.overrides))
+            command = " ".join((program(), "-m", *job.overrides))
             raise UserError(f"sweeps={job.sweep}: is a grid and needs -m. Fix: {command}")
         for key in ("cases", "trials"):
             if job.tree.get(key) and not job.multirun:

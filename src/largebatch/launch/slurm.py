@@ -16,7 +16,7 @@ from typing import Any
 
 from largebatch.config.custom import custom_choices
 from largebatch.config.slurm import sbatch_options, seconds_of
-from largebatch.errors import UserError
+from largebatch.errors import UserError, require
 from largebatch.launch.devices import in_words
 from largebatch.launch.local import claim, exit_code
 from largebatch.launch.plan import PlannedRun
@@ -38,6 +38,7 @@ def submit_plan(plan: Sequence[PlannedRun]) -> int:
     """
     if shutil.which("sbatch") is None:
         raise UserError("cluster.name=slurm: no sbatch here. Fix: run this on a login node, or set cluster=local")
+    require("slurm")
     jobs: dict[str, Array] = {}
     claimed: list[tuple[PlannedRun, bool]] = []  # True if the run's folder is new
     try:

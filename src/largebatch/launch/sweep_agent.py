@@ -1,6 +1,6 @@
 """Runs of a W&B agent (``wandb agent``), with the W&B sweep's values, in the W&B run that the agent has opened.
 
-The agent starts ``launch.py`` with the W&B sweep's ``command`` and waits for it. See docs/dashboards.md.
+The agent starts ``largebatch run`` by the W&B sweep's ``command`` and waits for it. See docs/dashboards.md.
 """
 
 from __future__ import annotations

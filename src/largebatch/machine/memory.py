@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -74,8 +73,10 @@ def _of_the_group() -> int:
 
 
 def _of_the_process() -> int:
+    import resource  # not on Windows
+
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit == resource.RLIM_INFINITY:
+    if limit == resource.RLIM_INFINITY or sys.platform != "linux":
         return sys.maxsize
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     return max(limit - taken, 0)

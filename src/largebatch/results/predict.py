@@ -12,7 +12,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from largebatch.data.imagefolder import image_files
+from largebatch.config.imagefolder import image_files
 from largebatch.data.images import decode
 from largebatch.errors import UserError
 from largebatch.results.run import LoadedRun

@@ -6,7 +6,6 @@ Files are written under a temporary name and renamed, so that readers never see 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -145,15 +144,17 @@ class RunFolder:
         """
         try:
             with (self.path / "lock").open() as handle:
-                return not self._lock(handle, fcntl.LOCK_SH)
+                return not self._lock(handle, shared=True)
         except FileNotFoundError:
             return False
         except (OSError, UserError):  # another user's file, or a file system without locks
             return True
 
-    def _lock(self, handle: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
+    def _lock(self, handle: IO[str], *, shared: bool = False) -> bool:
+        import fcntl  # not on Windows
+
         try:
-            fcntl.lockf(handle, kind | fcntl.LOCK_NB)
+            fcntl.lockf(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # systems differ in the error for a taken lock
             return False
         except OSError as error:

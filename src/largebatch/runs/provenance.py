@@ -16,6 +16,7 @@ from typing import Any
 from largebatch.runs.folder import read_json
 
 PACKAGE = Path(__file__).resolve().parent.parent  # src/largebatch
+_NO_CODE = ("__pycache__", "conf")  # an installed package has presets; a job reads its frozen configuration
 _GIT_STATE = "git.json"  # beside a copied package
 
 
@@ -35,9 +36,10 @@ def git_state() -> dict[str, Any]:
 def code_hash() -> str:
     """Return sixteen hex digits, a hash of names and contents of the package's files. Its copy has this name."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(PACKAGE)}\0{len(content)}\0".encode() + content)
+    files = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file())
+    for path in sorted(path for path in files if not set(_NO_CODE) & set(path.parts)):
+        content = (PACKAGE / path).read_bytes()
+        digest.update(f"{path}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 
 
@@ -51,7 +53,7 @@ def copy_code(folder: Path) -> Path:
     """Copy the package's files to ``folder/HASH``, for PYTHONPATH, if that doesn't exist."""
 
     def write(half: Path) -> None:
-        shutil.copytree(PACKAGE, half / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGE, half / PACKAGE.name, ignore=shutil.ignore_patterns(*_NO_CODE))
         (half / _GIT_STATE).write_text(json.dumps(git_state()) + "\n")
 
     return _copied(folder / code_hash(), write)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from largebatch.errors import UserError
+from largebatch.errors import UserError, missing_extra
 from largebatch.runs.folder import DONE, RunBusyError, RunFolder
 from largebatch.runs.metrics import read_rows
 from largebatch.tracking import wandb_run
@@ -46,7 +46,7 @@ def sync(folders: Iterable[RunFolder], dry_run: bool, seconds: float) -> int:
     try:
         import wandb  # noqa: F401
     except Exception as error:  # missing, or broken by another package
-        raise UserError(f"wandb can't be imported ({one_line(error)})") from error
+        raise UserError(missing_extra(error) or f"wandb can't be imported ({one_line(error)})") from error
     uploads, failed = [], 0
     for run in folders:
         try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from largebatch.config.identity import without_none
 from largebatch.config.schema import Config
+from largebatch.errors import missing_extra
 from largebatch.runs.folder import DONE, RunFolder, read_json, write_atomic
 from largebatch.runs.metrics import Row
 from largebatch.tracking import wandb_session
@@ -208,7 +209,8 @@ def start(
     try:
         import wandb  # noqa: F401
     except Exception as error:  # missing, or broken by another package
-        say(f"W&B is off: wandb can't be imported ({wandb_session.one_line(error)})")
+        why = missing_extra(error) or f"wandb can't be imported ({wandb_session.one_line(error)})"
+        say(f"W&B is off: {why}")
         return None
     directory = directory.absolute()
     settings = run_settings(INIT_TIMEOUT, CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT)
