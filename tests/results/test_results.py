@@ -230,7 +230,7 @@ def test_a_missing_package_is_one_sentence(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)  # as if it weren't installed
     assert main(["export", str(folder), "--to", "onnx", "--out", str(tmp_path / "out.onnx")]) == 2
-    assert capsys.readouterr().err == "error: --to onnx: onnx is missing. Fix: pip install 'largebatch[export]'\n"
+    assert capsys.readouterr().err == "error: onnx isn't installed. Fix: pip install 'largebatch[export]'\n"
     assert not list(tmp_path.iterdir())
 
 

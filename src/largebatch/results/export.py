@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from largebatch.config.identity import identity
-from largebatch.errors import UserError
+from largebatch.errors import UserError, require
 from largebatch.results.run import LoadedRun
 from largebatch.runs.folder import replace_file
 
@@ -40,8 +41,7 @@ def export(run: LoadedRun, format_: str, out: Path, *, backbone: bool) -> None:
     # Copies, because safetensors refuses tensors that share memory.
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in network.state_dict().items()}
     if format_ == "safetensors":
-        safetensors = _imported(format_, "safetensors.torch")
-        write = partial(_save_safetensors, safetensors, state, texts)
+        write = partial(save_file, state, metadata=texts)
     elif format_ == "torch":
         write = partial(torch.save, {"state_dict": state, "metadata": metadata})
     else:
@@ -71,18 +71,13 @@ def described(run: LoadedRun, output: str) -> dict[str, Any]:
     }
 
 
-def _save_safetensors(library: Any, state: dict[str, torch.Tensor], texts: dict[str, str], path: Path) -> None:
-    library.save_file(state, path, metadata=texts)
-
-
 def _onnx(run: LoadedRun, network: nn.Module, output: str, texts: dict[str, str]) -> Any:
     """Return torch's ONNX program of the network, for any number of images.
 
     Raises:
         UserError: a package is missing, or torch can't express the network in ONNX.
     """
-    for package in ("onnx", "onnxscript"):
-        _imported("onnx", package)
+    require("export")
     try:
         program: Any = torch.onnx.export(
             network, (torch.zeros(2, *run.shape),), input_names=["images"], output_names=[output],
@@ -93,14 +88,3 @@ def _onnx(run: LoadedRun, network: nn.Module, output: str, texts: dict[str, str]
         raise UserError(f"--to onnx: torch can't export model.name={run.config.model.name} ({reason})") from error
     program.model.metadata_props.update(texts)
     return program
-
-
-def _imported(format_: str, name: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--to {format_}: {name.partition('.')[0]} is missing. Fix: pip install 'largebatch[export]'"
-        ) from error
