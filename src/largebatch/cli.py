@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from largebatch import __version__
-from largebatch.errors import UserError
+from largebatch.errors import UserError, require
 from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder, write_atomic
 from largebatch.runs.table import find_run, find_runs, plain_table
@@ -277,6 +277,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _dashboard(options: argparse.Namespace) -> None:
+    require("wandb")
     from largebatch.report import dashboard, saved_view
 
     where = options.entity, options.project, options.name

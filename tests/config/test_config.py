@@ -58,7 +58,7 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("optimizer.lmbda=0.1", "lars has no such option"),
         ("schedule.power=2", "constant has no such option"),
         ("model.stem=cifar", "smallcnn has no such option"),
-        ("model.init=xavier", "did you mean xavier_normal?"),
+        ("model.init=xavier", "did you mean xavier_uniform?"),
         ("optimizer.momentum=null", "needs a value"),
         ("optimizer.momentum=1", "of at least 0 and below 1"),
         ("optimizer.momentum=nan", "must be a finite number"),

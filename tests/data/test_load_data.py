@@ -8,7 +8,7 @@ import torch
 from conftest import configuration
 from datafiles import make_imagefolder
 
-from largebatch.config.datasets import DATASETS, DatasetConfig
+from largebatch.config.datasets import DATASETS, DatasetConfig, Synthetic
 from largebatch.data import MemoryImages, load_data
 from largebatch.data.load import measure_statistics
 from largebatch.errors import UserError
@@ -18,7 +18,7 @@ PRESETS = sorted((Path(__file__).parents[2] / "conf" / "dataset").glob("*.yaml")
 
 def synthetic(**options):
     sizes = {"train_size": 200, "test_size": 50, "num_classes": 10, "image_size": 8}
-    return DatasetConfig(name="synthetic", **{**sizes, **options})
+    return Synthetic(name="synthetic", **{**sizes, **options})
 
 
 def test_synthetic_is_equal_for_every_seed():

@@ -183,8 +183,9 @@ def test_watching_in_a_terminal_ends_when_no_run_is_open(tmp_path: Path) -> None
 def test_a_dry_run_prints_states_and_an_estimate_of_the_time(launch: Launch, tmp_path: Path) -> None:
     grid = ("-m", *TINY, "seed=0,1", "steps=8")
     before = launch(*grid, "dry_run=true").stdout.splitlines()
-    assert before[:2] == [
+    assert before[:3] == [
         "2 run(s): 2 new; nothing is started (dry_run=true)",
+        "1 process on cpu",
         "no finished run of these data sets, models and modes to estimate the time from",
     ]
     assert launch(*TINY, "seed=0", "steps=8").returncode == 0
@@ -192,11 +193,12 @@ def test_a_dry_run_prints_states_and_an_estimate_of_the_time(launch: Launch, tmp
     summary = read_json(finished)
     finished.write_text(json.dumps(summary | {"wall_seconds": 7200.0, "processes": 2}))  # of 8 steps
     after = launch(*grid, "dry_run=true").stdout.splitlines()
-    assert after[:2] == [
+    assert after[:3] == [
         "2 run(s): 1 finished, 1 new; nothing is started (dry_run=true)",
+        "1 process on cpu",
         "about 4.0 device-hours to go, estimated from the nearest finished runs",
     ]
     longer = launch("-m", *TINY, "seed=0,1", "steps=16", "batch_size=8,16", "dry_run=true").stdout.splitlines()
-    assert longer[1].startswith("about 24.0 device-hours to go")  # 2 * (8 + 4): images count
+    assert longer[2].startswith("about 24.0 device-hours to go")  # 2 * (8 + 4): images count
     other = launch("-m", *TINY, "mode=bt", "seed=0,1", "dry_run=true").stdout.splitlines()
-    assert other[1].startswith("no finished run of these")
+    assert other[2].startswith("no finished run of these")
