@@ -57,6 +57,16 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
     return found
 
 
+def test_a_run_of_an_own_model_evaluates_as_in_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "examples"))
+    own = ("model=custom", "model.target=mylab.model:Perceptron", "model.batch_norm=false")
+    run = load_run(train_in(tmp_path / "own", *(word for word in DIGITS if word != "model=tinycnn"), *own, "epochs=1"))
+    assert evaluated(capsys, str(run.folder.path))["test/accuracy"] == run.summary["test/accuracy"]
+    assert run.backbone()(torch.zeros(1, *run.shape)).shape == (1, 64)
+
+
 def test_import_largebatch_imports_neither_torch_nor_the_rest() -> None:
     code = "import sys, largebatch; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'largebatch')))"
     result = subprocess.run(

@@ -71,7 +71,7 @@ class LoadedRun:
         if self.config.mode.name == "bt":
             return nn.Sequential(self.backbone(), self.probe_head())
         with self._as_configured():
-            network = build_model(self.config.model, len(self.classes), self.shape[0])
+            network = build_model(self.config.model, len(self.classes), self.shape[0], self.shape[1])
             network.load_state_dict(self.saved["model"])
         return network.eval()
 
