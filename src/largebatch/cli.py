@@ -153,8 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     replay.set_defaults(run=_replay)
 
     dashboard = add("dashboard", help="write or update a W&B project's saved view and its report")
-    dashboard.add_argument("--entity", required=True, help="W&B user or team")
-    dashboard.add_argument("--project", default="largebatch", help="W&B project; default: largebatch")
+    given = os.environ.get
+    dashboard.add_argument("--entity", default=given("WANDB_ENTITY"), help="W&B user or team; default: WANDB_ENTITY")
+    dashboard.add_argument(
+        "--project", default=given("WANDB_PROJECT") or "largebatch", help="default: WANDB_PROJECT, else largebatch"
+    )
     dashboard.add_argument("--name", default="large batch", help="name of view and report; the same name replaces both")
     dashboard.add_argument("--runs", metavar="RUNS_DIR", type=Path, help="add a table of these runs to the report")
     dashboard.add_argument("--print", action="store_true", help="print view and report as JSON; needs no network")
@@ -280,7 +283,9 @@ def _dashboard(options: argparse.Namespace) -> None:
     require("wandb")
     from largebatch.report import dashboard, saved_view
 
-    where = options.entity, options.project, options.name
+    if not (options.entity or options.print):
+        raise UserError("--entity: no W&B user or team to save to. Fix: --entity TEAM, or set WANDB_ENTITY")
+    where = options.entity or "ENTITY", options.project, options.name
     views = [
         saved_view.of_workspace(dashboard.workspace(*where)),
         saved_view.of_report(dashboard.report(*where, options.runs)),

@@ -14,6 +14,8 @@ EXTRAS = {
         *("pyarrow", "tqdm", "rich"),
     ),
     "wandb": ("wandb", "wandb_workspaces"),
+    "tensorboard": ("tensorboard",),
+    "trackio": ("trackio",),
     "report": ("plotly", "jinja2"),
     "slurm": ("submitit",),
     "export": ("onnx", "onnxscript"),

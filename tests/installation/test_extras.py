@@ -53,6 +53,11 @@ def test_without_the_wandb_extra_a_run_goes_on_and_says_so_once(tmp_path: Path) 
     assert folder.state() == "finished"
     assert folder.metrics_table.exists()
 
+    said = called("run", *RUN, "steps=3", "tracker=tensorboard", "runs_dir=more", cwd=tmp_path, path=path)
+    assert said.startswith("0: "), said
+    fix = "tensorboard isn't installed. Fix: pip install 'largebatch[tensorboard]'"
+    assert said.count(f"tracker=tensorboard is off: {fix}\n") == 1
+
     def refused(*command: str) -> str:
         said = called(*command, cwd=tmp_path, path=path)
         assert said.startswith("2: "), said

@@ -182,6 +182,15 @@ def test_an_invalid_option_is_one_message(options: list[str], says: str, capsys:
     assert says in capsys.readouterr().err
 
 
+def test_printing_needs_no_entity_and_both_options_follow_the_environment(tmp_path: Path) -> None:
+    printed = dashboard("--print", cwd=tmp_path)
+    assert (printed.returncode, printed.stderr) == (0, "")
+    assert [view["entity"] for view in json.loads(printed.stdout)] == ["ENTITY", "ENTITY"]
+    printed = dashboard("--print", cwd=tmp_path, WANDB_ENTITY="team", WANDB_PROJECT="bigbatch")
+    assert [(v["entity"], v["project"]) for v in json.loads(printed.stdout)] == [("team", "bigbatch")] * 2
+    assert "--entity: no W&B user or team" in refused(dashboard(cwd=tmp_path))
+
+
 def refused(result: subprocess.CompletedProcess[str]) -> str:
     """Return the single line on stderr."""
     assert (result.returncode, result.stdout) == (2, ""), result.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from largebatch.config.schema import Config, from_composed
-from largebatch.tracking import wandb_run
+from largebatch.tracking import tracker, wandb_run
 
 
 def configuration(**tracker: Any) -> Config:
@@ -59,7 +59,7 @@ def carry_out(asked: dict[str, Any], said: list[str]) -> dict[str, Any]:
     for key in ("init_timeout", "finish_timeout"):
         if key in asked:
             setattr(wandb_run, key.upper(), asked[key])
-    run = wandb_run.start(
+    run = tracker.start_tracker(
         configuration(**asked.get("tracker", {})),
         Path(asked["directory"]),
         asked.get("id", "0123abcd"),
@@ -67,7 +67,7 @@ def carry_out(asked: dict[str, Any], said: list[str]) -> dict[str, Any]:
         {"lr": 4.0, "commit": "0" * 40, "steps": 20},
         said.append,
     )
-    report: dict[str, Any] = {"mode": run.mode if run else None, "start_seconds": time.monotonic() - began}
+    report: dict[str, Any] = {"mode": getattr(run, "mode", None), "start_seconds": time.monotonic() - began}
     if run is None:
         return report
     first, number = asked.get("first_step", 1), asked.get("first_number", 0)
@@ -83,7 +83,7 @@ def carry_out(asked: dict[str, Any], said: list[str]) -> dict[str, Any]:
     return {**report, "finish_seconds": time.monotonic() - began}
 
 
-def interfere(run: wandb_run.WandbRun, how: str | None) -> None:
+def interfere(run: tracker.Tracker, how: str | None) -> None:
     if how == "core":
         kill_core()
     elif how == "type":

@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
-PROGRAM = ("train", "wandb", "report", "slurm", "export")  # extras of the program; the others are for its development
+# Extras of the program; the others are for its development.
+PROGRAM = ("train", "wandb", "tensorboard", "trackio", "report", "slurm", "export")
 
 # Hide modules, whoever would find them, and attributes of modules.
 _HIDE = """

@@ -20,7 +20,7 @@ SECRETS = {"WANDB_API_KEY": "5ec4e7" * 6 + "beef", "AWS_SECRET_ACCESS_KEY": "can
 
 
 def test_an_offline_run_holds_config_history_and_summary_and_no_secret(tmp_path: Path) -> None:
-    overrides = [*WITH_WANDB, "steps=6", "tracker.group=mine"]
+    overrides = [*WITH_WANDB, "steps=6", "tracker.group=mine", "tracker.console=true"]
     refused = {"WANDB_BASE_URL": "http://127.0.0.1:9"}
     result = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), *overrides], cwd=tmp_path, timeout=120, check=False,
@@ -36,6 +36,7 @@ def test_an_offline_run_holds_config_history_and_summary_and_no_secret(tmp_path:
     config = started["config"]["update"]
     assert config["optimizer"]["name"] == "lars"
     assert config["resolved"]["steps"] == 6
+    assert "W&B offline" in json.dumps(found["output_raw"])
     rows = read_rows(run / "metrics.jsonl")
     history, summary = history_of(run)
     assert [row for row in history if not any(name.startswith("layers/") for name in row)] == rows

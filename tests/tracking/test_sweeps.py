@@ -210,7 +210,7 @@ def test_every_sweep_is_valid_at_the_ends_of_its_parameters(file: Path) -> None:
     assert f"#   wandb sweep sweeps/wandb/{file.name}\n" in text
     _validate_config_and_fill_distribution(sweep)  # as `wandb sweep` does
     assert sweep["program"] == "largebatch"
-    assert sweep["project"] == configuration().tracker.project
+    assert sweep["project"] == "largebatch"
     before, after = sweep["command"][:3], sweep["command"][3:]
     assert (before, after[-1]) == (["${env}", "${program}", "run"], "${args_no_hyphens}")
     fixed = after[:-1]

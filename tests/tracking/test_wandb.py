@@ -212,6 +212,45 @@ def test_without_a_tracker_wandb_is_not_imported(go: Go, tmp_path: Path) -> None
     assert not (tmp_path / "run" / "wandb").exists()
 
 
+SURROUNDINGS = {
+    "WANDB_PROJECT": "theirs", "WANDB_NAME": "their name", "WANDB_NOTES": "their notes",
+    "WANDB_TAGS": "one,two", "WANDB_JOB_TYPE": "their type", "WANDB_RUN_GROUP": "their group",
+}  # fmt: skip
+
+
+def test_keys_come_before_the_environment_and_the_environment_before_defaults(go: Go, tmp_path: Path) -> None:
+    go(SURROUNDINGS)
+    (segment,) = segments(tmp_path / "run")
+    (run,) = all_of("run", segment)
+    assert (run["project"], run["display_name"], run["notes"]) == ("theirs", "their name", "their notes")
+    assert (run["job_type"], run["run_group"]) == ("their type", "their group")
+    assert run["tags"] == ["digits", "smallcnn", "tvlars", "constant", "one", "two"]
+    (entry,) = read_json(tmp_path / "run" / "wandb" / "uploads.json").values()
+    assert entry["arguments"]["project"] == "theirs", "largebatch sync uploads to the same project"
+
+    ours = {"project": "p", "run_name": "n", "notes": "o", "job_type": "j", "group": "g", "tags": ["t"]}
+    go(SURROUNDINGS, directory=str(tmp_path / "ours"), tracker=ours)
+    (segment,) = segments(tmp_path / "ours")
+    (run,) = all_of("run", segment)
+    assert (run["project"], run["display_name"], run["notes"]) == ("p", "n", "o")
+    assert (run["job_type"], run["run_group"]) == ("j", "g")
+    assert run["tags"][4:] == ["t", "one", "two"]
+
+
+def test_git_state_is_recorded_on_request_without_the_password(go: Go, tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.invalid"]
+    remote = "https://someone:canary@example.invalid/x.git"
+    for command in (["init", "-q"], ["commit", "-q", "-m", "x", "--allow-empty"], ["remote", "add", "origin", remote]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    go(tracker={"git": True})
+    (segment,) = segments(tmp_path / "run")
+    (run,) = all_of("run", segment)
+    assert len(run["git"]["commit"]) == 40
+    assert "example.invalid/x.git" in run["git"]["remote_url"]
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [path for path in files if b"canary" in path.read_bytes()]
+
+
 # ---- online or offline ----
 
 

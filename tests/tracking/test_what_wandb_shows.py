@@ -23,6 +23,7 @@ from runs import timeless as timeless_rows
 from largebatch.config.identity import run_name, setting_hash, setting_name
 from largebatch.config.schema import to_yaml
 from largebatch.data.load import load_data
+from largebatch.runs.predictions import read_predictions
 from largebatch.tracking.images import save_images
 from largebatch.tracking.wandb_arguments import wandb_config
 
@@ -48,6 +49,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_a_run_with_every_tracker_option(tmp_path: Path) -> None:
     extras = ["tracker.images=true", "tracker.alerts=true", "tracker.checkpoints=true", "tracker.layers_every=5"]
+    extras += ["tracker.predictions=true", "tracker.run_name=mine"]
     more = ["dataset.val_fraction=0.25", "steps=12", "tracker.notes=a note", "tracker.tags=[mine]", "tracker.group=g"]
     with recorder() as server:
         done = launch(tmp_path, server, *extras, *more, *PLAIN)
@@ -64,7 +66,18 @@ def test_a_run_with_every_tracker_option(tmp_path: Path) -> None:
     assert taken.config["resolved"]["git_dirty"] in (True, False)
     assert len(taken.config["resolved"]["git_commit"]) == 40
 
-    first, *rows = taken.rows()
+    assert announced["displayName"] == "mine"
+
+    first, *rows, last = taken.rows()
+    found = read_predictions(run / "predictions.parquet")
+    table = json.loads(taken.files[last["predictions"]["path"]])
+    assert table["columns"] == ["image", "label", "prediction", "loss"]
+    columns = list(zip(*table["data"], strict=True))
+    assert columns[0] == tuple(range(21))
+    assert columns[1] == tuple(found.classes[label] for label in found.label)
+    assert columns[2] == tuple(found.classes[label] for label in found.prediction)
+    matrix = json.loads(taken.files[last["confusion_matrix_table"]["path"]])
+    assert [row[2] for row in matrix["data"]] == found.confusion().flatten().tolist()
     assert (first["step"], first["images"]["_type"]) == (0, "image-file")
     assert taken.files[first["images"]["path"]] == (run / "images.png").read_bytes()
     assert [timeless(row) for row in rows] == local_rows(run, 3)
@@ -102,12 +115,15 @@ def test_two_views_are_shown_one_above_the_other(tmp_path: Path) -> None:
     assert grid[::64, ::64, 1].tolist() == [[0, 51, 102, 0, 0, 0, 0, 0], [153, 204, 255, 0, 0, 0, 0, 0]]
 
 
-def test_a_diverging_run_raises_an_alert(tmp_path: Path) -> None:
+def test_a_diverging_run_raises_an_alert_and_has_a_tag(tmp_path: Path) -> None:
     with recorder() as server:
         done = launch(tmp_path, server, "optimizer=sgd", "optimizer.lr=1e20", "steps=8", "tracker.alerts=true")
         assert done.returncode == 0, done.stderr
         (alert,) = server.run.alerts
         assert alert["title"] == f"{the_run(tmp_path).name} diverged"
+        tags = [announced["tags"] for announced in server.run.announced if announced.get("tags")]
+        assert [tag in tags[-1] for tag in ("diverged", "sgd")] == [True, True]
+        assert server.run.summary["state"] == "diverged"
         assert "not finite at step" in alert["text"]
         assert server.run.summary["state"] == "diverged"
         assert server.unknown == []

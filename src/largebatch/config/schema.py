@@ -65,19 +65,23 @@ class ClusterConfig:
 
 @dataclass
 class TrackerConfig:
-    name: str = option(MISSING, allowed=("wandb", "none"))
+    name: str = option(MISSING, allowed=("wandb", "tensorboard", "trackio", "none"))
     # auto: online with an API key and a reachable host, else offline
     mode: str = option("auto", allowed=("auto", "online", "offline", "disabled"))
-    project: str = "largebatch"
-    entity: str | None = None
-    group: str | None = None  # None: the name of the run's sweep, if it has one
-    job_type: str | None = None  # None: the mode's name
-    tags: list[str] = field(default_factory=list)  # besides data set, model, optimizer and schedule
-    notes: str | None = None
+    run_name: str | None = None  # in W&B. None: WANDB_NAME, else the run folder's name
+    project: str | None = None  # None: WANDB_PROJECT, else largebatch
+    entity: str | None = None  # None: WANDB_ENTITY, else the account's default
+    group: str | None = None  # None: WANDB_RUN_GROUP, else the name of the run's sweep or grid, if it has one
+    job_type: str | None = None  # None: WANDB_JOB_TYPE, else the mode's name
+    tags: list[str] = field(default_factory=list)  # besides data set, model, optimizer, schedule and WANDB_TAGS
+    notes: str | None = None  # None: WANDB_NOTES
     log_every: int = option(10, least=1)  # steps; each of the first 20 steps has a row too
     layers_every: int = option(20, least=0)  # steps between rows of layers.parquet, besides 1, 2, 5 and 10; 0: off
-    images: bool = False  # log some augmented images of the first batch: images.png and W&B
+    images: bool = False  # log some augmented images of the first batch: images.png and the tracker
     alerts: bool = False  # W&B alerts you when a run diverges or fails
+    predictions: bool = False  # show the final predictions of the test images, and the confusion matrix
+    console: bool = False  # W&B shows the run's output
+    git: bool = False  # W&B shows the git remote and commit
     checkpoints: bool = False  # keep the best on validation images; W&B uploads the last and the best
 
 

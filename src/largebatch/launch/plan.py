@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from largebatch.runs.folder import DONE, RunFolder
 from largebatch.runs.table import list_runs
 
 Summary = dict[str, Any]
+_LONGEST_AXES = 80  # characters of the keys in a grid's W&B group; W&B allows 128
 _NEEDED = ("wall_seconds", "steps", "processes", "global_batch", "train_images")
 
 
@@ -60,7 +63,7 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
             resolve_weights(config)
             resolve_devices(config)
             check_run(config)
-            config.tracker.group = config.tracker.group or job.sweep
+            config.tracker.group = config.tracker.group or os.environ.get("WANDB_RUN_GROUP") or job.sweep
         except UserError as error:
             for line in str(error).splitlines():
                 problems.setdefault(line, []).append(label)
@@ -71,7 +74,18 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
         raise UserError("\n".join(_with_jobs(problem, labels, len(jobs)) for problem, labels in problems.items()))
     for runs_dir in {run.config.runs_dir for run in plan.values()}:
         _check_writable(Path(runs_dir))
+    if len(plan) > 1:
+        axes = dict.fromkeys(_key(override) for job in jobs for override in job.overrides if override not in common)
+        # The same runs have the same group, however the command line writes them.
+        group = f"{'-'.join(axes)[:_LONGEST_AXES]}-{zlib.crc32(' '.join(sorted(plan)).encode()):08x}"
+        for run in plan.values():
+            run.config.tracker.group = run.config.tracker.group or group
     return list(plan.values())
+
+
+def _key(override: str) -> str:
+    """Return ``"lr"`` for ``"optimizer.lr=2.0"``."""
+    return override.lstrip("+~").partition("=")[0].rpartition(".")[2]
 
 
 def notes(plan: Sequence[PlannedRun]) -> list[str]:

@@ -53,8 +53,8 @@ def check(plan: Sequence[PlannedRun]) -> None:
             "cluster=slurm: a W&B agent would count a submitted run as finished. "
             "Fix: start the agent in a job (docs/dashboards.md)"
         )
-    if config.tracker.name == "none" or config.tracker.mode in ("offline", "disabled"):
-        raise UserError("tracker: a W&B sweep needs its runs' metrics. Fix: leave out tracker=none and tracker.mode")
+    if config.tracker.name != "wandb" or config.tracker.mode in ("offline", "disabled"):
+        raise UserError("tracker: a W&B sweep needs its runs' metrics. Fix: tracker=wandb, and leave out tracker.mode")
 
 
 def show_finished(run: PlannedRun) -> None:

@@ -22,6 +22,7 @@ _OUTCOMES = ("best/val/accuracy", "test/accuracy")  # validation, to choose by, 
 _COLUMNS = [
     "run:displayName", "config:optimizer.value.name", "config:schedule.value.name", "config:batch_size.value",
     "config:optimizer.value.lr", "config:seed.value", "summary:test/accuracy", "summary:best/val/accuracy",
+    "summary:state",
 ]  # fmt: skip
 _HOW_TO_READ = """\
 - **Choose by validation, report the test set.** With `dataset.val_fraction` above 0, `best/val/accuracy` chooses the
@@ -97,7 +98,7 @@ def report(entity: str, project: str, title: str, runs_dir: Path | None) -> wr.R
 
 def _grid(name: str, panels: Panels, groups: list[str] | None = None) -> wr.PanelGrid:
     """Return panels over all runs. With ``groups``, show the table of runs too, grouped by these keys."""
-    columns = [*_COLUMNS, "summary:best/test/accuracy", "summary:state"]
+    columns = [*_COLUMNS, "summary:best/test/accuracy"]
     runs = wr.Runset(name="Runs", groupby=groups or [], pinned_columns=columns)
     runs._id = f"report-{name}"
     return wr.PanelGrid(runsets=[runs], panels=_numbered(panels, f"report-{name}"), hide_run_sets=groups is None)

@@ -18,6 +18,7 @@ from largebatch.tracking import layers, wandb_run
 from largebatch.tracking.console import Console
 from largebatch.tracking.layers import LayerLog
 from largebatch.tracking.rows import Layer, LayerRow, RowOrder, replay
+from largebatch.tracking.tracker import start_tracker
 from largebatch.tracking.wandb_arguments import agent_run_id
 
 _STATUS_EVERY_SECONDS = 1.0
@@ -25,18 +26,18 @@ _LAST = ("train/", "val/", "test/", "optim/", "embedding/", "probe/")  # familie
 
 
 class Recorder:
-    """Write metrics rows to ``metrics.jsonl``, W&B and the console; and layer statistics, status and summary.
+    """Write metrics rows to ``metrics.jsonl``, the tracker and the console; and layer statistics, status and summary.
 
     Args:
         config: the run's configuration.
         folder: the run folder.
         step: the optimizer step that the run continues from; later rows are dropped, because the run logs them again.
         facts: resolved values such as ``steps`` and ``steps_per_epoch``; part of the summary.
-        console: receives progress and W&B's messages.
+        console: receives progress and the tracker's messages.
     """
 
     def __init__(self, config: Config, folder: RunFolder, step: int, facts: dict[str, Any], console: Console) -> None:
-        self._folder, self._facts, self._console, self._tracker = folder, facts, console, config.tracker
+        self._folder, self._facts, self._console, self._keys = folder, facts, console, config.tracker
         if step == 0:  # also after damaged checkpoints
             for path in (folder.correct, folder.predictions, folder.worst_images):
                 path.unlink(missing_ok=True)
@@ -45,13 +46,13 @@ class Recorder:
         self._status_at = 0.0
         repetition = folder.read_status().get("repetition", 0)
         run_id = folder.name.rsplit("-", 1)[-1] + (f"-{repetition}" if repetition else "")
-        self._wandb = wandb_run.start(config, folder.path, run_id, folder.name, facts, console.say)
+        self._tracker = start_tracker(config, folder.path, run_id, folder.name, facts, console.say)
         self._order: RowOrder | None = None
-        if self._wandb:
+        if self._tracker:
             every = config.tracker.layers_every
-            self._order = RowOrder(self._wandb.log, every, facts["steps"], facts["steps_per_epoch"])
+            self._order = RowOrder(self._tracker.log, every, facts["steps"], facts["steps_per_epoch"])
             replay(folder, self._order, step)
-        folder.update_status(step=step, steps=facts["steps"], wandb_id=self._wandb.id if self._wandb else None)
+        folder.update_status(step=step, steps=facts["steps"], wandb_id=self._tracker.id if self._tracker else None)
 
     def row(self, row: Row) -> None:
         """Record a row of metrics. It has ``step``, ``epoch``, ``examples`` and ``wall_seconds``."""
@@ -92,26 +93,28 @@ class Recorder:
             write_table(rows, self._folder.metrics_table)
             metrics = summarise(rows) | {"state": state, "step": step, "wall_seconds": seconds, "checksum": checksum}
             write_atomic(self._folder.summary, json.dumps(metrics | self._facts, indent=1) + "\n")
-            if self._wandb:
-                self._wandb.summarize(metrics)
-                if self._tracker.checkpoints:
-                    self._wandb.upload_checkpoints(self._folder, rows)
-        if self._wandb and self._tracker.alerts and state == "diverged":
-            self._wandb.alert(f"{self._folder.name} diverged", message)
+            if self._tracker:
+                if self._order and self._keys.predictions and self._folder.predictions.exists():
+                    self._order.end(self._folder.predictions)
+                self._tracker.summarize(metrics)
+                if self._keys.checkpoints:
+                    self._tracker.upload_checkpoints(self._folder, rows)
+        if self._tracker and self._keys.alerts and state == "diverged":
+            self._tracker.alert(f"{self._folder.name} diverged", message)
         self._end(wandb_run.exit_code(state, in_sweep=agent_run_id() is not None))
         self._folder.update_status(state=state, step=step, message=message, ended=time.time())
 
     def _end(self, exit_code: int) -> None:
-        if self._wandb:
-            self._wandb.finish(exit_code)
-            self._wandb = self._order = None
+        if self._tracker:
+            self._tracker.finish(exit_code)
+            self._tracker = self._order = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._wandb and self._tracker.alerts and error is not None:
-            self._wandb.alert(f"{self._folder.name} failed", f"{type(error).__name__}: {error}"[:1000])
+        if self._tracker and self._keys.alerts and error is not None:
+            self._tracker.alert(f"{self._folder.name} failed", f"{type(error).__name__}: {error}"[:1000])
         self._end(1)  # does nothing after finish()
 
 

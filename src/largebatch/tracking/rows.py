@@ -1,4 +1,4 @@
-"""Order and numbers of a run's rows in W&B, shared by the live run and a replay of its files.
+"""Order and numbers of a run's rows in a tracker, shared by the live run and a replay of its files.
 
 Imports no torch: ``largebatch sync`` and the launcher use it.
 """
@@ -69,15 +69,16 @@ class LayerRow(NamedTuple):
 class RowOrder:
     """Number a run's rows from 0 and log them in the order of their steps.
 
-    Row 0 is the image grid, if there is one. The layer row of a step comes before the step's other rows. Layer rows
-    arrive late, so later rows wait for them. A layer row waits until a row of its step or a later step follows: a run
-    that diverges writes the rows of several steps at once. The order is therefore the same whenever layers are read,
-    and a replay from row 0 gives each row its old number: wandb drops the numbers that it has.
+    Row 0 is the image grid, if there is one, and the last row the predictions. The layer row of a step comes before the
+    step's other rows. Layer rows arrive late, so later rows wait for them. A layer row waits until a row of its step
+    or a later step follows: a run that diverges writes the rows of several steps at once. The order is therefore the
+    same whenever layers are read, and a replay from row 0 gives each row its old number: wandb drops the numbers that
+    it has.
 
     Rows that still wait when a run fails or is killed are not logged; the resumed run logs them.
 
     Args:
-        log: called as ``log(number, row, histograms=..., images=...)``.
+        log: called as ``log(number, row, histograms=..., images=...)`` or ``log(number, row, predictions=...)``.
         layers_every: ``tracker.layers_every``; W&B gets layer rows at a multiple of it in a long run.
         steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps per epoch, maybe a fraction.
@@ -92,6 +93,7 @@ class RowOrder:
         self.layers_every = layers_every * math.ceil(steps / max(layers_every, 1) / _LAYER_ROWS_IN_WANDB)
         self._log = log
         self._steps_per_epoch = steps_per_epoch
+        self._last: Row = {"step": 0, "epoch": 0}
         self._waiting: deque[Row] = deque()
         self._awaited: deque[int] = deque()  # steps of layer rows that aren't logged yet
         self._arrived: deque[LayerRow] = deque()  # the oldest of them, which have left the device
@@ -112,6 +114,11 @@ class RowOrder:
             self._arrived.append(row)
             self._release()
 
+    def end(self, predictions: Path) -> None:
+        """Log the final predictions after all other rows."""
+        self._log(self.count, {name: self._last[name] for name in ("step", "epoch")}, predictions=predictions)
+        self.count += 1
+
     def _release(self) -> None:
         """Log the rows before the next layer row that has not arrived."""
         while self._waiting:
@@ -127,6 +134,7 @@ class RowOrder:
 
     def _next(self, row: Row, histograms: dict[str, list[float]] | None = None, images: Path | None = None) -> None:
         self._log(self.count, row, histograms=histograms, images=images)
+        self._last = row
         self.count += 1
 
 

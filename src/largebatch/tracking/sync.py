@@ -17,7 +17,7 @@ from largebatch.runs.folder import DONE, RunBusyError, RunFolder
 from largebatch.runs.metrics import read_rows
 from largebatch.tracking import wandb_run
 from largebatch.tracking.rows import RowOrder, replay
-from largebatch.tracking.wandb_arguments import run_settings
+from largebatch.tracking.wandb_arguments import base_settings
 from largebatch.tracking.wandb_session import choose_mode, close_session, one_line, session_environment
 
 
@@ -139,7 +139,7 @@ def _sync_run(upload: Upload, dry_run: bool, seconds: float) -> str:
 
 
 def _open(upload: Upload, scratch: Path, say: Callable[[str], None], seconds: float) -> wandb_run.WandbRun:
-    settings = run_settings(min(seconds, wandb_run.INIT_TIMEOUT), seconds) | {"sweep_id": upload.entry["sweep"]}
+    settings = base_settings(min(seconds, wandb_run.INIT_TIMEOUT), seconds) | {"sweep_id": upload.entry["sweep"]}
     # W&B must not show the syncing machine as the run's.
     settings |= dict.fromkeys(("x_disable_stats", "x_disable_meta", "x_disable_machine_info"), True)
     settings["x_save_requirements"] = False
@@ -173,5 +173,8 @@ def _replay(folder: RunFolder, config: dict[str, Any], log: Callable[..., None])
     """Replay a run's files to ``log``. Return the number of rows."""
     facts = config["resolved"]
     order = RowOrder(log, config["tracker"]["layers_every"], facts["steps"], facts["steps_per_epoch"])
-    replay(folder, order, is_over=folder.state() in DONE)
+    is_over = folder.state() in DONE
+    replay(folder, order, is_over=is_over)
+    if is_over and config["tracker"].get("predictions") and folder.predictions.exists():
+        order.end(folder.predictions)
     return order.count

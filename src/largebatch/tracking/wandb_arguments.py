@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from largebatch.config.identity import setting_hash, setting_name, without_none
-from largebatch.config.schema import Config
+from largebatch.config.schema import Config, TrackerConfig
+
+if TYPE_CHECKING:
+    import wandb
 
 
 def agent_run_id() -> str | None:
@@ -16,24 +19,43 @@ def agent_run_id() -> str | None:
     return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
 
 
-def run_arguments(config: Config, run_id: str, name: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``wandb.init`` that describe a run, cut to what W&B accepts. JSON types only."""
+def run_arguments(
+    config: Config, run_id: str, name: str, facts: dict[str, Any], surroundings: wandb.Settings
+) -> dict[str, Any]:
+    """Return the arguments of ``wandb.init`` that describe a run, cut to what W&B accepts. JSON types only.
+
+    A key of ``tracker`` comes before wandb's settings in ``surroundings`` (environment variables and files), and these
+    before the project's defaults.
+    """
     tracker = config.tracker
+    project = tracker.project or surroundings.project or "largebatch"
     return {
         "id": run_id,
-        "name": name[:128],
-        "project": re.sub(r"[/\\#?%:]", "_", tracker.project)[:128] or "largebatch",
+        "name": (tracker.run_name or surroundings.run_name or name)[:128],
+        "project": re.sub(r"[/\\#?%:]", "_", project)[:128],
         "entity": tracker.entity,
         "group": tracker.group,
-        "job_type": tracker.job_type or config.mode.name,
-        "tags": run_tags(config),
+        "job_type": tracker.job_type or surroundings.run_job_type or config.mode.name,
+        "tags": run_tags(config, *(surroundings.run_tags or ())),
         "notes": tracker.notes,
         "config": wandb_config(config, {"run": name, **facts} if facts else {}),
     }
 
 
-def run_settings(init_timeout: float, finish_timeout: float) -> dict[str, Any]:
-    """Return wandb's settings; timeouts in seconds."""
+def run_settings(tracker: TrackerConfig, init_timeout: float, finish_timeout: float) -> dict[str, Any]:
+    """Return wandb's settings of a live run; timeouts in seconds."""
+    return (
+        base_settings(init_timeout, finish_timeout)
+        | {
+            "console": "wrap" if tracker.console else "off",
+            "disable_git": not tracker.git,
+        }
+        | ({"git_root": os.environ.get("WANDB_GIT_ROOT") or os.getcwd()} if tracker.git else {})
+    )
+
+
+def base_settings(init_timeout: float, finish_timeout: float) -> dict[str, Any]:
+    """Return wandb's settings that are the same for live runs and uploads; timeouts in seconds."""
     return {
         "init_timeout": init_timeout,
         "finish_timeout": finish_timeout,
@@ -61,7 +83,8 @@ def wandb_config(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
     return dict(without_none(shown))
 
 
-def run_tags(config: Config) -> list[str]:
-    """Return data set, model, optimizer, schedule and ``tracker.tags``: each once, stripped, 1 to 64 characters."""
-    parts = [config.dataset.name, config.model.name, config.optimizer.name, config.schedule.name, *config.tracker.tags]
+def run_tags(config: Config, *more: str) -> list[str]:
+    """Return data set, model, optimizer, schedule, ``tracker.tags`` and more: each once, of 1 to 64 characters."""
+    choices = config.dataset.name, config.model.name, config.optimizer.name, config.schedule.name
+    parts = [*choices, *config.tracker.tags, *more]
     return list(dict.fromkeys(tag for part in parts if (tag := part.strip()[:64].strip())))

@@ -6,8 +6,8 @@ key or an answering host the copy is offline, in the run folder (``docs/tracking
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
 import shutil
 import time
@@ -21,7 +21,9 @@ from largebatch.config.schema import Config
 from largebatch.errors import missing_extra
 from largebatch.runs.folder import DONE, RunFolder, read_json, write_atomic
 from largebatch.runs.metrics import Row
+from largebatch.runs.predictions import read_predictions
 from largebatch.tracking import wandb_session
+from largebatch.tracking.tracker import MOST_CLASSES, Media, Tracker, histogram
 from largebatch.tracking.wandb_arguments import agent_run_id, run_arguments, run_settings
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 INIT_TIMEOUT = 20.0  # seconds for an online start; then the run is offline
 FINISH_TIMEOUT = 60.0  # seconds for the last uploads; `largebatch sync` sends the rest (wandb's default: no limit)
 CHECKPOINT_TIMEOUT = 600.0  # the same with tracker.checkpoints
-
-_BINS = 32  # of a histogram: enough for a hundred layers
 
 # Every logged row holds both axes. W&B draws a metric over the axis that lists its family.
 AXES = {"step": ("train", "optim", "perf", "layers"), "epoch": ("test", "val", "embedding", "probe")}
@@ -59,8 +59,8 @@ def update_upload(run: Path, run_id: str, **changes: Any) -> None:
     write_atomic(run / "wandb" / "uploads.json", json.dumps(entries | {run_id: entry | changes}, indent=1) + "\n")
 
 
-class WandbRun:
-    """A started W&B run. Its methods never raise: the first failure is logged, and nothing is sent after it.
+class WandbRun(Tracker):
+    """A started W&B run.
 
     Args:
         run: wandb's run.
@@ -74,10 +74,14 @@ class WandbRun:
         first: number of rows that W&B has already.
     """
 
+    label = "W&B"
+    id: str
+
     def __init__(self, run: wandb.Run, folder: Path, say: Callable[[str], None], is_recorded: bool) -> None:
         import wandb
 
-        self._run, self._folder, self._say, self._is_recorded = run, folder, say, is_recorded
+        super().__init__(say)
+        self._run, self._folder, self._is_recorded = run, folder, is_recorded
         self.id = str(run.id)
         self.mode = "offline" if run.offline else "online"
         sent_before = read_uploads(folder).get(self.id, {}).get("rows", 0)  # a server may not know its number of rows
@@ -85,7 +89,7 @@ class WandbRun:
         if is_recorded and not run.offline:
             update_upload(folder, self.id, url=wandb_session.without_password(str(run.url)))
         self._count = self.first
-        self._is_sending, self._is_refused = True, False
+        self._is_refused = False
         listener = SimpleNamespace(info=self._hear, warning=self._hear, error=self._hear)
         wandb.termsetup(wandb.setup().settings, listener)  # receives wandb's messages
 
@@ -93,51 +97,36 @@ class WandbRun:
         """Notice refused data: wandb reports it only by a message."""
         self._is_refused |= "Fatal error while uploading data" in message
 
-    def log(
-        self, number: int, row: Row, histograms: dict[str, list[float]] | None = None, images: Path | None = None
-    ) -> None:
-        """Log a row with ``step`` and ``epoch``, without values that are None, if W&B lacks it.
-
-        ``number`` is W&B's ``_step``, which counts the run's rows from 0 (see ``RowOrder``). ``histograms`` are lists
-        of values to show as histograms; ``images`` is an image file.
-        """
-        if number >= self.first:
-            self._count = number + 1
-            self._attempt("log", lambda: self._log(number, row, histograms or {}, images))
-
-    def _log(self, number: int, row: Row, histograms: dict[str, list[float]], images: Path | None) -> None:
-        import numpy
+    def _log(self, number: int, row: Row, media: Media) -> None:
         import wandb
 
-        media: dict[str, Any] = {}
-        for name, values in histograms.items():
-            if finite := list(filter(math.isfinite, values)):
-                low, high = min(finite), max(finite)
-                # numpy widens a single value by 0.5, which is no range beside the 1e19 of a run that diverges.
-                pad = max(0.5, abs(high) / 2) if low == high else 0.0
-                counts = numpy.histogram(finite, bins=_BINS, range=(low - pad, high + pad))
-                media[name] = wandb.Histogram(np_histogram=counts)
-        if images:
-            media["images"] = wandb.Image(str(images))
-        self._run.log(without_none(row) | media, step=number, commit=True)
+        self._count = number + 1
+        shown: dict[str, Any] = {}
+        for name, values in media.histograms.items():
+            if counts := histogram(values):
+                shown[name] = wandb.Histogram(np_histogram=counts)
+        if media.images:
+            shown["images"] = wandb.Image(str(media.images))
+        around: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if media.predictions:
+            shown |= _predictions(media.predictions)
+            # A table is an artifact too, and wandb makes folders for artifacts in the home.
+            around = wandb_session.session_environment(self._folder, "auto")
+        with around:
+            self._run.log(without_none(row) | shown, step=number, commit=True)
 
-    def summarize(self, summary: dict[str, Any]) -> None:
-        """Set the run's final and best values, in place of each metric's last value."""
-        self._attempt("write the summary", lambda: self._run.summary.update(without_none(summary)))
+    def _summarize(self, summary: dict[str, Any]) -> None:
+        """Set the values in place of each metric's last value."""
+        self._run.summary.update(without_none(summary))
+        if summary.get("state") == "diverged":  # W&B shows it as finished
+            self._run.tags = list(dict.fromkeys((*(self._run.tags or ()), "diverged")))
 
-    def alert(self, title: str, text: str) -> None:
+    def _alert(self, title: str, text: str) -> None:
         """Let W&B notify the user by the means set in W&B (e-mail, Slack)."""
-        self._attempt("send an alert", lambda: self._run.alert(title=title, text=text, level="ERROR"))
-
-    def upload_checkpoints(self, folder: RunFolder, rows: list[Row]) -> None:
-        """Upload the last checkpoint, and the best checkpoint of a run with validation images.
-
-        Both are versions of the artifact ``checkpoint-ID``. wandb uploads them from the run folder, without a copy.
-        ``rows`` are all metrics rows of the run.
-        """
-        self._attempt("upload a checkpoint", lambda: self._upload_checkpoints(folder, rows))
+        self._run.alert(title=title, text=text, level="ERROR")
 
     def _upload_checkpoints(self, folder: RunFolder, rows: list[Row]) -> None:
+        """Upload both checkpoints as versions of the artifact ``checkpoint-ID``, from the run folder without a copy."""
         best = folder.best_checkpoint
         for last in sorted(folder.checkpoints.glob("step-*.pt"))[-1:]:
             step = int(last.stem.removeprefix("step-"))
@@ -161,7 +150,7 @@ class WandbRun:
 
     def finish(self, exit_code: int) -> None:
         """End the run and wandb's session. W&B shows exit code 0 as finished, any other as failed."""
-        self._attempt("finish", lambda: self._finish(exit_code), always=True)
+        super().finish(exit_code)
         wandb_session.close_session()
 
     def _finish(self, exit_code: int) -> None:
@@ -170,15 +159,6 @@ class WandbRun:
             raise RuntimeError("W&B refused data; `largebatch sync` uploads the rest")
         if self._is_sending and self.mode == "online" and self._is_recorded:
             update_upload(self._folder, self.id, rows=self._count, uploaded=True)
-
-    def _attempt(self, what: str, action: Callable[[], object], always: bool = False) -> None:
-        if self._is_sending or always:
-            try:
-                action()
-            except Exception as error:  # wandb's or our own; the first is logged
-                if self._is_sending:
-                    self._say(f"W&B logging ends: could not {what}: {wandb_session.one_line(error)}")
-                self._is_sending = False
 
 
 def start(
@@ -201,24 +181,22 @@ def start(
         say: takes one line at a time: the mode and its reason, and the first failure.
 
     Returns:
-        None when W&B isn't wanted (``tracker=none``, ``tracker.mode=disabled``, ``WANDB_MODE=disabled``), can't be
-        imported or can't be started. Never raises.
+        None with ``WANDB_MODE=disabled``, or when wandb can't be imported or started. Never raises.
     """
-    if config.tracker.name == "none" or config.tracker.mode == "disabled":
-        return None
     try:
-        import wandb  # noqa: F401
+        import wandb
     except Exception as error:  # missing, or broken by another package
         why = missing_extra(error) or f"wandb can't be imported ({wandb_session.one_line(error)})"
         say(f"W&B is off: {why}")
         return None
     directory = directory.absolute()
-    settings = run_settings(INIT_TIMEOUT, CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT)
+    finish_timeout = CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT
+    settings = run_settings(config.tracker, INIT_TIMEOUT, finish_timeout)
     started, files = None, directory
     with wandb_session.session_environment(directory, config.tracker.mode):
         try:
             (directory / "wandb").mkdir(parents=True, exist_ok=True)
-            arguments = run_arguments(config, agent_run_id() or run_id, name, facts)
+            arguments = run_arguments(config, agent_run_id() or run_id, name, facts, wandb.setup().settings)
             run, mode, why = _begin(config.tracker.mode, directory, arguments, settings)
             if run and facts:
                 effective = {"project": run.project, "entity": run.entity or None, "group": run.group or None}
@@ -275,6 +253,24 @@ def exit_code(state: str, in_sweep: bool) -> int:
     value, and it counts a failed run as the worst.
     """
     return 0 if state == "finished" or (state in DONE and not in_sweep) else 1
+
+
+def _predictions(path: Path) -> dict[str, Any]:
+    """Return a table with a row for each test image, and the confusion matrix."""
+    import wandb
+
+    found = read_predictions(path)
+    columns = found.label.tolist(), found.prediction.tolist(), found.loss.tolist()
+    rows = [
+        [image, found.classes[label], found.classes[prediction], loss]
+        for image, (label, prediction, loss) in enumerate(zip(*columns, strict=True))
+    ]
+    shown: dict[str, Any] = {"predictions": wandb.Table(["image", "label", "prediction", "loss"], rows)}
+    if len(found.classes) <= MOST_CLASSES:
+        shown["confusion_matrix"] = wandb.plot.confusion_matrix(
+            y_true=columns[0], preds=columns[1], class_names=list(found.classes)
+        )
+    return shown
 
 
 def _metrics_at(rows: list[Row], step: int) -> dict[str, Any]:

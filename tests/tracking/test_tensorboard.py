@@ -1,0 +1,133 @@
+"""Runs with ``tracker=tensorboard``, read by TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pyarrow.parquet
+import pytest
+from conftest import TINY, Launch, configuration, start
+from PIL import Image
+from runs import finish, the_run
+
+from largebatch.config.identity import run_name
+from largebatch.runs.folder import RunFolder
+from largebatch.runs.metrics import read_rows
+from largebatch.runs.predictions import read_predictions
+from largebatch.tracking.rows import COLUMNS
+
+pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+
+RUN = [
+    *(item for item in TINY if item != "tracker=none"),
+    "tracker=tensorboard", "tracker.images=true", "tracker.predictions=true", "steps=30",
+    "optimizer.lr=0.25", "checkpoint.every_steps=20",
+]  # fmt: skip
+
+
+def reader(run: Path) -> Any:
+    """Return TensorBoard's reader of a run, which keeps all events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard"), dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0))
+    return found.Reload()
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return step and value of all scalars, by tag."""
+    found = reader(run)
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def expected_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the values of ``metrics.jsonl`` and ``layers.parquet`` by name, except the epochs and times."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in read_rows(run / "metrics.jsonl"):
+        for name in row.keys() - {"step", "epoch", "wall_seconds"}:
+            if row[name] is not None:
+                found.setdefault(name, []).append((row["step"], pytest.approx(row[name])))
+    for row in pyarrow.parquet.read_table(run / "layers.parquet").to_pylist():
+        for column in COLUMNS:
+            value = pytest.approx(row[column])
+            found.setdefault(f"layers/{column}/{row['layer']}", []).append((row["step"], value))
+    return found
+
+
+def without_epochs(found: dict[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    return {name: values for name, values in found.items() if name != "epoch"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert "TensorBoard: tensorboard --logdir" in finish(start(*RUN, cwd=folder))
+    return folder
+
+
+def test_tensorboard_reads_every_row_histogram_and_image_of_a_run(folder: Path) -> None:
+    run = the_run(folder)
+    assert without_epochs(scalars(run)) == expected_scalars(run)
+
+    found = reader(run)
+    assert sorted(found.Tags()["histograms"]) == sorted(f"layers/{column}" for column in COLUMNS)
+    table = pyarrow.parquet.read_table(run / "layers.parquet").to_pylist()
+    for event in found.Histograms("layers/weight_norm"):
+        values = [row["weight_norm"] for row in table if row["step"] == event.step and row["dimensions"] > 1]
+        shown = event.histogram_value
+        assert (shown.num, shown.min, shown.max) == (len(values), min(values), max(values))
+        assert sum(shown.bucket) == len(values)
+    assert [event.step for event in found.Histograms("layers/weight_norm")] == [1, 2, 5, 10, 20]
+    (matrix,) = found.Images("confusion_matrix")
+    confusion = read_predictions(run / "predictions.parquet").confusion()
+    shown = numpy.asarray(Image.open(io.BytesIO(matrix.encoded_image_string)))[::64, ::64]
+    assert (shown == (255 * confusion / confusion.sum(axis=1, keepdims=True)).round()).all()
+    (image,) = found.Images("images")
+    with Image.open(run / "images.png") as written:
+        assert Image.open(io.BytesIO(image.encoded_image_string)).tobytes() == written.convert("RGB").tobytes()
+
+
+def test_tensorboard_shows_configuration_and_summary(folder: Path) -> None:
+    from tensorboard.plugins.hparams import metadata
+
+    run = the_run(folder)
+    found = reader(run)
+    config, summary = (
+        json.loads(found.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0])
+        for name in ("config", "summary")
+    )
+    assert config["optimizer"]["lr"] == 0.25
+    assert config["resolved"]["steps"] == 30
+    written = json.loads((run / "summary.json").read_text())
+    assert (summary["state"], summary["test/accuracy"]) == ("finished", written["test/accuracy"])
+    contents = found.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    hparams = metadata.parse_session_start_info_plugin_data(contents).hparams
+    assert hparams["optimizer.lr"].number_value == 0.25
+    assert hparams["optimizer.name"].string_value == "lars"
+
+
+def test_a_resumed_run_has_each_step_once(folder: Path, tmp_path: Path) -> None:
+    """The folder is as a kill leaves it, after some rows that the last checkpoint lacks."""
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    run = the_run(tmp_path)
+    sorted(run.glob("checkpoints/step-*.pt"))[-1].unlink()
+    (run / "summary.json").unlink()
+    RunFolder(run).update_status(state="running")
+    assert "resumed after step 20 of 30" in finish(start(*RUN, cwd=tmp_path))
+    assert without_epochs(scalars(run)) == expected_scalars(run)
+    assert len(list((run / "tensorboard").iterdir())) == 1
+
+
+def test_a_tracker_that_cannot_write_does_not_stop_the_run(launch: Launch, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / run_name(configuration(*RUN))
+    run.mkdir(parents=True)
+    (run / "tensorboard").touch()
+    result = launch(*RUN)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("tracker=tensorboard is off: ") == 1
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
