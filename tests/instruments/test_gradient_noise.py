@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -101,17 +102,20 @@ def test_rows_have_the_noise_scale_of_network_and_layers(tmp_path: Path) -> None
     assert layers <= named
 
 
-def test_a_saved_state_gives_the_same_rows(tmp_path: Path) -> None:
-    """A checkpoint keeps steps that no row has yet."""
+def test_a_checkpoint_gives_the_same_rows(tmp_path: Path) -> None:
+    """It keeps steps that no row has yet. A run may also be resumed with another choice of instruments."""
     phase = trained(tmp_path / "run", LEAST_STEPS, "micro_batch=2", ON)
-    saved = phase.training.state(0.0)["noise"]
-    resumed = begun(tmp_path / "resumed", "micro_batch=2", ON).training.noise
-    assert resumed is not None
-    assert phase.training.noise is not None
-    resumed.load(saved, rank=0)
-    row = resumed.take()
-    assert "noise/scale_low" in row
-    assert row == phase.training.noise.take()
+    saved = {"step": LEAST_STEPS, **phase.training.state(0.0)}
+    resumed, off = (begun(tmp_path / name, "micro_batch=2", *on) for name, on in (("on", (ON,)), ("off", ())))
+    resumed.training.load(copy.deepcopy(saved), rank=0)
+    off.training.load(copy.deepcopy(saved), rank=0)
+    rows = phase.train_rows()
+    assert "noise/scale_low" in rows[0][0]
+    assert resumed.train_rows() == rows
+    del saved["noise"]
+    later = begun(tmp_path / "later", "micro_batch=2", ON)
+    later.training.load(saved, rank=0)
+    assert later.train_rows() == off.train_rows()
 
 
 def test_the_loss_scale_cancels() -> None:
