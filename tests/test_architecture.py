@@ -48,7 +48,7 @@ def arrows() -> dict[str, set[str]]:
 
 def documented() -> dict[str, tuple[int, set[str]]]:
     """Floor and imports of each room, from the table in ``docs/architecture.md``."""
-    rows = re.findall(r"^\| (\d) \| `([\w.]+)` \|.*\|(.*)\|$", (ROOT / "docs/architecture.md").read_text(), re.M)
+    rows = re.findall(r"^\| (\d+) \| `([\w.]+)` \|.*\|(.*)\|$", (ROOT / "docs/architecture.md").read_text(), re.M)
     return {name: (int(floor), set(re.findall(r"[\w.]+", imports))) for floor, name, imports in rows}
 
 

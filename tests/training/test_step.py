@@ -60,3 +60,8 @@ def test_a_pretraining_step_reads_no_number_back(
 ) -> None:
     bt = ("mode=bt", "mode.projector=[12,8,6]", f"mode.exact={exact}")
     assert_nothing_is_read_back(tmp_path, *bt, f"optimizer={optimizer}", *division)
+
+
+@pytest.mark.parametrize("division", [(), ("micro_batch=4",)])
+def test_a_step_that_measures_the_noise_scale_reads_no_number_back(tmp_path: Path, division: tuple[str, ...]) -> None:
+    assert_nothing_is_read_back(tmp_path, "instruments.noise_scale=true", *division)

@@ -30,6 +30,7 @@ def validate(config: Config) -> None:
         *_check_runs_dir(config),
         *_check_batch(config),
         *_check_space(config),
+        *_check_instruments(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -105,6 +106,15 @@ def _check_batch(config: Config) -> list[str]:
             plan_training(replace(config), processes)
     except UserError as error:
         return [str(error)]
+    return []
+
+
+def _check_instruments(config: Config) -> list[str]:
+    if config.instruments.noise_scale and config.mode.loss_over_global_batch:
+        return [
+            f"instruments.noise_scale=true: not allowed with mode={config.mode.name} mode.exact=true, because that "
+            "loss isn't a mean over images. Fix: mode.exact=false, or instruments.noise_scale=false"
+        ]
     return []
 
 

@@ -21,6 +21,7 @@ NOT_DECISIVE = {
     "sync_bn": "a way to normalise over batch_norm_size images",
     "tracker": "logging observes a run",
     "checkpoint": "resuming is exact",
+    "instruments": "measurements change nothing of the training",
     "runs_dir": "folder of the results",
     "rerun": "an instruction to the launcher",
     "dry_run": "an instruction to the launcher",

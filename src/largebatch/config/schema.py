@@ -92,6 +92,11 @@ class CheckpointConfig:
 
 
 @dataclass
+class InstrumentsConfig:
+    noise_scale: bool = False  # measure the gradient noise scale, of the network and of each layer
+
+
+@dataclass
 class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -102,6 +107,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    instruments: InstrumentsConfig = field(default_factory=InstrumentsConfig)
     batch_size: int = option(512, least=1)  # global: all processes and micro-batches together
     # Largest number of images per pass of a process. None: the process's whole share. auto: as many as fit into memory;
     # with batch norm the whole share, or batch_norm_size.

@@ -22,7 +22,15 @@ from largebatch.tracking.tracker import start_tracker
 from largebatch.tracking.wandb_arguments import agent_run_id
 
 _STATUS_EVERY_SECONDS = 1.0
-_LAST = ("train/", "val/", "test/", "optim/", "embedding/", "probe/")  # families whose last values are in the summary
+_LAST = (
+    "train/",
+    "val/",
+    "test/",
+    "optim/",
+    "embedding/",
+    "probe/",
+    "noise/",
+)  # families whose last values are in the summary
 
 
 class Recorder:

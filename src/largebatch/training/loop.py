@@ -142,7 +142,11 @@ def _all_finite(phase: MainPhase, first_bad_step: torch.Tensor) -> bool:
 def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
     """Save a checkpoint. Every process calls this; rank 0 writes, and then holds the totals of all processes."""
     run, training = phase.run, phase.training
-    totals = [training.unlogged.totals, *([training.probe.totals] if training.probe else [])]
+    totals = [
+        training.unlogged.totals,
+        *([training.noise.small] if training.noise else []),
+        *([training.probe.totals] if training.probe else []),
+    ]
     for tensor in totals:
         if tensor.numel():
             distributed.sum_over_processes(tensor)

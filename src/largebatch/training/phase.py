@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -28,6 +29,7 @@ from largebatch.training.profile import Profile
 from largebatch.training.state import Run, Training
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+_HALF_EVERY = 25  # steps between measurements of the noise scale that need half a step of their own
 
 
 class MainPhase:
@@ -75,6 +77,7 @@ class MainPhase:
         if done is None:
             return None
         totals, finite = done
+        self._end_noise()
         self.training.unlogged.add(self.position(self.training.step) | self.learning_rates(), totals)
         return finite
 
@@ -134,12 +137,21 @@ class MainPhase:
         finite = torch.ones((), dtype=torch.bool, device=run.device)
         passes = len(run.batch.pieces(run.rank, self._images))
         training.statistics.begin(run.batch.groups(self._images))
+        noise, alone = training.noise, run.batch.micro_batch == run.batch.global_batch
+        if noise is not None:
+            noise.begin(active=not alone and not self._smaller)
         for number in range(1, passes + 1):
             with self.profile.phase("data"):
                 images, labels = progressed(next(batches))
             more = number < passes or self._smaller  # DDP averages gradients only in the last pass of a whole batch
             with replica.no_sync() if more and isinstance(replica, DistributedDataParallel) else nullcontext():
-                counted, is_finite = self._call(self._pass, images, labels)
+                if noise is not None and alone and self._measures_half:
+                    noise.add(noise.of_loss(partial(self._half_loss, images, labels)))
+                    if training.norms is not None:
+                        training.norms.forget()
+                counted, is_finite, *squares = self._call(self._pass, images, labels)
+            if noise is not None and squares:
+                noise.add(*squares)
             training.statistics.after_pass()
             totals += counted
             finite &= is_finite
@@ -150,8 +162,12 @@ class MainPhase:
         """Call ``function``, if possible as a CUDA graph; a smaller last batch has other shapes."""
         return function(*inputs) if self._smaller else self.training.graphs(function, *inputs)
 
-    def _pass(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the gradient of a micro-batch. Return the mode's totals, and True if its loss is finite."""
+    def _pass(self, images: Tensor, labels: Tensor) -> Tensors:
+        """Add the gradient of a micro-batch.
+
+        Returns:
+            The mode's totals; True if its loss is finite; and with ``instruments.noise_scale`` squared norms.
+        """
         run, training = self.run, self.training
         network = training.replica if self._smaller else training.network
         with self.profile.phase("forward"), run.autocast:
@@ -159,7 +175,30 @@ class MainPhase:
         with self.profile.phase("backward"):  # divided by the number of passes if the batch is whole
             mean = loss / (self._images / (run.processes * max(len(labels), 1)))
             torch.autograd.backward(training.loss_scale.scaled(mean))
-        return counted, loss.detach().isfinite()
+        return counted, loss.detach().isfinite(), *(training.noise.of_pass() if training.noise else ())
+
+    @property
+    def _measures_half(self) -> bool:
+        """True if this step measures the noise scale by a pass over half of its batch."""
+        return self.training.step % _HALF_EVERY == 1 and self._images > 1 and not self._smaller
+
+    def _half_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the scaled mean loss over the first half of a batch, by the uncompiled network."""
+        run, training, half = self.run, self.training, len(labels) // 2
+        views = images.chunk(run.config.mode.views)
+        with run.autocast:
+            images = torch.cat([view[:half] for view in views])
+            loss, _ = self.mode.loss(run.config, training.replica, images, labels[:half])
+        return training.loss_scale.scaled(loss)
+
+    def _end_noise(self) -> None:
+        """Add the step to the noise scale, with the gradient of the whole batch in the parameters."""
+        batch, training = self.run.batch, self.training
+        if training.noise is not None:
+            small, factor = batch.micro_batch, batch.accumulation / batch.processes
+            if small == batch.global_batch:
+                small, factor = small // 2, 1.0
+            training.noise.end(small, batch.global_batch, factor, training.loss_scale.value)
 
     def update(self, recorder: Recorder | None) -> None:
         """Take one optimizer and schedule step. Record the layer statistics that it used, if they are due.
@@ -214,6 +253,8 @@ class MainPhase:
             return [], []
         rows, totals = self.training.unlogged.take()
         mean = rows[-1] | self.mode.train_metrics([sum(column) for column in zip(*totals, strict=True)])
+        if self.training.noise is not None:
+            mean |= self.training.noise.take()
         return [mean], [row | self.mode.train_metrics(own) for row, own in zip(rows, totals, strict=True)]
 
     def evaluates_after(self, step: int) -> bool:

@@ -19,6 +19,7 @@ from largebatch.config.schema import Config
 from largebatch.data import Data, load_data
 from largebatch.data.cache import Say
 from largebatch.errors import UserError
+from largebatch.instruments.gradient_noise import GradientNoise
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic, choose_arithmetic, described
 from largebatch.models.weights import freeze, is_frozen, load_weights
@@ -104,6 +105,7 @@ def set_up(
                     f"pass. Fix: batch_norm_size={batch.group}"
                 )
 
+    noise = GradientNoise(model) if config.instruments.noise_scale else None
     run = Run(config, folder, rank, processes, device, data, batch, epochs, steps, arithmetic)
     replica = passed
     if not run.averages_afterwards:
@@ -118,7 +120,9 @@ def set_up(
     schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
     unlogged = Unlogged(mode.TOTALS, device)
     statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
-    training = Training(model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged)
+    training = Training(
+        model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, noise
+    )  # fmt: skip
     return phase(run, training, mode)
 
 

@@ -16,6 +16,7 @@ from largebatch.config.batch import BatchPlan
 from largebatch.config.epochs import Epochs
 from largebatch.config.schema import Config
 from largebatch.data import BatchLoader, Data
+from largebatch.instruments.gradient_noise import GradientNoise
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
@@ -136,6 +137,7 @@ class Training:
     norms: SampleNorms | None  # gradient norms for CLARS
     statistics: RunningStatistics  # of the network's batch norm
     unlogged: Unlogged
+    noise: GradientNoise | None = None  # only with instruments.noise_scale
     probe: ProbeState | None = None  # only with mode=bt
     step: int = 0
     seconds: float = 0.0  # wall time of the run's earlier processes
@@ -150,15 +152,20 @@ class Training:
         return f"{found:08x}"
 
     def state(self, seconds: float) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "loss_scale": self.loss_scale.state(),
-            "unlogged": {"rows": self.unlogged.rows, "totals": self.unlogged.totals},
-            "seconds": seconds,
-            "best": self.best,
-        } | ({"probe": self.probe.state()} if self.probe else {})
+        noise = {"noise": self.noise.state()} if self.noise else {}
+        return (
+            noise
+            | {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "loss_scale": self.loss_scale.state(),
+                "unlogged": {"rows": self.unlogged.rows, "totals": self.unlogged.totals},
+                "seconds": seconds,
+                "best": self.best,
+            }
+            | ({"probe": self.probe.state()} if self.probe else {})
+        )
 
     def load(self, saved: dict[str, Any], rank: int) -> None:
         self.model.load_state_dict(saved["model"])
@@ -168,6 +175,8 @@ class Training:
         self.unlogged.rows, totals = saved["unlogged"]["rows"], saved["unlogged"]["totals"]
         # Saved totals are sums over processes, and will be summed again.
         self.unlogged.totals = totals if rank == 0 else torch.zeros_like(totals)
+        if self.noise and "noise" in saved:  # a run may be resumed with another choice of instruments
+            self.noise.load(saved["noise"], rank)
         if self.probe:
             self.probe.load(saved["probe"], rank)
         self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
