@@ -133,7 +133,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     loss_scale: LossScale
-    norms: SampleNorms | None  # gradient norms for CLARS
+    norms: SampleNorms | None  # measures gradients for CLARS, VR-LARS and VR-LAMB
     statistics: RunningStatistics  # of the network's batch norm
     unlogged: Unlogged
     probe: ProbeState | None = None  # only with mode=bt
