@@ -405,7 +405,7 @@ def test_an_unknown_mode_names_the_allowed_modes() -> None:
             ["mode.exact=false", "batch_size=4", "cluster.processes=4"],
             "mode.exact=false: correlates the images of each micro-batch",
         ),
-        (["mode.exact=false", "optimizer=clars"], "mode.exact=false: clars measures the gradient norms of samples"),
+        (["mode.exact=false", "optimizer=clars"], "mode.exact=false: clars measures the gradients of samples"),
         (["dataset.views.min_area=0"], "dataset.views.min_area=0.0: must be a finite number above 0 and at most 1"),
         (["dataset.views.min_area=1.1"], "dataset.views.min_area=1.1: must be a finite number above 0 and at most 1"),
         (["dataset.views.jitter=1.1"], "dataset.views.jitter=1.1: must be a finite number from 0 to 1"),

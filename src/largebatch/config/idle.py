@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from largebatch.config.epochs import plan_epochs
-from largebatch.config.optimizers import Adagrad, Clars, Tvlars
+from largebatch.config.optimizers import Adagrad, Clars, Measured, Tvlars
 from largebatch.config.schedules import CustomSchedule, ScheduleConfig
 from largebatch.config.schema import Config
 
@@ -128,8 +128,13 @@ def _weight_decay(config: Config, steps: int) -> Iterator[str]:
 
 
 def _groups(config: Config) -> Iterator[str]:
-    if isinstance(config.optimizer, Clars) and config.optimizer.sample_size >= config.batch_size:
+    optimizer = config.optimizer
+    if isinstance(optimizer, Measured) and optimizer.sample_size >= config.batch_size:
+        if isinstance(optimizer, Clars):
+            effect = "CLARS divides by the norm of the mean gradient, as LARS does"
+        else:
+            effect = f"its gradients have no variance and {optimizer.label} doesn't scale them"
         yield (
-            f"optimizer.sample_size={config.optimizer.sample_size}: one group is the whole batch, so CLARS divides by "
-            "the norm of the mean gradient, as LARS does. Fix: optimizer.sample_size=1, or another part of the batch"
+            f"optimizer.sample_size={optimizer.sample_size}: one group is the whole batch, so {effect}. "
+            "Fix: optimizer.sample_size=1, or another part of the batch"
         )

@@ -147,19 +147,14 @@ class Tvlars(Lars):
 
 
 @dataclass
-class Clars(Lars):
-    """CLARS (arXiv 2002.01576)."""
+class Measured(OptimizerConfig):
+    """Options of optimizers for which the training loop measures the gradients of groups of samples."""
 
-    target = "largebatch.optim.clars:CLARS"
-    label = "CLARS"
-    denominators = ("sample_norms", "sum_of_norms")
-
-    denominator: str = option("sample_norms", allowed=denominators)  # sum_of_norms adds wd*||w||
-    sample_size: int = option(1, least=1)  # samples per measured gradient norm; the norm is of their mean gradient
+    sample_size: int = option(1, least=1)  # samples per measured gradient, which is their mean gradient
 
     def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
-        options = super().arguments(batch_size, steps_per_epoch)
-        del options["sample_size"]  # the training loop measures the norms
+        options = super().arguments(batch_size, steps_per_epoch, steps)
+        del options["sample_size"]  # the training loop measures the gradients
         return options
 
     @property
@@ -170,14 +165,36 @@ class Clars(Lars):
         problems = super().problems(config)
         if config.compile is True:
             problems.append(
-                "compile=true: clars measures norms with hooks, which compiled passes skip. Fix: compile=false"
+                f"compile=true: {self.name} measures gradients with hooks, which compiled passes skip. "
+                "Fix: compile=false"
             )
         if config.mode.views > 1 and not config.mode.loss_over_global_batch:
             problems.append(
-                "mode.exact=false: clars measures the gradient norms of samples, but one backward pass then has two "
+                f"mode.exact=false: {self.name} measures the gradients of samples, but one backward pass then has two "
                 "views of each sample. Fix: mode.exact=true"
             )
         return problems
+
+
+@dataclass
+class Clars(Measured, Lars):
+    """CLARS (arXiv 2002.01576)."""
+
+    target = "largebatch.optim.clars:CLARS"
+    label = "CLARS"
+    denominators = ("sample_norms", "sum_of_norms")
+
+    denominator: str = option("sample_norms", allowed=denominators)  # sum_of_norms adds wd*||w||
+
+
+@dataclass
+class VrLars(Measured, Lars):
+    """VR-LARS (arXiv 2309.13681)."""
+
+    target = "largebatch.optim.vrgd:VRLARS"
+    label = "VR-LARS"
+
+    gsnr_min: float = option(0.1, least=0, below=1)  # least factor of an element of the gradient
 
 
 @dataclass
@@ -195,6 +212,17 @@ class Lamb(OptimizerConfig):
     decay_1d: bool = False  # decay them too
     norm_clip: float | None = option(None, above=0, switch=True)  # upper bound of the norms in the trust ratio
     max_ratio: float | None = option(None, above=0, switch=True)  # upper bound of the trust ratio itself
+
+
+@dataclass
+class VrLamb(Measured, Lamb):
+    """VR-LAMB (arXiv 2309.13681)."""
+
+    target = "largebatch.optim.vrgd:VRLAMB"
+    label = "VR-LAMB"
+
+    gsnr_min: float = option(0.1, least=0, below=1)  # least factor of an element of the gradient
+    gsnr_beta: float = option(0.9, least=0, below=1)  # decay of the mean of these factors
 
 
 @dataclass
@@ -309,6 +337,8 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "lamb": Lamb,
     "tvlars": Tvlars,
     "clars": Clars,
+    "vrlars": VrLars,
+    "vrlamb": VrLamb,
     "sgd": Sgd,
     "adamw": AdamW,
     "adam": Adam,

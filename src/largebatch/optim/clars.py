@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from largebatch.optim.lars import LARS
-from largebatch.optim.param_groups import Group, is_adapted
+from largebatch.optim.measured import MeasuredOptimizer
+from largebatch.optim.sample_norms import SampleNorms
 
 
-class CLARS(LARS):
+class CLARS(MeasuredOptimizer, LARS):
     """CLARS (arXiv 2002.01576).
 
     For every layer, with weight ``w``, gradient ``g`` of the mean loss and gradient ``g_i`` of sample i (or of the i-th
@@ -48,8 +49,9 @@ class CLARS(LARS):
     """
 
     DENOMINATORS = ("sample_norms", "sum_of_norms")
-
-    _sample_norms: dict[Any, Tensor]
+    MEASURE = SampleNorms
+    GIVEN = "sample norms"
+    GIVE = "set_sample_norms"
 
     def __init__(
         self, params: ParamsT, lr: float | Tensor, *args: float, denominator: str = "sample_norms", **lars: Any
@@ -58,32 +60,7 @@ class CLARS(LARS):
 
     def set_sample_norms(self, means: Mapping[Any, Tensor]) -> None:
         """Set the mean norm of the samples' gradients of each layer, 0-dimensional, for the next step only."""
-        self._sample_norms.clear()  # in place, as everywhere: see LayerwiseOptimizer.step
-        self._sample_norms.update(means)
-
-    def step(self, closure: Any = None) -> Any:
-        """Update every parameter that has a gradient once, as ``torch.optim.Optimizer.step``.
-
-        Raises:
-            RuntimeError: if a layer with a gradient has no mean norm, and as in ``LARS``.
-        """
-        loss = super().step(closure)
-        self._sample_norms.clear()
-        return loss
-
-    def _with_gradient(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
-        parameters, gradients = super()._with_gradient(group)
-        for layer in parameters:
-            if is_adapted(layer, group) and layer not in self._sample_norms:
-                raise RuntimeError(
-                    f"CLARS has no sample norms of {self._name(layer)} for this step: between backward() and step(), "
-                    "call set_sample_norms(norms.means()), with norms = SampleNorms(model, ...)"
-                )
-        return parameters, gradients
+        self.give(means)
 
     def _given_norms(self, layers: list[Tensor]) -> Tensor | None:
-        return torch.stack([self._sample_norms[layer] for layer in layers]) if layers else None
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._sample_norms = {}
+        return torch.stack([self._given[layer] for layer in layers]) if layers else None

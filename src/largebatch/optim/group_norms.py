@@ -1,4 +1,4 @@
-"""Norms of the contributions of groups of samples to a layer's weight gradient.
+"""Norms and squares of the contributions of groups of samples to a layer's weight gradient.
 
 A group is ``sample_size`` consecutive samples; a *row* is one sample at one position (of a sequence, an image, ...).
 With the rows' inputs X [R, K] and output gradients G [R, O], the group adds ``G^T X`` to the gradient of a linear
@@ -7,13 +7,17 @@ layer's weight; a convolution is a linear layer on patches. Its norm can be comp
 - direct: write ``G^T X`` out, K*O numbers, in about R*K*O multiplications;
 - Gram: ``||G^T X||^2 = sum((G G^T) * (X X^T))``, R*R numbers, in about R*R*(K + O) multiplications.
 
-The code takes the way with fewer multiplications; in measurements on CPUs it was the faster, except for ties. All
+The code takes the way with fewer multiplications; in measurements on CPUs it was the faster, except for ties. The sum
+of the squares, element by element, needs the direct way, except for a group of one row: the square of an outer product
+is the outer product of the squares, so that one product ``(G^2)^T X^2`` sums them over all groups. All
 functions take as many groups at a time as fit a slice of fixed size, and sum in fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -94,6 +98,59 @@ def bias_group_norms(gradients: Tensor, sample_size: int, channels: int) -> Tens
     """
     g = _at_least_float32(gradients.movedim(channels, -1))
     return norms(g.reshape(len(g) // sample_size, -1, g.shape[-1]).sum(1))
+
+
+# -- sums of squares
+
+
+def linear_group_squares(inputs: Tensor, gradients: Tensor, sample_size: int) -> Tensor:
+    """Sum, over groups, the squares of the elements of a group's contribution; arguments as in ``linear_group_norms``.
+
+    Returns:
+        [O, K], as the weight.
+    """
+    groups = len(inputs) // sample_size
+    x = _at_least_float32(inputs.reshape(groups, -1, inputs.shape[-1]))
+    g = _at_least_float32(gradients.reshape(groups, -1, gradients.shape[-1]))
+    if x.shape[1] == 1:
+        return g[:, 0].square().mT @ x[:, 0].square()
+    at_once = _groups_at_once(x[0].numel() + g[0].numel() + x.shape[2] * g.shape[2], inputs)
+    parts = zip(torch.split(x, at_once), torch.split(g, at_once), strict=True)
+    return _sum(squares_sum(g_part.mT @ x_part) for x_part, g_part in parts)
+
+
+def conv_group_squares(inputs: Tensor, gradients: Tensor, sample_size: int, conv: Conv) -> Tensor:
+    """Sum, over groups, the squares of the elements of a group's contribution; arguments as in ``conv_group_norms``.
+
+    Returns:
+        The weight's shape.
+    """
+    written = sample_size * (inputs[0].numel() + gradients[0].numel()) + conv.weight.numel()
+    samples = sample_size * _groups_at_once(written, inputs)
+    parts = zip(torch.split(inputs, samples), torch.split(gradients, samples), strict=True)
+    return _sum(
+        squares_sum(_conv_weight_gradients(_at_least_float32(x), _at_least_float32(g), sample_size, conv))
+        for x, g in parts
+    )
+
+
+def bias_group_squares(gradients: Tensor, sample_size: int, channels: int) -> Tensor:
+    """Sum, over groups, the squares of the elements of a group's contribution; arguments as in ``bias_group_norms``.
+
+    Returns:
+        The bias's shape.
+    """
+    g = _at_least_float32(gradients.movedim(channels, -1))
+    return squares_sum(g.reshape(len(g) // sample_size, -1, g.shape[-1]).sum(1))
+
+
+def squares_sum(contributions: Tensor) -> Tensor:
+    """Return the sum over groups of the squares of contributions [J, ...]."""
+    return _at_least_float32(contributions).square().sum(0)
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(Tensor.add_, parts)
 
 
 # -- the two ways

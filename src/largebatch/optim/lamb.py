@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class LAMB(LayerwiseOptimizer):
     """
 
     EQUATION = "lamb"
-    STATE = ("step", "exp_avg", "exp_avg_sq")
+    STATE: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,

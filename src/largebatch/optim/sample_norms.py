@@ -56,6 +56,8 @@ class SampleNorms:
             the first dimension, a micro-batch that ``sample_size`` doesn't divide.
     """
 
+    QUANTITY = "norms"  # in log lines
+
     def __init__(
         self,
         model: nn.Module,
@@ -152,26 +154,32 @@ class SampleNorms:
 
     @torch.no_grad()
     def _backward(self, module: nn.Linear | Conv, held: list[Any], gradient: Tensor) -> None:
-        """Add the norms of one module's groups, given the gradient with respect to its output."""
+        """Measure one module, given the gradient with respect to its output."""
         name = self._modules[module]
         if not held:
             raise RuntimeError(f"a second backward pass through the same graph, at {name}: hooks allow one; {_PASSES}")
         anchor = held.pop()  # popped: the graph may outlive its backward pass
         (inputs,) = anchor.grad_fn.saved_tensors
-        linear = isinstance(module, nn.Linear)
-        if inputs.ndim < (2 if linear else module.weight.ndim):  # one sample, without a dimension of samples
+        if inputs.ndim < (
+            2 if isinstance(module, nn.Linear) else module.weight.ndim
+        ):  # one sample, without a dimension of samples
             inputs, gradient = inputs[None], gradient[None]
         self._check_backward(module, name, len(inputs))
         with torch.autocast(inputs.device.type, enabled=False):
-            if module.weight in self._places:
-                if linear:
-                    found = linear_group_norms(inputs, gradient, self.sample_size)
-                else:
-                    found = conv_group_norms(inputs, gradient, self.sample_size, cast(Conv, module))
-                self._add(module.weight, found.sum())
-            if module.bias is not None and module.bias in self._places:
-                found = bias_group_norms(gradient, self.sample_size, channels=-1 if linear else 1)
-                self._add(module.bias, found.sum())
+            self._measure(module, inputs, gradient)
+
+    def _measure(self, module: nn.Linear | Conv, inputs: Tensor, gradient: Tensor) -> None:
+        """Add the norms of one module's groups, given its input and the gradient with respect to its output."""
+        linear = isinstance(module, nn.Linear)
+        if module.weight in self._places:
+            if linear:
+                found = linear_group_norms(inputs, gradient, self.sample_size)
+            else:
+                found = conv_group_norms(inputs, gradient, self.sample_size, cast(Conv, module))
+            self._add(module.weight, found.sum())
+        if module.bias is not None and module.bias in self._places:
+            found = bias_group_norms(gradient, self.sample_size, channels=-1 if linear else 1)
+            self._add(module.bias, found.sum())
 
     def _check_backward(self, module: nn.Module, name: str, samples: int) -> None:
         task = torch._C._current_graph_task_id()  # a number for each call of backward()

@@ -29,7 +29,7 @@ def compiled(run: Run, replica: nn.Module, model: nn.Module, norms: bool, say: S
     at its first start, which its status keeps, because compiled kernels round differently.
 
     Args:
-        norms: True if hooks measure CLARS's norms. Compiled passes don't call hooks.
+        norms: True if hooks measure the optimizer's groups of samples. Compiled passes don't call hooks.
 
     Raises:
         UserError: if compilation fails with ``compile=true``.
@@ -57,7 +57,7 @@ def compiled(run: Run, replica: nn.Module, model: nn.Module, norms: bool, say: S
 
 
 def pays(run: Run, model: nn.Module, norms: bool) -> bool:
-    """Return True if compiling saves more time than it takes: on GPUs, for much computing, without CLARS's hooks."""
+    """Return True if compiling saves more time than it takes: on GPUs, for much computing, without hooks."""
     if run.device.type != "cuda" or norms:
         return False
     return run.steps * run.config.batch_size * multiplications(model, run) >= _PAYS_FROM
@@ -94,7 +94,7 @@ def why_no_graphs(run: Run, norms: bool) -> str:
     """Return the reason why a run's passes can't be CUDA graphs; empty if they can.
 
     Args:
-        norms: True if hooks measure CLARS's norms. They keep a count of passes on the host.
+        norms: True if hooks measure the optimizer's groups of samples. They keep a count of passes on the host.
     """
     config = run.config
     if run.device.type != "cuda":
@@ -104,7 +104,7 @@ def why_no_graphs(run: Run, norms: bool) -> str:
     if run.processes > 1:
         return "processes exchange numbers during their passes"
     if norms:
-        return "clars measures norms with hooks"
+        return "clars, vrlars and vrlamb measure gradients with hooks"
     if config.profile:
         return "profile=true measures forward and backward passes apart"
     if run.within_memory:

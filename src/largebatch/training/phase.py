@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.machine.pulse import progressed
-from largebatch.optim import CLARS, TVLARS
+from largebatch.optim import TVLARS
 from largebatch.optim.layerwise import LayerwiseOptimizer
+from largebatch.optim.measured import MeasuredOptimizer
 from largebatch.runs.metrics import Row
 from largebatch.seeding import derive_seed
 from largebatch.tracking.layers import plain_statistics
@@ -211,8 +212,8 @@ class MainPhase:
         own = optimizer.layers if due and isinstance(optimizer, LayerwiseOptimizer) else []
         plain = plain_statistics(training.model, without=own) if due else None
         with self.profile.phase("optimizer"):
-            if training.norms is not None and isinstance(optimizer, CLARS):
-                optimizer.set_sample_norms(training.norms.means(training.loss_scale.value))
+            if training.norms is not None and isinstance(optimizer, MeasuredOptimizer):
+                optimizer.give(training.norms.means(training.loss_scale.value))
             taken = training.loss_scale.step(optimizer)
         training.unlogged.rows[-1] |= training.loss_scale.metrics()
         with self.profile.phase("logging"):

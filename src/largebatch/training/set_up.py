@@ -24,7 +24,7 @@ from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic, choose_arithmetic, described
 from largebatch.models.weights import freeze, is_frozen, load_weights
 from largebatch.modes import bt, clf
-from largebatch.optim import CLARS, SampleNorms
+from largebatch.optim.measured import MeasuredOptimizer
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import content_hash
 from largebatch.seeding import derive_seed
@@ -92,15 +92,16 @@ def set_up(
     layers = _batch_norm_layers(config, passed, console.say)
     optimizer = build_optimizer(config, model, epochs.steps, steps)
     norms = None
-    if isinstance(optimizer, CLARS):
-        norms = SampleNorms(model, config.optimizer.samples_together, parameters=optimizer.layers)
+    if isinstance(optimizer, MeasuredOptimizer):
+        norms = optimizer.MEASURE(model, config.optimizer.samples_together, parameters=optimizer.layers)
         groups = f"{norms.sample_size} sample{'s' * (norms.sample_size > 1)} at a time"
-        console.say(f"gradient norms of {groups} by {norms.method}: {norms.why}")
+        console.say(f"gradient {norms.QUANTITY} of {groups} by {norms.method}: {norms.why}")
         if norms.method == "passes":  # one backward pass per group
             batch = replace(batch, micro_batch=norms.sample_size)
             if layers and batch.group != config.batch_norm_size:
                 raise UserError(
-                    f"batch_norm_size={config.batch_norm_size}: optimizer=clars measures norms by passes of "
+                    f"batch_norm_size={config.batch_norm_size}: optimizer={config.optimizer.name} measures "
+                    f"{norms.QUANTITY} by passes of "
                     f"optimizer.sample_size={norms.sample_size} images here, and batch norm is over the images of a "
                     f"pass. Fix: batch_norm_size={batch.group}"
                 )

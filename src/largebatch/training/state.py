@@ -134,7 +134,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     loss_scale: LossScale
-    norms: SampleNorms | None  # gradient norms for CLARS
+    norms: SampleNorms | None  # measures gradients for CLARS, VR-LARS and VR-LAMB
     statistics: RunningStatistics  # of the network's batch norm
     unlogged: Unlogged
     noise: GradientNoise | None = None  # only with instruments.noise_scale
