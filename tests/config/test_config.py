@@ -80,6 +80,11 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("dataset.train_size=600", "allowed: 1437"),
         ("dataset.on_error=skip", "allowed: stop"),
         ("dataset.crop_padding=100000", "Fix: at most 8"),
+        ("dataset.resized_crop.scale=[0.08,1]", "Fix: dataset.crop_padding=0 dataset.rotation=0"),
+        ("dataset.resized_crop.scale=[1,0.5]", "Fix: [0.5, 1.0]"),
+        ("dataset.resized_crop.scale=[0,1]", "above 0 and at most 1"),
+        ("dataset.resized_crop.interpolation=nearest", "allowed: bicubic, bilinear"),
+        ("dataset.resize_size=7", "Fix: 8 or more"),
     ],
 )
 def test_the_message_names_a_wrong_value(override: str, message: str) -> None:

@@ -13,8 +13,8 @@ from largebatch.config.batch import BatchPlan
 from largebatch.config.datasets import DatasetConfig
 from largebatch.config.epochs import Epochs
 from largebatch.data.augment import augmented
-from largebatch.data.draws import AnyDraws, draw, draw_view
-from largebatch.data.images import MemoryImages, Split
+from largebatch.data.draws import AnyDraws, ViewDraws, draw, draw_resized_crop, draw_view
+from largebatch.data.images import MemoryImages, Split, centre
 from largebatch.data.sampling import evaluation_share, global_batches
 from largebatch.data.stream import one_ahead, stream, to_device
 from largebatch.seeding import derive_seed
@@ -62,7 +62,7 @@ class BatchLoader:
             epochs: number of images in each step.
             batch: division of the global batch.
             seed: of order and augmentation.
-            views: 1: the configured crops, flips and rotations; 2: the first and then the second views of Barlow Twins.
+            views: 1: the configured augmentation; 2: the first and then the second views of Barlow Twins.
             passes: number of times that the micro-batches of a step are repeated, unless there is only one.
 
         Raises:
@@ -110,6 +110,9 @@ class BatchLoader:
         return to_device(torch.tensor(self.mean), self.device), to_device(torch.tensor(self.std), self.device)
 
     def _augmented(self, pixels: Tensor, indices: Tensor | None, draws: AnyDraws) -> Tensor:
+        side = self.config.side_of_crop(pixels.shape[2])
+        if side != pixels.shape[2] and not isinstance(draws, ViewDraws):
+            pixels, indices = centre(pixels if indices is None else pixels[indices], side), None
         return augmented(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
 
     def _pixels(self, split: Split, wanted: Iterator[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -132,6 +135,9 @@ class BatchLoader:
         config = self.config
         if views > 1:
             return [draw_view(generator, n, side, config, view) for view in range(views)]
+        if config.resized_crop.scale is not None:
+            return [draw_resized_crop(generator, n, side, config)]
+        side = config.side_of_crop(side)
         padding, flip, rotation = config.crop_padding, config.flip, config.rotation
         if padding == 0 and not flip and rotation == 0:
             return [None]
