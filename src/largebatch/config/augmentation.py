@@ -20,6 +20,19 @@ class ResizedCropConfig:
     interpolation: str = option("bicubic", allowed=("bicubic", "bilinear"))
 
 
+@dataclass
+class ErasingConfig:
+    """timm's ``RandomErasing``, after the normalisation."""
+
+    probability: float = option(0.0, least=0, most=1)  # of an image; 0: off
+    min_area: float = option(0.02, above=0, most=1)  # parts of the image's area
+    max_area: float = option(1 / 3, above=0, most=1)
+    min_aspect: float = option(0.3, above=0, most=1)  # of height to width; the largest is its inverse
+    count: int = option(1, least=1, most=16)  # boxes, which share the area
+    # zero: the mean of the data set; channel: one normal number per channel; pixel: normal noise
+    fill: str = option("zero", allowed=("zero", "channel", "pixel"))
+
+
 def augmentation_problems(dataset: DatasetConfig) -> list[str]:
     """Return one line for each conflict between options of the augmentation."""
     problems = []
@@ -33,6 +46,12 @@ def augmentation_problems(dataset: DatasetConfig) -> list[str]:
             f"dataset.rotation={dataset.rotation:g}, because it replaces this crop and the rotation. "
             "Fix: dataset.crop_padding=0 dataset.rotation=0"
         )
+    erasing = dataset.erasing
+    if erasing.min_area > erasing.max_area:
+        problems.append(
+            f"dataset.erasing.min_area={erasing.min_area:g}: larger than dataset.erasing.max_area="
+            f"{erasing.max_area:g}. Fix: at most {erasing.max_area:g}"
+        )
     if dataset.resize_size is not None and (side is None or dataset.resize_size < side):
         problems.append(
             f"dataset.resize_size={dataset.resize_size}: the crop of dataset.image_size="
@@ -44,4 +63,11 @@ def augmentation_problems(dataset: DatasetConfig) -> list[str]:
 
 def without_augmentation(dataset: DatasetConfig) -> DatasetConfig:
     """Return the options for training on images as evaluations take them."""
-    return replace(dataset, crop_padding=0, flip=False, rotation=0.0, resized_crop=ResizedCropConfig())
+    return replace(
+        dataset,
+        crop_padding=0,
+        flip=False,
+        rotation=0.0,
+        resized_crop=ResizedCropConfig(),
+        erasing=ErasingConfig(),
+    )

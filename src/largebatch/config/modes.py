@@ -13,6 +13,21 @@ if TYPE_CHECKING:
     from largebatch.config.schema import Config
 
 
+@dataclass(frozen=True)
+class Mixing:
+    """Options of mixup and CutMix; ``mode=clf`` has their keys."""
+
+    mixup: float
+    cutmix: float
+    probability: float
+    switch: float
+    per: str
+
+    @property
+    def alphas(self) -> tuple[float, float]:
+        return self.mixup, self.cutmix
+
+
 @dataclass
 class ModeConfig:
     """Options of every mode.
@@ -37,6 +52,16 @@ class ModeConfig:
         """True if the loss isn't a mean over images but a function of each micro-batch of a process."""
         return False
 
+    @property
+    def mixing(self) -> Mixing | None:
+        """Mixup and CutMix; None if both are off."""
+        return None
+
+    @property
+    def images_together(self) -> int:
+        """Number of images of a batch that must be in one micro-batch: a pair that is mixed, or single images."""
+        return 1 if self.mixing is None else 2
+
     def length(self, dataset_epochs: int) -> int:
         """Return the number of epochs to train if neither ``epochs`` nor ``steps`` is given."""
         return dataset_epochs
@@ -54,6 +79,19 @@ class Clf(ModeConfig):
     """Classification with cross-entropy."""
 
     label = "classification"
+
+    # Mixup and CutMix, as in timm: the alpha of Beta(alpha, alpha), from which the mixing ratio is drawn; 0: off.
+    mixup: float = option(0.0, least=0, most=100)
+    cutmix: float = option(0.0, least=0, most=100)
+    mix_probability: float = option(1.0, least=0, most=1)  # of mixing a batch, pair or image
+    mix_switch: float = option(0.5, least=0, most=1)  # probability of CutMix if both are on
+    mix_per: str = option("batch", allowed=("batch", "pair", "image"))  # one ratio for each
+
+    @property
+    def mixing(self) -> Mixing | None:
+        if self.mixup == 0 and self.cutmix == 0:
+            return None
+        return Mixing(self.mixup, self.cutmix, self.mix_probability, self.mix_switch, self.mix_per)
 
 
 @dataclass

@@ -36,11 +36,16 @@ def build_model(config: Config, data: Data) -> nn.Module:
 
 
 def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64."""
+    """Return the mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64.
+
+    Args:
+        labels: int64 [n], or with mixup and CutMix float32 [n, classes], the parts of the classes. A prediction is then
+            correct if it is the class with the largest part.
+    """
     logits = model(images).float()
     value = F.cross_entropy(logits, labels) if len(labels) else logits.sum()  # 0 without images
     with torch.no_grad():
-        correct = (logits.argmax(dim=1) == labels).sum()
+        correct = (logits.argmax(dim=1) == (labels.argmax(dim=1) if labels.ndim > 1 else labels)).sum()
         count = torch.full_like(correct, len(labels), dtype=torch.float64)  # filled on the device, without a wait
         totals = torch.stack([value.double() * count, correct.double(), count])
     return value, totals

@@ -1,0 +1,59 @@
+"""The augmentation of training images: a crop in one call, and optional steps after it (``docs/augmentation.md``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from largebatch.config.datasets import DatasetConfig
+from largebatch.data.augment import augmented
+from largebatch.data.draws import AnyDraws, draw, draw_resized_crop
+from largebatch.data.erasing import EraseDraws, draw_erasing, erased
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Draws of ``n`` images for the steps in their order; ``chain[a:b]`` is a part of the batch.
+
+    ``crop`` is crop, flip and rotation. A step that is None is off.
+    """
+
+    crop: AnyDraws
+    erasing: EraseDraws | None = None
+
+    def __getitem__(self, part: slice) -> Chain:
+        return Chain(
+            None if self.crop is None else self.crop[part],
+            None if self.erasing is None else self.erasing[part],
+        )
+
+    def to(self, device: torch.device | str) -> Chain:
+        return Chain(
+            None if self.crop is None else self.crop.to(device),
+            None if self.erasing is None else self.erasing.to(device),
+        )
+
+
+def draw_chain(generator: torch.Generator, n: int, side: int, config: DatasetConfig) -> Chain:
+    """Return the configured draws of ``n`` images of ``side`` pixels, on the CPU."""
+    result_side = config.side_of_crop(side)
+    crop: AnyDraws = None
+    if config.resized_crop.scale is not None:
+        crop = draw_resized_crop(generator, n, side, config)
+    elif config.crop_padding or config.flip or config.rotation:
+        crop = draw(
+            generator, n,
+            padding=config.crop_padding, flip=config.flip, rotation=config.rotation, side=result_side,
+        )  # fmt: skip
+    erasing = draw_erasing(generator, n, result_side, config.erasing) if config.erasing.probability else None
+    return Chain(crop, erasing)
+
+
+def chained(
+    pixels: Tensor, indices: Tensor | None, draws: Chain, mean: Tensor, std: Tensor, *, channels_last: bool
+) -> Tensor:
+    """Do the same as ``augmented``, with the steps of ``draws``."""
+    images = augmented(pixels, indices, draws.crop, mean, std, channels_last=channels_last)
+    return images if draws.erasing is None else erased(images, draws.erasing)
