@@ -6,12 +6,19 @@ import pytest
 import torch
 from test_views import some_images
 
-from largebatch.config.augmentation import ErasingConfig, ResizedCropConfig
+from largebatch.config.augmentation import (
+    ColorJitterConfig,
+    ErasingConfig,
+    RandAugmentConfig,
+    ResizedCropConfig,
+    without_augmentation,
+)
 from largebatch.config.batch import plan_batch
 from largebatch.config.datasets import DatasetConfig
 from largebatch.config.epochs import Epochs
 from largebatch.config.modes import Mixing
 from largebatch.data import BatchLoader, MemoryImages, Split
+from largebatch.data.chain import Chain, draw_chain
 
 N, CLASSES = 30, 3
 EVERYTHING = {
@@ -22,13 +29,19 @@ EVERYTHING = {
     },
 }  # fmt: skip
 
+STEPS_AFTER = {
+    "color_jitter": ColorJitterConfig(0.4, 0.4, 0.4, 0.1, probability=0.7),
+    "rand_augment": RandAugmentConfig(operations=2),
+    "erasing": ErasingConfig(0.6, count=2, fill="pixel"),
+}
+
 
 def split(channels=3):
     return Split(MemoryImages(some_images(N, channels, 12)), torch.arange(N) % CLASSES)
 
 
 def training(how, steps=2, *, rank=0, processes=1, micro_batch=12, start_step=0, per="pair", channels=3):
-    config = DatasetConfig(name="x", erasing=ErasingConfig(0.6, count=2, fill="pixel"), **EVERYTHING[how])
+    config = DatasetConfig(name="x", **STEPS_AFTER, **EVERYTHING[how])
     loader = BatchLoader(config, (0.4,) * channels, (0.2,) * channels, torch.device("cpu"), rank, processes, True)
     plan = plan_batch(12, processes, micro_batch, 1, 2)
     batches = loader.train(
@@ -59,3 +72,9 @@ def test_micro_batches_processes_and_a_resume_give_the_same_images_and_labels(ho
 @pytest.mark.parametrize("how", EVERYTHING)
 def test_grey_images_are_augmented_too(how):
     assert training(how, 1, channels=1)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("how", EVERYTHING)
+def test_without_augmentation_nothing_is_drawn(how):
+    config = without_augmentation(DatasetConfig(name="x", **STEPS_AFTER, **EVERYTHING[how]))
+    assert draw_chain(torch.Generator(), 4, 12, config) == Chain(None)

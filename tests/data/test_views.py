@@ -86,6 +86,7 @@ def pil_chain(image, row):
             lambda pil: functional.adjust_saturation(pil, row["saturation"]),
             # torchvision truncates this factor to the shift.
             lambda pil: functional.adjust_hue(pil, (row["hue"] + 0.5 * np.sign(row["hue"])) / 255),
+            lambda pil: pil,
         ][row[f"step{i}"]](pil)
     if row["gray"]:
         pil = functional.rgb_to_grayscale(pil, num_output_channels=len(image))

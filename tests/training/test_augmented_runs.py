@@ -13,6 +13,7 @@ COMMAND = (
     "mode.mixup=0.8", "mode.cutmix=1", "mode.mix_per=pair",
     "dataset.resized_crop.scale=[0.3,1]", "dataset.crop_padding=0", "dataset.rotation=0",
     "dataset.image_size=8", "dataset.resize_size=10",
+    "dataset.color_jitter.contrast=0.4", "dataset.rand_augment.operations=2",
     "dataset.erasing.probability=0.5", "dataset.erasing.fill=pixel",
 )  # fmt: skip
 

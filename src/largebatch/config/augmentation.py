@@ -21,6 +21,29 @@ class ResizedCropConfig:
 
 
 @dataclass
+class ColorJitterConfig:
+    """torchvision's ``ColorJitter``, applied to an image with a probability."""
+
+    brightness: float = option(0.0, least=0, most=10)  # factors from 1 - brightness, at least 0, to 1 + brightness
+    contrast: float = option(0.0, least=0, most=10)
+    saturation: float = option(0.0, least=0, most=10)
+    hue: float = option(0.0, least=0, most=0.5)  # shift to either side, in turns of the colour circle
+    probability: float = option(1.0, least=0, most=1)  # of an image
+
+    @property
+    def is_on(self) -> bool:
+        return self.probability > 0 and max(self.brightness, self.contrast, self.saturation, self.hue) > 0
+
+
+@dataclass
+class RandAugmentConfig:
+    """torchvision's ``RandAugment``, with 31 bins of magnitudes, nearest pixels and black outside."""
+
+    operations: int = option(0, least=0, most=14)  # random operations of an image, one after the other; 0: off
+    magnitude: int = option(9, least=0, most=30)
+
+
+@dataclass
 class ErasingConfig:
     """timm's ``RandomErasing``, after the normalisation."""
 
@@ -69,5 +92,7 @@ def without_augmentation(dataset: DatasetConfig) -> DatasetConfig:
         flip=False,
         rotation=0.0,
         resized_crop=ResizedCropConfig(),
+        color_jitter=ColorJitterConfig(),
+        rand_augment=RandAugmentConfig(),
         erasing=ErasingConfig(),
     )

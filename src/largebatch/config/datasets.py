@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
-from largebatch.config.augmentation import ErasingConfig, ResizedCropConfig, augmentation_problems
+from largebatch.config.augmentation import (
+    ColorJitterConfig,
+    ErasingConfig,
+    RandAugmentConfig,
+    ResizedCropConfig,
+    augmentation_problems,
+)
 from largebatch.config.custom import Custom
 from largebatch.config.options import option
 from largebatch.errors import UserError
@@ -69,6 +75,8 @@ class DatasetConfig:
     flip: bool = True  # random horizontal flip
     rotation: float = option(15.0, least=0, most=180)  # random rotation, degrees to either side; 0: off
     resized_crop: ResizedCropConfig = field(default_factory=ResizedCropConfig)
+    color_jitter: ColorJitterConfig = field(default_factory=ColorJitterConfig)
+    rand_augment: RandAugmentConfig = field(default_factory=RandAugmentConfig)
     erasing: ErasingConfig = field(default_factory=ErasingConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     # Images at an epoch's end that don't fill a batch. carry: they open the next epoch's first batch; keep: the last

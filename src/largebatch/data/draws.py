@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from largebatch.config.augmentation import ColorJitterConfig
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.stream import to_device
 
@@ -34,7 +35,7 @@ _TRIES = 10  # attempts to find a crop that fits into the image
 _Numbers = NDArray[np.floating[Any]]
 
 # Numbers of the colour jitter's steps in ViewDraws.
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+BRIGHTNESS, CONTRAST, SATURATION, HUE, NO_STEP = range(5)
 _WHOLE = (
     *("top", "left", "height", "width", "flip", "jitter"),
     *("step0", "step1", "step2", "step3", "hue", "gray", "solarize"),
@@ -74,11 +75,11 @@ def draw(generator: torch.Generator, n: int, *, padding: int, flip: bool, rotati
     corners = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
     flipped = torch.rand(n, generator=generator) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
     angle = (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1) * rotation
-    table = torch.stack([*corners, flipped, *_rotation(angle, side)])
+    table = torch.stack([*corners, flipped, *fixed_rotation(angle, side)])
     return Draws(padding, table.t().to(torch.int32, memory_format=torch.contiguous_format))
 
 
-def _rotation(angle: Tensor, side: int) -> Tensor:
+def fixed_rotation(angle: Tensor, side: int) -> Tensor:
     """Return the last five columns of ``Draws.table`` as [5, N]; ``angle``: float64 [N], degrees counter-clockwise."""
     radians = angle * (-math.pi / 180)
     cos, sin = radians.cos(), radians.sin()
@@ -94,10 +95,11 @@ class ViewDraws:
     """Random numbers of one image in each row; ``draws[a:b]`` is a part of the batch.
 
     ``whole`` is int32 [N, 13]: top, left, height and width of the crop in pixels; flip, 0 or 1; jitter, 0 or 1; its
-    four steps in their order (0 brightness, 1 contrast, 2 saturation, 3 hue); hue, the shift of the hue in bytes,
-    modulo 256; gray and solarize, 0 or 1. ``real`` is float32 [N, 4]: the factors of brightness, contrast and
-    saturation, and the blur's sigma in pixels, at most 2.4, or 0 for no blur. ``views_cpu.cpp`` has the same columns.
-    ``side`` is that of the result in pixels, at most the images'. The crop is resized by ``interpolation``.
+    four steps in their order (0 brightness, 1 contrast, 2 saturation, 3 hue, 4 for a hue that is off); hue, the shift
+    of the hue in bytes, modulo 256; gray and solarize, 0 or 1. ``real`` is float32 [N, 4]: the factors of brightness,
+    contrast and saturation, and the blur's sigma in pixels, at most 2.4, or 0 for no blur. ``views_cpu.cpp`` has the
+    same columns. ``side`` is that of the result in pixels, at most the images'. The crop is resized by
+    ``interpolation``.
     """
 
     whole: Tensor
@@ -153,7 +155,35 @@ def draw_resized_crop(generator: torch.Generator, n: int, side: int, config: Dat
     top, left, flip = torch.rand((3, n), generator=generator).numpy()
     whole, real = _crop_tables(side, top, left, sizes, unfit)
     whole[:, 4] = flip < (0.5 if config.flip else 0.0)
+    if config.color_jitter.is_on:
+        _draw_jitter(generator, whole, real, config.color_jitter)
     return ViewDraws(torch.from_numpy(whole), torch.from_numpy(real), config.side_of_crop(side), crop.interpolation)
+
+
+def draw_jitter(generator: torch.Generator, n: int, side: int, config: ColorJitterConfig) -> ViewDraws:
+    """Return ``n`` draws of the colour jitter alone, for whole images of ``side`` pixels, on the CPU."""
+    nothing = np.zeros(n)
+    whole, real = _crop_tables(side, nothing, nothing, np.full((2, n), float(side)), np.zeros(0, np.int64))
+    _draw_jitter(generator, whole, real, config)
+    return ViewDraws(torch.from_numpy(whole), torch.from_numpy(real), side)
+
+
+def _draw_jitter(
+    generator: torch.Generator, whole: NDArray[np.int32], real: NDArray[np.float32], config: ColorJitterConfig
+) -> None:
+    """Fill the columns of the colour jitter, distributed as in torchvision's ``ColorJitter``.
+
+    The conversion to hue and back rounds pixels, so a hue that is off has no step.
+    """
+    order, jitter, hue, *factors = torch.rand((6, len(whole)), generator=generator).numpy()
+    whole[:, 5] = jitter < config.probability
+    orders = _ORDERS if config.hue else np.where(_ORDERS == HUE, NO_STEP, _ORDERS)
+    whole[:, 6:10] = orders[_up_to(order, len(orders) - 1)]
+    whole[:, 10] = _between(-config.hue, config.hue, hue) * 255  # rounded towards 0, as in torchvision
+    for column, (spread, factor) in enumerate(
+        zip((config.brightness, config.contrast, config.saturation), factors, strict=True)
+    ):
+        real[:, column] = _between(max(0.0, 1 - spread), 1 + spread, factor)
 
 
 def _crop_tables(

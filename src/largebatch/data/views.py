@@ -17,7 +17,7 @@ import operator
 import torch
 from torch import Tensor
 
-from largebatch.data.draws import BRIGHTNESS, CONTRAST, HUE, ViewDraws
+from largebatch.data.draws import BRIGHTNESS, CONTRAST, HUE, NO_STEP, ViewDraws
 
 _TAP_BITS, _BOX_BITS = 22, 24  # PIL's fixed point in resizing and in blurring
 _SUPPORT = {"bicubic": 2, "bilinear": 1}  # reach of the interpolation in pixels
@@ -118,14 +118,14 @@ def _jitter(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
     The hue is the slowest step: it runs once for all images, after the steps before it and before the steps after it.
     """
     order = torch.cat([numbers[f"step{i}"] for i in range(4)], 1)  # [N, 4, 1, 1]
-    hue_at = (order == HUE).int().argmax(1, keepdim=True)
-    jittered = numbers["jitter"] > 0
+    hue_at = (order >= HUE).int().argmax(1, keepdim=True)  # or NO_STEP in its place
+    jittered, shifted = numbers["jitter"] > 0, (order == HUE).any(1, keepdim=True)
     rank = torch.arange(3, device=order.device).view(1, 3, 1, 1)
     steps = order.gather(1, rank + (rank >= hue_at)).chunk(3, 1)  # the three others in their order
     for i, step in enumerate(steps):
         images = _blend_step(images, step, numbers, jittered & (i < hue_at))
     if images.shape[1] == 3:
-        images = torch.where(jittered, _shift_hue(images, numbers["hue"]), images)
+        images = torch.where(jittered & shifted, _shift_hue(images, numbers["hue"]), images)
     for i, step in enumerate(steps):
         images = _blend_step(images, step, numbers, jittered & (i >= hue_at))
     return images
@@ -133,13 +133,28 @@ def _jitter(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
 
 def _blend_step(images: Tensor, step: Tensor, numbers: dict[str, Tensor], on: Tensor) -> Tensor:
     """Change brightness, contrast or saturation, chosen by ``step`` [N, 1, 1, 1], of images whose ``on`` is True."""
-    gray = _gray(images) if images.shape[1] == 3 else images
-    mean = (_over(gray.sum((2, 3), dtype=torch.float64, keepdim=True), gray[0].numel()) + 0.5).floor().float()
-    degenerate = torch.where(step == BRIGHTNESS, 0, torch.where(step == CONTRAST, mean, gray))
+    gray = gray_of(images)
+    degenerate = torch.where(step == BRIGHTNESS, 0, torch.where(step == CONTRAST, mean_gray(gray), gray))
     contrast_or_saturation = torch.where(step == CONTRAST, numbers["contrast"], numbers["saturation"])
     factor = torch.where(step == BRIGHTNESS, numbers["brightness"], contrast_or_saturation)
-    factor = torch.where(on, factor, 1)  # 1 doesn't change the image
+    factor = torch.where(on & (step != NO_STEP), factor, 1)  # 1 doesn't change the image
+    return blended(degenerate, images, factor)
+
+
+def blended(degenerate: Tensor | float, images: Tensor, factor: Tensor | float) -> Tensor:
+    """Return float32 whole numbers in 0..255: ``degenerate`` for a factor of 0, the images for 1, or beyond."""
+    images = images.float()
     return (degenerate + factor * (images - degenerate)).clamp(0, 255).trunc()
+
+
+def gray_of(images: Tensor) -> Tensor:
+    """Return the gray of float32 images [N, C, S, S] with whole numbers in 0..255, [N, 1, S, S]. C is 1 or 3."""
+    return _gray(images) if images.shape[1] == 3 else images
+
+
+def mean_gray(gray: Tensor) -> Tensor:
+    """Return the rounded mean of each image, float32 [N, 1, 1, 1]."""
+    return (_over(gray.sum((2, 3), dtype=torch.float64, keepdim=True), gray[0].numel()) + 0.5).floor().float()
 
 
 def _gray(images: Tensor) -> Tensor:

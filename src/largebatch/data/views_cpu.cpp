@@ -281,7 +281,8 @@ void jitter(const Whole& draw, const Real& factors, int channels, int area, Byte
       to_gray(red, green, blue, area, gray);
       for (Byte* plane : {red, green, blue}) blend_with(gray, plane, area, factors.saturation);
     }
-    if (step == 3) shift_hue(red, green, blue, area, draw.hue);  // also by 0: the conversion to HSV rounds
+    // Also by 0: the conversion to HSV rounds. A hue that is off has step 4.
+    if (step == 3) shift_hue(red, green, blue, area, draw.hue);
   }
 }
 
