@@ -12,9 +12,9 @@ from largebatch.report.wording import cell_accuracy, decimals, listed, plural, r
 
 
 def answer(comparison: Comparison) -> str:
-    """Return the verdict on every column, a sentence or a few for each."""
+    """Return the verdict on every column, a line for each."""
     digits = decimals(comparison)
-    return " ".join(_sentences(verdict, digits) for verdict in comparison.verdicts)
+    return "\n".join(_sentences(verdict, digits) for verdict in comparison.verdicts)
 
 
 def _sentences(verdict: Verdict, digits: int) -> str:
