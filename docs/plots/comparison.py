@@ -94,6 +94,36 @@ def draw(comparison: Comparison, diagnosed: list[Diagnosed]) -> Figure:
     return figure
 
 
+def learning_rates(comparison: Comparison) -> str:
+    """Return a table of the chosen ``optimizer.lr``. Empty without a choice.
+
+    If the runs scale it from one batch size, each cell also has the points of validation accuracy that the row loses
+    there with the value chosen at that batch size: the error of the scaling rule.
+    """
+    chosen = {key: cell.chosen for key, cell in comparison.cells.items() if cell.chosen and cell.trials > 1}
+    if not chosen:
+        return ""
+    bases = {s.options["lr_scaling.base_batch"] for s in chosen.values() if s.options["lr_scaling.rule"] != "none"}
+    base = bases.pop() if len(bases) == 1 else None
+    sizes = " | ".join(f"batch {batch:,}" for batch in comparison.columns)
+    name = f"chosen at batch {base:,}" if base in comparison.columns else ""
+    lines = [f"| learning rate{name and f' (points lost by the one {name})'} | {sizes} |"]
+    lines.append("|---|" + "---|" * len(comparison.columns))
+    for row in comparison.rows:
+        texts = []
+        for batch in comparison.columns:
+            setting = chosen.get((row, batch))
+            text = f"{setting.options['optimizer.lr']:g}" if setting else "-"
+            if setting and name and base != batch and (row, base) in chosen:
+                wanted = chosen[row, base].options["optimizer.lr"]
+                cell = comparison.cells[row, batch]
+                others = [s.score(cell.chosen_by) for s in cell.settings if s.options["optimizer.lr"] == wanted]
+                text += f" ({100 * (setting.score(cell.chosen_by) - max(others)):.1f})" if others else ""
+            texts.append(text)
+        lines.append(f"| {row_label(row)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
 def origin(runs: Sequence[Run]) -> str:
     """Return a sentence about the runs: number, time, date, machine and program."""
     known = dict(facts(runs))
@@ -101,7 +131,13 @@ def origin(runs: Sequence[Run]) -> str:
     days = sorted(
         {datetime.datetime.fromtimestamp(end, datetime.UTC).date().isoformat() for end in (ends[0], ends[-1])}
     )
-    parts = [known["runs"], known["device-hours"], " to ".join(days), f"commit {known['commit']}", known["versions"]]
+    parts = [
+        known["runs"],
+        f"device-hours on {known['device-hours']}",
+        " to ".join(days),
+        f"commit {known['commit']}",
+        known["versions"],
+    ]
     return "; ".join(parts) + "."
 
 
@@ -118,8 +154,9 @@ def main() -> None:
     diagnosed = read_diagnosed(comparison, problems)
     for problem in problems:
         print(f"skipped: {problem.where}: {problem.what}", file=sys.stderr)
-    parts = answer(comparison), table(comparison), origin(comparison.runs)
-    target.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    verdicts = "\n".join(f"- {line}" for line in answer(comparison).splitlines())
+    parts = verdicts, table(comparison), learning_rates(comparison), origin(comparison.runs)
+    target.with_suffix(".md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     matplotlib.rcdefaults()  # ignores the user's settings
     salt = {"svg.hashsalt": "comparison"}  # without it, names inside the file are random
     with matplotlib.rc_context({**salt, "font.size": 9, "axes.titlesize": 9}):

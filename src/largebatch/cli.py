@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from largebatch import __version__
 from largebatch.errors import UserError, require
@@ -19,7 +19,7 @@ from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder, write_atomic
 from largebatch.runs.table import find_run, find_runs, plain_table
 from largebatch.runs.watch import show_log, show_status, watch_status
-from largebatch.terminal import escape_unprintable, exit_code_of, restart_in_utf8
+from largebatch.terminal import escape_unprintable, exit_code_of, printable, restart_in_utf8
 
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
@@ -72,9 +72,16 @@ def _completions(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list
     return completions(parsed_args.overrides, prefix)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors hold no control character of an argument."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
     description = "Train and compare large-batch optimizers."
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="largebatch",
         usage="largebatch [--help] [--version] COMMAND ...",
         description=description,

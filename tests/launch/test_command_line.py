@@ -103,6 +103,15 @@ def test_timm_model_options_need_no_plus(launch: Launch, sign: str) -> None:
     assert yaml.safe_load(result.stdout)["options"] == {"drop_rate": 0.1}, result.stderr
 
 
+@pytest.mark.parametrize("arguments", [["report", "--\x1b[31m"], ["st\x1b[31m"]], ids=["option", "command"])
+def test_an_error_of_the_command_line_escapes_control_characters(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "largebatch", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "\\x1b[31m" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
 def test_the_launching_side_never_imports_torch() -> None:
     ours = (
         *("config.checks", "config.identity", "runs.watch", "runs.cancel", "cli", "launch.main", "launch.confirm"),
