@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_runs_of_one_name_keep_their_own_rows(tmp_path: Path) -> None:
 
 
 def test_a_database_that_breaks_ends_the_copy_with_one_message(tmp_path: Path) -> None:
-    env = environment() | {"TRACKIO_DIR": str(tmp_path / "copies")}
+    env = environment() | {"TRACKIO_DIR": str(tmp_path / "copies"), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", BROKEN, str(tmp_path)], env=env, capture_output=True, text=True, timeout=100, check=True
     )
