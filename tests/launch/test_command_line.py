@@ -181,9 +181,8 @@ def test_a_grid_in_a_terminal_of_80_columns_ends_with_reasons_and_the_next_comma
     *_, following, _ = shown.lines
     assert following == "next: largebatch report runs"
     start = next(i for i, line in enumerate(shown.lines) if re.match("run +settings +state +test", line))
-    table = shown.lines[start:]
-    assert max(map(len, table)) <= 80
-    text = " ".join(" ".join(table).split())
+    assert max(map(len, shown.lines)) <= 80
+    text = " ".join(" ".join(shown.lines[start:]).split())
     assert re.search(r"lr=0.1 finished \d+\.\d\d %", text)
     assert re.search(r"lr=1e\+30 diverged - \S+ the loss was not finite at step \d", text)
     assert re.search(r"failed - - dataset.val_fraction=0.01: holding out 1 of 64", text)
