@@ -115,7 +115,7 @@ def test_an_error_of_the_command_line_escapes_control_characters(arguments: list
 def test_the_launching_side_never_imports_torch() -> None:
     ours = (
         *("config.checks", "config.identity", "runs.watch", "runs.cancel", "cli", "launch.main", "launch.confirm"),
-        *("tracking.sync", "report.build", "report.confirm", "report.page"),
+        *("tracking.sync", "report.build", "report.confirm", "report.critical", "report.fit_lr", "report.page"),
     )
     modules = ", ".join([*(f"largebatch.{name}" for name in ours), "launch"])
     code = f"import sys; import {modules}; print(sorted(m for m in sys.modules if m in {{'torch','wandb','timm'}}))"

@@ -57,7 +57,7 @@ def report(
     Raises:
         UserError: for an invalid target, format, path or key, and for a folder without a readable run.
     """
-    _check(target)
+    check_target(target)
     kind, path = _output(out, format_)
     runs, problems = load_runs(runs_dir)
     comparisons = compared(runs, by)
@@ -85,7 +85,7 @@ def report(
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
 
 
-def _check(target: Target) -> None:
+def check_target(target: Target) -> None:
     """Raise a ``UserError`` if no run can have such a metric or value."""
     value, metric = target
     if metric is not None and metric not in TARGET_METRICS:
