@@ -85,7 +85,7 @@ class Unlogged:
     device, because reading them waits for it.
 
     Attributes:
-        rows: position and learning rates of each step.
+        rows: position and learning rates of each step; the gradient's norm is a tensor, 0-dimensional.
         totals: the mode's totals of each step, of this process; float64 of shape [steps, mode.TOTALS].
     """
 
@@ -99,7 +99,8 @@ class Unlogged:
 
     def take(self) -> tuple[list[Row], list[list[float]]]:
         """Return the rows and the totals over all processes, and forget them. Waits for the device."""
-        rows, totals = self.rows, distributed.sum_over_processes(self.totals).tolist()
+        totals = distributed.sum_over_processes(self.totals).tolist()
+        rows = [{k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()} for row in self.rows]
         self.rows, self.totals = [], self.totals.new_empty(0, self.totals.shape[1])
         return rows, totals
 
