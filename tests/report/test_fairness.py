@@ -122,6 +122,16 @@ def test_an_option_without_effect_is_named_with_its_cells() -> None:
     assert "TVLARS at 2,048: optimizer.lmbda=0.001: phi falls only from 0.500 to 0.475 in 100 steps" in text
 
 
+def test_an_average_without_effect_is_named_and_an_invalid_decay_is_no_error() -> None:
+    for decay, named in ((0.999, True), (0.5, False), (2.0, False), ("high", False)):
+        runs = [
+            made("lars", seed=seed, facts={"steps": 100, "steps_per_epoch": 10}, ema_decay=decay,
+                 lr_scaling={"rule": "none"})
+            for seed in (0, 1, 2)
+        ]  # fmt: skip
+        assert ("Option without effect (ema_decay)" in warned(runs)) == named
+
+
 def test_options_of_another_version_are_no_error() -> None:
     runs = seeds(
         "tvlars", 0.5, 0.5, 0.5, facts={"steps": 10, "steps_per_epoch": 1}, optimizer__unknown=1, lr_scaling={}

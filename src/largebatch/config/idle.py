@@ -14,6 +14,7 @@ _FLAT = 0.2  # phi that varies by less is a constant factor
 _HALF = 0.5  # of phi's start: the fall that a note asks for
 _LONG = 1 / 3  # of the training: a longer warm-up
 _NO_DECAY = 1e-6  # relative change over the run
+_BEGINNING = 0.1  # part of the averaged weights that are still those of the start
 _RANGE = 10  # of phi's exponent over the training, so that phi falls to its floor
 
 
@@ -45,6 +46,7 @@ def idle_options(config: Config, steps: int, steps_per_epoch: float) -> list[str
         *_schedule_decay(config.schedule, steps, steps_per_epoch),
         *_weight_decay(config, steps),
         *_groups(config),
+        *_average(config, steps),
     ]
 
 
@@ -137,4 +139,13 @@ def _groups(config: Config) -> Iterator[str]:
         yield (
             f"optimizer.sample_size={optimizer.sample_size}: one group is the whole batch, so {effect}. "
             "Fix: optimizer.sample_size=1, or another part of the batch"
+        )
+
+
+def _average(config: Config, steps: int) -> Iterator[str]:
+    if config.ema_decay is not None and config.ema_decay**steps > _BEGINNING:
+        fix = f"ema_decay={1 - _RANGE / steps:.2g} or less, or " if steps > 2 * _RANGE else ""
+        yield (
+            f"ema_decay={config.ema_decay:g}: after {steps:,} steps, {config.ema_decay**steps:.0%} of the averaged "
+            f"weights are still the initial weights. Fix: {fix}train longer, or no ema_decay"
         )

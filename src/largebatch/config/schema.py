@@ -118,6 +118,8 @@ class Config:
     epochs: int | None = option(None, least=0)  # at most one of the two; None: the mode's or data set's default_epochs
     steps: int | None = option(None, least=0)
     clip_norm: float | None = option(None, above=0)  # largest norm of the whole gradient of a step; None: no limit
+    # Part of the moving average of the weights that a step keeps. The average is evaluated and exported. None: off
+    ema_decay: float | None = option(None, above=0, below=1)
     seed: int = option(0, least=0)
     # auto: bf16 on GPUs that have it, fp16 on older GPUs, fp32 on CPU and for networks under a million parameters
     precision: str = option("auto", allowed=("auto", "fp32", "bf16", "fp16"))

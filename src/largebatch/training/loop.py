@@ -132,8 +132,7 @@ def _all_finite(phase: MainPhase, first_bad_step: torch.Tensor) -> bool:
     Only such a state may replace the finite checkpoints. The check waits for the device, as the checkpoint does.
     """
     training = phase.training
-    modules = [training.model, *([training.probe.head] if training.probe else [])]
-    tensors = [t.detach() for module in modules for t in module.state_dict().values() if t.is_floating_point()]
+    tensors = [t.detach() for module in training.modules for t in module.state_dict().values() if t.is_floating_point()]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
     bad = first_bad_step.isfinite() | ~norms.isfinite().all()
     return distributed.smallest_over_processes((~bad).float()) > 0

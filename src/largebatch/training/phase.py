@@ -228,6 +228,8 @@ class MainPhase:
                 recorder.layers(training.step, layers, statistics)
         optimizer.zero_grad(set_to_none=True)
         training.schedule.step()
+        if training.averaged and taken:
+            training.averaged.update(training.model)
 
     @torch.no_grad()
     def _clip(self) -> Tensor | float:
@@ -283,7 +285,7 @@ class MainPhase:
     def evaluate(self) -> dict[str, float]:
         """Return the metrics of the validation and test sets, over all processes."""
         step = self.training.step
-        return recorded_metrics(self.run, classified(self.run, self.training.model), step, final=step == self.end)
+        return recorded_metrics(self.run, classified(self.run, self.training.result), step, final=step == self.end)
 
     def facts(self) -> Facts:
         """Return the facts specific to the mode."""

@@ -22,6 +22,7 @@ from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import Row
+from largebatch.training.averaging import AveragedWeights
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
 from largebatch.training.running_statistics import RunningStatistics
@@ -139,16 +140,27 @@ class Training:
     statistics: RunningStatistics  # of the network's batch norm
     unlogged: Unlogged
     noise: GradientNoise | None = None  # only with instruments.noise_scale
+    averaged: AveragedWeights | None = None  # only with ema_decay, and not while a probe trains
     probe: ProbeState | None = None  # only with mode=bt
     step: int = 0
     seconds: float = 0.0  # wall time of the run's earlier processes
     best: float = -math.inf  # validation accuracy of the best checkpoint
 
+    @property
+    def result(self) -> nn.Module:
+        """The model whose metrics count: with ``ema_decay`` the averaged model."""
+        return self.averaged.model if self.averaged else self.model
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules with weights of the run."""
+        averaged = [self.averaged.model] if self.averaged else []
+        return [self.model, *averaged, *([self.probe.head] if self.probe else [])]
+
     def checksum(self) -> str:
         """Return the CRC-32 of all parameters and buffers, in hex. Waits for the device."""
-        tensors = [*self.model.state_dict().values(), *(self.probe.head.state_dict().values() if self.probe else ())]
         found = 0
-        for tensor in tensors:
+        for tensor in (tensor for module in self.modules for tensor in module.state_dict().values()):
             found = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy(), found)
         return f"{found:08x}"
 
@@ -165,6 +177,7 @@ class Training:
                 "seconds": seconds,
                 "best": self.best,
             }
+            | ({"averaged": self.averaged.model.state_dict()} if self.averaged else {})
             | ({"probe": self.probe.state()} if self.probe else {})
         )
 
@@ -178,6 +191,8 @@ class Training:
         self.unlogged.totals = totals if rank == 0 else torch.zeros_like(totals)
         if self.noise and "noise" in saved:  # a run may be resumed with another choice of instruments
             self.noise.load(saved["noise"], rank)
+        if self.averaged and "averaged" in saved:  # a checkpoint of a probe has none
+            self.averaged.model.load_state_dict(saved["averaged"])
         if self.probe:
             self.probe.load(saved["probe"], rank)
         self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]
