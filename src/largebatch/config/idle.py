@@ -106,10 +106,16 @@ def _schedule_decay(schedule: ScheduleConfig, steps: int, steps_per_epoch: float
         return
     if abs(1 - schedule.factor(steps, steps_per_epoch)(steps - 1)) < _NO_DECAY:
         options = vars(schedule)
-        key = "final_factor" if "power" not in options or abs(1 - options["final_factor"]) < _NO_DECAY else "power"
+        key, fix = (
+            ("gamma", "schedule.gamma=0.1") if "gamma" in options else ("final_factor", "schedule.final_factor=0")
+        )
+        if abs(1 - options[key]) >= _NO_DECAY:
+            key = next(name for name in ("power", "decay_fraction", "milestones") if name in options)
+            fix = fix if key == "power" else "train longer"
+        value = options[key] if isinstance(options[key], list) else f"{options[key]:g}"
         yield (
-            f"schedule.{key}={options[key]:g}: the learning rate changes by less than {_NO_DECAY:g} after the warm-up, "
-            "so the schedule is constant. Fix: schedule.final_factor=0, or a constant schedule"
+            f"schedule.{key}={value}: the learning rate changes by less than {_NO_DECAY:g} after the warm-up, "
+            f"so the schedule is constant. Fix: {fix}, or a constant schedule"
         )
 
 
