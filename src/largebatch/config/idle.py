@@ -47,6 +47,7 @@ def idle_options(config: Config, steps: int, steps_per_epoch: float) -> list[str
         *_weight_decay(config, steps),
         *_groups(config),
         *_average(config, steps),
+        *_early_stopping(config, steps, steps_per_epoch),
     ]
 
 
@@ -154,4 +155,13 @@ def _average(config: Config, steps: int) -> Iterator[str]:
         yield (
             f"ema_decay={config.ema_decay:g}: after {steps:,} steps, {config.ema_decay**steps:.0%} of the averaged "
             f"weights are still the initial weights. Fix: {fix}train longer, or no ema_decay"
+        )
+
+
+def _early_stopping(config: Config, steps: int, steps_per_epoch: float) -> Iterator[str]:
+    evaluations = math.ceil(steps / steps_per_epoch / config.eval_every - 1e-9)
+    if config.early_stopping is not None and config.early_stopping + 1 >= evaluations:
+        yield (
+            f"early_stopping={config.early_stopping}: the run has {evaluations:,} evaluation(s), so it never stops "
+            "early. Fix: a smaller value, or a smaller eval_every"
         )

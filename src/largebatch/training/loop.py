@@ -41,6 +41,8 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
     batches = phase.batches()
     first_bad_step = torch.full((), math.inf, device=phase.run.device)  # first step with a NaN or infinite loss
     diverged, first_step = False, training.step + 1
+    if training.early_stopping.stops:  # it was killed between the last checkpoint and its outcome
+        phase.end = training.step
 
     if training.step == phase.start and phase.evaluates_after(training.step):
         session.record(phase.position(training.step) | phase.evaluate())
@@ -109,7 +111,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             return "diverged", f"parameters were not finite at step {training.step}"
         return "diverged", f"the loss was not finite at step {bad_step:.0f}"
     phase.close()
-    return "finished", ""
+    return "finished", training.early_stopping.reason if training.step < phase.total_steps else ""
 
 
 def _is_best(phase: MainPhase, metrics: dict[str, float]) -> bool:

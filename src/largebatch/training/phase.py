@@ -23,7 +23,7 @@ from largebatch.seeding import derive_seed
 from largebatch.tracking.layers import plain_statistics
 from largebatch.tracking.recorder import Recorder
 from largebatch.tracking.rows import COLUMNS, Layer, has_layer_row, has_metrics_row
-from largebatch.training.evaluation import classified, recorded_metrics
+from largebatch.training.evaluation import classified, metrics_of_images, recorded_metrics
 from largebatch.training.facts import Facts
 from largebatch.training.graphs import Function, Tensors
 from largebatch.training.micro_batch import release_memory, smaller_micro_batch
@@ -264,7 +264,9 @@ class MainPhase:
         return rates
 
     def logs_after(self, step: int) -> bool:
-        return has_metrics_row(step, self.run.config.tracker.log_every) or step == self.end
+        """Return True if the step has a row. An evaluation that may end the training follows the row of its step."""
+        may_end = self.run.config.early_stopping is not None and self.evaluates_after(step)
+        return has_metrics_row(step, self.run.config.tracker.log_every) or may_end or step == self.end
 
     def train_rows(self) -> tuple[list[Row], list[Row]]:
         """Return the metrics of the steps since the last call, over all processes: in one row, and in a row for each.
@@ -283,9 +285,13 @@ class MainPhase:
         return step == self.end or self.epochs.ends(step, self.run.config.eval_every)
 
     def evaluate(self) -> dict[str, float]:
-        """Return the metrics of the validation and test sets, over all processes."""
-        step = self.training.step
-        return recorded_metrics(self.run, classified(self.run, self.training.result), step, final=step == self.end)
+        """Return the metrics of the validation and test sets, over all processes. An early stop sets ``end``."""
+        step, stopping = self.training.step, self.training.early_stopping
+        images = classified(self.run, self.training.result)
+        stopping.evaluated(metrics_of_images(images))
+        if stopping.stops:
+            self.end = step
+        return recorded_metrics(self.run, images, step, final=step == self.end)
 
     def facts(self) -> Facts:
         """Return the facts specific to the mode."""

@@ -40,6 +40,7 @@ from largebatch.training.pretraining import Pretraining
 from largebatch.training.profile import StartClock
 from largebatch.training.running_statistics import RunningStatistics
 from largebatch.training.state import Run, Training, Unlogged
+from largebatch.training.stop import EarlyStopping
 
 MODES: dict[str, tuple[ModuleType, type[MainPhase]]] = {"clf": (clf, MainPhase), "bt": (bt, Pretraining)}
 Saved = dict[str, Any]  # a checkpoint
@@ -124,8 +125,10 @@ def set_up(
     schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
     unlogged = Unlogged(mode.TOTALS, device)
     statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
+    stopping = EarlyStopping(config.early_stopping)
     training = Training(
-        model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, noise, averaged
+        model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, stopping, noise,
+        averaged,
     )  # fmt: skip
     return phase(run, training, mode)
 

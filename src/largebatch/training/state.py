@@ -26,9 +26,12 @@ from largebatch.training.averaging import AveragedWeights
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
 from largebatch.training.running_statistics import RunningStatistics
+from largebatch.training.stop import EarlyStopping
 
 # Keys of every checkpoint.
-STATE = ("model", "optimizer", "schedule", "loss_scale", "unlogged", "seconds", "best", "micro_batch")
+STATE = (
+    "model", "optimizer", "schedule", "loss_scale", "unlogged", "seconds", "best", "early_stopping", "micro_batch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ class Training:
     norms: SampleNorms | None  # measures gradients for CLARS, VR-LARS and VR-LAMB
     statistics: RunningStatistics  # of the network's batch norm
     unlogged: Unlogged
+    early_stopping: EarlyStopping
     noise: GradientNoise | None = None  # only with instruments.noise_scale
     averaged: AveragedWeights | None = None  # only with ema_decay, and not while a probe trains
     probe: ProbeState | None = None  # only with mode=bt
@@ -176,6 +180,7 @@ class Training:
                 "unlogged": {"rows": self.unlogged.rows, "totals": self.unlogged.totals},
                 "seconds": seconds,
                 "best": self.best,
+                "early_stopping": self.early_stopping.state(),
             }
             | ({"averaged": self.averaged.model.state_dict()} if self.averaged else {})
             | ({"probe": self.probe.state()} if self.probe else {})
@@ -186,6 +191,7 @@ class Training:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.loss_scale.load(saved["loss_scale"])
+        self.early_stopping.load(saved["early_stopping"])
         self.unlogged.rows, totals = saved["unlogged"]["rows"], saved["unlogged"]["totals"]
         # Saved totals are sums over processes, and will be summed again.
         self.unlogged.totals = totals if rank == 0 else torch.zeros_like(totals)
