@@ -99,6 +99,7 @@ class Recorder:
             rows = read_rows(self._folder.metrics)
             write_table(rows, self._folder.metrics_table)
             metrics = summarise(rows) | {"state": state, "step": step, "wall_seconds": seconds, "checksum": checksum}
+            metrics["stopped_early"] = state == "finished" and step < self._facts["steps"]
             write_atomic(self._folder.summary, json.dumps(metrics | self._facts, indent=1) + "\n")
             if self._tracker:
                 if self._order and self._keys.predictions and self._folder.predictions.exists():
