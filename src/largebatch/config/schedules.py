@@ -155,7 +155,7 @@ class _Stable(_Warmup):
         """Raise a ``UserError`` if the warm-up is as long as the training, or ends after the first fall."""
         super().check_warmup(warmup, training, unit)
         part, key = self.stable()
-        if warmup > part * training:
+        if training and warmup > part * training:
             raise UserError(
                 f"{self.warmup_key()}: {warmup:.10g} {unit} of warm-up, but with {key} the learning rate falls after "
                 f"{part * training:.4g} of {training}. Fix: shorten the warm-up, or let the learning rate fall later"

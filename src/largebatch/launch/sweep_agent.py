@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from largebatch.tracking.wandb_run import WandbRun
 
 # Keys of a summary; other keys without / are facts.
-_OUTCOME = ("state", "step", "wall_seconds", "images_per_second", "checksum")
+_OUTCOME = ("state", "step", "wall_seconds", "images_per_second", "checksum", "stopped_early")
 _NOT_OURS = ("_wandb=", "resolved=")  # keys of W&B's configuration of a run, which users never give
 
 
