@@ -146,6 +146,7 @@ def test_a_probe_begins_with_the_average(tmp_path: Path) -> None:
     assert phase.training.averaged is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "every"), [(6, 20), (9, 9)])
 def test_fine_tuning_of_the_average_resumes_exactly(tmp_path: Path, step: int, every: int) -> None:
     command = (*BT, f"checkpoint.every_steps={every}")

@@ -124,6 +124,7 @@ def test_a_clipped_step_reads_no_number_back(tmp_path: Path, overrides: tuple[st
     assert_nothing_is_read_back(tmp_path, *overrides, "clip_norm=0.1")
 
 
+@pytest.mark.slow
 def test_a_clipped_run_resumes_exactly_and_logs_its_norms(tmp_path: Path) -> None:
     command = (
         *TINY, "steps=60", "checkpoint.every_steps=5", "tracker.log_every=7", "tracker.layers_every=3",

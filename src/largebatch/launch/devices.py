@@ -125,7 +125,7 @@ def thread_environment(threads: int | None, processes: int, cores: int) -> dict[
     defaults = {
         # Threads that spin while waiting make a step several times slower if other programs use the same cores.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # glibc gives large blocks back to the system, and then each page of the next block is a page fault: a fifth of
+        # glibc gives large blocks back to the system, and then each page of the next block is a page fault: a sixth of
         # the time of a small network's training on a CPU. These keep blocks below 256 MiB, up to 1 GiB in all.
         "MALLOC_MMAP_THRESHOLD_": str(2**28),
         "MALLOC_TRIM_THRESHOLD_": str(2**30),
