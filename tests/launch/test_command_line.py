@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +172,22 @@ def test_a_terminal_shows_a_line_before_the_slow_imports(tmp_path: Path) -> None
     assert shown.lines[:2] == ["composing the configurations ...", "importing hydra"]
     completing = in_terminal([*command, "-sc", "query=bash"], tmp_path, 80, variables)
     assert completing.lines[0] == "importing hydra"
+
+
+def test_a_killed_worker_s_error_does_not_follow_its_progress_bar_on_a_line(tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill(sent: bytes) -> None:
+        if b"step/s" in sent and not killed:
+            (status,) = tmp_path.glob("runs/*/status.json")
+            killed.append(json.loads(status.read_text())["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    command = [sys.executable, str(ROOT / "launch.py"), *TINY, "steps=100000"]
+    shown = in_terminal(command, tmp_path, 80, heard=kill)
+    assert shown.code == 1
+    assert any(line.startswith("error: the worker was ended by SIGKILL") for line in shown.lines)
+    assert max(map(len, shown.lines)) <= 80
 
 
 def test_a_grid_in_a_terminal_of_80_columns_ends_with_reasons_and_the_next_command(tmp_path: Path) -> None:
