@@ -145,7 +145,7 @@ def test_an_average_that_still_holds_the_initial_weights(decay: float, idle: boo
 
 @pytest.mark.parametrize(("patience", "every", "idle"), [(18, 1, False), (19, 1, True), (3, 4, False), (4, 4, True)])
 def test_a_patience_as_long_as_the_training(patience: int, every: int, idle: bool) -> None:
-    """Of 20 epochs, or of 5 evaluations, the first is always the best so far."""
+    """The first evaluation is always the best so far: of 20 evaluations, or of 5."""
     found = notes("optimizer=lars", f"early_stopping={patience}", f"eval_every={every}")
     assert [note.startswith(f"early_stopping={patience}: the run has {20 // every} ") for note in found] == [
         True
