@@ -21,15 +21,8 @@ from largebatch.tracking.rows import Layer, LayerRow, RowOrder, replay
 from largebatch.tracking.tracker import start_tracker
 
 _STATUS_EVERY_SECONDS = 1.0
-_LAST = (
-    "train/",
-    "val/",
-    "test/",
-    "optim/",
-    "embedding/",
-    "probe/",
-    "noise/",
-)  # families whose last values are in the summary
+# Families whose last values are in the summary.
+_LAST = ("train/", "val/", "test/", "optim/", "embedding/", "probe/", "noise/")
 
 
 class Recorder:
