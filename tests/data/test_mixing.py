@@ -6,6 +6,7 @@ import torch
 from conftest import configuration
 from timm.data import mixup as timm_mixup
 from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
 
 from largebatch.config.batch import plan_batch
 from largebatch.config.checks import validate
@@ -112,6 +113,18 @@ def test_the_loss_of_soft_labels_is_the_weighted_sum_of_both_cross_entropies():
     torch.testing.assert_close(value, expected)
     larger = torch.where(draws.parts[:, 2] >= draws.parts[:, 3], labels, partner)
     assert totals[1] == (logits.argmax(1) == larger).sum()
+
+
+def test_label_smoothing_of_mixed_labels_equals_timms():
+    """timm smooths the labels and then mixes them; cross-entropy smooths the mixed labels. Both give one target."""
+    images, labels = images_and_labels(8)
+    draws = draw_mixing(3, 8, SIDE, mixing(cutmix=0.0))
+    pixels, parts = mixed(images, soft(labels, CLASSES), draws)
+    logits = torch.randn(8, CLASSES, generator=torch.Generator().manual_seed(0))
+    order = [0, 2, 4, 6, 7, 5, 3, 1]  # timm pairs image i with n - 1 - i
+    targets = timm_mixup.mixup_target(labels[order], CLASSES, draws.parts[0, 2].item(), smoothing=0.3)
+    value, _ = clf.loss(configuration("mode.label_smoothing=0.3", "mode.mixup=0.8"), lambda _: logits, pixels, parts)
+    torch.testing.assert_close(value, SoftTargetCrossEntropy()(logits[order], targets))
 
 
 def test_pairs_need_an_even_micro_batch():

@@ -80,6 +80,7 @@ class Clf(ModeConfig):
 
     label = "classification"
 
+    label_smoothing: float = option(0.0, least=0, below=1)  # part of each label that is spread over all classes
     # Mixup and CutMix, as in timm: the alpha of Beta(alpha, alpha), from which the mixing ratio is drawn; 0: off.
     mixup: float = option(0.0, least=0, most=100)
     cutmix: float = option(0.0, least=0, most=100)

@@ -41,6 +41,8 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
     batches = phase.batches()
     first_bad_step = torch.full((), math.inf, device=phase.run.device)  # first step with a NaN or infinite loss
     diverged, first_step = False, training.step + 1
+    if training.early_stopping.stops:  # it was killed between the last checkpoint and its outcome
+        phase.end = training.step
 
     if training.step == phase.start and phase.evaluates_after(training.step):
         session.record(phase.position(training.step) | phase.evaluate())
@@ -109,7 +111,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             return "diverged", f"parameters were not finite at step {training.step}"
         return "diverged", f"the loss was not finite at step {bad_step:.0f}"
     phase.close()
-    return "finished", ""
+    return "finished", training.early_stopping.reason if training.step < phase.total_steps else ""
 
 
 def _is_best(phase: MainPhase, metrics: dict[str, float]) -> bool:
@@ -132,8 +134,7 @@ def _all_finite(phase: MainPhase, first_bad_step: torch.Tensor) -> bool:
     Only such a state may replace the finite checkpoints. The check waits for the device, as the checkpoint does.
     """
     training = phase.training
-    modules = [training.model, *([training.probe.head] if training.probe else [])]
-    tensors = [t.detach() for module in modules for t in module.state_dict().values() if t.is_floating_point()]
+    tensors = [t.detach() for module in training.modules for t in module.state_dict().values() if t.is_floating_point()]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
     bad = first_bad_step.isfinite() | ~norms.isfinite().all()
     return distributed.smallest_over_processes((~bad).float()) > 0

@@ -29,6 +29,7 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import content_hash
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
+from largebatch.training.averaging import AveragedWeights
 from largebatch.training.compilation import compiled, why_no_graphs
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
@@ -39,6 +40,7 @@ from largebatch.training.pretraining import Pretraining
 from largebatch.training.profile import StartClock
 from largebatch.training.running_statistics import RunningStatistics
 from largebatch.training.state import Run, Training, Unlogged
+from largebatch.training.stop import EarlyStopping
 
 MODES: dict[str, tuple[ModuleType, type[MainPhase]]] = {"clf": (clf, MainPhase), "bt": (bt, Pretraining)}
 Saved = dict[str, Any]  # a checkpoint
@@ -74,6 +76,8 @@ def set_up(
     steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
     arithmetic = _agreed_arithmetic(config, folder, model, rank, device)
     model = model.to(memory_format=arithmetic.memory_format)
+    # Before a micro-batch is tried, because it takes memory, and before hooks, which aren't its own.
+    averaged = AveragedWeights(model, config.ema_decay) if config.ema_decay is not None else None
     if config.micro_batch == "auto" and saved is not None:
         batch = replace(batch, micro_batch=saved["micro_batch"])
     elif config.micro_batch == "auto":
@@ -127,8 +131,10 @@ def set_up(
     schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
     unlogged = Unlogged(mode.TOTALS, device)
     statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
+    stopping = EarlyStopping(config.early_stopping)
     training = Training(
-        model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, noise
+        model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, stopping, noise,
+        averaged,
     )  # fmt: skip
     return phase(run, training, mode)
 
