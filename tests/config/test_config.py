@@ -84,6 +84,8 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("dataset.resized_crop.scale=[1,0.5]", "Fix: [0.5, 1.0]"),
         ("dataset.resized_crop.scale=[0,1]", "above 0 and at most 1"),
         ("dataset.resized_crop.interpolation=nearest", "allowed: bicubic, bilinear"),
+        ("dataset.resized_crop.source=files", "did you mean file?"),
+        ("dataset.resized_crop.source=file", "dataset=digits has no image files to crop from. Fix: dataset.resized"),
         ("dataset.erasing.min_area=0.5", "Fix: at most 0.333333"),
         ("dataset.color_jitter.hue=0.6", "from 0 to 0.5"),
         ("dataset.rand_augment.magnitude=31", "from 0 to 30"),

@@ -18,6 +18,8 @@ class ResizedCropConfig:
     scale: list[float] | None = option(None, above=0, most=1, length=2)  # [0.08, 1]: parts of the area; None: off
     ratio: list[float] = option([3 / 4, 4 / 3], above=0, length=2)  # of width to height
     interpolation: str = option("bicubic", allowed=("bicubic", "bilinear"))
+    # square: crops from the decoded square. file: crops from the whole file, while it is decoded; of views too.
+    source: str = option("square", allowed=("square", "file"))
 
 
 @dataclass
@@ -56,8 +58,8 @@ class ErasingConfig:
     fill: str = option("zero", allowed=("zero", "channel", "pixel"))
 
 
-def augmentation_problems(dataset: DatasetConfig) -> list[str]:
-    """Return one line for each conflict between options of the augmentation."""
+def augmentation_problems(dataset: DatasetConfig, views: int = 1) -> list[str]:
+    """Return one line for each conflict between options of the augmentation; ``views`` are the mode's."""
     problems = []
     crop, side = dataset.resized_crop, dataset.image_size
     for key, ends in {"scale": crop.scale, "ratio": crop.ratio}.items():
@@ -69,6 +71,8 @@ def augmentation_problems(dataset: DatasetConfig) -> list[str]:
             f"dataset.rotation={dataset.rotation:g}, because it replaces this crop and the rotation. "
             "Fix: dataset.crop_padding=0 dataset.rotation=0"
         )
+    if crop.source == "file":
+        problems += _file_crop_problems(dataset, views)
     erasing = dataset.erasing
     if erasing.min_area > erasing.max_area:
         problems.append(
@@ -81,6 +85,22 @@ def augmentation_problems(dataset: DatasetConfig) -> list[str]:
             f"{'null' if side is None else side} doesn't fit into it. "
             f"Fix: {'set dataset.image_size' if side is None else f'{side} or more'}"
         )
+    return problems
+
+
+def _file_crop_problems(dataset: DatasetConfig, views: int) -> list[str]:
+    key, problems = "dataset.resized_crop.source=file", []
+    if not dataset.in_files:
+        problems.append(
+            f"{key}: dataset={dataset.name} has no image files to crop from. Fix: dataset.resized_crop.source=square"
+        )
+    if dataset.location != "auto":
+        problems.append(
+            f"dataset.location={dataset.location}: not allowed with {key}, which decodes files while training. "
+            "Fix: dataset.location=auto"
+        )
+    if dataset.resized_crop.scale is None and views == 1:
+        problems.append(f"{key}: does nothing without a resized crop. Fix: dataset.resized_crop.scale=[0.08,1]")
     return problems
 
 

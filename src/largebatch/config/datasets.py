@@ -31,6 +31,8 @@ _SIDE = "the side in pixels to resize images to"
 class ViewsConfig:
     """The two views of Barlow Twins, with the reference program's defaults. ``dataset.flip`` mirrors them too."""
 
+    RATIO: ClassVar[tuple[float, float]] = (3 / 4, 4 / 3)  # of a crop's width to its height
+
     min_area: float = option(0.08, above=0, most=1)  # smallest crop, as a part of the image's area
     jitter: float = option(0.8, least=0, most=1)  # probability of changing brightness, contrast, saturation and hue
     gray: float = option(0.2, least=0, most=1)  # probability of removing colours
@@ -44,14 +46,15 @@ class DatasetConfig:
 
     ``loader`` names the function that returns training split, test split and class names. ``needs`` describes the
     options that can't be None. ``root_decides`` is True if ``root`` decides the images, and so the run's identity.
-    ``copies`` is the number of training images in
-    succession that come from one source; a validation set takes all or none of them.
+    ``copies`` is the number of training images in succession that come from one source; a validation set takes all or
+    none of them. ``in_files`` is True if each image is a file of its own.
     """
 
     loader: ClassVar[str] = ""
     needs: ClassVar[dict[str, str]] = {}
     root_decides: ClassVar[bool] = False
     copies: ClassVar[int] = 1
+    in_files: ClassVar[bool] = False
 
     name: str = MISSING
     root: str = "data"  # folder of the files or of the download
@@ -146,7 +149,7 @@ class DatasetConfig:
                 f"dataset.crop_padding={self.crop_padding}: some crops would have nothing of an image of "
                 f"dataset.image_size={side}. Fix: at most {side}"
             )
-        problems += augmentation_problems(self)
+        problems += augmentation_problems(self, config.mode.views)
         left = self.train_images if 0 <= self.val_fraction < 1 else None
         if left is not None and config.batch_size > left:
             without = " without the validation set" if self.val_fraction else ""
@@ -233,6 +236,7 @@ class TinyImageNet(DatasetConfig):
     """Tiny ImageNet: RGB images of 64x64. Its labelled validation images are the test set."""
 
     loader = "largebatch.data.imagefolder:load_tinyimagenet"
+    in_files = True
 
     train_size: int | None = option(100_000, least=1)
     test_size: int | None = option(10_000, least=1)
@@ -245,6 +249,7 @@ class ImageFolder(DatasetConfig):
     """Images in folders ``root/train/<class>/...`` and ``root/test/<class>/...``."""
 
     loader = "largebatch.data.imagefolder:load_imagefolder"
+    in_files = True
     needs: ClassVar[dict[str, str]] = {"image_size": _SIDE}
     root_decides = True
 
@@ -261,6 +266,7 @@ class ImageNet(DatasetConfig):
     """ImageNet-1k (ILSVRC 2012) as class folders."""
 
     loader = "largebatch.data.imagefolder:load_imagefolder"
+    in_files = True
     needs: ClassVar[dict[str, str]] = {"image_size": _SIDE}
 
     root: str = "data/imagenet"

@@ -15,6 +15,7 @@ from largebatch.config.epochs import Epochs
 from largebatch.config.modes import Mixing
 from largebatch.data.chain import Chain, chained, draw_chain
 from largebatch.data.draws import ViewDraws, draw_view
+from largebatch.data.file_crops import FileCrop, file_crop
 from largebatch.data.images import MemoryImages, Split, centre
 from largebatch.data.mixing import draw_mixing, mixed, soft
 from largebatch.data.sampling import evaluation_share, global_batches
@@ -80,25 +81,29 @@ class BatchLoader:
             pieces = batch.pieces(self.rank, len(indices))
             return pieces * passes if len(pieces) > 1 else pieces
 
+        side = self.config.side_of_crop(split.images.image_size)
+        crop = file_crop(self.config, side, views)
         # Decoding runs ahead of the loop below, so it has its own iterator over the same steps.
         ahead = global_batches(epochs, seed, start_step)
-        wanted = (indices[piece] for _, indices in ahead for piece in pieces_of(indices))
-        pixels = self._pixels(split, wanted, batch.micro_batch)
+        rows = (indices if crop is None else crop.rows(indices, seed, step) for step, indices in ahead)
+        wanted = (of_step[piece] for of_step in rows for piece in pieces_of(of_step))
+        pixels = self._pixels(split, wanted, batch.micro_batch, crop)
         for step, indices in global_batches(epochs, seed, start_step):
             generator = torch.Generator().manual_seed(derive_seed(seed, "augment", step))
-            drawn = self._draw(generator, split.images.image_size, len(indices), views)
+            drawn = self._draw(generator, side if crop else split.images.image_size, len(indices), views)
             pieces = pieces_of(indices)
             share = slice(pieces[0].start, pieces[-1].stop) if pieces else slice(0, 0)
             draws = [chain[share].to(self.device) for chain in drawn]
             labels = self._labels(split, indices[share])
             mix = None
             if mixing is not None:
-                labels, side = soft(labels, classes), self.config.side_of_crop(split.images.image_size)
+                labels = soft(labels, classes)
                 mix = draw_mixing(derive_seed(seed, "mix", step), len(indices), side, mixing)
                 mix = None if mix is None else mix[share].to(self.device)
             for part in (slice(piece.start - share.start, piece.stop - share.start) for piece in pieces):
                 images, chosen = next(pixels)
-                seen = [self._augmented(images, chosen, chain[part]) for chain in draws]
+                each = images.unbind(1) if crop else [images] * views
+                seen = [self._augmented(one, chosen, chain[part]) for one, chain in zip(each, draws, strict=True)]
                 batch_of_part = torch.cat(seen) if views > 1 else seen[0], labels[part]
                 yield batch_of_part if mix is None else mixed(*batch_of_part, mix[part])
 
@@ -128,16 +133,18 @@ class BatchLoader:
             pixels, indices = centre(pixels if indices is None else pixels[indices], side), None
         return chained(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
 
-    def _pixels(self, split: Split, wanted: Iterator[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _pixels(
+        self, split: Split, wanted: Iterator[Tensor], size: int, crop: FileCrop | None = None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield uint8 images on the device, and indices into them or None, for each of ``wanted`` (int64 [n]).
 
         A data set on the device is yielded whole, with the indices. Otherwise the images at the indices are copied to
-        the device one batch ahead.
+        the device one batch ahead. With ``crop``, ``wanted`` are its rows and images are [n, views, C, S, S].
         """
         images = split.images
         if isinstance(images, MemoryImages) and images.pixels.device == self.device:
             return ((images.pixels, to_device(indices, self.device)) for indices in wanted)
-        fetched = stream(images, wanted, batch=size, workers=self.config.workers)
+        fetched = stream(images, wanted, batch=size, workers=self.config.workers, crop=crop)
         return ((pixels, None) for pixels in one_ahead(fetched, self.device))
 
     def _labels(self, split: Split, indices: Tensor) -> Tensor:

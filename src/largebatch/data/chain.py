@@ -44,10 +44,13 @@ class Chain:
 
 
 def draw_chain(generator: torch.Generator, n: int, side: int, config: DatasetConfig) -> Chain:
-    """Return the configured draws of ``n`` images of ``side`` pixels, on the CPU."""
+    """Return the configured draws of ``n`` images of ``side`` pixels, on the CPU.
+
+    Crops from files have been taken before, by ``file_crops.py``.
+    """
     result_side = config.side_of_crop(side)
     crop: AnyDraws = None
-    if config.resized_crop.scale is not None:
+    if config.resized_crop.scale is not None and config.resized_crop.source == "square":
         crop = draw_resized_crop(generator, n, side, config)
     elif config.crop_padding or config.flip or config.rotation:
         crop = draw(

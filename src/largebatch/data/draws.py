@@ -26,7 +26,6 @@ from largebatch.data.stream import to_device
 
 _FIXED_POINT = 1 << 16  # PIL's affine transform counts in 1/65536 of a pixel
 _LARGEST_SIDE = 1 << 14  # pixels
-_RATIO = (3 / 4, 4 / 3)
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
 _SIGMA = (0.1, 2.0)
 _ORDERS = np.array(list(itertools.permutations(range(4))))  # of the colour jitter's steps
@@ -129,7 +128,10 @@ def draw_view(generator: torch.Generator, n: int, side: int, config: DatasetConf
     The arithmetic is NumPy's: dozens of small operations would each wake torch's threads.
     """
     views = config.views
-    sizes, unfit = _crop_sizes(generator, n, side, (views.min_area, 1.0), _RATIO)
+    if config.resized_crop.source == "file":  # the images are crops already
+        sizes, unfit = np.full((2, n), float(side)), np.zeros(0, np.int64)
+    else:
+        sizes, unfit = _crop_sizes(generator, n, side, (views.min_area, 1.0), views.RATIO)
     top, left, order, flip, jitter, gray, solarize, blur, hue, sigma, *factors = torch.rand(
         (13, n), generator=generator
     ).numpy()

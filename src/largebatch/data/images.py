@@ -6,6 +6,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
@@ -18,7 +19,7 @@ from torch.nn.functional import interpolate
 
 from largebatch.errors import UserError
 
-_MODES = {1: "L", 3: "RGB"}
+MODES = {1: "L", 3: "RGB"}
 _TASK = 16  # files that a thread takes at a time
 _BLOCK_BYTES = 64 << 20  # pixels that are decoded together
 
@@ -120,11 +121,17 @@ def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
     Raises:
         UserError: if the file can't be read as a whole image.
     """
+    with readable(path), Image.open(path) as opened:
+        return pixels_of(opened, channels, image_size)
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Raise a ``UserError`` with the path if it is no file, or if reading it as an image fails."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is a pipe or device, not a file")  # opening it would wait for a writer
-        with Image.open(path) as opened:
-            return pixels_of(opened, channels, image_size)
+        yield
     except Exception as error:  # damaged files make decoders raise anything, also MemoryError and RuntimeError
         raise UserError(
             f"{path} can't be read as an image ({str(error) or type(error).__name__}): the file is damaged or cut "
@@ -134,11 +141,16 @@ def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
 
 def pixels_of(image: Image.Image, channels: int, image_size: int) -> NDArray[np.uint8]:
     """Convert an image to uint8 [C, S, S], as ``decode`` does."""
-    image = in_mode(image, _MODES[channels])
+    image = in_mode(image, MODES[channels])
     if image_size == 0:
         return np.empty((channels, 0, 0), np.uint8)
-    array: NDArray[np.uint8] = np.asarray(resized(image, image_size))
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    return planes(resized(image, image_size))
+
+
+def planes(image: Image.Image) -> NDArray[np.uint8]:
+    """Return uint8 [C, H, W] of an image in PIL's mode L or RGB."""
+    array: NDArray[np.uint8] = np.asarray(image)
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -150,7 +162,8 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(_stretched(np.asarray(image).astype(np.float64)))
     elif "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert(mode)
+    image.load()
+    return image if image.mode == mode else image.convert(mode)  # which would copy
 
 
 def _stretched(grey: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -97,6 +97,8 @@ def load_data(
     place, why = choose_location(
         config.location, size, device_free, host_memory() // processes_here, in_memory=not in_files
     )
+    if config.resized_crop.source == "file":
+        place, why = "files", "dataset.resized_crop.source=file, so images are decoded while training"
     if place == "files" or (config.location == "device" and device_free is not None and place != "device"):
         say(f"dataset.location={config.location}: {why}")
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from largebatch.data.file_crops import FileCrop
 from largebatch.data.images import FileImages, Images, MemoryImages, decode
 from largebatch.errors import UserError
 from largebatch.machine.pulse import waiting_for
@@ -26,8 +27,12 @@ Result = Tensor | NDArray[np.uint8] | UserError
 _CHUNK = 64  # images a worker decodes at once: several workers share a large batch
 
 
-def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers: int) -> Iterator[Tensor]:
+def stream(
+    images: Images, index_lists: Iterable[Tensor], *, batch: int, workers: int, crop: FileCrop | None = None
+) -> Iterator[Tensor]:
     """Yield uint8 [n, C, S, S] for each of ``index_lists`` (int64 [n] with n at most ``batch``; may be endless).
+
+    With ``crop``, the lists are rows of ``crop.rows``, and random crops of files, [n, views, C, S, S], are yielded.
 
     ``workers`` processes decode files up to two batches ahead, across steps and epochs; 0 decodes in this process.
     They hand images over in shared memory (/dev/shm), or through a pipe when that is full.
@@ -40,9 +45,9 @@ def stream(images: Images, index_lists: Iterable[Tensor], *, batch: int, workers
         yield from (images.pixels[indices] for indices in index_lists)
         return
     ahead, here = itertools.tee(index_lists)
-    chunks = (chunk.tolist() for indices in ahead for chunk in torch.split(indices, _CHUNK))
+    chunks = (chunk.view(len(chunk), -1).tolist() for indices in ahead for chunk in torch.split(indices, _CHUNK))
     loader = DataLoader(
-        _Decoder(images),
+        _Decoder(images, crop),
         batch_size=None,
         sampler=chunks,
         num_workers=workers,
@@ -89,11 +94,15 @@ class _Decoder(Dataset[Result]):
     """Decoding in a worker process. It returns errors: a raised error would arrive wrapped in a traceback."""
 
     images: FileImages
+    crop: FileCrop | None
 
-    def __getitem__(self, indices: list[int]) -> Result:
-        images = self.images
+    def __getitem__(self, rows: list[list[int]]) -> Result:
+        images, crop = self.images, self.crop
         try:
-            decoded = [decode(images.paths[i], images.channels, images.image_size) for i in indices]
+            if crop is None:
+                decoded = [decode(images.paths[i], images.channels, images.image_size) for (i,) in rows]
+            else:
+                decoded = [crop.cut(images.paths[i], images.channels, seeds) for i, *seeds in rows]
         except UserError as error:
             return error
         pixels: NDArray[np.uint8] = np.stack(decoded)
