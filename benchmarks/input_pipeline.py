@@ -13,7 +13,6 @@ the same bytes from uint8 to float32.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import os
@@ -32,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from shared import parsed, print_table, quartiles
+from shared import interleaved, parsed, print_table, quartiles
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
@@ -271,20 +270,6 @@ def two_views_turns(pixels: Pixels, side: int, batches: int) -> dict[str, Turn]:
 
 
 # -- measuring and reporting
-
-
-def interleaved(turns: dict[str, Turn], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each turn, after an uncounted turn."""
-    for turn in turns.values():
-        turn()
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
-    gc.disable()
-    for repeat in range(repeats):
-        for name in list(turns) if repeat % 2 == 0 else reversed(turns):
-            seconds[name].append(turns[name]())
-        gc.collect()
-    gc.enable()
-    return seconds
 
 
 def rows(turns: dict[str, Turn], repeats: int, images: int) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""Shared by the benchmarks: the option ``--smallest``, quartiles and Markdown tables."""
+"""Shared by the benchmarks: the option ``--smallest``, turns in alternation, quartiles and Markdown tables."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -20,6 +21,20 @@ def parsed(parser: argparse.ArgumentParser, **smallest: Any) -> argparse.Namespa
 def quartiles(values: Sequence[float]) -> list[float]:
     """Lower quartile, median and upper quartile; a single value three times."""
     return statistics.quantiles(values, method="inclusive") if len(values) > 1 else 3 * list(values)
+
+
+def interleaved(turns: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each turn, after an uncounted turn."""
+    for turn in turns.values():
+        turn()
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    gc.disable()
+    for repeat in range(repeats):
+        for name in list(turns) if repeat % 2 == 0 else reversed(turns):
+            seconds[name].append(turns[name]())
+        gc.collect()
+    gc.enable()
+    return seconds
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> None:

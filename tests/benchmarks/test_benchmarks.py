@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
-OPTIONAL = {"input_pipeline": "kornia", "optimizer_step": "pytorch_optimizer"}  # of the extra `bench`
+# Of the extras `bench` and `decode`.
+OPTIONAL = {"input_pipeline": "kornia", "optimizer_step": "pytorch_optimizer", "decoding": "nvidia.nvimgcodec"}
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +29,6 @@ def test_benchmark_runs_in_its_smallest_size(script: Path, tmp_path: Path) -> No
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^\|[:|-]+\|\n\| \S.* \|$", result.stdout, re.MULTILINE), result.stdout
     package = OPTIONAL.get(script.stem)
-    if package and importlib.util.find_spec(package) is None:
+    if package and (find_spec(package.partition(".")[0]) is None or find_spec(package) is None):
         assert f"{package} isn't installed and is left out" in result.stdout
     assert list(tmp_path.iterdir()) == []

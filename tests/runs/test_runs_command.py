@@ -213,6 +213,18 @@ def test_a_dry_run_prints_states_and_an_estimate_of_the_time(launch: Launch, tmp
         "1 process on cpu",
         "about 4.0 device-hours to go, estimated from the nearest finished runs",
     ]
+    assert before[3:4] == after[3:4] == [""]
+    measured = {
+        "images_per_second": 30.0,
+        "data_share": 0.25,
+        "decoded_images_per_second": 11.0,
+        "decoding_processes": 3,
+    }
+    finished.write_text(json.dumps(read_json(finished) | measured))
+    decoded = launch(*grid, "dry_run=true").stdout.splitlines()[3:5]
+    assert " ".join(decoded) == (
+        f"training needs 40 images/s, and 3 decoding process(es) decode 33, measured in {finished.parent.name} "
+    )
     longer = launch("-m", *TINY, "seed=0,1", "steps=16", "batch_size=8,16", "dry_run=true").stdout.splitlines()
     assert longer[2].startswith("about 24.0 device-hours to go")  # 2 * (8 + 4): images count
     other = launch("-m", *TINY, "mode=bt", "seed=0,1", "dry_run=true").stdout.splitlines()

@@ -12,7 +12,7 @@ from runs import timeless
 
 TIMES = (
     "seconds", "started", "ended", "updated", "queued", "pid", "host", "images_per_second", "memory", "step_ms",
-    "wandb_id",  # None if a fault cost W&B's record
+    "data_share", "wandb_id",  # None if a fault cost W&B's record
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from largebatch.data.file_crops import FileCrop, file_crop
 from largebatch.data.images import MemoryImages, Split, centre
 from largebatch.data.mixing import draw_mixing, mixed, soft
 from largebatch.data.sampling import evaluation_share, global_batches
-from largebatch.data.stream import one_ahead, stream, to_device
+from largebatch.data.stream import DecodingTimes, one_ahead, stream, to_device
 from largebatch.seeding import derive_seed
 
 Batch = tuple[Tensor, Tensor]
@@ -33,6 +33,7 @@ class BatchLoader:
         config: augmentation, and the number of decoding processes.
         mean, std: per channel, of pixels in 0..1.
         channels_last: memory format of the images.
+        times: of decoding images for training.
     """
 
     config: DatasetConfig
@@ -42,6 +43,7 @@ class BatchLoader:
     rank: int
     processes: int
     channels_last: bool = False
+    times: DecodingTimes = field(default_factory=DecodingTimes)
 
     def train(
         self,
@@ -87,7 +89,7 @@ class BatchLoader:
         ahead = global_batches(epochs, seed, start_step)
         rows = (indices if crop is None else crop.rows(indices, seed, step) for step, indices in ahead)
         wanted = (of_step[piece] for of_step in rows for piece in pieces_of(of_step))
-        pixels = self._pixels(split, wanted, batch.micro_batch, crop)
+        pixels = self._pixels(split, wanted, batch.micro_batch, crop, self.times)
         for step, indices in global_batches(epochs, seed, start_step):
             generator = torch.Generator().manual_seed(derive_seed(seed, "augment", step))
             drawn = self._draw(generator, side if crop else split.images.image_size, len(indices), views)
@@ -134,7 +136,12 @@ class BatchLoader:
         return chained(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
 
     def _pixels(
-        self, split: Split, wanted: Iterator[Tensor], size: int, crop: FileCrop | None = None
+        self,
+        split: Split,
+        wanted: Iterator[Tensor],
+        size: int,
+        crop: FileCrop | None = None,
+        times: DecodingTimes | None = None,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield uint8 images on the device, and indices into them or None, for each of ``wanted`` (int64 [n]).
 
@@ -144,7 +151,7 @@ class BatchLoader:
         images = split.images
         if isinstance(images, MemoryImages) and images.pixels.device == self.device:
             return ((images.pixels, to_device(indices, self.device)) for indices in wanted)
-        fetched = stream(images, wanted, batch=size, workers=self.config.workers, crop=crop)
+        fetched = stream(images, wanted, batch=size, workers=self.config.workers, crop=crop, times=times)
         return ((pixels, None) for pixels in one_ahead(fetched, self.device))
 
     def _labels(self, split: Split, indices: Tensor) -> Tensor:

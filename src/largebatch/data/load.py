@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from largebatch.data.content import Content, content_of
 from largebatch.data.decoding import read_files
 from largebatch.data.images import FileImages, Images, MemoryImages, Split, decoded_bytes
 from largebatch.data.sampling import hold_out_parts
-from largebatch.data.stream import stream
+from largebatch.data.stream import DecodingTimes, stream
 from largebatch.errors import UserError
 from largebatch.machine.memory import free_memory, host_memory
 from largebatch.seeding import derive_seed
@@ -35,7 +35,7 @@ class Data:
 
     ``image_size`` is the side of the network's images in pixels; the splits have ``dataset.resize_size``. ``place`` is
     the place of the pixels: on the ``device`` (with the labels), in the ``host``'s memory, or in ``files`` that are
-    decoded when they are needed. ``content`` describes the whole data set.
+    decoded when they are needed. ``content`` describes the whole data set. ``times`` are of decoding for training.
     """
 
     train: Split
@@ -47,6 +47,7 @@ class Data:
     content: Content
     image_size: int
     place: Place = "host"
+    times: DecodingTimes = field(default_factory=DecodingTimes)
 
     @property
     def skipped(self) -> int:

@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.queues
 import os
 import signal
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,11 +25,36 @@ from largebatch.errors import UserError
 from largebatch.machine.pulse import waiting_for
 
 Result = Tensor | NDArray[np.uint8] | UserError
+Timed = tuple[Result, float]  # with the seconds of decoding
 _CHUNK = 64  # images a worker decodes at once: several workers share a large batch
 
 
+@dataclass
+class DecodingTimes:
+    """Times of decoded images since the last ``restart``.
+
+    Attributes:
+        images: number of decoded images that training has taken.
+        seconds: seconds that the decoding processes worked on them, summed over the processes.
+        waited: seconds that training waited for them.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def restart(self) -> None:
+        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+
+
 def stream(
-    images: Images, index_lists: Iterable[Tensor], *, batch: int, workers: int, crop: FileCrop | None = None
+    images: Images,
+    index_lists: Iterable[Tensor],
+    *,
+    batch: int,
+    workers: int,
+    crop: FileCrop | None = None,
+    times: DecodingTimes | None = None,
 ) -> Iterator[Tensor]:
     """Yield uint8 [n, C, S, S] for each of ``index_lists`` (int64 [n] with n at most ``batch``; may be endless).
 
@@ -44,6 +70,7 @@ def stream(
     if isinstance(images, MemoryImages):
         yield from (images.pixels[indices] for indices in index_lists)
         return
+    times = times or DecodingTimes()
     ahead, here = itertools.tee(index_lists)
     chunks = (chunk.view(len(chunk), -1).tolist() for indices in ahead for chunk in torch.split(indices, _CHUNK))
     loader = DataLoader(
@@ -68,7 +95,9 @@ def stream(
     try:
         for indices in here:
             try:
-                results = [_next(decoded, workers) for _ in torch.split(indices, _CHUNK)]
+                begin = time.perf_counter()
+                results, seconds = zip(*(_next(decoded, workers) for _ in torch.split(indices, _CHUNK)), strict=True)
+                times.waited += time.perf_counter() - begin
             except RuntimeError as error:  # names the process and the signal that ended it
                 raise RuntimeError(
                     f"dataset.workers={workers}: a decoding process failed ({error}). It may have run out of memory, "
@@ -78,25 +107,31 @@ def stream(
             for result in results:
                 if isinstance(result, UserError):
                     raise result
+            times.images += len(indices)
+            times.seconds += sum(seconds)
             yield torch.cat([torch.as_tensor(result) for result in results])
     finally:
         del decoded  # ends its processes now: the traceback of an error would keep them until this process exits
 
 
-def _next(decoded: Iterator[Result], workers: int) -> Result:
+def _next(decoded: Iterator[Timed], workers: int) -> Timed:
     who = "its decoding processes" if workers else "image files"
     with waiting_for(f"{who} (dataset.workers={workers}), which may be stopped or wait for a disk"):
         return next(decoded)
 
 
 @dataclass(frozen=True)
-class _Decoder(Dataset[Result]):
+class _Decoder(Dataset[Timed]):
     """Decoding in a worker process. It returns errors: a raised error would arrive wrapped in a traceback."""
 
     images: FileImages
     crop: FileCrop | None
 
-    def __getitem__(self, rows: list[list[int]]) -> Result:
+    def __getitem__(self, rows: list[list[int]]) -> Timed:
+        begin = time.perf_counter()
+        return self._decoded(rows), time.perf_counter() - begin
+
+    def _decoded(self, rows: list[list[int]]) -> Result:
         images, crop = self.images, self.crop
         try:
             if crop is None:

@@ -13,7 +13,7 @@ from largebatch.errors import UserError
 from largebatch.launch import sweep_agent
 from largebatch.launch.devices import chosen_gpus, in_words, worker_environment
 from largebatch.launch.local import Outcome, Started, conclude, exit_code, has_ended, start, stop
-from largebatch.launch.plan import PlannedRun, estimated
+from largebatch.launch.plan import PlannedRun, decoding, estimated
 from largebatch.launch.slurm import sbatch_texts, submit_plan
 from largebatch.launch.view import PlanView, plan_rows, print_notes, print_plan, print_report_command
 from largebatch.runs.folder import DONE
@@ -70,7 +70,8 @@ def show_plan(plan: Sequence[PlannedRun]) -> int:
     for words in dict.fromkeys(in_words(run.config.cluster) for run in plan):
         print(wrapped(words, sys.stdout))
     if to_go:
-        print(wrapped(estimated(to_go), sys.stdout))
+        for line in (estimated(to_go), *decoding(to_go)):
+            print(wrapped(line, sys.stdout))
     print_notes(plan)
     print_plan(rows)
     if _on_slurm(plan):

@@ -29,6 +29,7 @@ from largebatch.runs.table import list_runs
 Summary = dict[str, Any]
 _LONGEST_AXES = 80  # characters of the keys in a grid's W&B group; W&B allows 128
 _NEEDED = ("wall_seconds", "steps", "processes", "global_batch", "train_images")
+_DECODING = ("images_per_second", "decoded_images_per_second", "decoding_processes")
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,26 @@ def estimated(runs: Sequence[PlannedRun]) -> str:
     return f"about {total} to go, estimated from the nearest finished runs{which}"
 
 
+def decoding(runs: Sequence[PlannedRun]) -> list[str]:
+    """Return a line for each kind of run that decodes images while training, as measured by the nearest finished run.
+
+    The line has the images per second that training takes without waiting for images, and those that are decoded.
+    """
+    lines = []
+    for kind, run in {_kind(run): run for run in runs}.items():
+        finished = _finished(Path(run.config.runs_dir), kind, run.config.cluster.device == "cuda")
+        measured = [one for one in finished if all(_is_number(one[1].get(key)) for key in _DECODING)]
+        if measured:
+            nearest = min((one[1] for one in measured), key=lambda summary: _distance(summary, run.config))
+            processes, waited = nearest["decoding_processes"], min(nearest.get("data_share") or 0.0, 0.99)
+            lines.append(
+                f"training needs {nearest['images_per_second'] / (1 - waited):,.0f} images/s, and {processes} decoding "
+                f"process(es) decode {processes * nearest['decoded_images_per_second']:,.0f}, measured in "
+                f"{nearest['name']}"
+            )
+    return lines
+
+
 def expected_seconds(runs: Sequence[PlannedRun]) -> float | None:
     """Estimate the wall time of ``runs`` one after the other, from the runs that have finished by now.
 
@@ -155,8 +176,7 @@ def expected_seconds(runs: Sequence[PlannedRun]) -> float | None:
 
 def _device_hours(run: PlannedRun) -> float | None:
     config = run.config
-    kind = "-".join(run.folder.name.split("-")[:3])  # data set, model and mode
-    finished = _finished(Path(config.runs_dir), kind, config.cluster.device == "cuda")
+    finished = _finished(Path(config.runs_dir), _kind(run), config.cluster.device == "cuda")
     if not finished:
         return None
     nearest = min(finished, key=lambda one: (one[0] != config.optimizer.name, _distance(one[1], config)))[1]
@@ -164,6 +184,11 @@ def _device_hours(run: PlannedRun) -> float | None:
     status = run.folder.read_status()
     done = 0.0 if status.get("state") in DONE else (status.get("step") or 0)  # a run with an outcome is repeated
     return float(seconds * nearest["processes"] * (1 - done / status["steps"] if done else 1) / 3600)
+
+
+def _kind(run: PlannedRun) -> str:
+    """Return data set, model and mode, as in the names of runs."""
+    return "-".join(run.folder.name.split("-")[:3])
 
 
 @functools.cache
@@ -179,7 +204,7 @@ def _finished(runs_dir: Path, kind: str, on_gpu: bool) -> list[tuple[str, Summar
             complete = summary.get("state") == "finished" and all(_is_number(summary.get(key)) for key in _NEEDED)
             complete = complete and _is_number(summary.get("training_examples"), least=0)
             if complete and on_gpu != str(summary.get("device")).startswith("cpu"):
-                found.append((folder.name.removeprefix(kind + "-").partition("-")[0], summary))
+                found.append((folder.name.removeprefix(kind + "-").partition("-")[0], summary | {"name": folder.name}))
     return found
 
 

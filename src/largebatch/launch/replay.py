@@ -14,8 +14,6 @@ from largebatch.launch.confirm import compose_overrides, frozen_with
 from largebatch.runs.folder import RunFolder, readable
 from largebatch.runs.metrics import Row, read_rows
 
-_TIMES = ("wall_seconds", "perf/images_per_second", "perf/step_ms")
-
 
 def replay_job(run: RunFolder, runs_dir: Path, arguments: Sequence[str]) -> Composed:
     """Return the job that repeats a run in ``runs_dir``, from its first step.
@@ -37,7 +35,8 @@ def difference(first: RunFolder, second: RunFolder) -> str | None:
     ours: Row
     theirs: Row
     for ours, theirs in zip_longest(read_rows(first.metrics), read_rows(second.metrics), fillvalue={}):
-        for key in sorted((ours.keys() | theirs.keys()) - {*_TIMES}, key=lambda key: (key != "step", key)):
+        keys = {key for key in ours.keys() | theirs.keys() if key != "wall_seconds" and not key.startswith("perf/")}
+        for key in sorted(keys, key=lambda key: (key != "step", key)):
             if ours.get(key) != theirs.get(key):
                 return _parted(ours.get("step") or theirs["step"], key, ours.get(key), theirs.get(key))
     tables = [_layer_rows(run) for run in (first, second)]

@@ -147,9 +147,11 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     evaluations = [row for row in rows if row.get("test/accuracy") is not None]
     chosen_by = "val/accuracy" if any("val/accuracy" in row for row in evaluations) else "test/accuracy"
     best = max(evaluations, key=lambda row: (row[chosen_by] or 0.0, -row["step"]), default=None)
-    speeds = sorted(row["perf/images_per_second"] for row in rows if "perf/images_per_second" in row)
     if best is not None:
         metrics |= {f"best/{k}": v for k, v in best.items() if k.startswith(("val/", "test/")) or k == "epoch"}
         metrics["best/chosen_by"] = chosen_by
-    metrics["images_per_second"] = speeds[len(speeds) // 2] if speeds else None
+    for name in ("images_per_second", "decoded_images_per_second", "data_share"):
+        measured = sorted(row[f"perf/{name}"] for row in rows if f"perf/{name}" in row)
+        if measured or name == "images_per_second":
+            metrics[name] = measured[len(measured) // 2] if measured else None
     return metrics

@@ -15,6 +15,10 @@ from largebatch.training.state import Run, Training
 
 Facts = dict[str, Any]
 _PRACTICE = ("clip_norm", "ema_decay")  # keys that the log shows if they are set
+_PACKAGES = (
+    *("largebatch", "torch", "torchvision", "timm", "numpy", "pillow", "wandb"),
+    *("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
+)
 _PLACES = {"device": "on the device", "host": "in host memory", "files": "decoded while training"}
 
 
@@ -43,6 +47,7 @@ def gather_facts(run: Run, training: Training, total_steps: int) -> Facts:
         "test_images": len(data.test),
         "skipped_images": data.skipped,
         "data_location": data.place,
+        "decoding_processes": max(config.dataset.workers, 1) * batch.processes if data.place == "files" else 0,
         "data": data.content.digest,
         "classes": data.num_classes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
@@ -78,7 +83,7 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for package in ("largebatch", "torch", "torchvision", "timm", "numpy", "wandb"):
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from largebatch.data.stream import DecodingTimes
 from largebatch.machine.precision import synchronize
 from largebatch.machine.process import seconds_alive
 from largebatch.runs.folder import write_atomic
@@ -26,16 +27,18 @@ class StepClock:
     Args:
         seconds_before: wall seconds of the run's earlier processes.
         device: the device to wait for before a pause, because a GPU's work is only queued.
+        decoding: times of decoding images in this process.
     """
 
-    def __init__(self, seconds_before: float, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, seconds_before: float, device: torch.device, decoding: DecodingTimes | None = None) -> None:
+        self._device, self._decoding = device, decoding or DecodingTimes()
         self._started = time.perf_counter() - seconds_before
         self.restart()
 
     def restart(self) -> None:
         """Measure speed from now on, without atypical time such as the first step's set-up."""
         self._mark, self._paused, self._steps, self._images = time.perf_counter(), 0.0, 0, 0
+        self._decoding.restart()
 
     def step(self, images: int) -> None:
         self._steps += 1
@@ -45,11 +48,19 @@ class StepClock:
         return time.perf_counter() - self._started
 
     def speed(self) -> dict[str, float]:
-        """Return images per second and milliseconds per step since the last call; empty without a step."""
+        """Return images per second and milliseconds per step since the last call; empty without a step.
+
+        If images are decoded while training: also images per second that a decoding process decodes, and the part of
+        the time in which this process waited for them.
+        """
         if self._steps == 0:
             return {}
         seconds = time.perf_counter() - self._mark - self._paused
         speed = {"perf/images_per_second": self._images / seconds, "perf/step_ms": 1000 * seconds / self._steps}
+        decoding = self._decoding
+        if decoding.images:
+            speed["perf/decoded_images_per_second"] = decoding.images / decoding.seconds
+            speed["perf/data_share"] = decoding.waited / seconds
         self.restart()
         return speed
 

@@ -76,7 +76,8 @@ class Run:
     @property
     def loader(self) -> BatchLoader:
         data, last = self.data, self.arithmetic.channels_last
-        return BatchLoader(self.config.dataset, data.mean, data.std, self.device, self.rank, self.processes, last)
+        ranks = self.rank, self.processes
+        return BatchLoader(self.config.dataset, data.mean, data.std, self.device, *ranks, last, data.times)
 
     def with_micro_batch(self, size: int) -> Run:
         return replace(self, batch=replace(self.batch, micro_batch=size))

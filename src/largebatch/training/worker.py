@@ -81,7 +81,7 @@ def train(
             writer = stack.enter_context(CheckpointWriter(folder.checkpoints, device, identity(config)))
         console.start_progress(training.step, total_steps)
         boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, rank)
-        session = Session(recorder, writer, StepClock(training.seconds, device), console, boundary)
+        session = Session(recorder, writer, StepClock(training.seconds, device, run.data.times), console, boundary)
         state, message = "finished", ""
         while phase is not None and state == "finished":
             try:
