@@ -41,6 +41,7 @@ from largebatch.data import FileImages
 from largebatch.data import regions as regions_module
 from largebatch.data.file_crops import FileCrop, random_box, reduction_of
 from largebatch.data.images import in_mode, planes
+from largebatch.data.resizing import resized_planes
 from largebatch.data.sampling import global_batches
 from largebatch.data.stream import stream
 
@@ -154,7 +155,7 @@ def has_nvimgcodec() -> bool:
 
 def parts_of(paths: list[str]) -> dict[str, float]:
     """Return the milliseconds of CPU time of each part for an image: means over files."""
-    names = ("read", "header and box", "decode", "resize", "planes", "hand over")
+    names = ("read", "header and box", "decode", "resize", "hand over")
     seconds = dict.fromkeys(names, 0.0)
     mark = time.process_time()
 
@@ -173,26 +174,26 @@ def parts_of(paths: list[str]) -> dict[str, float]:
             opened = Image.open(path)
             box = random_box(Random(number), *opened.size, CROP.scale, CROP.ratio)
             end("header and box")
-            image, inside = decoded(data, opened, box)
+            resize = decoded(data, opened, box)
             end("decode")
-            small = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, inside)
+            decoded_images.append(resize())
             end("resize")
-            decoded_images.append(planes(small))
-            end("planes")
         shared = torch.from_numpy(np.stack(decoded_images)).share_memory_()
         torch.cat([shared, shared[:0]])
         end("hand over")
     return {name: 1000 * spent / len(paths) for name, spent in seconds.items()}
 
 
-def decoded(data: bytes, opened: Image.Image, box: regions_module.Box) -> tuple[Image.Image, tuple[float, ...]]:
-    """Return decoded pixels and the crop's box in them, as ``FileCrop`` takes them."""
+def decoded(data: bytes, opened: Image.Image, box: regions_module.Box) -> Callable[[], np.ndarray[Any, Any]]:
+    """Decode a crop as ``FileCrop`` does. Return a function that resizes it."""
     if (reduction := reduction_of(box, SIDE)) > 1:
         opened.draft(None, (opened.width // reduction, opened.height // reduction))
-        return in_mode(opened, "RGB"), tuple(edge / reduction for edge in box)
+        image, scaled = in_mode(opened, "RGB"), [edge / reduction for edge in box]
+        return lambda: planes(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, scaled))
     pixels = regions_module.decoded_region(data, box)
-    image = in_mode(opened, "RGB").crop(box) if pixels is None else Image.fromarray(pixels)
-    return image, (0, 0, *image.size)
+    if pixels is None:
+        pixels = np.asarray(in_mode(opened, "RGB").crop(box))
+    return lambda: resized_planes(pixels, SIDE, CROP.interpolation)
 
 
 # -- reporting

@@ -17,11 +17,12 @@ from datafiles import make_imagefolder
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
+from largebatch import native
 from largebatch.config.augmentation import ColorJitterConfig, ResizedCropConfig, augmentation_problems
 from largebatch.config.batch import plan_batch
 from largebatch.config.datasets import ImageFolder
 from largebatch.config.epochs import Epochs
-from largebatch.data import BatchLoader, load_data
+from largebatch.data import BatchLoader, load_data, resizing
 from largebatch.data import regions as regions_module
 from largebatch.data.file_crops import FileCrop, random_box, reduction_of
 from largebatch.data.regions import decoded_region
@@ -92,6 +93,30 @@ def test_parts_of_jpegs_are_decoded_without_the_rest(tmp_path, kind):
         found = decoded_region(data, (left, top, right, bottom))
         assert found is not None
         assert np.array_equal(found, whole[top:bottom, left:right])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_compiled_resize_has_pillows_bytes(channels, interpolation):
+    if reason := native.why_not(resizing._SOURCE):
+        pytest.skip(reason)
+    assert resizing.kernel_or_none() is not None
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        height, width, side = rng.integers(1, [150, 150, 70]).tolist()
+        pixels = rng.integers(0, 256, (height, width, 3)[: 2 + channels // 3], dtype=np.uint8)
+        found = resizing.resized_planes(pixels, side, interpolation)
+        assert np.array_equal(found, resizing._by_pillow(pixels, side, interpolation)), (height, width, side)
+        part = pixels[height // 3 :, width // 3 :]
+        found = resizing.resized_planes(part, side, interpolation)
+        assert np.array_equal(found, resizing._by_pillow(part, side, interpolation)), (height, width, side)
+
+
+def test_without_a_compiler_pillow_resizes(tmp_path, monkeypatch):
+    path = saved(tmp_path, "colour")
+    expected = CROP.cut(path, 3, [1])
+    monkeypatch.setattr(resizing, "kernel_or_none", lambda: None)
+    assert np.array_equal(CROP.cut(path, 3, [1]), expected)
 
 
 def test_two_views_have_crops_of_their_own_from_one_file(tmp_path, decoder):

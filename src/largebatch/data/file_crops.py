@@ -22,11 +22,11 @@ from torch import Tensor
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.images import MODES, in_mode, planes, readable
 from largebatch.data.regions import Box, decoded_region
+from largebatch.data.resizing import RESAMPLING, resized_planes
 from largebatch.seeding import derive_seed
 
 _TRIES = 10  # attempts to draw a box that fits, as in torchvision
 _SEEDS = 1 << 62
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _REDUCTIONS = (8, 4, 2)  # JPEG's own scales that PIL offers: 1/8, 1/4, 1/2
 
 
@@ -67,27 +67,26 @@ class FileCrop:
             data = Path(path).read_bytes()
             with Image.open(io.BytesIO(data)) as opened:
                 boxes = [random_box(Random(seed), *opened.size, self.scale, self.ratio) for seed in seeds]
-                return np.stack([planes(crop) for crop in self._crops(data, opened, MODES[channels], boxes)])
+                return np.stack(self._crops(data, opened, MODES[channels], boxes))
 
-    def _crops(self, data: bytes, opened: Image.Image, mode: str, boxes: list[Box]) -> list[Image.Image]:
-        size, resampling = (self.side, self.side), _RESAMPLING[self.interpolation]
+    def _crops(self, data: bytes, opened: Image.Image, mode: str, boxes: list[Box]) -> list[NDArray[np.uint8]]:
         is_jpeg = opened.format == "JPEG"
         reduction = min(reduction_of(box, self.side) for box in boxes) if is_jpeg else 1
         if reduction > 1:
             opened.draft(None, (opened.width // reduction, opened.height // reduction))
             image = in_mode(opened, mode)
+            size, resampling = (self.side, self.side), RESAMPLING[self.interpolation]
             scaled = [tuple(edge / reduction for edge in box) for box in boxes]
-            return [image.resize(size, resampling, box) for box in scaled]  # type: ignore[arg-type]
+            return [planes(image.resize(size, resampling, box)) for box in scaled]  # type: ignore[arg-type]
         left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
         around = (left, top, max(box[2] for box in boxes), max(box[3] for box in boxes))
         pixels = decoded_region(data, around) if is_jpeg and opened.mode in ("RGB", "L") else None
         if pixels is None:
-            image, left, top = in_mode(opened, mode), 0, 0
-        else:
-            image = in_mode(Image.fromarray(pixels), mode)
-        inside = [(box[0] - left, box[1] - top, box[2] - left, box[3] - top) for box in boxes]
-        crops = [image if box == (0, 0, *image.size) else image.crop(box) for box in inside]
-        return [one.resize(size, resampling) for one in crops]
+            pixels = np.asarray(in_mode(opened, mode).crop(around))
+        elif mode == "L":
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+        crops = [pixels[box[1] - top : box[3] - top, box[0] - left : box[2] - left] for box in boxes]
+        return [resized_planes(crop, self.side, self.interpolation) for crop in crops]
 
 
 def file_crop(config: DatasetConfig, side: int, views: int) -> FileCrop | None:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from largebatch.data.file_crops import FileCrop
 from largebatch.data.images import FileImages, Images, MemoryImages, decode
+from largebatch.data.resizing import kernel_or_none
 from largebatch.errors import UserError
 from largebatch.machine.pulse import waiting_for
 
@@ -71,6 +72,8 @@ def stream(
         yield from (images.pixels[indices] for indices in index_lists)
         return
     times = times or DecodingTimes()
+    if crop is not None:
+        kernel_or_none()  # compiled and loaded here, once for all decoding processes
     ahead, here = itertools.tee(index_lists)
     chunks = (chunk.view(len(chunk), -1).tolist() for indices in ahead for chunk in torch.split(indices, _CHUNK))
     loader = DataLoader(
