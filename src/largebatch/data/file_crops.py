@@ -28,6 +28,7 @@ from largebatch.seeding import derive_seed
 _TRIES = 10  # attempts to draw a box that fits, as in torchvision
 _SEEDS = 1 << 62
 _REDUCTIONS = (8, 4, 2)  # JPEG's own scales that PIL offers: 1/8, 1/4, 1/2
+_SPARE = 2  # pixels of the reduced crop for a pixel of the result, at least, so that the reduction hardly shows
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class FileCrop:
     def cut(self, path: str, channels: int, seeds: Sequence[int]) -> NDArray[np.uint8]:
         """Decode a file once and return a crop for each seed, uint8 [views, C, S, S].
 
-        Modes are converted as by ``decode``. A JPEG's crops that are at least twice the result in both directions are
-        taken from the JPEG decoded at half, a quarter or an eighth of its size. Other crops have the pixels of
+        Modes are converted as by ``decode``. A JPEG's crops that are at least four times the result in both directions
+        are taken from the JPEG decoded at half, a quarter or an eighth of its size. Other crops have the pixels of
         torchvision's ``resized_crop`` on the PIL image.
 
         Raises:
@@ -122,6 +123,6 @@ def random_box(random: Random, width: int, height: int, scale: tuple[float, floa
 
 
 def reduction_of(box: Box, side: int) -> int:
-    """Return the largest of JPEG's reductions at which a crop still has ``side`` pixels in both directions, or 1."""
+    """Return the largest of JPEG's reductions that leaves a crop twice ``side`` pixels in both directions, or 1."""
     shorter = min(box[2] - box[0], box[3] - box[1])
-    return next((reduction for reduction in _REDUCTIONS if shorter >= reduction * side), 1)
+    return next((reduction for reduction in _REDUCTIONS if shorter >= _SPARE * reduction * side), 1)
