@@ -10,7 +10,7 @@ from made_runs import made, seeds
 
 from largebatch.report.chart import styles
 from largebatch.report.compare import compare
-from largebatch.report.figures import accuracy_by_batch, schedules, training_curves
+from largebatch.report.figures import accuracy_by_batch, schedules, sharpness, training_curves
 from largebatch.report.layer_figures import Diagnosed, in_budget, layer_charts, layer_lines, layer_map, middle_layer
 from largebatch.report.load import Layers
 from largebatch.report.maps import setting_maps
@@ -90,6 +90,28 @@ def test_a_curve_is_the_mean_in_a_band_of_the_spread() -> None:
     assert list(band.y) == [44.14, 50.0, 50.0, 15.86]  # 0.3 ± 0.1 * sqrt(2) at the first step; the lower edge runs back
     assert line.meta["x"] == {"epochs": [1.0, 2.0], "steps": [10.0, 20.0], "seconds": [10.0, 20.0]}
     assert band.meta["x"]["steps"] == [10.0, 20.0, 20.0, 10.0]
+
+
+def test_measured_sharpness_has_a_chart_of_its_own() -> None:
+    (comparison,) = compare(seeds("lars", 0.5))
+    rows = [
+        {
+            "step": s, "epoch": s / 10, "examples": 128 * s, "wall_seconds": float(s), "sharpness/eigenvalue": 90.0 - s,
+            "sharpness/trace": 300.0, **({"sharpness/preconditioned": 2.5} if s else {}),
+        }
+        for s in (0, 10, 20)
+    ]  # fmt: skip
+    histories = {run.name: rows for run in comparison.runs}
+    chart = sharpness(comparison, histories, styles([comparison]), 100)
+    assert chart is not None
+    assert [option for option, _ in chart.switches[0].options] == [
+        "sharpness/eigenvalue", "sharpness/preconditioned", "sharpness/trace",
+    ]  # fmt: skip
+    assert [list(trace.y) for trace in chart.figure.data] == [[90, 80, 70], [2.5, 2.5], [300, 300, 300]]
+    assert "no verdict" in chart.note
+    assert training_curves(comparison, histories, styles([comparison]), 100) is None
+    unmeasured = {run.name: [] for run in comparison.runs}
+    assert sharpness(comparison, unmeasured, styles([comparison]), 100) is None
 
 
 def test_a_short_warm_up_is_visible_in_the_schedule_of_a_long_training() -> None:

@@ -15,7 +15,7 @@ from conftest import start
 
 from largebatch.runs.metrics import newest, read_rows
 
-TIMES = ("wall_seconds", "perf/images_per_second", "perf/step_ms")
+TIMES = ("wall_seconds", "perf/images_per_second", "perf/step_ms", "perf/sharpness_seconds")
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:

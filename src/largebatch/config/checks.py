@@ -9,7 +9,7 @@ from largebatch.config.batch import plan_batch, plan_training
 from largebatch.config.custom import custom_choices
 from largebatch.config.epochs import plan_epochs
 from largebatch.config.options import problems_of
-from largebatch.config.schema import ClusterConfig, Config
+from largebatch.config.schema import ClusterConfig, Config, InstrumentsConfig
 from largebatch.config.slurm import has_control_character, slurm_problems
 from largebatch.errors import UserError
 
@@ -111,12 +111,24 @@ def _check_batch(config: Config) -> list[str]:
 
 
 def _check_instruments(config: Config) -> list[str]:
-    if config.instruments.noise_scale and config.mode.loss_over_global_batch:
-        return [
+    instruments, problems = config.instruments, []
+    if instruments.noise_scale and config.mode.loss_over_global_batch:
+        problems.append(
             f"instruments.noise_scale=true: not allowed with mode={config.mode.name} mode.exact=true, because that "
             "loss isn't a mean over images. Fix: mode.exact=false, or instruments.noise_scale=false"
-        ]
-    return []
+        )
+    if instruments.sharpness_every is not None and config.mode.name != "clf":
+        problems.append(
+            f"instruments.sharpness_every={instruments.sharpness_every}: not allowed with mode={config.mode.name}, "
+            "because that loss isn't a mean over images. Allowed: mode=clf. Fix: instruments.sharpness_every=null"
+        )
+    default = InstrumentsConfig.sharpness_samples
+    if instruments.sharpness_every is None and instruments.sharpness_samples != default:
+        problems.append(
+            f"instruments.sharpness_samples={instruments.sharpness_samples}: only instruments.sharpness_every has "
+            "this key. Fix: instruments.sharpness_every=1, or leave it out"
+        )
+    return problems
 
 
 def _check_early_stopping(config: Config) -> list[str]:

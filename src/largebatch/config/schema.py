@@ -94,6 +94,8 @@ class CheckpointConfig:
 @dataclass
 class InstrumentsConfig:
     noise_scale: bool = False  # measure the gradient noise scale, of the network and of each layer
+    sharpness_every: int | None = option(None, least=1)  # epochs between measurements of the sharpness; None: off
+    sharpness_samples: int = option(512, least=1)  # training images that the sharpness is measured on
 
 
 @dataclass

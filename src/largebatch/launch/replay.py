@@ -14,7 +14,7 @@ from largebatch.launch.confirm import compose_overrides, frozen_with
 from largebatch.runs.folder import RunFolder, readable
 from largebatch.runs.metrics import Row, read_rows
 
-_TIMES = ("wall_seconds", "perf/images_per_second", "perf/step_ms")
+_TIMES = ("wall_seconds", "perf/images_per_second", "perf/step_ms", "perf/sharpness_seconds")
 
 
 def replay_job(run: RunFolder, runs_dir: Path, arguments: Sequence[str]) -> Composed:

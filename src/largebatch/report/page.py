@@ -110,6 +110,7 @@ def _section(
         "Accuracy and training": [
             figures.accuracy_by_batch(comparison, style),
             figures.training_curves(comparison, histories, style, points),
+            figures.sharpness(comparison, histories, style, points),
         ],
         "Settings tried": [tuning_curves(comparison, style), *setting_maps(comparison)],
         "Speed": [

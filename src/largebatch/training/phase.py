@@ -23,6 +23,7 @@ from largebatch.seeding import derive_seed
 from largebatch.tracking.layers import plain_statistics
 from largebatch.tracking.recorder import Recorder
 from largebatch.tracking.rows import COLUMNS, Layer, has_layer_row, has_metrics_row
+from largebatch.training.curvature import measured_sharpness
 from largebatch.training.evaluation import classified, metrics_of_images, recorded_metrics
 from largebatch.training.facts import Facts
 from largebatch.training.graphs import Function, Tensors
@@ -292,6 +293,15 @@ class MainPhase:
         if stopping.stops:
             self.end = step
         return recorded_metrics(self.run, images, step, final=step == self.end)
+
+    def measures_after(self, step: int) -> bool:
+        """Return True if the sharpness is measured: at the start, at every so many epochs, and at the end."""
+        every = self.run.config.instruments.sharpness_every
+        return every is not None and (step in (0, self.end) or self.epochs.ends(step, every))
+
+    def measure(self) -> Row:
+        """Return the sharpness, over all processes."""
+        return measured_sharpness(self.run, self.training)
 
     def facts(self) -> Facts:
         """Return the facts specific to the mode."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
 from largebatch.training.averaging import AveragedWeights
 from largebatch.training.compilation import compiled, why_no_graphs
+from largebatch.training.curvature import announce, fixed_loss
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
 from largebatch.training.micro_batch import largest_micro_batch
@@ -78,6 +80,7 @@ def set_up(
     model = model.to(memory_format=arithmetic.memory_format)
     # Before a micro-batch is tried, because it takes memory, and before hooks, which aren't its own.
     averaged = AveragedWeights(model, config.ema_decay) if config.ema_decay is not None else None
+    frozen = copy.deepcopy(model) if config.instruments.sharpness_every else None
     if config.micro_batch == "auto" and saved is not None:
         batch = replace(batch, micro_batch=saved["micro_batch"])
     elif config.micro_batch == "auto":
@@ -128,8 +131,11 @@ def set_up(
     stopping = EarlyStopping(config.early_stopping)
     training = Training(
         model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, stopping, noise,
-        averaged,
+        averaged=averaged,
     )  # fmt: skip
+    if frozen is not None:
+        training.fixed_loss = fixed_loss(run, frozen, model, mode)
+        announce(run, training.fixed_loss, optimizer, console.say)
     return phase(run, training, mode)
 
 

@@ -16,6 +16,7 @@ from largebatch.config.batch import BatchPlan
 from largebatch.config.epochs import Epochs
 from largebatch.config.schema import Config
 from largebatch.data import BatchLoader, Data
+from largebatch.instruments.fixed_loss import FixedLoss
 from largebatch.instruments.gradient_noise import GradientNoise
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic
@@ -144,6 +145,7 @@ class Training:
     unlogged: Unlogged
     early_stopping: EarlyStopping
     noise: GradientNoise | None = None  # only with instruments.noise_scale
+    fixed_loss: FixedLoss | None = None  # only with instruments.sharpness_every
     averaged: AveragedWeights | None = None  # only with ema_decay, and not while a probe trains
     probe: ProbeState | None = None  # only with mode=bt
     step: int = 0
