@@ -19,7 +19,7 @@ from largebatch.seeding import derive_seed
 from largebatch.training.micro_batch import release_memory
 from largebatch.training.state import Run, Training
 
-_AT_ONCE = 256  # most images per pass: a second derivative needs more memory than training
+_AT_ONCE = (32, 256)  # bounds of the images per pass; a second derivative needs more memory than training
 _NO_SECOND = ("not implemented", "differentiate twice")  # in torch's messages
 
 
@@ -34,7 +34,7 @@ def fixed_loss(run: Run, network: nn.Module, model: nn.Module, mode: ModuleType)
     total = min(config.instruments.sharpness_samples, len(train))
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "sharpness", "images"))
     chosen = torch.randperm(len(train), generator=generator)[:total]
-    size = min(run.batch.micro_batch, _AT_ONCE)
+    size = min(max(run.batch.micro_batch, _AT_ONCE[0]), _AT_ONCE[1])
     parts = list(run.loader.evaluate(train, size, chosen))
     images = torch.cat([part for part, _ in parts]) if parts else torch.empty(0, *run.data.image, device=run.device)
     labels = torch.cat([part for _, part in parts]) if parts else torch.empty(0, dtype=torch.int64, device=run.device)
