@@ -21,7 +21,7 @@ from largebatch.tracking.console import Console
 from largebatch.training.phase import MainPhase
 from largebatch.training.set_up import set_up
 
-ON = ("instruments.sharpness_every=1", "instruments.sharpness_samples=24")
+ON = ("instruments.sharpness_every=1", "instruments.sharpness_samples=8")
 NAMES = ["eigenvalue", "preconditioned", "trace", "trace_se", "sam", "asam"]
 
 
@@ -82,7 +82,7 @@ def test_the_batch_follows_from_the_seed_and_has_no_augmentation(tmp_path: Path)
     )
     values = [phase.training.fixed_loss for phase in (first, augmented, other)]
     batches = [loss._images for loss in values if loss is not None]
-    assert [len(batch) for batch in batches] == [24, 24, 24]
+    assert [len(batch) for batch in batches] == [8, 8, 8]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
 
@@ -122,7 +122,7 @@ def test_the_instrument_is_no_part_of_a_run_s_identity() -> None:
     ("overrides", "problem"),
     [
         (("mode=bt", *ON), r"instruments\.sharpness_every=1: not allowed with mode=bt.*Allowed: mode=clf"),
-        (ON[1:], r"instruments\.sharpness_samples=24: only instruments\.sharpness_every has this key"),
+        (ON[1:], r"instruments\.sharpness_samples=8: only instruments\.sharpness_every has this key"),
         (("instruments.sharpness_every=0",), r"instruments\.sharpness_every=0: must be an integer of at least 1"),
         ((*ON[:1], "instruments.sharpness_samples=0"), r"instruments\.sharpness_samples=0: must be an integer of at"),
     ],
