@@ -32,6 +32,7 @@ def validate(config: Config) -> None:
         *_check_space(config),
         *_check_instruments(config),
         *_check_early_stopping(config),
+        *_check_start(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -41,12 +42,15 @@ def check_training(config: Config, images: int | None) -> None:
     """Check batch and warm-up against ``images`` training images; None if their number is unknown.
 
     Raises:
-        UserError: if the batch is larger than the training set, or the warm-up as long as the training.
+        UserError: if the batch is larger than the training set, the warm-up as long as the training, or a step of
+            ``checkpoint.keep_at`` after its end.
     """
     schedule = config.schedule
     if images is not None:
         epochs = plan_epochs(config, images)
-        schedule.factor(config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0), epochs.steps)
+        steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
+        schedule.factor(steps, epochs.steps)
+        config.checkpoint.kept_steps(steps)
         return
     for unit, training in ("steps", config.steps), ("epochs", config.epochs):
         schedule.check_warmup(getattr(schedule, f"warmup_{unit}", None) or 0, training or 0, unit)
@@ -133,6 +137,18 @@ def _check_early_stopping(config: Config) -> list[str]:
             f"{key}: needs validation images, because the test set must not decide when to stop. "
             "Fix: dataset.val_fraction=0.1"
         ]
+    return []
+
+
+def _check_start(config: Config) -> list[str]:
+    key = f"start_from={config.start_from}"
+    if config.start_from is None:
+        return []
+    if config.mode.name != "clf":
+        return [f"{key}: not allowed with mode={config.mode.name}. Allowed: mode=clf. Fix: start_from=null"]
+    if config.model.weights is not None or config.model.pretrained:
+        other = "model.pretrained=true" if config.model.pretrained else f"model.weights={config.model.weights}"
+        return [f"{key} and {other}: only one may be set, because both choose the first weights"]
     return []
 
 

@@ -89,6 +89,22 @@ class TrackerConfig:
 class CheckpointConfig:
     every_seconds: float = option(10.0, least=0)
     every_steps: int | None = option(None, least=1)  # instead of every_seconds
+    # Checkpoints that newer ones don't replace: optimizer steps, or parts of the training below 1
+    keep_at: list[float] = field(default_factory=list)
+
+    def kept_steps(self, steps: int) -> frozenset[int]:
+        """Return the steps of ``keep_at`` in a training of ``steps`` steps.
+
+        Raises:
+            UserError: if a step is no whole number, or not in the training.
+        """
+        for given in self.keep_at:
+            if not 0 < given < 1 and (given < 1 or given % 1 or given > steps):
+                raise UserError(
+                    f"checkpoint.keep_at={given:g}: must be an optimizer step up to the training's last, {steps:,}, or "
+                    "a part of the training below 1"
+                )
+        return frozenset(int(given) if given >= 1 else max(round(given * steps), 1) for given in self.keep_at)
 
 
 @dataclass
@@ -120,6 +136,8 @@ class Config:
     clip_norm: float | None = option(None, above=0)  # largest norm of the whole gradient of a step; None: no limit
     # Part of the moving average of the weights that a step keeps. The average is evaluated and exported. None: off
     ema_decay: float | None = option(None, above=0, below=1)
+    # RUN@STEP: start from the weights and the optimizer's state of a run in runs_dir after STEP optimizer steps
+    start_from: str | None = None
     seed: int = option(0, least=0)
     # auto: bf16 on GPUs that have it, fp16 on older GPUs, fp32 on CPU and for networks under a million parameters
     precision: str = option("auto", allowed=("auto", "fp32", "bf16", "fp16"))

@@ -61,7 +61,7 @@ def compare(runs: Iterable[Run], by: Sequence[str] = ()) -> list[Comparison]:
     """Return one comparison for each data set, model and mode.
 
     Runs on different data under one name, such as a folder that has got more images, have a comparison each, with the
-    digest of their data in its name.
+    digest of their data in its name. So have runs from another run's checkpoint (``start_from``).
 
     Args:
         by: dotted configuration keys. Each of their values gets its own row, as optimizers and schedules do.
@@ -75,6 +75,8 @@ def compare(runs: Iterable[Run], by: Sequence[str] = ()) -> list[Comparison]:
         name = _dataset(run)
         if len(digests[name]) > 1:
             name += f" (data {run.data or 'unknown'})"
+        if run.config.get("start_from"):
+            name += f", from {run.config['start_from']}"
         groups.setdefault((name, run.config["model"]["name"], run.config["mode"]["name"]), []).append(run)
     return [_comparison(key, groups[key], by) for key in sorted(groups)]
 
