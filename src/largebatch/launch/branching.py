@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+
+from omegaconf import DictConfig
 
 from largebatch.config.identity import run_name
 from largebatch.config.schema import Config, read_frozen
@@ -34,7 +37,7 @@ def resolve_start(config: Config) -> None:
     config.start_from = f"{source.name}@{step}"
     if RunFolder(runs_dir / run_name(config)).has_progress():
         return
-    frozen = read_frozen(source.config)
+    frozen = _frozen(source.config)
     for group in _GROUPS:
         name, theirs = getattr(config, group).name, frozen[group].name
         if name != theirs:
@@ -51,6 +54,11 @@ def resolve_start(config: Config) -> None:
         )
 
 
+@functools.cache  # for a grid
+def _frozen(path: Path) -> DictConfig:
+    return read_frozen(path)
+
+
 def _source(wanted: str, runs_dir: Path, given: str) -> RunFolder:
     """Return the run whose name or digits begin with ``wanted``; if there are several, the one that isn't a branch."""
     try:
@@ -59,7 +67,7 @@ def _source(wanted: str, runs_dir: Path, given: str) -> RunFolder:
         found = find_runs(wanted, runs_dir)
     except UserError as error:
         raise UserError(f"start_from={error}") from None
-    own = [run for run in found if read_frozen(run.config).get("start_from") is None] if len(found) > 1 else found
+    own = [run for run in found if _frozen(run.config).get("start_from") is None] if len(found) > 1 else found
     if len(own) != 1:
         names = ", ".join(run.name for run in (own or found)[:10])
         raise UserError(f"start_from={given}: matches {len(own or found)} runs: {names}. Fix: give more of the name")
