@@ -19,6 +19,10 @@ class ResizedCropConfig:
     ratio: list[float] = option([3 / 4, 4 / 3], above=0, length=2)  # of width to height
     interpolation: str = option("bicubic", allowed=("bicubic", "bilinear"))
 
+    @property
+    def is_on(self) -> bool:
+        return self.scale is not None
+
 
 @dataclass
 class ColorJitterConfig:
@@ -42,6 +46,10 @@ class RandAugmentConfig:
     operations: int = option(0, least=0, most=14)  # random operations of an image, one after the other; 0: off
     magnitude: int = option(9, least=0, most=30)
 
+    @property
+    def is_on(self) -> bool:
+        return self.operations > 0
+
 
 @dataclass
 class ErasingConfig:
@@ -54,6 +62,10 @@ class ErasingConfig:
     count: int = option(1, least=1, most=16)  # boxes, which share the area
     # zero: the mean of the data set; channel: one normal number per channel; pixel: normal noise
     fill: str = option("zero", allowed=("zero", "channel", "pixel"))
+
+    @property
+    def is_on(self) -> bool:
+        return self.probability > 0
 
 
 def augmentation_problems(dataset: DatasetConfig) -> list[str]:
