@@ -106,7 +106,7 @@ def _check_batch(config: Config) -> list[str]:
         return []  # problems_of names it
     try:
         if processes is None:
-            plan_batch(config.batch_size, 1, config.micro_batch, together)
+            plan_batch(config.batch_size, 1, config.micro_batch, together, config.mode.images_together)
         else:
             plan_training(replace(config), processes)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ def plan_epochs(config: Config, images: int, batch_size: int | None = None) -> E
     """Return the division of epochs of ``images`` images into steps of ``batch_size`` (None: ``config.batch_size``).
 
     With ``keep``, batch norm and Barlow Twins need two images: if the rest would give a group of one image, one image
-    is left out, so that a rest of one image is dropped.
+    is left out, so that a rest of one image is dropped. Mixup and CutMix leave out the last of an odd number.
 
     Raises:
         UserError: if the batch is larger than the training set, or CLARS's ``sample_size`` doesn't divide the rest.
@@ -88,13 +89,14 @@ def plan_epochs(config: Config, images: int, batch_size: int | None = None) -> E
     if size > images:
         raise UserError(f"batch_size={size}: larger than the training set of {images} images, so at most {images}")
     rest = images % size if config.dataset.last_batch == "keep" else 0
+    rest -= rest % config.mode.images_together
     if rest and (has_batch_statistics(config) or config.mode.views > 1):
         groups = -(-rest // (config.batch_norm_size or rest))
         rest -= rest // groups < 2
-    together = config.optimizer.samples_together
+    together = math.lcm(config.optimizer.samples_together, config.mode.images_together)
     if batch_size is None and rest % together:
         raise UserError(
-            f"optimizer.sample_size={together}: doesn't divide the {rest} images of an epoch's last batch "
-            "(dataset.last_batch=keep). Fix: dataset.last_batch=carry"
+            f"optimizer.sample_size={config.optimizer.samples_together}: doesn't divide the {rest} images of an "
+            "epoch's last batch (dataset.last_batch=keep). Fix: dataset.last_batch=carry"
         )
     return Epochs(images, size, config.dataset.last_batch, rest)

@@ -65,7 +65,7 @@ class MainPhase:
         run = self.run
         return run.loader.train(
             run.data.train, run.epochs, run.batch, run.config.seed, self.training.step, run.config.mode.views,
-            passes=2 if run.exact else 1,
+            passes=2 if run.exact else 1, mixing=run.config.mode.mixing, classes=run.data.num_classes,
         )  # fmt: skip
 
     def gradient(self, batches: Batches) -> Tensor | None:

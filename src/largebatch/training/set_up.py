@@ -101,6 +101,12 @@ def set_up(
         groups = f"{norms.sample_size} sample{'s' * (norms.sample_size > 1)} at a time"
         console.say(f"gradient {norms.QUANTITY} of {groups} by {norms.method}: {norms.why}")
         if norms.method == "passes":  # one backward pass per group
+            if norms.sample_size % config.mode.images_together:
+                raise UserError(
+                    f"optimizer.sample_size={norms.sample_size}: optimizer={config.optimizer.name} measures "
+                    f"{norms.QUANTITY} by passes of so many images here, and mode.mixup and mode.cutmix mix pairs of a "
+                    f"pass. Fix: optimizer.sample_size={2 * norms.sample_size}, or neither mixup nor cutmix"
+                )
             batch = replace(batch, micro_batch=norms.sample_size)
             if layers and batch.group != config.batch_norm_size:
                 raise UserError(
