@@ -7,7 +7,7 @@ from typing import Any
 
 from largebatch.config.batch import plan_batch, plan_training
 from largebatch.config.custom import custom_choices
-from largebatch.config.epochs import plan_epochs
+from largebatch.config.epochs import lr_factor, plan_epochs, planned_steps
 from largebatch.config.options import problems_of
 from largebatch.config.schema import ClusterConfig, Config
 from largebatch.config.slurm import has_control_character, slurm_problems
@@ -24,6 +24,7 @@ def validate(config: Config) -> None:
         *config.optimizer.problems(config),
         *config.lr_scaling.problems(config.optimizer),
         *config.schedule.problems(config),
+        *config.batch_schedule.problems(config),
         *config.mode.problems(config),
         *_check_length(config),
         *_check_cluster(config.cluster),
@@ -48,9 +49,8 @@ def check_training(config: Config, images: int | None) -> None:
     schedule = config.schedule
     if images is not None:
         epochs = plan_epochs(config, images)
-        steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
-        schedule.factor(steps, epochs.steps)
-        config.checkpoint.kept_steps(steps)
+        lr_factor(config, epochs)
+        config.checkpoint.kept_steps(planned_steps(config, epochs))
         return
     for unit, training in ("steps", config.steps), ("epochs", config.epochs):
         schedule.check_warmup(getattr(schedule, f"warmup_{unit}", None) or 0, training or 0, unit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from largebatch.config.epochs import plan_epochs
+from largebatch.config.epochs import plan_epochs, planned_steps
 from largebatch.config.modes import Bt, Clf
 from largebatch.config.optimizers import Adagrad, Clars, Measured, Tvlars
 from largebatch.config.schedules import CustomSchedule, ScheduleConfig
@@ -33,7 +33,7 @@ def planned_length(config: Config) -> tuple[int, float] | None:
     if config.dataset.train_images is None:
         return None
     epochs = plan_epochs(config, config.dataset.train_images)
-    return (config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)), epochs.steps
+    return planned_steps(config, epochs), epochs.steps
 
 
 def idle_options(config: Config, steps: int, steps_per_epoch: float) -> list[str]:

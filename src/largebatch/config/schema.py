@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import SafeLoader, YAMLError
 
 from largebatch.config import datasets, models, optimizers, schedules
+from largebatch.config.batch_schedule import BatchScheduleConfig
 from largebatch.config.custom import complete
 from largebatch.config.datasets import DATASETS, DatasetConfig
 from largebatch.config.lr_scaling import LrScalingConfig
@@ -125,6 +126,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     instruments: InstrumentsConfig = field(default_factory=InstrumentsConfig)
     batch_size: int = option(512, least=1)  # global: all processes and micro-batches together
+    batch_schedule: BatchScheduleConfig = field(default_factory=BatchScheduleConfig)  # smaller batches at the start
     # Largest number of images per pass of a process. None: the process's whole share. auto: as many as fit into memory;
     # with batch norm the whole share, or batch_norm_size.
     micro_batch: int | str | None = option(None, least=1, words=("auto",))

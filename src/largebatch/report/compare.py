@@ -100,7 +100,10 @@ def _comparison(key: tuple[str, str, str], runs: list[Run], by: Sequence[str]) -
 
 
 def _rows(runs: Iterable[Run], by: Sequence[str]) -> dict[RowKey, list[Run]]:
-    """Group runs by optimizer, schedule, the structural options that differ between them, and the ``by`` keys."""
+    """Group runs by optimizer, schedule, the structural options that differ between them, and the ``by`` keys.
+
+    So are the shapes of ``batch_schedule``: a growing batch is no setting of a constant one.
+    """
     named: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
         named[run.config["optimizer"]["name"], run.config["schedule"]["name"]].append(run)
@@ -109,11 +112,17 @@ def _rows(runs: Iterable[Run], by: Sequence[str]) -> dict[RowKey, list[Run]]:
         structures = [structure(run.config["optimizer"]) for run in of_name]
         keys = sorted({f"optimizer.{key}" for one in structures for key in one} - {*by})
         different = [key for key in keys if len({one.get(key.removeprefix("optimizer.")) for one in structures}) > 1]
+        shapes = {_batch_schedule(run) for run in of_name}
         for run, one in zip(of_name, structures, strict=True):
             extra = [(key, one.get(key.removeprefix("optimizer."), "none")) for key in different]
+            extra += [("batch_schedule", _batch_schedule(run))] if len(shapes) > 1 else []
             extra += [(key, _text(run.given.get(key, "none"))) for key in by]
             rows[RowKey(optimizer, schedule, tuple(extra))].append(run)
     return rows
+
+
+def _batch_schedule(run: Run) -> str:
+    return str(run.given.get("batch_schedule.shape", "constant"))
 
 
 def _text(value: Any) -> str:

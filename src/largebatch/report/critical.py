@@ -106,6 +106,8 @@ def criticals(comparison: Comparison, times: TimeToTarget, problems: list[Proble
     found = []
     for row in comparison.rows:
         cells = comparison.row(row)
+        if any(run.given.get("batch_schedule.shape", "constant") != "constant" for cell in cells for run in cell.runs):
+            continue  # its steps have no one batch size
         of_row = [_time(cell.batch_size, times.cells[row, cell.batch_size], scatter) for cell in cells]
         fitted = _hyperbola(row, of_row, measured_noise(cells, problems))
         branches = any(run.config.get("start_from") for run in comparison.runs)

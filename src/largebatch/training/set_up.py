@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from largebatch.config.batch import plan_training
-from largebatch.config.epochs import plan_epochs
+from largebatch.config.epochs import lr_factor, plan_epochs, planned_steps
 from largebatch.config.models import CustomModel, TimmModel
 from largebatch.config.schema import Config
 from largebatch.data import Data, load_data
@@ -73,7 +73,7 @@ def set_up(
     model = model.to(device)
     batch = plan_training(config, processes)
     epochs = plan_epochs(config, len(data.train))
-    steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
+    steps = planned_steps(config, epochs)
     arithmetic = _agreed_arithmetic(config, folder, model, rank, device)
     model = model.to(memory_format=arithmetic.memory_format)
     # Before a micro-batch is tried, because it takes memory, and before hooks, which aren't its own.
@@ -128,7 +128,7 @@ def set_up(
         console.say(f"no CUDA graphs: {why_not}")
     graphs = Graphs(model, device, batch.accumulation > 1, why_not, console.say)
     loss_scale = LossScale(device, enabled=arithmetic.precision == "fp16")
-    schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
+    schedule = LambdaLR(optimizer, lr_factor(config, epochs))
     unlogged = Unlogged(mode.TOTALS, device)
     statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
     stopping = EarlyStopping(config.early_stopping)
