@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from largebatch.config.checks import validate
 from largebatch.config.identity import NOT_DECISIVE, decisive, identity, run_name
-from largebatch.config.optimizers import OPTIMIZERS, TimmOptimizer
+from largebatch.config.optimizer_libraries import TimmOptimizer
+from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schema import CHOICES, LIBRARIES, Config, from_composed, load_config, to_yaml
 from largebatch.errors import UserError
 

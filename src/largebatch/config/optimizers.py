@@ -6,15 +6,12 @@ test compares them. To add an optimizer, add its dataclass here and to ``OPTIMIZ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
-from largebatch.config.custom import Custom
 from largebatch.config.options import option
-from largebatch.errors import UserError, choices
 
 if TYPE_CHECKING:
     from largebatch.config.schema import Config
@@ -287,47 +284,6 @@ class RmsProp(OptimizerConfig):
         return f"{self.name} with centered" if self.centered else ""
 
 
-@dataclass
-class TimmOptimizer(OptimizerConfig):
-    """Any timm optimizer, by its timm name. ``options`` are its other keyword arguments."""
-
-    # timm names of optimizers with a sign-like update. docs/lr_scaling.md explains the choice.
-    SIGN_LIKE: ClassVar[tuple[str, ...]] = (
-        "adam", "adamw", "rmsprop", "adamwlegacy", "nadam", "nadamlegacy", "nadamw", "lion", "rmsproptf", "bnbadam",
-        "bnbadam8bit", "bnbadamw", "bnbadamw8bit", "bnblion", "bnblion8bit", "fusedadam", "fusedadamw",
-    )  # fmt: skip
-
-    library: str = option("timm", allowed=("timm",))
-    weight_decay: float = option(0.0, least=0)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
-        return {"weight_decay": self.weight_decay, **self.options}
-
-    def unknown(self, names: Iterable[str]) -> UserError:
-        """Return the error for a name that timm doesn't have. ``names`` are timm's."""
-        return UserError(f"optimizer.name={self.name}: timm has no such optimizer; {choices(self.name, names)}")
-
-    def beyond_surge(self) -> str:
-        changed = [name for name in ("amsgrad", "centered") if self.options.get(name)]
-        return "" if self.name in self.SIGN_LIKE and not changed else " with ".join([self.name, *changed])
-
-
-@dataclass
-class CustomOptimizer(Custom, OptimizerConfig):
-    """Any ``torch.optim.Optimizer``: ``target(params, lr=..., **options)``."""
-
-    group = "optimizer"
-    positional = ("params",)
-    required = ("lr",)
-    keys = ("weight_decay",)
-
-    weight_decay: float | None = option(None, least=0)  # None: the class's default
-
-    def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
-        return {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
-
-
 def _nesterov_problems(nesterov: bool, momentum: float) -> list[str]:
     return ["optimizer.nesterov=true: needs optimizer.momentum above 0"] if nesterov and not momentum else []
 
@@ -345,28 +301,3 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "adagrad": Adagrad,
     "rmsprop": RmsProp,
 }
-LIBRARIES: dict[str, type[OptimizerConfig]] = {"timm": TimmOptimizer, "custom": CustomOptimizer}
-
-
-def structure(optimizer: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options that make another algorithm: booleans, choices by name, and bounds that are on or off.
-
-    Numbers are tuned and aren't part of it.
-
-    Args:
-        optimizer: the optimizer's part of a configuration; a missing option has its default.
-    """
-    found = {}
-    kind = LIBRARIES.get(str(optimizer.get("library"))) or OPTIMIZERS.get(optimizer["name"], TimmOptimizer)
-    for field_ in fields(kind):
-        value = optimizer.get(field_.name, field_.default)
-        if field_.metadata.get("switch"):
-            found[field_.name] = "off" if value is None else "on"
-        elif field_.type in ("bool", "str") and field_.name not in ("name", "library"):
-            found[field_.name] = _in_words(value)
-    options = optimizer.get("options") or {}
-    return found | {name: _in_words(value) for name, value in options.items() if isinstance(value, bool | str)}
-
-
-def _in_words(value: bool | str) -> str:
-    return value if isinstance(value, str) else str(value).lower()

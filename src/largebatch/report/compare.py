@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from largebatch.config.optimizers import OPTIMIZERS, structure
+from largebatch.config.optimizer_libraries import structure
+from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schedules import SCHEDULES
 from largebatch.report.cells import Cell, Place, RowKey, choose, settings_of
 from largebatch.report.load import Run

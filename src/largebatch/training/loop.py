@@ -14,6 +14,7 @@ from largebatch.runs.metrics import Row
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
 from largebatch.training.checkpoint import CheckpointWriter
+from largebatch.training.optimization import averaged_weights
 from largebatch.training.phase import MainPhase
 from largebatch.training.profile import StepClock
 from largebatch.training.stop import StepBoundary
@@ -77,7 +78,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             session.console.say(line)
         is_best = False
         if not diverged and phase.evaluates_after(step):
-            with clock.paused(), profile.phase("evaluation"):
+            with clock.paused(), profile.phase("evaluation"), averaged_weights(training.optimizer):
                 metrics = phase.evaluate()
             # Before the next training loss shows it.
             if not all(map(math.isfinite, metrics.values())) or training.loss_scale.vanished:
@@ -157,9 +158,10 @@ def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
             # For the use of the weights without the data set.
             "images": {"shape": list(run.data.image), "mean": list(run.data.mean), "std": list(run.data.std)},
         }
-        state = training.state(session.clock.elapsed()) | constant
         best = run.folder.best_checkpoint if is_best else None
-        session.writer.save(training.step, state, first=session.recorder.rows_to_write(), best=best)
+        with averaged_weights(training.optimizer) as weights:
+            state = training.state(session.clock.elapsed()) | constant | {"training_weights": weights}
+            session.writer.save(training.step, state, first=session.recorder.rows_to_write(), best=best)
     else:
         for tensor in totals:
             tensor.zero_()

@@ -24,10 +24,14 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import Row
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
+from largebatch.training.optimization import averaged_weights, restore_training_weights
 from largebatch.training.running_statistics import RunningStatistics
 
 # Keys of every checkpoint.
-STATE = ("model", "optimizer", "schedule", "loss_scale", "unlogged", "seconds", "best", "micro_batch")
+STATE = (
+    *("model", "optimizer", "schedule", "loss_scale", "unlogged", "seconds", "best", "micro_batch"),
+    "training_weights",  # of a schedule-free optimizer, whose average is the model
+)
 
 
 @dataclass(frozen=True)
@@ -144,11 +148,12 @@ class Training:
     best: float = -math.inf  # validation accuracy of the best checkpoint
 
     def checksum(self) -> str:
-        """Return the CRC-32 of all parameters and buffers, in hex. Waits for the device."""
+        """Return the CRC-32 of all parameters and buffers of a checkpoint, in hex. Waits for the device."""
         tensors = [*self.model.state_dict().values(), *(self.probe.head.state_dict().values() if self.probe else ())]
         found = 0
-        for tensor in tensors:
-            found = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy(), found)
+        with averaged_weights(self.optimizer):
+            for tensor in tensors:
+                found = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy(), found)
         return f"{found:08x}"
 
     def state(self, seconds: float) -> dict[str, Any]:
@@ -170,6 +175,8 @@ class Training:
     def load(self, saved: dict[str, Any], rank: int) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["training_weights"]:
+            restore_training_weights(self.optimizer, saved["training_weights"])
         self.schedule.load_state_dict(saved["schedule"])
         self.loss_scale.load(saved["loss_scale"])
         self.unlogged.rows, totals = saved["unlogged"]["rows"], saved["unlogged"]["totals"]
