@@ -27,14 +27,14 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows
 
 METHODS = (
-    "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd",
+    "muon", "adamuon", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd",
     "schedulefree_adamw",
 )  # fmt: skip
 CHOSEN = os.environ.get("METHODS", ",".join(METHODS)).split(",")
 SCHEDULE_FREE = [method for method in CHOSEN if method.startswith("schedulefree")]
-LR = {"schedulefree_sgd": 0.1, "adamuon": 5e-5}  # at which rounding differences don't grow over the steps
-# Directions without a gradient have any basis of eigenvectors, and rounding chooses it.
-DIVISIBLE = [method for method in CHOSEN if method != "soap"]
+LR = {"schedulefree_sgd": 0.1}  # at which rounding differences don't grow over the steps
+# Rounding chooses the basis of directions without a gradient (SOAP) and the signs of elements near 0 (AdaMuon).
+DIVISIBLE = [method for method in CHOSEN if method not in ("soap", "adamuon")]
 STEPS, SAVED = 12, 6
 each = pytest.mark.parametrize("method", CHOSEN)
 divisible = pytest.mark.parametrize("method", DIVISIBLE)

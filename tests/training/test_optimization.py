@@ -188,7 +188,7 @@ def test_a_run_takes_the_relative_lambda_of_its_own_length(tmp_path: Path, mode:
     "name",
     [
         *("lars", "lamb", "tvlars", "tvlars_published", "lamb_published", "sgd", "adam", "adamw", "adagrad", "rmsprop"),
-        *("lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd"),
+        *("muon", "adamuon", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd"),
         "schedulefree_adamw",
     ],
 )

@@ -31,6 +31,7 @@ class OptimizerConfig:
     target: ClassVar[str] = ""
     label: ClassVar[str] = ""
     sign_like: ClassVar[bool] = False
+    head_options: ClassVar[dict[str, Any]] = {}  # of the classifier's weights, as a parameter group
 
     name: str = MISSING
     lr: float = option(MISSING, above=0)  # learning rate; with a scaling rule, at lr_scaling.base_batch
@@ -223,6 +224,33 @@ class VrLamb(Measured, Lamb):
 
 
 @dataclass
+class Muon(OptimizerConfig):
+    """Muon, with AdamW for the classifier, biases and norm parameters."""
+
+    target = "largebatch.optim.muon:Muon"
+    label = "Muon"
+    head_options: ClassVar[dict[str, Any]] = {"orthogonal": False}
+
+    weight_decay: float = option(0.1, least=0)
+    momentum: float = option(0.95, least=0, below=1)
+    nesterov: bool = True
+    # Scale of an orthogonal [m, n]: 0.2 * sqrt(max(m, n)), which has the size of AdamW's steps, or sqrt(max(1, m / n)).
+    adjust_lr_fn: str = option("match_rms_adamw", allowed=("match_rms_adamw", "original"))
+    betas: list[float] = option([0.9, 0.95], least=0, below=1, length=2)  # AdamW's
+    eps: float = option(1e-8, least=0)  # AdamW's
+
+
+@dataclass
+class AdaMuon(Muon):
+    """AdaMuon (arXiv 2507.11005)."""
+
+    target = "largebatch.optim.muon:AdaMuon"
+    label = "AdaMuon"
+
+    adjust_lr_fn: str = option("match_rms_adamw", allowed=("match_rms_adamw",))
+
+
+@dataclass
 class Sgd(OptimizerConfig):
     target = "torch.optim:SGD"
     label = "SGD"
@@ -295,6 +323,8 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "clars": Clars,
     "vrlars": VrLars,
     "vrlamb": VrLamb,
+    "muon": Muon,
+    "adamuon": AdaMuon,
     "sgd": Sgd,
     "adamw": AdamW,
     "adam": Adam,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from largebatch.config.optimizer_libraries import CustomOptimizer, LibraryOptimizer, PytorchOptimizer
 from largebatch.config.schema import Config
 from largebatch.errors import UserError, choices, require
+from largebatch.models.build import head_names
 
 
 def _spare_compiler_import() -> None:
@@ -53,12 +54,14 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float, st
     parameters: list[Any] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     lr_1d = given.learning_rate_1d()
     own_lr = {} if lr_1d is None else {"lr": config.lr_scaling.scaled(lr_1d, config.batch_size)}
-    if own_lr:
-        few = [(name, p) for name, p in parameters if p.ndim <= 1]
-        many = [(name, p) for name, p in parameters if p.ndim > 1]
-        parameters = [{"params": many}]
-        if few:
-            parameters.append({"params": few, **own_lr})
+    few = [one for one in parameters if own_lr and one[1].ndim <= 1]
+    names = head_names(config.model, model) if given.head_options and config.mode.name == "clf" else ()
+    head = [one for one in parameters if one[1].ndim > 1 and one[0].startswith(tuple(f"{name}." for name in names))]
+    if few or head:
+        apart = {name for name, _ in (*few, *head)}
+        parameters = [{"params": [one for one in parameters if one[0] not in apart]}]
+        parameters += [{"params": few, **own_lr}] if few else []
+        parameters += [{"params": head, **given.head_options}] if head else []
     options = given.arguments(config.batch_size, steps_per_epoch, steps)
     if isinstance(given, CustomOptimizer):
         return _custom_optimizer(given, parameters, options | {"lr": resolved_lr(config)})
