@@ -1,14 +1,15 @@
 """Write the answer, the table and the picture of a comparison from a folder of runs.
 
 `python docs/plots/comparison.py RUNS_DIR NAME` writes NAME.md and NAME.svg beside this script. NAME.md has the commit,
-the date and the machine of the runs. Equal runs give equal files. With several data sets, models or modes, the first is
-drawn. The pages that show the files name the command of the runs.
+the date and the machine of the runs. Equal runs give equal files. With several data sets, models or modes, NAME.md has
+a part for each, and the picture shows the first. The pages that show the files name the command of the runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,27 +22,35 @@ from matplotlib.figure import Figure
 from largebatch.report.answer import answer
 from largebatch.report.build import table
 from largebatch.report.cells import RowKey
-from largebatch.report.chart import Style, styles
+from largebatch.report.chart import styles
 from largebatch.report.compare import Comparison, compare
 from largebatch.report.layer_figures import QUANTITIES, Diagnosed, read_diagnosed
 from largebatch.report.load import Run, load_runs
 from largebatch.report.page import facts
-from largebatch.report.wording import row_label
+from largebatch.report.wording import row_label, title
 
 _LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 _MARKS = {"circle": "o", "square": "s", "diamond-open": "D", "triangle-up-open": "^"}
 
 
-def look(style: Style) -> dict[str, object]:
-    """Translate a row's style from Plotly to matplotlib."""
-    return {
-        "color": style.colour, "linestyle": _LINES.get(style.dash, "-"), "marker": _MARKS.get(style.symbol, "x"),
-        "markerfacecolor": "white" if style.symbol.endswith("-open") else style.colour, "markersize": 5,
-        "linewidth": 1.5,
-    }  # fmt: skip
+def looks(comparison: Comparison) -> dict[RowKey, dict[str, object]]:
+    """Return how matplotlib draws each row: in the report's style, or by position if all rows share an optimizer."""
+    report, rows = styles([comparison]), comparison.rows
+    alone = len(rows) > 1 and len({row.optimizer for row in rows}) == 1
+    found = {}
+    for index, row in enumerate(rows):
+        style = report[row]
+        colour = matplotlib.colormaps["viridis"](index / len(rows)) if alone else style.colour
+        found[row] = {
+            "color": colour, "linestyle": _LINES.get(style.dash, "-"), "linewidth": 1.5, "markersize": 5,
+            "marker": "os^Dv*"[index % 6] if alone else _MARKS.get(style.symbol, "x"),
+            "markerfacecolor": "white" if style.symbol.endswith("-open") and not alone else colour,
+            "label": row_label(row).partition(", ")[2] or row_label(row) if alone else row_label(row),
+        }  # fmt: skip
+    return found
 
 
-def accuracy(axes: Axes, comparison: Comparison, style: dict[RowKey, Style]) -> None:
+def accuracy(axes: Axes, comparison: Comparison, look: dict[RowKey, dict[str, object]]) -> None:
     """Draw the test accuracy of the chosen settings against batch size, with the spread over seeds."""
     for index, row in enumerate(comparison.rows):
         cells = [cell for cell in comparison.shown if cell.row == row and cell.mean is not None]
@@ -50,9 +59,8 @@ def accuracy(axes: Axes, comparison: Comparison, style: dict[RowKey, Style]) -> 
             [cell.batch_size * aside for cell in cells],
             [100 * (cell.mean or 0) for cell in cells],
             [100 * (cell.spread or 0) for cell in cells],
-            label=row_label(row),
             capsize=2.5,
-            **look(style[row]),
+            **look[row],
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(comparison.columns, [f"{batch:,}" for batch in comparison.columns])
@@ -62,7 +70,7 @@ def accuracy(axes: Axes, comparison: Comparison, style: dict[RowKey, Style]) -> 
     axes.set_ylabel("%")
 
 
-def ratios(axes: Axes, diagnosed: list[Diagnosed], style: dict[RowKey, Style]) -> None:
+def ratios(axes: Axes, diagnosed: list[Diagnosed], look: dict[RowKey, dict[str, object]]) -> None:
     """Draw LNR, as the median over the weights of all layers, at the largest batch size."""
     largest = max(cell.batch_size for cell, _ in diagnosed)
     _, grid_of = QUANTITIES["lnr"]
@@ -71,7 +79,7 @@ def ratios(axes: Axes, diagnosed: list[Diagnosed], style: dict[RowKey, Style]) -
         if cell.batch_size == largest and one.kind == "weights":
             columns = [[v for v in column if v] for column in zip(*grid_of(layers), strict=True)]
             points = [(step, statistics.median(c)) for step, c in zip(layers.steps, columns, strict=True) if c]
-            axes.plot(*zip(*points, strict=True), **look(style[cell.row]) | {"marker": None})
+            axes.plot(*zip(*points, strict=True), **look[cell.row] | {"marker": None})
     axes.set_yscale("log")
     axes.set_title(f"weight norm / gradient norm (LNR), batch {largest:,}")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -80,18 +88,52 @@ def ratios(axes: Axes, diagnosed: list[Diagnosed], style: dict[RowKey, Style]) -
 
 
 def draw(comparison: Comparison, diagnosed: list[Diagnosed]) -> Figure:
-    style = styles([comparison])
+    look = looks(comparison)
     # Fixed positions, independent of text size: every version of matplotlib draws the same.
-    figure = Figure(figsize=(9, 4))
+    columns = max(1, min(5, 110 // (max(len(str(one["label"])) for one in look.values()) + 10)))
+    lines = math.ceil(len(look) / columns)
+    height = 3.5 + 0.2 * lines
+    figure = Figure(figsize=(9, height))
     left, right = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.07, right=0.985, top=0.92, bottom=0.25, wspace=0.2)
-    accuracy(left, comparison, style)
+    bottom = (0.6 + 0.2 * lines) / height
+    figure.subplots_adjust(left=0.07, right=0.985, top=1 - 0.32 / height, bottom=bottom, wspace=0.2)
+    accuracy(left, comparison, look)
     if diagnosed:
-        ratios(right, diagnosed, style)
+        ratios(right, diagnosed, look)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, handlelength=3.2)
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=columns, frameon=False, handlelength=3.2)
     return figure
+
+
+def learning_rates(comparison: Comparison) -> str:
+    """Return a table of the chosen ``optimizer.lr``. Empty without a choice.
+
+    If the runs scale it from one batch size, each cell also has the points of validation accuracy that the row loses
+    there with the value chosen at that batch size: the error of the scaling rule.
+    """
+    chosen = {key: cell.chosen for key, cell in comparison.cells.items() if cell.chosen and cell.trials > 1}
+    if not chosen:
+        return ""
+    bases = {s.options["lr_scaling.base_batch"] for s in chosen.values() if s.options["lr_scaling.rule"] != "none"}
+    base = bases.pop() if len(bases) == 1 else None
+    sizes = " | ".join(f"batch {batch:,}" for batch in comparison.columns)
+    name = f"chosen at batch {base:,}" if base in comparison.columns else ""
+    lines = [f"| learning rate{name and f' (points lost by the one {name})'} | {sizes} |"]
+    lines.append("|---|" + "---|" * len(comparison.columns))
+    for row in comparison.rows:
+        texts = []
+        for batch in comparison.columns:
+            setting = chosen.get((row, batch))
+            text = f"{setting.options['optimizer.lr']:g}" if setting else "-"
+            if setting and name and base != batch and (row, base) in chosen:
+                wanted = chosen[row, base].options["optimizer.lr"]
+                cell = comparison.cells[row, batch]
+                others = [s.score(cell.chosen_by) for s in cell.settings if s.options["optimizer.lr"] == wanted]
+                text += f" ({100 * (setting.score(cell.chosen_by) - max(others)):.1f})" if others else ""
+            texts.append(text)
+        lines.append(f"| {row_label(row)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
 
 
 def origin(runs: Sequence[Run]) -> str:
@@ -101,7 +143,13 @@ def origin(runs: Sequence[Run]) -> str:
     days = sorted(
         {datetime.datetime.fromtimestamp(end, datetime.UTC).date().isoformat() for end in (ends[0], ends[-1])}
     )
-    parts = [known["runs"], known["device-hours"], " to ".join(days), f"commit {known['commit']}", known["versions"]]
+    parts = [
+        known["runs"],
+        f"device-hours on {known['device-hours']}",
+        " to ".join(days),
+        f"commit {known['commit']}",
+        known["versions"],
+    ]
     return "; ".join(parts) + "."
 
 
@@ -114,17 +162,22 @@ def main() -> None:
     options = parser.parse_args()
     target = options.folder / options.name
     runs, problems = load_runs(options.runs_dir)
-    comparison = compare(runs, options.by)[0]
-    diagnosed = read_diagnosed(comparison, problems)
+    comparisons = compare(runs, options.by)
+    diagnosed = read_diagnosed(comparisons[0], problems)
     for problem in problems:
         print(f"skipped: {problem.where}: {problem.what}", file=sys.stderr)
-    parts = answer(comparison), table(comparison), origin(comparison.runs)
+    parts = []
+    for comparison in comparisons:
+        heading = f"**{title(comparison)}**" if len(comparisons) > 1 else ""
+        verdicts = "\n".join(f"- {line}" for line in answer(comparison).splitlines())
+        parts += [heading, verdicts, table(comparison), learning_rates(comparison)]
+    parts = [part for part in (*parts, origin(runs)) if part]
     target.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     matplotlib.rcdefaults()  # ignores the user's settings
     salt = {"svg.hashsalt": "comparison"}  # without it, names inside the file are random
     with matplotlib.rc_context({**salt, "font.size": 9, "axes.titlesize": 9}):
         metadata = {"Date": None, "Title": "Test accuracy against batch size, and LNR"}
-        draw(comparison, diagnosed).savefig(target.with_suffix(".svg"), format="svg", metadata=metadata)
+        draw(comparisons[0], diagnosed).savefig(target.with_suffix(".svg"), format="svg", metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main() -> None:
         for cell, look in zip(cells, LOOKS, strict=False):
             axes.plot(*disagreement(cell.drawn[0]), label=f"batch {cell.batch_size:,}", **look)
         axes.set_yscale("log")
-        axes.set_title("mean norm of the images' gradients / norm of their mean, median over layers")
+        axes.set_title("mean norm of images' gradients / norm of their mean")
         axes.set_xlabel("part of the training")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

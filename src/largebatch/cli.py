@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from largebatch import __version__
 from largebatch.errors import UserError, require
@@ -19,7 +19,7 @@ from largebatch.runs.cancel import cancel
 from largebatch.runs.folder import RunFolder, write_atomic
 from largebatch.runs.table import find_run, find_runs, plain_table
 from largebatch.runs.watch import show_log, show_status, watch_status
-from largebatch.terminal import escape_unprintable, exit_code_of, restart_in_utf8
+from largebatch.terminal import escape_unprintable, exit_code_of, printable, restart_in_utf8
 
 _RUN = "a run's folder, or the beginning of its name or last eight digits"
 
@@ -27,7 +27,7 @@ _RUN = "a run's folder, or the beginning of its name or last eight digits"
 _GROUPS = {
     "Train": ("run", "confirm", "replay"),
     "Watch": ("status", "logs", "cancel"),
-    "Compare": ("report",),
+    "Compare": ("report", "fit-lr", "critical"),
     "Use": ("export", "evaluate", "predict"),
     "Weights & Biases": ("sync", "dashboard"),
 }
@@ -72,9 +72,16 @@ def _completions(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list
     return completions(parsed_args.overrides, prefix)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors hold no control character of an argument."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
     description = "Train and compare large-batch optimizers."
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="largebatch",
         usage="largebatch [--help] [--version] COMMAND ...",
         description=description,
@@ -129,6 +136,22 @@ def _parser() -> argparse.ArgumentParser:
         "--by", action="append", default=[], metavar="KEY", help="give each value of this key its own row"
     )
     report.set_defaults(run=_report)
+
+    fit = add("fit-lr", help="fit laws of the best learning rate over batch sizes, and predict it for the next")
+    fit.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder of a grid of learning rates x batch sizes")
+    fit.add_argument("--batch", type=int, metavar="B", help="batch size to predict; default: twice the largest")
+    fit.add_argument("--by", action="append", default=[], metavar="KEY", help="as for report")
+    fit.add_argument("--epochs", type=float, metavar="E", help="validate after E epochs; default: the whole training")
+    fit.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    fit.set_defaults(run=_fit_lr)
+
+    critical = add("critical", help="show the batch size beyond which more devices save little time")
+    critical.add_argument("runs_dir", type=Path, metavar="RUNS_DIR", help="folder of runs at several batch sizes")
+    critical.add_argument("--target", type=float, help="as for report; default: reached by half of the cells")
+    critical.add_argument("--target-metric", metavar="METRIC", help="as for report")
+    critical.add_argument("--by", action="append", default=[], metavar="KEY", help="as for report")
+    critical.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    critical.set_defaults(run=_critical)
 
     confirm = add(
         "confirm",
@@ -243,6 +266,20 @@ def _report(options: argparse.Namespace) -> None:
 
     target = Target(options.target, options.target_metric)
     print(report(options.runs_dir, options.out, options.format, target, options.by))
+
+
+def _fit_lr(options: argparse.Namespace) -> None:
+    from largebatch.report.fit_lr import fit_lr
+
+    print(fit_lr(options.runs_dir, options.by, options.batch, options.epochs, as_json=options.json))
+
+
+def _critical(options: argparse.Namespace) -> None:
+    from largebatch.report.critical import critical
+    from largebatch.report.targets import Target
+
+    target = Target(options.target, options.target_metric)
+    print(critical(options.runs_dir, target, options.by, as_json=options.json))
 
 
 def _confirm(options: argparse.Namespace) -> int:

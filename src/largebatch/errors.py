@@ -38,6 +38,17 @@ def missing_extra(error: BaseException) -> str:
     return f"{module} isn't installed. Fix: pip install 'largebatch[{extras[0]}]'" if extras else ""
 
 
+def one_line(error: Exception) -> str:
+    """Return the error's type and text in one line of at most 300 characters, without passwords."""
+    text = without_password(" ".join(f"{type(error).__name__}: {error}".split()))
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def without_password(text: str) -> str:
+    """Return ``text`` without the user and password in URLs."""
+    return re.sub(r"//[^/\s@]*@", "//", text)
+
+
 def require(extra: str) -> None:
     """Raise a ``UserError`` unless all modules of ``extra`` are installed."""
     for module in EXTRAS[extra]:

@@ -81,6 +81,16 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("dataset.train_size=600", "allowed: 1437"),
         ("dataset.on_error=skip", "allowed: stop"),
         ("dataset.crop_padding=100000", "Fix: at most 8"),
+        ("mode.label_smoothing=1", "must be a finite number of at least 0 and below 1"),
+        ("mode.label_smoothing=-0.1", "of at least 0"),
+        ("early_stopping=0", "must be an integer of at least 1"),
+        (
+            "early_stopping=3",
+            "needs validation images, because the test set must not decide when to stop. Fix: dataset",
+        ),
+        ("ema_decay=1", "above 0 and below 1"),
+        ("clip_norm=0", "must be a finite number above 0"),
+        ("clip_norm=inf", "must be a finite number above 0"),
     ],
 )
 def test_the_message_names_a_wrong_value(override: str, message: str) -> None:
@@ -271,6 +281,7 @@ def test_identity_ignores_keys_that_cannot_change_the_result(override: str) -> N
         "batch_norm_size=128", "dataset.rotation=0", "dataset.val_fraction=0.1", "lr_scaling.rule=sqrt", "eval_every=2",
         "deterministic=true", "lr_scaling.base_batch=128", "lr_scaling.noise_scale=900",
         "compile=true", "compile=false", "dataset.on_error=skip", "dataset.last_batch=drop", "dataset.last_batch=keep",
+        "mode.label_smoothing=0.1", "clip_norm=1", "ema_decay=0.9", "early_stopping=3",
     ],
 )  # fmt: skip
 def test_identity_changes_with_keys_that_can_change_the_result(override: str) -> None:
@@ -408,6 +419,7 @@ def test_an_unknown_mode_names_the_allowed_modes() -> None:
             ["mode.exact=false", "batch_size=4", "cluster.processes=4"],
             "mode.exact=false: correlates the images of each micro-batch",
         ),
+        (["early_stopping=3", "dataset.val_fraction=0.1"], "early_stopping=3: not allowed with mode=bt"),
         (["mode.exact=false", "optimizer=clars"], "mode.exact=false: clars measures the gradients of samples"),
         (["dataset.views.min_area=0"], "dataset.views.min_area=0.0: must be a finite number above 0 and at most 1"),
         (["dataset.views.min_area=1.1"], "dataset.views.min_area=1.1: must be a finite number above 0 and at most 1"),

@@ -134,6 +134,24 @@ def test_a_decay_that_changes_nothing(overrides: tuple[str, ...], starts: str | 
     assert [note.startswith(str(starts)) for note in found] == [True] * (starts is not None)
 
 
+@pytest.mark.parametrize(("decay", "idle"), [(0.9, False), (0.98, False), (0.99, True), (0.9999, True)])
+def test_an_average_that_still_holds_the_initial_weights(decay: float, idle: bool) -> None:
+    found = notes("optimizer=lars", f"ema_decay={decay}")
+    assert [note.startswith(f"ema_decay={decay}: after 200 steps, ") for note in found] == [True] * idle
+    assert [note.endswith("Fix: ema_decay=0.95 or less, or train longer, or no ema_decay") for note in found] == [
+        True
+    ] * idle
+
+
+@pytest.mark.parametrize(("patience", "every", "idle"), [(18, 1, False), (19, 1, True), (3, 4, False), (4, 4, True)])
+def test_a_patience_as_long_as_the_training(patience: int, every: int, idle: bool) -> None:
+    """The first evaluation is always the best so far: of 20 evaluations, or of 5."""
+    found = notes("optimizer=lars", f"early_stopping={patience}", f"eval_every={every}")
+    assert [note.startswith(f"early_stopping={patience}: the run has {20 // every} ") for note in found] == [
+        True
+    ] * idle
+
+
 @pytest.mark.parametrize(("size", "idle"), [(1, False), (256, False), (512, True)])
 def test_groups_as_large_as_the_batch(size: int, idle: bool) -> None:
     found = notes("optimizer=clars", "batch_size=512", f"optimizer.sample_size={size}")

@@ -43,6 +43,10 @@ RUNS = {
         *TINY, "steps=4", "checkpoint.every_steps=2", "tracker=wandb", "tracker.mode=offline", "tracker.images=true",
         "cluster.threads=1", "cluster.device=cpu",
     ),
+    "tensorboard": (
+        *TINY, "steps=4", "checkpoint.every_steps=2", "tracker=tensorboard", "tracker.images=true",
+        "tracker.predictions=true", "cluster.threads=1", "cluster.device=cpu",
+    ),
 }  # fmt: skip
 if COUNT:
     RUNS["compiled"] = (*RUNS["clf"], "compile=true")
@@ -65,15 +69,21 @@ class Machine:
         )  # fmt: skip
 
     def run(
-        self, folder: Path, kind: str = "count", at: int = 0, launch: Sequence[str] | None = None
+        self, folder: Path, kind: str = "count", at: int = 0, launch: Sequence[str] | None = None, below: str = ""
     ) -> dict[str, Any]:
-        """Run the worker of a run's folder, or a launcher in a folder. Return exit code and file operations."""
+        """Run the worker of a run's folder, or a launcher in a folder. Return exit code and file operations.
+
+        Only operations in the subfolder ``below`` count.
+        """
         if launch is None:  # the launcher has queued the run
             RunFolder(folder).update_status(state="queued", message="", exit_code=0)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         trace = folder.with_suffix(".operations") if kind == "count" else None
-        asked = {"folder": str(folder), "launch": launch, "kind": kind, "at": at, "trace": trace and str(trace)}
+        asked = {
+            "folder": str(folder), "below": below, "launch": launch, "kind": kind, "at": at,
+            "trace": trace and str(trace),
+        }  # fmt: skip
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
@@ -152,6 +162,19 @@ def test_a_fault_at_any_file_operation_loses_nothing(
         name, kind, operations, tmp_path,
         lambda at, run: try_worker(machine, name, kind, at, run, undisturbed),
     )  # fmt: skip
+
+
+def test_a_fault_in_a_tracker_s_files_ends_the_copy_and_not_the_run(machine: Machine, tmp_path: Path) -> None:
+    undisturbed = new_run(tmp_path / "undisturbed", "tensorboard")
+    count = machine.run(undisturbed, below="tensorboard")["operations"]
+    assert count > 5
+    for kind, at in (("fail", 1), ("full", count // 2), ("fail", count)):
+        run = new_run(tmp_path / f"{kind}{at}", "tensorboard")
+        answer, out = machine.run(run, kind, at, below="tensorboard"), run.with_suffix(".out").read_text()
+        assert answer["code"] == 0, out
+        (line,) = re.findall("TensorBoard logging ends: .*|tracker=tensorboard is off: .*", out)
+        assert re.search(CAUSES, line), line
+        assert_same_run(run, undisturbed)
 
 
 def try_all(name: str, kind: str, operations: list[str], folder: Path, attempt: Callable[[int, Path], None]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,10 +105,19 @@ def test_timm_model_options_need_no_plus(launch: Launch, sign: str) -> None:
     assert yaml.safe_load(result.stdout)["options"] == {"drop_rate": 0.1}, result.stderr
 
 
+@pytest.mark.parametrize("arguments", [["report", "--\x1b[31m"], ["st\x1b[31m"]], ids=["option", "command"])
+def test_an_error_of_the_command_line_escapes_control_characters(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "largebatch", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "\\x1b[31m" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
 def test_the_launching_side_never_imports_torch() -> None:
     ours = (
         *("config.checks", "config.identity", "runs.watch", "runs.cancel", "cli", "launch.main", "launch.confirm"),
-        *("tracking.sync", "report.build", "report.confirm", "report.page"),
+        *("tracking.sync", "report.build", "report.confirm", "report.critical", "report.fit_lr", "report.page"),
     )
     modules = ", ".join([*(f"largebatch.{name}" for name in ours), "launch"])
     code = f"import sys; import {modules}; print(sorted(m for m in sys.modules if m in {{'torch','wandb','timm'}}))"
@@ -163,6 +174,22 @@ def test_a_terminal_shows_a_line_before_the_slow_imports(tmp_path: Path) -> None
     assert completing.lines[0] == "importing hydra"
 
 
+def test_a_killed_worker_s_error_does_not_follow_its_progress_bar_on_a_line(tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill(sent: bytes) -> None:
+        if b"step/s" in sent and not killed:
+            (status,) = tmp_path.glob("runs/*/status.json")
+            killed.append(json.loads(status.read_text())["pid"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    command = [sys.executable, str(ROOT / "launch.py"), *TINY, "steps=100000"]
+    shown = in_terminal(command, tmp_path, 80, heard=kill)
+    assert shown.code == 1
+    assert any(line.startswith("error: the worker was ended by SIGKILL") for line in shown.lines)
+    assert max(map(len, shown.lines)) <= 80
+
+
 def test_a_grid_in_a_terminal_of_80_columns_ends_with_reasons_and_the_next_command(tmp_path: Path) -> None:
     """One run finishes, one diverges and one fails. W&B has no key."""
     grid = "cases=[{optimizer.lr:0.1},{optimizer.lr:1e30},{dataset.val_fraction:0.01}]"
@@ -172,9 +199,8 @@ def test_a_grid_in_a_terminal_of_80_columns_ends_with_reasons_and_the_next_comma
     *_, following, _ = shown.lines
     assert following == "next: largebatch report runs"
     start = next(i for i, line in enumerate(shown.lines) if re.match("run +settings +state +test", line))
-    table = shown.lines[start:]
-    assert max(map(len, table)) <= 80
-    text = " ".join(" ".join(table).split())
+    assert max(map(len, shown.lines)) <= 80
+    text = " ".join(" ".join(shown.lines[start:]).split())
     assert re.search(r"lr=0.1 finished \d+\.\d\d %", text)
     assert re.search(r"lr=1e\+30 diverged - \S+ the loss was not finite at step \d", text)
     assert re.search(r"failed - - dataset.val_fraction=0.01: holding out 1 of 64", text)

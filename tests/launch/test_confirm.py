@@ -87,7 +87,7 @@ def test_confirm_runs_the_chosen_settings_on_fresh_seeds_and_the_report_shows_on
     rows = list(csv.DictReader(io.StringIO(finish(largebatch("report", runs_dir, "--format", "csv")))))
     assert sorted(row["run"] for row in rows if row["reported"]) == sorted(new)
     markdown = finish(largebatch("report", runs_dir, "--format", "md"))
-    assert markdown.count("(2 settings, 2 confirmation seeds)") == 2
+    assert "Each cell: 2 settings, 2 confirmation seeds." in markdown
     assert "unconfirmed" not in markdown
     page = finish(largebatch("report", runs_dir, "--out", "-"))
     assert "2 settings, 2 confirmation seeds" in page

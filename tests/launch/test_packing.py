@@ -229,16 +229,19 @@ def test_runs_at_a_time(overrides: list[str], at_a_time: int) -> None:
 
 
 def test_cores_are_divided_by_runs_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
     (run,) = planned("cluster.device=cpu", "cluster.processes=2")
     cores = len(os.sched_getaffinity(0))
     for parallel in (1, 2, 1000):
         assert worker_environment(run.config.cluster, ["4", "7"], parallel) == {
             "CUDA_VISIBLE_DEVICES": "4,7", "OMP_NUM_THREADS": str(max(1, cores // (2 * parallel))),
-            "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30),
         }  # fmt: skip
     run.config.cluster.threads = 3
-    assert worker_environment(run.config.cluster, [], 1000)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    found = worker_environment(run.config.cluster, [], 1000)
+    assert (found["OMP_NUM_THREADS"], found["MALLOC_TRIM_THRESHOLD_"]) == ("3", "131072")
 
 
 @pytest.mark.parametrize(

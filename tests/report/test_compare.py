@@ -100,10 +100,11 @@ def test_each_optimizer_each_schedule_and_each_by_value_has_its_own_row() -> Non
     names = [(row.optimizer, row.schedule) for row in comparison.rows]
     expected = [("lars", "constant"), ("lars", "warmup_cosine"), ("tvlars", "constant"), ("sgd", "constant")]
     assert names == [*expected, ("newcomer", "constant")]
-    (comparison,) = compare([*runs, made("lars", lr=2.0)], by=["optimizer.lr"])
+    (comparison,) = compare([*runs, made("lars", lr=10.0), made("lars", lr=2.5)], by=["optimizer.lr"])
     assert [row_label(row) for row in comparison.rows if row[:2] == ("lars", "constant")] == [
-        "LARS, lr=1.0",
-        "LARS, lr=2.0",
+        "LARS, lr=1",
+        "LARS, lr=2.5",
+        "LARS, lr=10",
     ]
 
 

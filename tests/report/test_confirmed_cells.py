@@ -73,6 +73,13 @@ def test_the_table_says_which_cells_are_confirmed() -> None:
     assert "confirm" not in table(nothing) + str(warnings(nothing))
 
 
+def test_equal_counts_of_all_cells_are_below_the_table() -> None:
+    lars, lamb = exploring("lars"), exploring("lamb", 0.5)
+    *rows, empty, below = table(compared(lars, lamb)[0]).splitlines()
+    assert rows[-2:] == ["| LARS | **90.0 ± 1.0** |", "| LAMB | 50.0 ± 1.0 |"]
+    assert (empty, below) == ("", "Each cell: 2 settings, 3 seeds.")
+
+
 def test_an_unconfirmed_cell_does_not_lead_confirmed_cells() -> None:
     lars, lamb = exploring("lars", 0.9), exploring("lamb", 0.5)
     fresh = confirming("lars", 0.9, 0.91, 0.9), confirming("lamb", 0.5, 0.52, 0.5)

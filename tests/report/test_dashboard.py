@@ -18,7 +18,7 @@ from recorder import recorder
 from largebatch import cli
 from largebatch.runs.metrics import read_rows
 from largebatch.tracking.rows import COLUMNS, Layer, LayerRow
-from largebatch.tracking.wandb_arguments import wandb_config
+from largebatch.tracking.tracker import shown_config
 
 # wandb-workspaces uses validators of pydantic 1.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style:DeprecationWarning")
@@ -109,7 +109,7 @@ def test_runs_have_every_configuration_key_of_the_panels(views: list[Json]) -> N
     for key in keys:
         first, value, *rest = key.split(".")
         assert value == "value", key
-        node: Any = wandb_config(configuration("optimizer=tvlars"), {})
+        node: Any = shown_config(configuration("optimizer=tvlars"), {})
         for part in (first, *rest):
             assert part in node, key
             node = node[part]

@@ -80,6 +80,14 @@ def changed(**changes: object) -> list[Run]:
          "Missing runs", "TVLARS at 1,024"),
         ([*FAIR, made("lars", lr=2.0, seed=3, val=0.9, state="diverged"), made("tvlars", lr=2.0, seed=3, val=0.9)],
          "Some seeds diverged", "^For LARS at 128, some seeds of the chosen setting diverged"),
+        (changed(facts={"stopped_early": True, "steps": 900, "step": 400}),
+         "Training stopped early", "^For TVLARS at 1,024, early_stopping ended some runs .* early_stopping=null"),
+        (changed(facts={"stopped_early": True, "steps": 900, "step": 40}),
+         "Very few optimizer steps", "^Training was short: 40 steps at batch 1,024. "),
+        (changed(early_stopping=5), "Different conditions (early_stopping)", "LARS: -; TVLARS: 5"),
+        (changed(mode__label_smoothing=0.1), "Different conditions (mode.label_smoothing)", "LARS: -; TVLARS: 0.1"),
+        (changed(clip_norm=1.0), "Different conditions (clip_norm)", "LARS: -; TVLARS: 1"),
+        (changed(ema_decay=0.9), "Different conditions (ema_decay)", "LARS: -; TVLARS: 0.9"),
         (changed(facts={"steps": 20}), "Very few optimizer steps", "^Training was short: 20 steps at batch 1,024. "),
         ([*seeds("lars", 0.5, 0.5, 0.5, epochs=10), *seeds("lars", 0.6, 0.6, 0.6, epochs=20)],
          "Settings of different length (epochs)", "LARS"),
@@ -120,6 +128,16 @@ def test_an_option_without_effect_is_named_with_its_cells() -> None:
     (text,) = (text for title, text in warned(runs).items() if title.startswith("Option without effect"))
     assert text.startswith("TVLARS at 1,024: optimizer.lmbda=0.001: phi falls only from 0.500 to 0.450 in 200 steps")
     assert "TVLARS at 2,048: optimizer.lmbda=0.001: phi falls only from 0.500 to 0.475 in 100 steps" in text
+
+
+def test_an_average_without_effect_is_named_and_an_invalid_decay_is_no_error() -> None:
+    for decay, named in ((0.999, True), (0.5, False), (2.0, False), ("high", False)):
+        runs = [
+            made("lars", seed=seed, facts={"steps": 100, "steps_per_epoch": 10}, ema_decay=decay,
+                 lr_scaling={"rule": "none"})
+            for seed in (0, 1, 2)
+        ]  # fmt: skip
+        assert ("Option without effect (ema_decay)" in warned(runs)) == named
 
 
 def test_options_of_another_version_are_no_error() -> None:

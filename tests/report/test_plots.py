@@ -49,3 +49,9 @@ def test_pages_have_the_tables_that_scripts_wrote() -> None:
     pages = "".join(page.read_text("utf-8") for page in (ROOT / "docs").glob("*.md"))
     tables = sorted(PLOTS.glob("*.md"))
     assert [table.name for table in tables if table.read_text("utf-8") not in pages] == []
+
+
+def test_readme_has_the_answer_and_the_table_of_its_page() -> None:
+    answer, found, _ = (PLOTS / "large_batch.md").read_text("utf-8").partition("\n\n| learning rate")
+    assert found
+    assert answer in (ROOT / "README.md").read_text("utf-8")

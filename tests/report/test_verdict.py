@@ -181,7 +181,7 @@ def test_an_optimizer_with_a_missing_seed_is_never_ahead(state: str) -> None:
 def test_columns_without_a_comparison_are_named() -> None:
     comparison = comparison_of(*seeds("lars", 0.8, batch=64), *[made(seed=s, state="diverged") for s in (0, 1)])
     assert answer(comparison) == (
-        "At batch 64 only LARS has a result (80.0 %). At batch 128 every run diverged or has not finished."
+        "At batch 64 only LARS has a result (80.0 %).\nAt batch 128 every run diverged or has not finished."
     )
 
 

@@ -169,7 +169,7 @@ def test_watching_in_a_terminal_ends_when_no_run_is_open(tmp_path: Path) -> None
     done, queued = a_run(tmp_path, "digits-a-11111111"), a_run(tmp_path, "digits-b-22222222", state="queued")
 
     def end(sent: bytes) -> None:
-        if b"queued" in sent:  # the table has shown it
+        if b"queued" in sent and queued.state() == "queued":  # the table has shown it
             queued.update_status(state="finished")
 
     shown = in_terminal([*LARGEBATCH, "status", "--watch"], tmp_path, 120, heard=end)
@@ -178,6 +178,21 @@ def test_watching_in_a_terminal_ends_when_no_run_is_open(tmp_path: Path) -> None
     first = text.partition("1 finished, 1 queued")[2]
     assert first.index(queued.name[-8:]) < first.index(done.name[-8:])  # open runs come first
     assert text.rstrip().endswith("2 run(s): 2 finished")
+
+
+def test_watching_outlasts_the_time_between_two_runs_of_a_grid(tmp_path: Path) -> None:
+    first = a_run(tmp_path, "digits-a-11111111", state="queued")
+    watched = subprocess.Popen(
+        [*LARGEBATCH, "status", "--watch"], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert watched.stdout is not None
+    assert "11111111 queued" in watched.stdout.readline()
+    first.update_status(state="finished")
+    assert "11111111 finished" in watched.stdout.readline()
+    second = a_run(tmp_path, "digits-b-22222222", state="queued")
+    assert "22222222 queued" in watched.stdout.readline()
+    second.update_status(state="finished")
+    assert watched.communicate(timeout=30)[0].splitlines()[-1] == "2 run(s): 2 finished"
 
 
 def test_a_dry_run_prints_states_and_an_estimate_of_the_time(launch: Launch, tmp_path: Path) -> None:

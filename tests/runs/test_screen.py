@@ -96,6 +96,16 @@ def test_status_fits_on_a_terminal_with_accuracy_time_left_and_reasons(runs_dir:
         assert re.search(rf"\x1b\[(1;)?{colour}m{state}", shown.sent), state
 
 
+def test_the_number_of_runs_in_each_state_fits_on_a_terminal(runs_dir: Path) -> None:
+    for number, state in enumerate(("diverged", "preempted", "odd", "queued")):
+        folder = RunFolder(runs_dir / f"digits-{number}{number:07}")
+        folder.path.mkdir()
+        folder.update_status(state=state, message="", cluster="local")
+    shown = in_terminal(STATUS, runs_dir.parent, 80)
+    assert "7 run(s): " in shown.sent
+    assert max(map(len, shown.lines)) <= 80
+
+
 def test_status_in_a_pipe_has_one_whole_line_a_run(runs_dir: Path) -> None:
     holder = held(runs_dir)
     listed = subprocess.run(STATUS, cwd=runs_dir.parent, env=environment(), capture_output=True, text=True, check=True)

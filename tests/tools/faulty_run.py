@@ -1,11 +1,11 @@
 """Runs workers and launchers, one after the other, each in a forked process with one fault in its files.
 
 ``LD_PRELOAD=faulty_files.so python faulty_run.py`` reads from standard input a line of JSON for each process,
-``{"folder", "launch", "at", "kind", "trace"}``, and answers with a line, ``{"code", "operations"}``. Without
+``{"folder", "below", "launch", "at", "kind", "trace"}``, and answers with a line, ``{"code", "operations"}``. Without
 ``launch``, the process is the worker of the run in ``folder``. Else it is ``launch.py`` in ``folder`` with these
-arguments; its workers have no fault. ``kind`` is ``count``, ``kill``, ``fail`` (the operation ``at`` fails with an
-input/output error) or ``full`` (from there on the disk is full). All imports happen once, before the forks, so a tiny
-run takes a fraction of a second.
+arguments; its workers have no fault. Only operations in the subfolder ``below`` count. ``kind`` is ``count``, ``kill``,
+``fail`` (the operation ``at`` fails with an input/output error) or ``full`` (from there on the disk is full). All
+imports happen once, before the forks, so a tiny run takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.utils.tensorboard.summary
 import wandb  # noqa: F401
 
 from largebatch.training import worker
@@ -35,7 +36,9 @@ def work(asked: dict[str, object], files: ctypes.CDLL, answer: int) -> int:
     log = os.open(folder.parent / f"{folder.name}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     kind = KINDS.index(str(asked["kind"]))
-    files.arm(os.fsencode(folder), int(str(asked["at"])), kind, os.fsencode(str(asked["trace"] or "")))
+    files.arm(
+        os.fsencode(folder / str(asked["below"])), int(str(asked["at"])), kind, os.fsencode(str(asked["trace"] or ""))
+    )
     try:
         if not isinstance(launch, list):
             return worker.main([str(folder)])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import start
 
-from largebatch.runs.metrics import read_rows
+from largebatch.runs.metrics import newest, read_rows
 
 TIMES = ("wall_seconds", "perf/images_per_second", "perf/step_ms")
 
@@ -23,7 +26,7 @@ def parameters(run: Path) -> dict[str, torch.Tensor]:
 
 
 def the_run(folder: Path) -> Path:
-    (run,) = (folder / "runs").iterdir()
+    (run,) = (folder / "runs").glob("[!.]*")
     return run
 
 
@@ -37,6 +40,24 @@ def finish(process: subprocess.Popen[str]) -> str:
     out, errors = process.communicate(timeout=500)
     assert process.returncode == 0, out + errors
     return out
+
+
+def kill_after_checkpoint(folder: Path, *overrides: str) -> None:
+    """Start a run, and kill its worker as soon as there are rows after a checkpoint."""
+    process = start(*overrides, cwd=folder)
+    deadline = time.monotonic() + 200
+    while not _has_rows_after_checkpoint(folder):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(worker_pid(the_run(folder)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1, errors
+
+
+def _has_rows_after_checkpoint(folder: Path) -> bool:
+    saved = [int(path.stem.removeprefix("step-")) for path in folder.glob("runs/[!.]*/checkpoints/step-*.pt")]
+    return bool(saved) and (newest(the_run(folder) / "metrics.jsonl", "step") or 0) > max(saved)
 
 
 def train_in(folder: Path, *overrides: str) -> Path:

@@ -42,9 +42,9 @@ def content(run: Path, name: Path) -> Any:
 
 
 def files_of(folder: Path) -> set[Path]:
-    """Return the relative paths of all files and folders, without wandb's own, which a fault may cost."""
+    """Return the relative paths of all files and folders, without those of trackers, which a fault may cost."""
     paths = {path.relative_to(folder) for path in folder.rglob("*")}
-    return {path for path in paths if "wandb" not in path.parts or path.suffix == ".tmp"}
+    return {path for path in paths if path.parts[0] not in ("wandb", "tensorboard") or path.suffix == ".tmp"}
 
 
 def assert_same_run(run: Path, whole: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_server_that_tells_no_number_of_rows_gets_each_row_once(tmp_path: Path
         assert 0 < entry["rows"] == len(server.run.history)
         out = train(tmp_path, server)
         assert "resumed after step" in out
-        assert "W&B is off" not in out
+        assert "tracker=wandb is off" not in out
         assert_same(the_run(tmp_path), server.run)
         assert sync(tmp_path, server).stdout == "1 run(s) were uploaded before\n"
         assert_same(the_run(tmp_path), server.run)

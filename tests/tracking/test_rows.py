@@ -11,7 +11,7 @@ import torch
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import MetricsLog
 from largebatch.tracking.layers import LayerLog
-from largebatch.tracking.rows import COLUMNS, Layer, RowOrder, has_layer_row, has_metrics_row, replay
+from largebatch.tracking.rows import COLUMNS, Layer, Media, RowOrder, has_layer_row, has_metrics_row, replay
 
 STEPS, EVERY, LAYERS = 100, 7, [Layer("conv1.weight", 4), Layer("head.bias", 1)]
 ROWS_EVERY = 5
@@ -34,7 +34,7 @@ class Run:
         self.layer_log = LayerLog(folder.layers, resumed_at, self.order.layers)
         replay(folder, self.order, resumed_at)
 
-    def log(self, number: int, row: dict[str, Any], **_: Any) -> None:
+    def log(self, number: int, row: dict[str, Any], _: Media) -> None:
         self.logged.append((number, row["step"], f"layers/{COLUMNS[0]}/{LAYERS[0].name}" in row))
 
     def train(self, stop: int, checkpoints: int = 40, diverges_at: int = 0) -> None:
@@ -58,7 +58,7 @@ class Run:
 
 def replayed(folder: RunFolder, is_over: bool) -> Logged:
     logged: Logged = []
-    order = RowOrder(lambda number, row, **_: logged.append((number, row["step"], len(row) > 3)), EVERY, STEPS, 10)
+    order = RowOrder(lambda number, row, _: logged.append((number, row["step"], len(row) > 3)), EVERY, STEPS, 10)
     replay(folder, order, is_over=is_over)
     assert order.count == len(logged)
     return logged
@@ -129,5 +129,5 @@ def test_without_layer_rows_all_rows_of_a_killed_run_have_a_number(folder: RunFo
     for step in (5, 10):
         log.write({"step": step})
     steps: list[int] = []
-    replay(folder, RowOrder(lambda number, row, **_: steps.append(row["step"]), 0, STEPS, 10), is_over=False)
+    replay(folder, RowOrder(lambda number, row, _: steps.append(row["step"]), 0, STEPS, 10), is_over=False)
     assert steps == [0, 5, 10]

@@ -22,6 +22,7 @@ from recorder import Recorded, recorder
 from runs import finish, the_run
 
 from largebatch.runs.folder import RunFolder
+from largebatch.runs.predictions import read_predictions
 from largebatch.tracking.wandb_run import read_uploads, update_upload
 
 KEY = "c0ffee" * 6 + "beef"
@@ -33,6 +34,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an offline run with images and checkpoints."""
     folder = tmp_path_factory.mktemp("offline")
     extras = ["tracker=wandb", "tracker.mode=offline", "tracker.images=true", "tracker.checkpoints=true"]
+    extras += ["tracker.predictions=true"]
     finish(start(*TINY, *extras, "tracker.layers_every=2", "dataset.val_fraction=0.25", "steps=60", cwd=folder))
     return the_run(folder)
 
@@ -63,16 +65,21 @@ def test_an_upload_has_rows_images_and_checkpoints_and_is_not_repeated(runs: Pat
         done = sync(server=server)
         assert done.returncode == 0, done.stdout + done.stderr
         taken = server.run
-        first, *rows = taken.rows()
-        assert done.stdout == f"{run.name}  uploaded {1 + len(rows)} of {1 + len(rows)} rows\n"
+        first, *rows, last = taken.rows()
+        assert done.stdout == f"{run.name}  uploaded {2 + len(rows)} of {2 + len(rows)} rows\n"
+        table = json.loads(taken.files[last["predictions"]["path"]])
+        found = read_predictions(run / "predictions.parquet")
+        assert [row[2] for row in table["data"]] == [found.classes[label] for label in found.prediction]
+        matrix = json.loads(taken.files[last["confusion_matrix_table"]["path"]])
+        assert [row[2] for row in matrix["data"]] == found.confusion().flatten().tolist()
         assert taken.files[first["images"]["path"]] == (run / "images.png").read_bytes()
         assert [timeless(row) for row in rows] == local_rows(run, 3)
-        sent = [artifact["files"]["checkpoint.pt"] for artifact in server.artifacts.values()]
+        sent = [artifact["files"].get("checkpoint.pt") for artifact in server.artifacts.values()]
         assert (run / "checkpoints" / "best.pt").read_bytes() in sent
         assert not taken.events, "the syncing machine's metrics are not the run's"
         assert "wandb-metadata.json" not in taken.files
         assert sync(server=server).stdout == "1 run(s) were uploaded before\n"
-        assert len(taken.history) == 1 + len(rows)
+        assert len(taken.history) == 2 + len(rows)
         assert server.unknown == []
     assert [path.name for path in tmp_path.iterdir()] == ["runs"], "nothing is left in the home or the current folder"
     assert not (run / "wandb" / ".sync").exists()
@@ -95,7 +102,7 @@ def test_a_killed_upload_is_completed_by_the_next(runs: Path, sync: Sync, tmp_pa
         server.frozen.clear()
         done = sync(server=server)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert [timeless(row) for row in server.run.rows()[1:]] == local_rows(run, 3)
+        assert [timeless(row) for row in server.run.rows()[1:-1]] == local_rows(run, 3)
         assert [row["_step"] for row in server.run.history] == list(range(len(server.run.history)))
         summary = json.loads((run / "summary.json").read_text())
         assert server.run.summary["best/test/accuracy"] == summary["best/test/accuracy"]
@@ -178,7 +185,7 @@ def test_earlier_repetitions_are_uploaded_too(runs: Path, sync: Sync) -> None:
         first, second = sync(server=server).stdout.splitlines()
         assert first.startswith("repeated-0000abcd (previous-1)  uploaded ")
         assert second == "1 run(s) were uploaded before"
-        assert [timeless(row) for row in server.run.rows()[1:]] == local_rows(repeated, 3)
+        assert [timeless(row) for row in server.run.rows()[1:-1]] == local_rows(repeated, 3)
 
 
 def test_a_running_run_is_skipped(runs: Path, sync: Sync) -> None:

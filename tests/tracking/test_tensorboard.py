@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import pyarrow.parquet
 import pytest
 from conftest import TINY, Launch, configuration, start
 from PIL import Image
-from runs import finish, the_run
+from runs import finish, kill_after_checkpoint, the_run
 
 from largebatch.config.identity import run_name
-from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows
 from largebatch.runs.predictions import read_predictions
 from largebatch.tracking.rows import COLUMNS
@@ -63,15 +61,24 @@ def without_epochs(found: dict[str, list[tuple[int, float]]]) -> dict[str, list[
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished run."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished grid of two runs."""
     folder = tmp_path_factory.mktemp("whole")
-    assert "TensorBoard: tensorboard --logdir" in finish(start(*RUN, cwd=folder))
-    return folder
+    finish(start("-m", *RUN, "seed=0,1", cwd=folder))
+    return folder / "runs"
 
 
-def test_tensorboard_reads_every_row_histogram_and_image_of_a_run(folder: Path) -> None:
-    run = the_run(folder)
+def test_one_command_shows_all_runs_of_a_grid(runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    for run in runs.iterdir():
+        assert f"TensorBoard: tensorboard --logdir {runs}\n" in (run / "log.txt").read_text()
+    shown = EventMultiplexer().AddRunsFromDirectory(str(runs)).Reload()
+    assert sorted(shown.Runs()) == sorted(f"{run.name}/tensorboard" for run in runs.iterdir())
+
+
+def test_tensorboard_reads_every_row_histogram_and_image_of_a_run(runs: Path) -> None:
+    run = next(runs.iterdir())
     assert without_epochs(scalars(run)) == expected_scalars(run)
 
     found = reader(run)
@@ -85,17 +92,17 @@ def test_tensorboard_reads_every_row_histogram_and_image_of_a_run(folder: Path) 
     assert [event.step for event in found.Histograms("layers/weight_norm")] == [1, 2, 5, 10, 20]
     (matrix,) = found.Images("confusion_matrix")
     confusion = read_predictions(run / "predictions.parquet").confusion()
-    shown = numpy.asarray(Image.open(io.BytesIO(matrix.encoded_image_string)))[::64, ::64]
+    shown = numpy.asarray(Image.open(io.BytesIO(matrix.encoded_image_string)).convert("L"))[::64, ::64]
     assert (shown == (255 * confusion / confusion.sum(axis=1, keepdims=True)).round()).all()
     (image,) = found.Images("images")
     with Image.open(run / "images.png") as written:
         assert Image.open(io.BytesIO(image.encoded_image_string)).tobytes() == written.convert("RGB").tobytes()
 
 
-def test_tensorboard_shows_configuration_and_summary(folder: Path) -> None:
+def test_tensorboard_shows_configuration_and_summary(runs: Path) -> None:
     from tensorboard.plugins.hparams import metadata
 
-    run = the_run(folder)
+    run = next(runs.iterdir())
     found = reader(run)
     config, summary = (
         json.loads(found.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0])
@@ -111,16 +118,27 @@ def test_tensorboard_shows_configuration_and_summary(folder: Path) -> None:
     assert hparams["optimizer.name"].string_value == "lars"
 
 
-def test_a_resumed_run_has_each_step_once(folder: Path, tmp_path: Path) -> None:
-    """The folder is as a kill leaves it, after some rows that the last checkpoint lacks."""
-    shutil.copytree(folder / "runs", tmp_path / "runs")
+def test_a_killed_and_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    longer = [*RUN, "steps=150"]
+    kill_after_checkpoint(tmp_path, *longer)
     run = the_run(tmp_path)
-    sorted(run.glob("checkpoints/step-*.pt"))[-1].unlink()
-    (run / "summary.json").unlink()
-    RunFolder(run).update_status(state="running")
-    assert "resumed after step 20 of 30" in finish(start(*RUN, cwd=tmp_path))
+    (first,) = (run / "tensorboard").iterdir()
+    assert "resumed after step" in finish(start(*longer, cwd=tmp_path))
     assert without_epochs(scalars(run)) == expected_scalars(run)
-    assert len(list((run / "tensorboard").iterdir())) == 1
+    (second,) = (run / "tensorboard").iterdir()
+    assert second.name > first.name, "TensorBoard reads files in the order of their names"
+
+
+def test_a_full_disk_ends_the_copy_with_one_message(tmp_path: Path) -> None:
+    from largebatch.tracking.tensorboard_run import TensorboardRun
+
+    said: list[str] = []
+    with Path("/dev/full").open("wb") as file:
+        run = TensorboardRun(file, 0.0, said.append)
+        run.log(0, {"step": 1, "epoch": 0.5, "train/loss": 2.0})
+        run.log(1, {"step": 2, "epoch": 1.0, "train/loss": 1.0})
+        run.finish("finished")
+    assert said == ["TensorBoard logging ends: could not log: OSError: [Errno 28] No space left on device"]
 
 
 def test_a_tracker_that_cannot_write_does_not_stop_the_run(launch: Launch, tmp_path: Path) -> None:

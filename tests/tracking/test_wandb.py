@@ -25,9 +25,10 @@ from conftest import ROOT
 from one_run import configuration
 from recorder import recorder
 
+from largebatch.errors import one_line
 from largebatch.runs.folder import read_json
 from largebatch.tracking.wandb_arguments import run_tags
-from largebatch.tracking.wandb_session import next_hop, one_line, unreachable
+from largebatch.tracking.wandb_session import next_hop, unreachable
 
 TOOLS = ROOT / "tests" / "tools"
 KEY = "c0ffee" * 6 + "beef"
@@ -408,12 +409,12 @@ def test_losing_wandbs_process_is_logged_once(go: Go) -> None:
 
 
 def test_our_own_error_is_logged_and_the_run_is_still_ended(go: Go, tmp_path: Path) -> None:
-    report = go(**{"break": "type", "exit_code": 3})
+    report = go(**{"break": "type", "state": "failed"})
     assert len(report["said"]) == 2
-    assert "could not log: TypeError" in report["said"][1]
+    assert "could not log: ValueError" in report["said"][1]
     (segment,) = segments(tmp_path / "run")
     assert len(history(segment)) == 1
-    assert exit_codes(segment) == [3]
+    assert exit_codes(segment) == [1]
 
 
 def test_a_killed_run_keeps_what_is_older_than_two_seconds(environment: dict[str, str], tmp_path: Path) -> None:
@@ -430,7 +431,7 @@ def test_a_folder_that_cannot_be_made_is_logged(go: Go, tmp_path: Path) -> None:
     report = go(directory=str(tmp_path / "file" / "run"))
     assert report["mode"] is None
     assert len(report["said"]) == 1
-    assert "W&B is off: NotADirectoryError" in report["said"][0]
+    assert "tracker=wandb is off: NotADirectoryError" in report["said"][0]
 
 
 READ_ONLY = """
@@ -455,9 +456,7 @@ def test_a_broken_wandb_is_logged(go: Go, tmp_path: Path) -> None:
     (tmp_path / "broken" / "wandb" / "__init__.py").write_text("raise TypeError('Descriptors cannot be created')")
     report = go({"PYTHONPATH": f"{tmp_path}/broken:{ROOT}/src"})
     assert report["mode"] is None
-    assert report["said"] == [
-        "W&B is off: wandb can't be imported (TypeError: Descriptors cannot be created)",
-    ]
+    assert report["said"] == ["tracker=wandb is off: TypeError: Descriptors cannot be created"]
 
 
 # ---- functions ----

@@ -25,7 +25,7 @@ from largebatch.config.schema import to_yaml
 from largebatch.data.load import load_data
 from largebatch.runs.predictions import read_predictions
 from largebatch.tracking.images import save_images
-from largebatch.tracking.wandb_arguments import wandb_config
+from largebatch.tracking.tracker import shown_config
 
 TOOLS = ROOT / "tests" / "tools"
 KEY = "c0ffee" * 6 + "beef"
@@ -145,7 +145,7 @@ def test_a_failing_run_raises_an_alert(tmp_path: Path) -> None:
 def test_wandb_can_filter_by_every_configuration_value(preset: str) -> None:
     more = ["optimizer.name=lion"] if preset == "optimizer=timm" else []
     config = configuration(preset, *more)
-    for path, value in leaves(wandb_config(config, {"lr": 1.0, "git_commit": None})):
+    for path, value in leaves(shown_config(config, {"lr": 1.0, "git_commit": None})):
         plain = value if isinstance(value, list) else [value]
         assert all(isinstance(each, str | int | float | bool) for each in plain), path
 

@@ -282,7 +282,7 @@ def test_without_pretraining_the_untrained_backbone_is_evaluated(launch: Launch,
     assert same(parameters(run), untrained)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup_cosine", "warmup_poly"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "warmup_cosine", "warmup_poly", "wsd", "step"])
 def test_every_schedule_allows_zero_steps(tmp_path: Path, schedule: str) -> None:
     training = in_this_process(tmp_path, "epochs=0", f"schedule={schedule}").training
     assert all(map(math.isfinite, training.schedule.get_last_lr()))

@@ -58,13 +58,18 @@ def test_surge_rule_rises_like_the_square_root_and_peaks_at_the_noise_scale() ->
     assert got[250] < got[500] < got[1000]
 
 
-def test_surge_rule_is_the_best_learning_rate_of_sign_descent_on_a_quadratic() -> None:
+@pytest.mark.parametrize(("off_diagonal", "within", "at_16"), [(0.5, 0.03, -0.13), (0.05, 0.16, -0.48)])
+def test_surge_rule_is_the_best_learning_rate_of_sign_descent_on_a_quadratic(
+    off_diagonal: float, within: float, at_16: float
+) -> None:
     """The formula is a limit of the learning rate that lowers a quadratic loss most, in expectation.
+
+    docs/lr_scaling.md has its errors.
 
     One step ``x -= lr * sign(g)`` with gradient coordinates of mean m and deviation s / sqrt(B) changes the loss by
     ``-lr * n * m * E + lr**2 / 2 * (sum of H_ij E[sign_i sign_j])`` with ``E = erf(sqrt(B / 2) * m / s)``.
     """
-    n, mean, deviation, diagonal, off_diagonal = 50, 0.002, 1.0, 1.0, 0.5
+    n, mean, deviation, diagonal = 50, 0.002, 1.0, 1.0
     ratio = mean / deviation
     noise_scale = math.pi * n * diagonal / (2 * n * (n - 1) * off_diagonal * ratio**2)
 
@@ -74,9 +79,14 @@ def test_surge_rule_is_the_best_learning_rate_of_sign_descent_on_a_quadratic() -
         return n * mean * mean_sign / curvature
 
     base = round(noise_scale / 64)
-    for size in (base // 8, base * 8, round(noise_scale), round(noise_scale * 4)):
+
+    def error(size: int) -> float:
         ours = surge_lr(size, f"lr_scaling.base_batch={base}", noise_scale=noise_scale) / 0.002
-        assert ours == pytest.approx(best_lr(size) / best_lr(base), rel=0.08)
+        return ours / (best_lr(size) / best_lr(base)) - 1
+
+    for size in (base // 8, base * 8, round(noise_scale), round(noise_scale * 4)):
+        assert abs(error(size)) < within
+    assert error(round(noise_scale * 16)) == pytest.approx(at_16, abs=0.01)
 
 
 def test_a_run_prints_and_stores_its_surge_learning_rate(launch: Launch, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def validate(config: Config) -> None:
         *_check_batch(config),
         *_check_space(config),
         *_check_instruments(config),
+        *_check_early_stopping(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -114,6 +115,23 @@ def _check_instruments(config: Config) -> list[str]:
         return [
             f"instruments.noise_scale=true: not allowed with mode={config.mode.name} mode.exact=true, because that "
             "loss isn't a mean over images. Fix: mode.exact=false, or instruments.noise_scale=false"
+        ]
+    return []
+
+
+def _check_early_stopping(config: Config) -> list[str]:
+    key = f"early_stopping={config.early_stopping}"
+    if config.early_stopping is None:
+        return []
+    if config.mode.name != "clf":
+        return [
+            f"{key}: not allowed with mode={config.mode.name}, whose probe needs a pre-training of a known length. "
+            "Allowed: mode=clf. Fix: early_stopping=null"
+        ]
+    if config.dataset.val_fraction == 0:
+        return [
+            f"{key}: needs validation images, because the test set must not decide when to stop. "
+            "Fix: dataset.val_fraction=0.1"
         ]
     return []
 

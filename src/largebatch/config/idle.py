@@ -14,6 +14,7 @@ _FLAT = 0.2  # phi that varies by less is a constant factor
 _HALF = 0.5  # of phi's start: the fall that a note asks for
 _LONG = 1 / 3  # of the training: a longer warm-up
 _NO_DECAY = 1e-6  # relative change over the run
+_BEGINNING = 0.1  # part of the averaged weights that are still those of the start
 _RANGE = 10  # of phi's exponent over the training, so that phi falls to its floor
 
 
@@ -45,6 +46,8 @@ def idle_options(config: Config, steps: int, steps_per_epoch: float) -> list[str
         *_schedule_decay(config.schedule, steps, steps_per_epoch),
         *_weight_decay(config, steps),
         *_groups(config),
+        *_average(config, steps),
+        *_early_stopping(config, steps, steps_per_epoch),
     ]
 
 
@@ -104,10 +107,16 @@ def _schedule_decay(schedule: ScheduleConfig, steps: int, steps_per_epoch: float
         return
     if abs(1 - schedule.factor(steps, steps_per_epoch)(steps - 1)) < _NO_DECAY:
         options = vars(schedule)
-        key = "final_factor" if "power" not in options or abs(1 - options["final_factor"]) < _NO_DECAY else "power"
+        key, fix = (
+            ("gamma", "schedule.gamma=0.1") if "gamma" in options else ("final_factor", "schedule.final_factor=0")
+        )
+        if abs(1 - options[key]) >= _NO_DECAY:
+            key = next(name for name in ("power", "decay_fraction", "milestones") if name in options)
+            fix = fix if key == "power" else "train longer"
+        value = options[key] if isinstance(options[key], list) else f"{options[key]:g}"
         yield (
-            f"schedule.{key}={options[key]:g}: the learning rate changes by less than {_NO_DECAY:g} after the warm-up, "
-            "so the schedule is constant. Fix: schedule.final_factor=0, or a constant schedule"
+            f"schedule.{key}={value}: the learning rate changes by less than {_NO_DECAY:g} after the warm-up, "
+            f"so the schedule is constant. Fix: {fix}, or a constant schedule"
         )
 
 
@@ -137,4 +146,22 @@ def _groups(config: Config) -> Iterator[str]:
         yield (
             f"optimizer.sample_size={optimizer.sample_size}: one group is the whole batch, so {effect}. "
             "Fix: optimizer.sample_size=1, or another part of the batch"
+        )
+
+
+def _average(config: Config, steps: int) -> Iterator[str]:
+    if config.ema_decay is not None and config.ema_decay**steps > _BEGINNING:
+        fix = f"ema_decay={1 - _RANGE / steps:.2g} or less, or " if steps > 2 * _RANGE else ""
+        yield (
+            f"ema_decay={config.ema_decay:g}: after {steps:,} steps, {config.ema_decay**steps:.0%} of the averaged "
+            f"weights are still the initial weights. Fix: {fix}train longer, or no ema_decay"
+        )
+
+
+def _early_stopping(config: Config, steps: int, steps_per_epoch: float) -> Iterator[str]:
+    evaluations = math.ceil(steps / steps_per_epoch / config.eval_every - 1e-9)
+    if config.early_stopping is not None and config.early_stopping + 1 >= evaluations:
+        yield (
+            f"early_stopping={config.early_stopping}: the run has {evaluations:,} evaluation(s), so it never stops "
+            "early. Fix: a smaller value, or a smaller eval_every"
         )

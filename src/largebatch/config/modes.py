@@ -55,6 +55,8 @@ class Clf(ModeConfig):
 
     label = "classification"
 
+    label_smoothing: float = option(0.0, least=0, below=1)  # part of each label that is spread over all classes
+
 
 @dataclass
 class Bt(ModeConfig):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -12,6 +12,9 @@ from largebatch.config.custom import Custom
 from largebatch.config.optimizers import OPTIMIZERS, OptimizerConfig
 from largebatch.config.options import option
 from largebatch.errors import UserError, choices
+
+if TYPE_CHECKING:
+    from largebatch.config.schema import Config
 
 
 @dataclass
@@ -53,7 +56,13 @@ class TimmOptimizer(LibraryOptimizer):
 class PytorchOptimizer(LibraryOptimizer):
     """Any optimizer of the package pytorch_optimizer, by its name there. The extra ``optimizers`` installs it."""
 
+    AVERAGING: ClassVar[tuple[str, ...]] = ("schedulefreesgd", "schedulefreeadamw", "schedulefreeradam", "splus")
+
     library: str = option("pytorch_optimizer", allowed=("pytorch_optimizer",))
+
+    def problems(self, config: Config) -> list[str]:
+        averages_twice = config.ema_decay is not None and self.name in self.AVERAGING
+        return super().problems(config) + ([self.two_averages(config)] if averages_twice else [])
 
 
 @dataclass

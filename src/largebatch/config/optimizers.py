@@ -73,6 +73,13 @@ class OptimizerConfig:
         """Return one line for each conflict between options, or with the rest of the configuration."""
         return []
 
+    def two_averages(self, config: Config) -> str:
+        """Return the problem of ``ema_decay`` with an optimizer that averages the weights itself."""
+        return (
+            f"ema_decay={config.ema_decay:g}: optimizer.name={self.name} averages the weights itself. "
+            "Fix: ema_decay=null, or another optimizer"
+        )
+
 
 @dataclass
 class Lars(OptimizerConfig):

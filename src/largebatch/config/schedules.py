@@ -1,8 +1,8 @@
 """Options of each learning-rate schedule, and its factor at each optimizer step.
 
 The factor multiplies the learning rate at optimizer step t = 0, 1, ... T - 1. It is ``(t + 1) / W`` during W warm-up
-steps. After the warm-up it is ``decay(s)`` at the progress ``s = (t - W) / (T - W)``. To add a schedule, add its
-dataclass here and to ``SCHEDULES``.
+steps. After the warm-up it is ``decay(s)`` at the progress ``s = (t - W) / (T - W)``, or ``s = t / T`` for schedules
+that count from the start (``from_start``). To add a schedule, add its dataclass here and to ``SCHEDULES``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from omegaconf import MISSING
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 class ScheduleConfig:
     """Options of every schedule. Without warm-up and decay unless a subclass has them.
 
-    ``label`` follows the optimizer's name in reports.
+    ``label`` follows the optimizer's name in reports. ``from_start`` is True if the progress counts from the start of
+    the training, and not from the end of the warm-up.
     """
 
     label: ClassVar[str] = ""
+    from_start: ClassVar[bool] = False
 
     name: str = MISSING
 
@@ -50,11 +53,12 @@ class ScheduleConfig:
         """
         warmup = self.warmup(steps_per_epoch)
         self.check_warmup(warmup, total_steps, "steps")
+        begin = 0 if self.from_start else warmup
 
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / warmup
-            return self.decay(min((step - warmup) / max(total_steps - warmup, 1), 1.0))
+            return self.decay(min((step - begin) / max(total_steps - begin, 1), 1.0))
 
         return factor
 
@@ -138,6 +142,76 @@ class WarmupPoly(_Warmup):
 
 
 @dataclass
+class _Stable(_Warmup):
+    """Full learning rate up to a part of the whole training. A linear warm-up is possible."""
+
+    from_start = True
+
+    def stable(self) -> tuple[float, str]:
+        """Return the part of the training after which the learning rate first falls, and the key that sets it."""
+        raise NotImplementedError
+
+    def check_warmup(self, warmup: float, training: int, unit: str) -> None:
+        """Raise a ``UserError`` if the warm-up is as long as the training, or ends after the first fall."""
+        super().check_warmup(warmup, training, unit)
+        part, key = self.stable()
+        if training and warmup > part * training:
+            raise UserError(
+                f"{self.warmup_key()}: {warmup:.10g} {unit} of warm-up, but with {key} the learning rate falls after "
+                f"{part * training:.4g} of {training}. Fix: shorten the warm-up, or let the learning rate fall later"
+            )
+
+    def problems(self, config: Config) -> list[str]:
+        return super().problems(config) if (self.warmup_epochs, self.warmup_steps) != (None, None) else []
+
+
+@dataclass
+class Wsd(_Stable):
+    """Warm-up, stable, decay: ``decay(s) = f + (1 - f) * (1 - shape(x))`` with the final factor f.
+
+    ``x = (s - (1 - d)) / d`` goes from 0 to 1 in the last part d of the training; ``shape`` is the identity or a square
+    root.
+    """
+
+    label = ", WSD"
+
+    decay_fraction: float = option(0.2, above=0, most=1)  # part of the training in which the learning rate falls
+    shape: str = option("sqrt", allowed=("sqrt", "linear"))
+    final_factor: float = option(0.0, least=0)  # factor at the end of training
+
+    def stable(self) -> tuple[float, str]:
+        return 1 - self.decay_fraction, f"schedule.decay_fraction={self.decay_fraction:g}"
+
+    def decay(self, progress: float) -> float:
+        fallen = max((progress - (1 - self.decay_fraction)) / self.decay_fraction, 0.0)
+        fallen = math.sqrt(fallen) if self.shape == "sqrt" else fallen
+        return self.final_factor + (1 - self.final_factor) * (1 - fallen)
+
+
+@dataclass
+class Step(_Stable):
+    """Steps: ``decay(s)`` is gamma to the number of milestones up to s, as in torch's ``MultiStepLR``."""
+
+    label = ", steps"
+
+    # Parts of the training. 30, 60 and 80 of 90 epochs.
+    milestones: list[float] = option([1 / 3, 2 / 3, 8 / 9], above=0, below=1)
+    gamma: float = option(0.1, above=0)  # factor of the learning rate at each milestone
+
+    def stable(self) -> tuple[float, str]:
+        return self.milestones[0], f"schedule.milestones={self.milestones}"
+
+    def decay(self, progress: float) -> float:
+        return math.pow(self.gamma, sum(progress >= milestone for milestone in self.milestones))
+
+    def problems(self, config: Config) -> list[str]:
+        found = super().problems(config)
+        if any(later <= earlier for earlier, later in pairwise(self.milestones)):
+            found.append(f"schedule.milestones={self.milestones}: each must be larger than the one before")
+        return found
+
+
+@dataclass
 class CustomSchedule(Custom, _Warmup):
     """``target(progress, **options)`` is ``decay``, after a linear warm-up if one is set."""
 
@@ -170,5 +244,7 @@ SCHEDULES: dict[str, type[ScheduleConfig]] = {
     "cosine": Cosine,
     "warmup_cosine": WarmupCosine,
     "warmup_poly": WarmupPoly,
+    "wsd": Wsd,
+    "step": Step,
 }
 LIBRARIES: dict[str, type[ScheduleConfig]] = {"custom": CustomSchedule}

@@ -117,6 +117,9 @@ class Config:
     batch_norm_size: int | None = option(None, least=1)
     epochs: int | None = option(None, least=0)  # at most one of the two; None: the mode's or data set's default_epochs
     steps: int | None = option(None, least=0)
+    clip_norm: float | None = option(None, above=0)  # largest norm of the whole gradient of a step; None: no limit
+    # Part of the moving average of the weights that a step keeps. The average is evaluated and exported. None: off
+    ema_decay: float | None = option(None, above=0, below=1)
     seed: int = option(0, least=0)
     # auto: bf16 on GPUs that have it, fp16 on older GPUs, fp32 on CPU and for networks under a million parameters
     precision: str = option("auto", allowed=("auto", "fp32", "bf16", "fp16"))
@@ -126,6 +129,8 @@ class Config:
     sync_bn: bool = False  # batch-norm statistics over all processes
     deterministic: bool = False  # deterministic CUDA kernels, for bit-exact repeats on a GPU
     eval_every: int = option(1, least=1)  # epochs between evaluations; a run always ends with an evaluation
+    # Evaluations without a better validation accuracy after which the training stops. None: always the full length
+    early_stopping: int | None = option(None, least=1)
     # Declared search space of the run's grid, by dotted key: [low, high] for numbers, else all values.
     space: dict[str, Any] = field(default_factory=dict)
     runs_dir: str = "runs"

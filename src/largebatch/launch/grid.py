@@ -65,10 +65,10 @@ def carry_out_plan(plan: Sequence[PlannedRun], report_options: str = "") -> int:
 def show_plan(plan: Sequence[PlannedRun]) -> int:
     """Print the runs, their states, the settings that differ, and an estimate of the time to go."""
     rows = plan_rows(plan)
-    print(f"{len(plan)} run(s): {counted(rows)}; nothing is started (dry_run=true)", flush=True)
+    print(wrapped(f"{len(plan)} run(s): {counted(rows)}; nothing is started (dry_run=true)", sys.stdout), flush=True)
     to_go = [run for run, row in zip(plan, rows, strict=True) if row["state"] not in DONE or run.config.rerun]
     for words in dict.fromkeys(in_words(run.config.cluster) for run in plan):
-        print(words)
+        print(wrapped(words, sys.stdout))
     if to_go:
         print(wrapped(estimated(to_go), sys.stdout))
     print_notes(plan)

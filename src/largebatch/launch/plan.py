@@ -194,8 +194,11 @@ def _distance(summary: Summary, config: Config) -> float:
 
 
 def _images_done(summary: Summary) -> int:
-    """Return the number of training images, without those of a probe."""
-    return int(summary["training_examples"] or summary["steps"] * summary["global_batch"])
+    """Return the number of training images, without those of a probe or after an early stop."""
+    images = summary["training_examples"] or summary["steps"] * summary["global_batch"]
+    early = summary.get("stopped_early") is True and _is_number(summary.get("step"))
+    done = summary["step"] / summary["steps"] if early else 1
+    return max(int(images * done), 1)
 
 
 def _images(config: Config, summary: Summary) -> int:

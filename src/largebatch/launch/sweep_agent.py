@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from largebatch.tracking.wandb_run import WandbRun
 
 # Keys of a summary; other keys without / are facts.
-_OUTCOME = ("state", "step", "wall_seconds", "images_per_second", "checksum")
+_OUTCOME = ("state", "step", "wall_seconds", "images_per_second", "checksum", "stopped_early")
 _NOT_OURS = ("_wandb=", "resolved=")  # keys of W&B's configuration of a run, which users never give
 
 
@@ -60,26 +60,26 @@ def check(plan: Sequence[PlannedRun]) -> None:
 def show_finished(run: PlannedRun) -> None:
     """Log everything that a finished run recorded to the agent's W&B run, so that the W&B sweep gets its value."""
     from largebatch.tracking.sync import send
-    from largebatch.tracking.wandb_arguments import wandb_config
+    from largebatch.tracking.tracker import shown_config
 
     facts = {k: v for k, v in run.folder.read_summary().items() if "/" not in k and k not in _OUTCOME}
     if copy := _join(run, facts):
-        send(copy, run.folder, wandb_config(run.config, facts), in_sweep=True)
+        send(copy, run.folder, shown_config(run.config, facts))
         print(f"logged the metrics of {run.folder.path} to the W&B sweep", flush=True)
 
 
 def give_back(run: PlannedRun) -> None:
     """Mark a preempted run in W&B, which then gives the run to this or another agent."""
-    from largebatch.tracking import wandb_run
-
     if run.folder.state() == "preempted" and (interrupted := _join(run, {})):
         interrupted.mark_preempting()
-        interrupted.finish(wandb_run.exit_code("preempted", in_sweep=True))
+        interrupted.finish("preempted")
         print("marked the run as preempted for the W&B sweep", flush=True)
 
 
 def _join(run: PlannedRun, facts: dict[str, Any]) -> WandbRun | None:
     """Open the agent's W&B run in this process, while no worker runs."""
-    from largebatch.tracking import wandb_run
+    from largebatch.tracking.tracker import start_tracker
+    from largebatch.tracking.wandb_run import WandbRun
 
-    return wandb_run.start(run.config, run.folder.path, run.folder.name, run.folder.name, facts, print)
+    joined = start_tracker(run.config, run.folder.path, run.folder.name, run.folder.name, facts, print)
+    return joined if isinstance(joined, WandbRun) else None

@@ -168,7 +168,9 @@ class PlanView:
             self._live.console.print(wrapped(line, sys.stdout), markup=False, highlight=False, soft_wrap=True)
         else:
             stream = sys.stderr if error else sys.stdout
-            print(wrapped(line, stream), file=stream, flush=True)
+            # A killed worker leaves its progress bar; this replaces it.
+            clear = "\r\x1b[K" if error and stream.isatty() else ""
+            print(clear + wrapped(line, stream), file=stream, flush=True)
 
 
 def _progress_text(row: Row) -> str:

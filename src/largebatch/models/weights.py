@@ -90,7 +90,7 @@ def load_source(
 def read_weights(path: Path) -> Source:
     """Return the weights in a file: a checkpoint of a run, an export, or a state dict of torch or safetensors.
 
-    The backbone of a checkpoint of mode ``bt`` is taken without its projector.
+    The backbone of a checkpoint of mode ``bt`` is taken without its projector, and averaged weights if there are any.
 
     Raises:
         UserError: the file can't be read, or holds no state dict.
@@ -117,7 +117,9 @@ def read_weights(path: Path) -> Source:
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{key}: holds a {type(content).__name__}, not a state dict")
-    state = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
+    state = next(
+        (content[name] for name in ("averaged", "model", "state_dict") if isinstance(content.get(name), dict)), content
+    )
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{key}: holds no state dict (its entries: {_listed('', map(str, content))})")
     classes = content.get("metadata", {}).get("classes")

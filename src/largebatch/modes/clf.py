@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from largebatch.config.modes import Clf
 from largebatch.config.schema import Config
 from largebatch.data import Data
 from largebatch.errors import UserError
@@ -36,9 +37,14 @@ def build_model(config: Config, data: Data) -> nn.Module:
 
 
 def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64."""
+    """Return the mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64.
+
+    With ``mode.label_smoothing`` s, the target of each of C classes is ``s / C``, plus ``1 - s`` for the label, as in
+    ``torch.nn.CrossEntropyLoss``. Only training smooths labels; the probe of mode ``bt`` doesn't.
+    """
+    smoothing = config.mode.label_smoothing if isinstance(config.mode, Clf) else 0.0
     logits = model(images).float()
-    value = F.cross_entropy(logits, labels) if len(labels) else logits.sum()  # 0 without images
+    value = F.cross_entropy(logits, labels, label_smoothing=smoothing) if len(labels) else logits.sum()  # 0: no images
     with torch.no_grad():
         correct = (logits.argmax(dim=1) == labels).sum()
         count = torch.full_like(correct, len(labels), dtype=torch.float64)  # filled on the device, without a wait

@@ -90,14 +90,14 @@ class SampleNorms:
         else:
             self._handles = [_register(layer, partial(self._add_pass, layer)) for layer in self._layers]
 
-    def means(self, scale: float = 1.0) -> dict[nn.Parameter, Tensor]:
+    def means(self, scale: float | Tensor = 1.0) -> dict[nn.Parameter, Tensor]:
         """Return the mean over groups of each layer's gradient norm since the last call, and reset the sums.
 
         With ``torch.distributed`` initialised it is the mean over all ranks, like the loss of DistributedDataParallel,
         and every rank must call it. The call doesn't synchronise with the device.
 
         Args:
-            scale: the factor of the loss, as ``GradScaler.get_scale()``.
+            scale: the factor of the loss, as ``GradScaler.get_scale()``. It may be a 0-dimensional tensor.
 
         Returns:
             0-dimensional fp32 tensors, on the model's device.

@@ -44,14 +44,14 @@ class SampleSquares(SampleNorms):
                 raise ValueError(f"{self._names[layer]} is sharded: its groups' gradients aren't in one process")
         self._counts = [0] * len(self._layers)  # groups of this step
 
-    def means(self, scale: float = 1.0) -> dict[nn.Parameter, Tensor]:
+    def means(self, scale: float | Tensor = 1.0) -> dict[nn.Parameter, Tensor]:
         """Return the mean over groups of the squared gradient of each layer since the last call, and reset the sums.
 
         With ``torch.distributed`` initialised, the groups are those of all ranks, and every rank must call it. The
         call doesn't synchronise with the device.
 
         Args:
-            scale: the factor of the loss, as ``GradScaler.get_scale()``.
+            scale: the factor of the loss, as ``GradScaler.get_scale()``. It may be a 0-dimensional tensor.
 
         Returns:
             Tensors of the layers' shapes in fp32 (fp64 for fp64), on the model's device.

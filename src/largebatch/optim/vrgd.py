@@ -39,7 +39,7 @@ class VarianceReduced(MeasuredOptimizer):
             optimizer.set_mean_squares(norms.means())
             optimizer.step()
 
-    ``p.grad`` must be the mean over the same groups: don't clip gradients before the step.
+    ``p.grad`` must be the mean over the same groups. After clipping it by a factor c, take ``norms.means(1 / c)``.
     """
 
     MEASURE = SampleSquares

@@ -12,9 +12,9 @@ from largebatch.report.wording import cell_accuracy, decimals, listed, plural, r
 
 
 def answer(comparison: Comparison) -> str:
-    """Return the verdict on every column, a sentence or a few for each."""
+    """Return the verdict on every column, a line for each."""
     digits = decimals(comparison)
-    return " ".join(_sentences(verdict, digits) for verdict in comparison.verdicts)
+    return "\n".join(_sentences(verdict, digits) for verdict in comparison.verdicts)
 
 
 def _sentences(verdict: Verdict, digits: int) -> str:
@@ -51,7 +51,9 @@ def _sentences(verdict: Verdict, digits: int) -> str:
     if not best.complete:
         sentences.append("It can't be ahead, because one of its seeds diverged or didn't finish")
     few = [row_label(other.row) for other in others if (d := differences[other.row]) is None or _has_few_seeds(d)]
-    if few:
+    if len(few) == len(others) > 1:
+        sentences.append(f"Too few seeds to say if it is ahead: {FEWEST_SEEDS} common seeds are needed")
+    elif few:
         sentences.append(
             f"Too few seeds to say if it is ahead of {listed(few)}: {FEWEST_SEEDS} common seeds are needed"
         )

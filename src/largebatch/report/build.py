@@ -57,7 +57,7 @@ def report(
     Raises:
         UserError: for an invalid target, format, path or key, and for a folder without a readable run.
     """
-    _check(target)
+    check_target(target)
     kind, path = _output(out, format_)
     runs, problems = load_runs(runs_dir)
     comparisons = compared(runs, by)
@@ -85,7 +85,7 @@ def report(
     return f"{path}: {len(runs)} runs in {len(comparisons)} comparison(s)"
 
 
-def _check(target: Target) -> None:
+def check_target(target: Target) -> None:
     """Raise a ``UserError`` if no run can have such a metric or value."""
     value, metric = target
     if metric is not None and metric not in TARGET_METRICS:
@@ -171,18 +171,24 @@ def _markdown(
 
 
 def table(comparison: Comparison) -> str:
-    """Return test accuracy in per cent by optimizer and batch size, as a Markdown table. Clear leaders are bold."""
+    """Return test accuracy in per cent by optimizer and batch size, as a Markdown table. Clear leaders are bold.
+
+    Counts that are the same in all cells are below the table.
+    """
     digits = decimals(comparison)
+    counts = {key: cell_counts(cell, comparison) for key, cell in comparison.cells.items()}
+    same = len(counts) > 1 and len(set(counts.values())) == 1
     lines = _head("test accuracy [%]", comparison)
     for row in comparison.rows:
         texts = []
         for batch in comparison.columns:
             cell = comparison.cells.get((row, batch))
             bold = "**" if cell in comparison.bold else ""
-            counts = cell_counts(cell, comparison) if cell else ""
-            texts.append(f"{bold}{cell_accuracy(cell, digits)}{bold} ({counts})" if cell else "-")
+            small = "" if same else f" ({counts[row, batch]})" if cell else ""
+            texts.append(f"{bold}{cell_accuracy(cell, digits)}{bold}{small}" if cell else "-")
         lines.append(f"| {_escaped(row_label(row))} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+    below = ["", f"Each cell: {min(counts.values())}."] if same else []
+    return "\n".join(lines + below)
 
 
 def _by_batch(name: str, comparison: Comparison, cells: Sequence[Sequence[tuple[str, str]]]) -> str:

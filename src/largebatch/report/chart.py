@@ -21,9 +21,13 @@ _COLOURS = {
     "adamw": "#E69F00", "adam": "#56B4E9",
 }  # fmt: skip
 _OTHERS = ("#E69F00", "#56B4E9", "#CC79A7", "#666666", "#999999", "#009E73")
-_DASHES = {"constant": "solid", "cosine": "dot", "warmup_cosine": "dash", "warmup_poly": "dashdot"}
+_DASHES = {
+    "constant": "solid", "cosine": "dot", "warmup_cosine": "dash", "warmup_poly": "dashdot", "wsd": "longdashdot",
+    "step": "5px,2px",
+}  # fmt: skip
 _SYMBOLS = {
     "constant": "circle", "cosine": "square", "warmup_cosine": "diamond-open", "warmup_poly": "triangle-up-open",
+    "wsd": "hexagon-open", "step": "triangle-down-open",
 }  # fmt: skip
 _MORE_SYMBOLS = ("x", "star", "cross", "pentagon", "hourglass", "bowtie")
 _DECADES = 4  # a logarithmic axis over fewer decades has room for ticks between the powers of ten

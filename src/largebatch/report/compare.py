@@ -5,9 +5,11 @@ All functions are pure. The page and docs/report.md explain the rules to readers
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from largebatch.config.optimizer_libraries import structure
 from largebatch.config.optimizers import OPTIMIZERS
@@ -108,12 +110,24 @@ def _rows(runs: Iterable[Run], by: Sequence[str]) -> dict[RowKey, list[Run]]:
         different = [key for key in keys if len({one.get(key.removeprefix("optimizer.")) for one in structures}) > 1]
         for run, one in zip(of_name, structures, strict=True):
             extra = [(key, one.get(key.removeprefix("optimizer."), "none")) for key in different]
-            extra += [(key, str(run.given.get(key, "none"))) for key in by]
+            extra += [(key, _text(run.given.get(key, "none"))) for key in by]
             rows[RowKey(optimizer, schedule, tuple(extra))].append(run)
     return rows
 
 
-def _row_order(row: RowKey) -> tuple[int, int, RowKey]:
-    """Sort key: known optimizers first, in the order of ``OPTIMIZERS``; no warm-up before warm-up."""
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _row_order(row: RowKey) -> tuple[Any, ...]:
+    """Sort key: known optimizers first, in the order of ``OPTIMIZERS``; no warm-up before warm-up; numbers by size."""
     optimizer = (*OPTIMIZERS, row.optimizer).index(row.optimizer)
-    return optimizer, (*SCHEDULES, row.schedule).index(row.schedule), row
+    schedule = (*SCHEDULES, row.schedule).index(row.schedule)
+    return optimizer, schedule, [(_number(value), value) for _, value in row.extra], row
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf

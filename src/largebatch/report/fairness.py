@@ -12,7 +12,7 @@ from largebatch.report.cells import BY_TEST, distinct
 from largebatch.report.compare import Comparison
 from largebatch.report.idle import idle
 from largebatch.report.inference import FEWEST_SEEDS
-from largebatch.report.load import flat
+from largebatch.report.load import Run, flat
 from largebatch.report.warn import Check, Warn, check_cells, names_of
 from largebatch.report.wording import batches, listed, plural, row_label, states, value
 
@@ -106,7 +106,7 @@ def _unconfirmed(comparison: Comparison) -> Iterator[Warn]:
 def _few_steps(comparison: Comparison) -> Iterator[Warn]:
     found: dict[int, int] = {}
     for cell in comparison.finished:
-        steps = [int(run.summary.get("steps") or 0) for run in cell.drawn]
+        steps = [int(run.metric("step" if _stopped_early(run) else "steps") or 0) for run in cell.drawn]
         if 0 < min(steps, default=0) < FEW_STEPS:
             found[cell.batch_size] = min(steps)
     if found:
@@ -116,6 +116,10 @@ def _few_steps(comparison: Comparison) -> Iterator[Warn]:
             f"Training was short: {said}. In so few steps, the optimizer that starts faster is ahead. "
             "With equal epochs, a larger batch has fewer steps. Train for more epochs to see if the others catch up.",
         )
+
+
+def _stopped_early(run: Run) -> bool:
+    return run.summary.get("stopped_early") is True
 
 
 def _missing(comparison: Comparison) -> Iterator[Warn]:
@@ -200,6 +204,13 @@ _CHECKS: tuple[Check, ...] = (
             lambda cell, key=key: len(distinct(cell.settings, key)) > 1,  # type: ignore[misc]
         )
         for key in _LENGTHS
+    ),
+    check_cells(
+        "Training stopped early",
+        "For {}, early_stopping ended some runs before their full length, when validation accuracy no longer rose. "
+        "Such runs differ in length, and their learning rate may not have fallen yet, so another length or schedule "
+        "may change the order. Compare runs of full length: early_stopping=null.",
+        lambda cell: any(map(_stopped_early, cell.runs)),
     ),
     _unequal_trials,
     check_cells(

@@ -13,6 +13,7 @@ from largebatch.config.schedules import SCHEDULES
 from largebatch.config.schema import Config
 from largebatch.report.cells import Cell, Setting
 from largebatch.report.compare import Comparison
+from largebatch.report.load import number
 from largebatch.report.wording import batches, row_label
 
 
@@ -37,12 +38,14 @@ def _notes(setting: Setting, cell: Cell) -> list[str]:
     if run is None or steps is None or epoch is None:
         return []
     tree = run.config
+    decay = number(tree.get("ema_decay")) or 0.0
     try:
         config = Config(
             optimizer=OPTIMIZERS[cell.row.optimizer](**tree["optimizer"]),
             schedule=SCHEDULES[cell.row.schedule](**tree["schedule"]),
             lr_scaling=LrScalingConfig(**tree["lr_scaling"]),
             batch_size=cell.batch_size,
+            ema_decay=decay if 0 < decay < 1 else None,
         )
     except (KeyError, TypeError):
         return []

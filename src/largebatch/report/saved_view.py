@@ -19,8 +19,8 @@ import wandb_workspaces.workspaces as ws
 from wandb_workspaces._graphql import execute_graphql, get_app_url
 from wandb_workspaces.reports.v2 import gql
 
-from largebatch.errors import UserError
-from largebatch.tracking.wandb_session import choose_mode, close_session, one_line, session_environment
+from largebatch.errors import UserError, one_line
+from largebatch.tracking.wandb_session import choose_mode, close_session, session_environment
 
 _FIND = """
     query View($entityName: String, $name: String, $viewType: String, $viewName: String) {

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from largebatch.report.cells import BY_VALIDATION, Cell
+from largebatch.report.cells import BY_VALIDATION, Cell, Setting
 from largebatch.report.compare import Comparison
 from largebatch.report.wording import decimals
 
@@ -46,15 +46,22 @@ def lost(cell: Cell, factor: float) -> list[float | None]:
     chosen = cell.chosen
     if chosen is None or chosen.options[_LR] <= 0:
         return [None, None]
-    others = {key: value for key, value in chosen.options.items() if key != _LR}
-    points = [
-        (math.log(setting.options[_LR]), setting.score(cell.chosen_by))
-        for setting in cell.settings  # by learning rate
-        if setting.tried and setting.options[_LR] > 0 and setting.options == others | {_LR: setting.options[_LR]}
-    ]
+    points = [(math.log(setting.options[_LR]), setting.score(cell.chosen_by)) for setting in at_other_lrs(cell)]
     middle = math.log(chosen.options[_LR])
     found = [_interpolated(points, middle + sign * math.log(factor)) for sign in (-1, 1)]
     return [None if score is None else chosen.score(cell.chosen_by) - score for score in found]
+
+
+def at_other_lrs(cell: Cell) -> list[Setting]:
+    """Return the chosen setting and the tried settings that differ from it only in learning rate, which is above 0."""
+    if cell.chosen is None:
+        return []
+    others = {key: value for key, value in cell.chosen.options.items() if key != _LR}
+    return [
+        setting
+        for setting in cell.settings  # by learning rate
+        if setting.tried and setting.options[_LR] > 0 and setting.options == others | {_LR: setting.options[_LR]}
+    ]
 
 
 def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float | None:

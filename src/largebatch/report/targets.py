@@ -51,11 +51,13 @@ class Reached:
     Attributes:
         seeds: for each finished or diverged run, the progress at its first row that meets the target. Infinite if there
             is no such row.
+        before: for each of them, the step of the row before, or 0 without such a row.
         left_out: reported runs that don't count, in words: they failed, haven't finished, or logged no such
             metric.
     """
 
     seeds: list[Progress]
+    before: list[float]
     left_out: list[str]
 
     @property
@@ -103,7 +105,7 @@ def reach(cell: Cell, goal: Goal, histories: Histories) -> Reached:
     diverges later has reached it.
     """
     runs = cell.reported or next((setting.runs for setting in cell.settings if setting.diverged), cell.runs)
-    seeds, without = [], 0
+    seeds, before, without = [], [], 0
     for run in runs:
         if run.done:
             points = points_of(histories[run.name], goal.metric)
@@ -111,8 +113,9 @@ def reach(cell: Cell, goal: Goal, histories: Histories) -> Reached:
                 without += 1
                 continue
             seeds.append(next((points[step][1] for step in sorted(points) if goal.met(points[step][0])), _NEVER))
+            before.append(max((step for step in points if step < seeds[-1].steps), default=0.0))
     left_out = states(run for run in runs if not run.done)
-    return Reached(seeds, [*left_out, *([f"{without} without {goal.metric}"] if without else [])])
+    return Reached(seeds, before, [*left_out, *([f"{without} without {goal.metric}"] if without else [])])
 
 
 def reached_table(comparison: Comparison, times: TimeToTarget) -> list[list[tuple[str, str]]]:

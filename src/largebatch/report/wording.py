@@ -91,3 +91,8 @@ def value(option: Any) -> str:
     if isinstance(option, bool):
         return str(option).lower()  # as in YAML
     return f"{option:g}" if isinstance(option, float) else str(option)
+
+
+def three_digits(number: float) -> str:
+    """Return a number with three significant digits, without exponent up to 10^9: ``"1,380"``, ``"0.00757"``."""
+    return f"{float(f'{number:.3g}'):,.9g}"

@@ -51,6 +51,11 @@ class LoadedRun:
     saved: dict[str, Any] = field(repr=False)
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """State dict of the model whose metrics the run logged: with ``ema_decay`` of the averaged weights."""
+        return cast(dict[str, Tensor], self.saved.get("averaged", self.saved["model"]))
+
+    @property
     def summary(self) -> dict[str, Any]:
         """Content of ``summary.json``: the last and best metrics, and facts. Empty for an unfinished run."""
         return self.folder.read_summary()
@@ -72,7 +77,7 @@ class LoadedRun:
             return nn.Sequential(self.backbone(), self.probe_head())
         with self._as_configured():
             network = build_model(self.config.model, len(self.classes), self.shape[0], self.shape[1])
-            network.load_state_dict(self.saved["model"])
+            network.load_state_dict(self.weights)
         return network.eval()
 
     def backbone(self) -> nn.Module:
@@ -80,7 +85,7 @@ class LoadedRun:
         prefix = "backbone." if self.config.mode.name == "bt" else ""
         with self._as_configured():
             network, _ = build_backbone(self.config.model, self.shape)
-            network.load_state_dict({name: self.saved["model"][prefix + name] for name in network.state_dict()})
+            network.load_state_dict({name: self.weights[prefix + name] for name in network.state_dict()})
         return network.eval()
 
     @contextmanager

@@ -80,6 +80,7 @@ def _row(folder: RunFolder, status: dict[str, Any], job: Job | None) -> Row:
         "node": status.get("node"),
         "message": message,
         "log": log,
+        "updated": status.get("updated"),
         "folder": str(folder.path),
     }
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from largebatch.errors import UserError
 from largebatch.runs.folder import RunFolder
-from largebatch.runs.screen import duration
+from largebatch.runs.screen import duration, wrapped
 from largebatch.runs.table import Row, counted, news, print_runs, run_rows, runs_on_screen, seconds_to_go
 from largebatch.terminal import printable
 
 _LOOK_SECONDS = 2.0
+_QUIET_SECONDS = 5.0  # in which the launcher of a grid starts its next run, which has no folder before
 _LOG_SECONDS = 0.5  # between looks at a log
 _STATE_SECONDS = 5.0  # between looks at the state of the log's run, which may ask SLURM
 _OPEN = ("queued", "running")
@@ -31,7 +32,7 @@ def show_status(folders: Sequence[RunFolder], *, as_json: bool) -> None:
         print(json.dumps(rows, indent=1))
     elif rows:
         print_runs([row | {"news": news(row)} for row in rows], _COLUMNS)
-        print(f"\n{_headline(rows)}")
+        print(wrapped(f"\n{_headline(rows)}", sys.stdout))
     else:
         print("no runs")
 
@@ -65,11 +66,12 @@ def watch_status(find: Callable[[], Sequence[RunFolder]]) -> None:
 
 
 def _looks(find: Callable[[], Sequence[RunFolder]]) -> Iterator[list[Row]]:
-    """Yield the rows of the runs again and again until no run is queued or running."""
+    """Yield the rows of the runs again and again until no run is queued or running, nor has just ended."""
     while True:
         rows = _rows(find())
         yield rows
-        if not any(row["state"] in _OPEN for row in rows):
+        has_just_ended = any(abs(time.time() - (row["updated"] or 0.0)) < _QUIET_SECONDS for row in rows)
+        if not (has_just_ended or any(row["state"] in _OPEN for row in rows)):
             return
         time.sleep(_LOOK_SECONDS)
 

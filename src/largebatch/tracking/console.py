@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from largebatch.runs.screen import wrapped
 from largebatch.terminal import printable
 
 _PLAIN_EVERY_SECONDS = 10.0
@@ -36,7 +37,7 @@ class Console:
         line = printable(line)
         with contextlib.suppress(OSError):  # a full disk doesn't end the training here
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode(errors="backslashreplace"))
-        tqdm.write(f"      {line}", file=sys.stdout)
+        tqdm.write(wrapped(f"      {line}", sys.stdout), file=sys.stdout)
         sys.stdout.flush()
 
     def start_progress(self, step: int, steps: int) -> None:

@@ -14,23 +14,15 @@ from largebatch.runs import metrics
 from largebatch.runs.correct import is_readable
 from largebatch.runs.folder import DONE, RunFolder, write_atomic
 from largebatch.runs.metrics import MetricsLog, Row, read_rows, write_table
-from largebatch.tracking import layers, wandb_run
+from largebatch.tracking import layers
 from largebatch.tracking.console import Console
 from largebatch.tracking.layers import LayerLog
 from largebatch.tracking.rows import Layer, LayerRow, RowOrder, replay
 from largebatch.tracking.tracker import start_tracker
-from largebatch.tracking.wandb_arguments import agent_run_id
 
 _STATUS_EVERY_SECONDS = 1.0
-_LAST = (
-    "train/",
-    "val/",
-    "test/",
-    "optim/",
-    "embedding/",
-    "probe/",
-    "noise/",
-)  # families whose last values are in the summary
+# Families whose last values are in the summary.
+_LAST = ("train/", "val/", "test/", "optim/", "embedding/", "probe/", "noise/")
 
 
 class Recorder:
@@ -100,6 +92,7 @@ class Recorder:
             rows = read_rows(self._folder.metrics)
             write_table(rows, self._folder.metrics_table)
             metrics = summarise(rows) | {"state": state, "step": step, "wall_seconds": seconds, "checksum": checksum}
+            metrics["stopped_early"] = state == "finished" and step < self._facts["steps"]
             write_atomic(self._folder.summary, json.dumps(metrics | self._facts, indent=1) + "\n")
             if self._tracker:
                 if self._order and self._keys.predictions and self._folder.predictions.exists():
@@ -109,12 +102,12 @@ class Recorder:
                     self._tracker.upload_checkpoints(self._folder, rows)
         if self._tracker and self._keys.alerts and state == "diverged":
             self._tracker.alert(f"{self._folder.name} diverged", message)
-        self._end(wandb_run.exit_code(state, in_sweep=agent_run_id() is not None))
+        self._end(state)
         self._folder.update_status(state=state, step=step, message=message, ended=time.time())
 
-    def _end(self, exit_code: int) -> None:
+    def _end(self, state: str) -> None:
         if self._tracker:
-            self._tracker.finish(exit_code)
+            self._tracker.finish(state)
             self._tracker = self._order = None
 
     def __enter__(self) -> Self:
@@ -123,7 +116,7 @@ class Recorder:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._tracker and self._keys.alerts and error is not None:
             self._tracker.alert(f"{self._folder.name} failed", f"{type(error).__name__}: {error}"[:1000])
-        self._end(1)  # does nothing after finish()
+        self._end("failed")  # does nothing after finish()
 
 
 def lacks(folder: RunFolder, step: int, records: dict[str, Any]) -> str:

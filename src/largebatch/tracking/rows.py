@@ -66,6 +66,17 @@ class LayerRow(NamedTuple):
         }
 
 
+class Media(NamedTuple):
+    """Parts of a row beside its numbers: values to show as histograms, an image file, and a file of predictions."""
+
+    histograms: dict[str, list[float]]
+    images: Path | None = None
+    predictions: Path | None = None
+
+
+NO_MEDIA = Media({})
+
+
 class RowOrder:
     """Number a run's rows from 0 and log them in the order of their steps.
 
@@ -78,7 +89,7 @@ class RowOrder:
     Rows that still wait when a run fails or is killed are not logged; the resumed run logs them.
 
     Args:
-        log: called as ``log(number, row, histograms=..., images=...)`` or ``log(number, row, predictions=...)``.
+        log: called as ``log(number, row, media)``.
         layers_every: ``tracker.layers_every``; W&B gets layer rows at a multiple of it in a long run.
         steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps per epoch, maybe a fraction.
@@ -88,7 +99,9 @@ class RowOrder:
         layers_every: steps between the layer rows that W&B gets; 0 without layer rows.
     """
 
-    def __init__(self, log: Callable[..., None], layers_every: int, steps: int, steps_per_epoch: float) -> None:
+    def __init__(
+        self, log: Callable[[int, Row, Media], None], layers_every: int, steps: int, steps_per_epoch: float
+    ) -> None:
         self.count = 0
         self.layers_every = layers_every * math.ceil(steps / max(layers_every, 1) / _LAYER_ROWS_IN_WANDB)
         self._log = log
@@ -116,8 +129,7 @@ class RowOrder:
 
     def end(self, predictions: Path) -> None:
         """Log the final predictions after all other rows."""
-        self._log(self.count, {name: self._last[name] for name in ("step", "epoch")}, predictions=predictions)
-        self.count += 1
+        self._next({name: self._last[name] for name in ("step", "epoch")}, Media({}, predictions=predictions))
 
     def _release(self) -> None:
         """Log the rows before the next layer row that has not arrived."""
@@ -128,12 +140,12 @@ class RowOrder:
                 layers = self._arrived.popleft()
                 step = self._awaited.popleft()
                 place = {"step": step, "epoch": step / self._steps_per_epoch}
-                self._next(place | layers.metrics(), histograms=layers.columns())
+                self._next(place | layers.metrics(), Media(layers.columns()))
             else:
                 break
 
-    def _next(self, row: Row, histograms: dict[str, list[float]] | None = None, images: Path | None = None) -> None:
-        self._log(self.count, row, histograms=histograms, images=images)
+    def _next(self, row: Row, media: Media = NO_MEDIA) -> None:
+        self._log(self.count, row, media)
         self._last = row
         self.count += 1
 
@@ -149,7 +161,7 @@ def replay(folder: RunFolder, order: RowOrder, step: int = sys.maxsize, is_over:
             after its next layer row have no known number and are left out.
     """
     if folder.images.exists():
-        order._next({"step": 0, "epoch": 0}, images=folder.images)
+        order._next({"step": 0, "epoch": 0}, Media({}, images=folder.images))
     table = read_layer_table(folder.layers, step) if order.layers_every else None
     layers = _layer_rows(table, order.layers_every) if table else []
     for layer_row in layers:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from largebatch.errors import UserError, missing_extra
+from largebatch.errors import UserError, missing_extra, one_line
 from largebatch.runs.folder import DONE, RunBusyError, RunFolder
-from largebatch.runs.metrics import read_rows
+from largebatch.runs.metrics import Row, read_rows
 from largebatch.tracking import wandb_run
-from largebatch.tracking.rows import RowOrder, replay
+from largebatch.tracking.rows import Media, RowOrder, replay
 from largebatch.tracking.wandb_arguments import base_settings
-from largebatch.tracking.wandb_session import choose_mode, close_session, one_line, session_environment
+from largebatch.tracking.wandb_session import choose_mode, close_session, session_environment
 
 
 class Upload(NamedTuple):
@@ -118,7 +118,7 @@ def _sync_run(upload: Upload, dry_run: bool, seconds: float) -> str:
         return "skipped: the run is running"
     config = upload.entry["arguments"]["config"]
     if dry_run:
-        return f"would upload what W&B lacks of {_replay(upload.files, config, lambda *_, **__: None)} rows"
+        return f"would upload what W&B lacks of {_replay(upload.files, config, lambda *_: None)} rows"
     wandb_folder = upload.files.path / "wandb"
     scratch = wandb_folder / ".sync"
     said: list[str] = []
@@ -128,7 +128,7 @@ def _sync_run(upload: Upload, dry_run: bool, seconds: float) -> str:
             scratch.mkdir()
             try:
                 copy = _open(upload, scratch, said.append, seconds)
-                count = send(copy, upload.files, config, bool(upload.entry["sweep"]))
+                count = send(copy, upload.files, config)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except RunBusyError:
@@ -146,18 +146,17 @@ def _open(upload: Upload, scratch: Path, say: Callable[[str], None], seconds: fl
     with session_environment(scratch, "online"):
         try:
             run = wandb_run.open_run("online", scratch, upload.entry["arguments"], settings)
-            return wandb_run.WandbRun(run, upload.files.path, say, is_recorded=True)
+            return wandb_run.WandbRun(run, upload.files.path, say, True, bool(upload.entry["sweep"]))
         except Exception as error:  # wandb raises many kinds
             close_session()
             advice = "W&B refuses the id of a deleted run; rerun=true makes a new run"
             raise UserError(f"{one_line(error)} ({advice})") from error
 
 
-def send(copy: wandb_run.WandbRun, folder: RunFolder, config: dict[str, Any], in_sweep: bool) -> int:
+def send(copy: wandb_run.WandbRun, folder: RunFolder, config: dict[str, Any]) -> int:
     """Send everything that a run has recorded in ``folder`` to its W&B run, and finish the W&B run.
 
-    ``config`` is the W&B config, with ``resolved``. ``in_sweep``: True for a run of a W&B sweep. Return the number of
-    rows in the files.
+    ``config`` is the W&B config, with ``resolved``. Return the number of rows in the files.
     """
     count = _replay(folder, config, copy.log)
     state = str(folder.state())
@@ -165,11 +164,11 @@ def send(copy: wandb_run.WandbRun, folder: RunFolder, config: dict[str, Any], in
         copy.summarize({k: v for k, v in folder.read_summary().items() if k not in config["resolved"]})
         if config["tracker"]["checkpoints"]:
             copy.upload_checkpoints(folder, read_rows(folder.metrics))
-    copy.finish(wandb_run.exit_code(state, in_sweep))
+    copy.finish(state)
     return count
 
 
-def _replay(folder: RunFolder, config: dict[str, Any], log: Callable[..., None]) -> int:
+def _replay(folder: RunFolder, config: dict[str, Any], log: Callable[[int, Row, Media], None]) -> int:
     """Replay a run's files to ``log``. Return the number of rows."""
     facts = config["resolved"]
     order = RowOrder(log, config["tracker"]["layers_every"], facts["steps"], facts["steps_per_epoch"])

@@ -7,101 +7,118 @@ replays the rows so far: TensorBoard never sees a step twice.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from largebatch.config.identity import without_none
 from largebatch.config.schema import Config
 from largebatch.runs.metrics import Row, newest
-from largebatch.runs.predictions import read_predictions
-from largebatch.tracking.tracker import MOST_CLASSES, Media, Say, Tracker, draw_confusion, histogram
-from largebatch.tracking.wandb_arguments import wandb_config
+from largebatch.tracking.rows import Media
+from largebatch.tracking.tracker import Say, Tracker, draw_confusion, histogram, shown_config
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-_FLUSH_SECONDS = 10  # that a killed process loses, until it is resumed
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
 
 class TensorboardRun(Tracker):
     """An event file. Its steps are optimizer steps, and its times are the run's seconds of training.
 
+    This thread writes, so that a full disk is an error here. TensorBoard's own writer has a thread, which prints it.
+
     Args:
-        writer: of the event file.
+        file: the event file.
         began: unix time at which the run would have started without interruptions.
         say: takes one line at a time.
     """
 
     label = "TensorBoard"
 
-    def __init__(self, writer: SummaryWriter, began: float, say: Say) -> None:
+    def __init__(self, file: BinaryIO, began: float, say: Say) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         super().__init__(say)
-        self._writer, self._began, self._time, self._step = writer, began, began, 0
+        self._records = RecordWriter(file)
+        self._began, self._time, self._step = began, began, 0
 
-    def describe(self, config: dict[str, Any]) -> None:
-        """Write the configuration as text, and its values for TensorBoard's table of hyperparameters."""
-        from torch.utils.tensorboard.summary import hparams
+    def begin(self, config: dict[str, Any]) -> None:
+        """Write the file's version, and the configuration as text and for TensorBoard's table of hyperparameters."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from torch.utils.tensorboard.summary import hparams, text
 
-        self._writer.add_text("config", _as_code(config), 0, self._began)
+        self._write(file_version="brain.Event:2")
+        # A TensorBoard that shows an earlier event file discards what it has read.
+        self._write(session_log=SessionLog(status=SessionLog.START))
         # Without the first of three summaries, TensorBoard derives the columns from all runs.
         _, values, _ = hparams(_flat({k: v for k, v in config.items() if k != "resolved"}), {})
-        self._writer._get_file_writer().add_summary(values, 0, self._began)
+        self._add(text("config", _as_code(config)), values)
 
     def _log(self, number: int, row: Row, media: Media) -> None:
-        import numpy
-        from PIL import Image
         from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard.summary import histogram_raw, image
 
         self._step = row["step"]
         self._time = self._began + row.get("wall_seconds", self._time - self._began)  # layer rows have no time
-        values = {name: value for name, value in without_none(row).items() if name not in ("step", "wall_seconds")}
-        if media.images:
-            self._image("images", numpy.asarray(Image.open(media.images).convert("RGB")))
-        if media.predictions and len((found := read_predictions(media.predictions)).classes) <= MOST_CLASSES:
-            self._image("confusion_matrix", draw_confusion(found.confusion()))
-        if not values.keys() - {"epoch"}:
-            return
-        # All values in one event: a layer row has hundreds.
-        one = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._writer._get_file_writer().add_summary(one, self._step, self._time)
+        names = row.keys() - {"step", "wall_seconds"} - ({"epoch"} if media.images or media.predictions else set())
+        shown = [Summary(value=[Summary.Value(tag=name, simple_value=row[name]) for name in names])]
         for name, given in media.histograms.items():
             if drawn := histogram(given):
                 counts, edges = drawn
-                finite = [value for value in given if abs(value) < float("inf")]
-                self._writer.add_histogram_raw(
-                    name, min(finite), max(finite), len(finite), sum(finite), sum(value**2 for value in finite),
-                    edges[1:].tolist(), counts.tolist(), self._step, walltime=self._time,
-                )  # fmt: skip
-
-    def _image(self, name: str, pixels: Any) -> None:
-        self._writer.add_image(name, pixels, self._step, self._time, dataformats="HWC")
+                finite = list(filter(math.isfinite, given))
+                ends = min(finite), max(finite)
+                sums = len(finite), sum(finite), sum(value**2 for value in finite)
+                shown.append(histogram_raw(name, *ends, *sums, edges[1:].tolist(), counts.tolist()))
+        if media.images:
+            shown.append(image("images", _pixels(media.images), dataformats="HWC"))
+        if media.predictions and (matrix := draw_confusion(media.predictions)) is not None:
+            shown.append(image("confusion_matrix", matrix, dataformats="HWC"))
+        self._add(*shown)
 
     def _summarize(self, summary: dict[str, Any]) -> None:
-        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard.summary import hparams, text
 
-        self._writer.add_text("summary", _as_code(dict(without_none(summary))), self._step, self._time)
         _, _, end = hparams({}, {})
-        self._writer._get_file_writer().add_summary(end, self._step, self._time)
+        self._add(text("summary", _as_code(dict(without_none(summary)))), end)
 
-    def _finish(self, exit_code: int) -> None:
-        self._writer.close()
+    def _finish(self, state: str) -> None:
+        self._records.close()
+
+    def _add(self, *summaries: Summary) -> None:
+        """Write one event with all values: a layer row has hundreds."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._write(summary=Summary(value=[value for summary in summaries for value in summary.value]))
+
+    def _write(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._records.write(Event(wall_time=self._time, step=self._step, **content).SerializeToString())
+        self._records.flush()
 
 
 def start(config: Config, directory: Path, run_id: str, name: str, facts: dict[str, Any], say: Say) -> TensorboardRun:
-    """Start the event file of one run folder; see ``start_tracker``. Raises errors of the import and of the disk."""
-    from torch.utils.tensorboard import SummaryWriter
-
+    """Start the event file of one run folder; see ``start_tracker``. Raise errors of the import and of the disk."""
     folder = directory / "tensorboard"
-    shutil.rmtree(folder, ignore_errors=True)
-    # A TensorBoard that shows an earlier event file discards what it has read.
-    writer = SummaryWriter(str(folder), purge_step=0, flush_secs=_FLUSH_SECONDS)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    # TensorBoard reads the files of a folder in the order of their names, each to its end.
+    file = (folder / f"events.out.tfevents.{time.time():.6f}").open("wb")
     seconds = newest(directory / "metrics.jsonl", "wall_seconds") or 0.0
-    run = TensorboardRun(writer, time.time() - seconds, say)
-    run.describe(wandb_config(config, {"run": name, **facts}))
+    run = TensorboardRun(file, time.time() - seconds, say)
+    run.begin(shown_config(config, {"run": name, **facts}))
     say(f"TensorBoard: tensorboard --logdir {directory.parent}")
     return run
+
+
+def _pixels(path: Path) -> Any:
+    """Return the pixels of an image file, uint8 [H, W, 3]."""
+    import numpy
+    from PIL import Image
+
+    return numpy.asarray(Image.open(path).convert("RGB"))
 
 
 def _as_code(content: dict[str, Any]) -> str:

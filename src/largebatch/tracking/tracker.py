@@ -6,31 +6,25 @@ A tracker is a module ``NAME_run.py`` with a function ``start`` and a subclass o
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from largebatch.config.identity import setting_hash, setting_name, without_none
 from largebatch.config.schema import Config
-from largebatch.errors import missing_extra
+from largebatch.errors import missing_extra, one_line
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import Row
-from largebatch.tracking.wandb_session import one_line
+from largebatch.tracking.rows import NO_MEDIA, Media
 
 Say = Callable[[str], None]
 
 MOST_CLASSES = 100  # of a confusion matrix: more would be too small to read
 _MATRIX_SIDE = 256  # least side of a drawn confusion matrix, in pixels
 _BINS = 32  # of a histogram: enough for a hundred layers
-
-
-class Media(NamedTuple):
-    """What a row has beside numbers; see ``Tracker.log``."""
-
-    histograms: dict[str, list[float]]
-    images: Path | None
-    predictions: Path | None
 
 
 class Tracker:
@@ -43,7 +37,7 @@ class Tracker:
 
     Attributes:
         label: the tracker's name in messages.
-        id: W&B's id of the run; None for other trackers.
+        id: the run's id in W&B; None for other trackers.
         first: number of rows that the tracker has already.
     """
 
@@ -55,21 +49,13 @@ class Tracker:
         self._say = say
         self._is_sending = True
 
-    def log(
-        self,
-        number: int,
-        row: Row,
-        histograms: dict[str, list[float]] | None = None,
-        images: Path | None = None,
-        predictions: Path | None = None,
-    ) -> None:
-        """Log a row with ``step`` and ``epoch``, without values that are None, if the tracker lacks it.
+    def log(self, number: int, row: Row, media: Media = NO_MEDIA) -> None:
+        """Log a row with ``step`` and ``epoch`` if the tracker lacks it.
 
-        ``number`` counts the run's rows from 0 (see ``RowOrder``). ``histograms`` are lists of values to show as
-        histograms; ``images`` is an image file; ``predictions`` is a file of ``runs/predictions.py``.
+        ``number`` counts the run's rows from 0 (see ``RowOrder``).
         """
         if number >= self.first:
-            self._attempt("log", lambda: self._log(number, row, Media(histograms or {}, images, predictions)))
+            self._attempt("log", lambda: self._log(number, dict(without_none(row)), media))
 
     def summarize(self, summary: dict[str, Any]) -> None:
         """Set the run's final and best values."""
@@ -83,18 +69,19 @@ class Tracker:
         """Upload the last and the best checkpoint, if the tracker keeps files. ``rows`` are the run's metrics rows."""
         self._attempt("upload a checkpoint", lambda: self._upload_checkpoints(folder, rows))
 
-    def finish(self, exit_code: int) -> None:
-        """End the copy. Exit code 0 is a finished run, any other a failed run."""
-        self._attempt("finish", lambda: self._finish(exit_code), always=True)
+    def finish(self, state: str) -> None:
+        """End the copy of a run in ``state``."""
+        self._attempt("finish", lambda: self._finish(state), always=True)
 
     def _log(self, number: int, row: Row, media: Media) -> None:
+        """Log a row without values that are None."""
+        raise NotImplementedError
+
+    def _finish(self, state: str) -> None:
         raise NotImplementedError
 
     def _summarize(self, summary: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def _finish(self, exit_code: int) -> None:
-        raise NotImplementedError
+        """Do nothing: a tracker may have no place for final values."""
 
     def _alert(self, title: str, text: str) -> None:
         """Do nothing: a tracker without an account notifies nobody."""
@@ -140,6 +127,18 @@ def start_tracker(
     return started
 
 
+def shown_config(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration under its own names, without unused options, and the keys to group runs by."""
+    shown = {
+        **dataclasses.asdict(config),
+        "setting": setting_name(config),
+        "setting_hash": setting_hash(config),
+        "optimizer_label": f"{config.optimizer.name} + {config.schedule.name}",
+        "resolved": facts or None,
+    }
+    return dict(without_none(shown))
+
+
 def histogram(values: Sequence[float]) -> tuple[Any, Any] | None:
     """Return counts [bins] and edges [bins + 1] of the finite values; None if there is no finite value."""
     import numpy
@@ -153,10 +152,19 @@ def histogram(values: Sequence[float]) -> tuple[Any, Any] | None:
     return numpy.histogram(finite, bins=_BINS, range=(low - pad, high + pad))
 
 
-def draw_confusion(counts: Any) -> Any:
-    """Return pixels uint8 [S, S, 1] of counts by label (rows) and prediction: white is all images of the label."""
+def draw_confusion(predictions: Path) -> Any:
+    """Return pixels uint8 [S, S, 3] of counts by label (rows) and prediction, or None with more than 100 classes.
+
+    White is all images of the label.
+    """
     import numpy
 
+    from largebatch.runs.predictions import read_predictions
+
+    found = read_predictions(predictions)
+    if len(found.classes) > MOST_CLASSES:
+        return None
+    counts = found.confusion()
     part = counts / numpy.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = -(-_MATRIX_SIDE // len(counts))
-    return (255 * part).round().astype(numpy.uint8).repeat(side, 0).repeat(side, 1)[:, :, None]
+    return (255 * part).round().astype(numpy.uint8).repeat(side, 0).repeat(side, 1)[:, :, None].repeat(3, 2)

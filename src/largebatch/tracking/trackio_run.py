@@ -10,22 +10,17 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from largebatch.config.identity import without_none
 from largebatch.config.schema import Config
 from largebatch.runs.metrics import Row
-from largebatch.runs.predictions import read_predictions
-from largebatch.tracking.tracker import MOST_CLASSES, Media, Say, Tracker, draw_confusion, histogram
-from largebatch.tracking.wandb_arguments import wandb_config
+from largebatch.tracking.rows import Media
+from largebatch.tracking.tracker import Say, Tracker, draw_confusion, histogram, shown_config
 
 if TYPE_CHECKING:
     from trackio.run import Run
-
-# With these, trackio would send rows to a server.
-_REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_BUCKET_ID", "TRACKIO_DATASET_ID")
 
 
 class TrackioRun(Tracker):
@@ -36,51 +31,62 @@ class TrackioRun(Tracker):
     def __init__(self, run: Run, say: Say) -> None:
         super().__init__(say)
         self._run = run
+        self._problem = ""
+        self._warn, warnings.showwarning = warnings.showwarning, self._hear  # trackio reports a failure by a warning
+
+    def _hear(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if "trackio" in Path(filename).parts:
+            self._problem = self._problem or str(message)
+        else:
+            self._warn(message, category, filename, lineno, file, line)
 
     def _log(self, number: int, row: Row, media: Media) -> None:
         import trackio
 
-        shown: dict[str, Any] = {name: value for name, value in without_none(row).items() if name != "step"}
+        shown: dict[str, Any] = {name: value for name, value in row.items() if name != "step"}
         for name, values in media.histograms.items():
             if counts := histogram(values):
                 shown[name] = trackio.Histogram(np_histogram=counts)
         if media.images:
             shown["images"] = trackio.Image(str(media.images))
-        if media.predictions and len((found := read_predictions(media.predictions)).classes) <= MOST_CLASSES:
-            shown["confusion_matrix"] = trackio.Image(draw_confusion(found.confusion()).repeat(3, 2))
+        if media.predictions and (matrix := draw_confusion(media.predictions)) is not None:
+            shown["confusion_matrix"] = trackio.Image(matrix)
         self._run.log(shown, step=row["step"])
+        self._check()
 
-    def _summarize(self, summary: dict[str, Any]) -> None:
-        """Do nothing: trackio has no values of a run beside its rows."""
-
-    def _finish(self, exit_code: int) -> None:
-        with _quiet():
+    def _finish(self, state: str) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
+        warnings.showwarning = self._warn
+        self._check()
+
+    def _check(self) -> None:
+        if self._problem:
+            raise RuntimeError(self._problem)
 
 
 def start(config: Config, directory: Path, run_id: str, name: str, facts: dict[str, Any], say: Say) -> TrackioRun:
-    """Start the copy of one run folder; see ``start_tracker``. Raises errors of the import and of the disk."""
-    os.environ.setdefault("TRACKIO_DIR", str(directory.parent.absolute() / ".trackio"))
-    for variable in _REMOTE:
-        os.environ.pop(variable, None)
-    with _quiet():
-        import trackio
-        from trackio.sqlite_storage import SQLiteStorage
+    """Start the copy of one run folder; see ``start_tracker``. Raise errors of the import and of the disk."""
+    folder = os.environ.setdefault("TRACKIO_DIR", str(directory.parent.absolute() / ".trackio"))
+    from trackio.run import Run  # reads TRACKIO_DIR
+    from trackio.sqlite_storage import SQLiteStorage
 
-        project = re.sub(r"[^\w.-]", "_", config.tracker.project or "largebatch")
-        shown = config.tracker.run_name or name
-        SQLiteStorage.delete_run(project, shown)
-        run = trackio.init(
-            project, name=shown, group=config.tracker.group, embed=False, auto_log_gpu=False, auto_log_cpu=False,
-            config=wandb_config(config, {"run": name, **facts}),
-        )  # fmt: skip
-    folder = os.environ["TRACKIO_DIR"]
+    project = re.sub(r"[^\w.-]", "_", config.tracker.project or "largebatch")
+    shown = config.tracker.run_name or name
+    SQLiteStorage.init_db(project)
+    SQLiteStorage.delete_run(project, shown, run_id)
+    # Unlike trackio.init, which may choose a server and gives a random id, so that a name would have to be unique.
+    run = Run(
+        url=None, project=project, client=None, name=shown, run_id=run_id, group=config.tracker.group,
+        config=shown_config(config, {"run": name, **facts}),
+    )  # fmt: skip
     say(f"trackio: TRACKIO_DIR={folder} trackio show --project {project}")
     return TrackioRun(run, say)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop what trackio prints."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from largebatch.config.identity import setting_hash, setting_name, without_none
 from largebatch.config.schema import Config, TrackerConfig
+from largebatch.tracking.tracker import shown_config
 
 if TYPE_CHECKING:
     import wandb
@@ -38,7 +37,7 @@ def run_arguments(
         "job_type": tracker.job_type or surroundings.run_job_type or config.mode.name,
         "tags": run_tags(config, *(surroundings.run_tags or ())),
         "notes": tracker.notes,
-        "config": wandb_config(config, {"run": name, **facts} if facts else {}),
+        "config": shown_config(config, {"run": name, **facts} if facts else {}),
     }
 
 
@@ -69,18 +68,6 @@ def base_settings(init_timeout: float, finish_timeout: float) -> dict[str, Any]:
         "disable_job_creation": True,
         "use_dot_wandb": False,
     }
-
-
-def wandb_config(config: Config, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration under its own names, without unused options, and the keys to group runs by."""
-    shown = {
-        **dataclasses.asdict(config),
-        "setting": setting_name(config),
-        "setting_hash": setting_hash(config),
-        "optimizer_label": f"{config.optimizer.name} + {config.schedule.name}",
-        "resolved": facts or None,
-    }
-    return dict(without_none(shown))
 
 
 def run_tags(config: Config, *more: str) -> list[str]:

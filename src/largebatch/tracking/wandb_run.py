@@ -1,7 +1,7 @@
 """A run's copy in Weights & Biases. The truth is in the run folder, and no W&B failure may stop training.
 
 wandb never prompts, every wait has a limit, and the first failure is logged and ends the copy, not the run. Without a
-key or an answering host the copy is offline, in the run folder (``docs/tracking.md``). Only rank 0 calls ``start``.
+key or an answering host the copy is offline, in the run folder (``docs/tracking.md``).
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from largebatch.config.identity import without_none
 from largebatch.config.schema import Config
-from largebatch.errors import missing_extra
+from largebatch.errors import one_line, without_password
 from largebatch.runs.folder import DONE, RunFolder, read_json, write_atomic
 from largebatch.runs.metrics import Row
 from largebatch.runs.predictions import read_predictions
 from largebatch.tracking import wandb_session
-from largebatch.tracking.tracker import MOST_CLASSES, Media, Tracker, histogram
+from largebatch.tracking.rows import Media
+from largebatch.tracking.tracker import MOST_CLASSES, Say, Tracker, histogram
 from largebatch.tracking.wandb_arguments import agent_run_id, run_arguments, run_settings
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class WandbRun(Tracker):
         folder: the run folder, with ``wandb/uploads.json``.
         say: takes one line at a time.
         is_recorded: True if the caller logs all rows, so that ``finish`` marks the run as uploaded.
+        in_sweep: True for a run of a W&B sweep.
 
     Attributes:
         id: W&B's id of the run.
@@ -77,17 +78,17 @@ class WandbRun(Tracker):
     label = "W&B"
     id: str
 
-    def __init__(self, run: wandb.Run, folder: Path, say: Callable[[str], None], is_recorded: bool) -> None:
+    def __init__(self, run: wandb.Run, folder: Path, say: Say, is_recorded: bool, in_sweep: bool) -> None:
         import wandb
 
         super().__init__(say)
-        self._run, self._folder, self._is_recorded = run, folder, is_recorded
+        self._run, self._folder, self._is_recorded, self._in_sweep = run, folder, is_recorded, in_sweep
         self.id = str(run.id)
         self.mode = "offline" if run.offline else "online"
         sent_before = read_uploads(folder).get(self.id, {}).get("rows", 0)  # a server may not know its number of rows
         self.first = 0 if run.offline else max(run.starting_step, sent_before)
         if is_recorded and not run.offline:
-            update_upload(folder, self.id, url=wandb_session.without_password(str(run.url)))
+            update_upload(folder, self.id, url=without_password(str(run.url)))
         self._count = self.first
         self._is_refused = False
         listener = SimpleNamespace(info=self._hear, warning=self._hear, error=self._hear)
@@ -148,50 +149,37 @@ class WandbRun(Tracker):
         """Let W&B requeue the run in its W&B sweep once it ends as failed."""
         self._attempt("mark the run as preempting", self._run.mark_preempting)
 
-    def finish(self, exit_code: int) -> None:
-        """End the run and wandb's session. W&B shows exit code 0 as finished, any other as failed."""
-        super().finish(exit_code)
+    def finish(self, state: str) -> None:
+        """End the run and wandb's session."""
+        super().finish(state)
         wandb_session.close_session()
 
-    def _finish(self, exit_code: int) -> None:
-        self._run.finish(exit_code=exit_code)
+    def _finish(self, state: str) -> None:
+        """End the run. W&B shows exit code 0 as finished, 1 as failed.
+
+        A divergence is an outcome. But a W&B sweep's search would take the best value before the divergence for the
+        run's value, and it counts a failed run as the worst.
+        """
+        is_shown_as_finished = state == "finished" or (state in DONE and not self._in_sweep)
+        self._run.finish(exit_code=0 if is_shown_as_finished else 1)
         if self._is_refused:
             raise RuntimeError("W&B refused data; `largebatch sync` uploads the rest")
         if self._is_sending and self.mode == "online" and self._is_recorded:
             update_upload(self._folder, self.id, rows=self._count, uploaded=True)
 
 
-def start(
-    config: Config,
-    directory: Path,
-    run_id: str,
-    name: str,
-    facts: dict[str, Any],
-    say: Callable[[str], None],
-) -> WandbRun | None:
-    """Start or resume the W&B run of one run folder, and add it to ``uploads.json``. Call it on rank 0 only.
+def start(config: Config, directory: Path, run_id: str, name: str, facts: dict[str, Any], say: Say) -> WandbRun | None:
+    """Start or resume the W&B run of one run folder, and add it to ``uploads.json``; see ``start_tracker``.
 
-    Args:
-        config: the run's configuration, stored whole as the W&B config.
-        directory: the run folder; wandb writes to its ``wandb/``.
-        run_id: the W&B run's id. The same id continues the same W&B run. A W&B sweep's agent brings its own.
-        name: the run's name in W&B.
-        facts: resolved values (learning rate, batch per process, commit, versions), stored under ``resolved`` with
-            ``name``. Empty: W&B's config and ``uploads.json`` stay as they are, because the caller logs no rows.
-        say: takes one line at a time: the mode and its reason, and the first failure.
-
-    Returns:
-        None with ``WANDB_MODE=disabled``, or when wandb can't be imported or started. Never raises.
+    A W&B sweep's agent brings its own id. With empty ``facts``, W&B's config and ``uploads.json`` stay as they are,
+    because the caller logs no rows. Return None with ``WANDB_MODE=disabled``. Raise errors of the import and of wandb.
     """
-    try:
-        import wandb
-    except Exception as error:  # missing, or broken by another package
-        why = missing_extra(error) or f"wandb can't be imported ({wandb_session.one_line(error)})"
-        say(f"W&B is off: {why}")
-        return None
+    import wandb
+
     directory = directory.absolute()
     finish_timeout = CHECKPOINT_TIMEOUT if config.tracker.checkpoints else FINISH_TIMEOUT
     settings = run_settings(config.tracker, INIT_TIMEOUT, finish_timeout)
+    in_sweep = agent_run_id() is not None
     started, files = None, directory
     with wandb_session.session_environment(directory, config.tracker.mode):
         try:
@@ -200,12 +188,13 @@ def start(
             run, mode, why = _begin(config.tracker.mode, directory, arguments, settings)
             if run and facts:
                 effective = {"project": run.project, "entity": run.entity or None, "group": run.group or None}
-                sweep = os.environ.get("WANDB_SWEEP_ID") if agent_run_id() else None
+                sweep = os.environ.get("WANDB_SWEEP_ID") if in_sweep else None
                 update_upload(directory, run.id, arguments=arguments | effective, sweep=sweep, uploaded=False)
             if run:
-                started, files = WandbRun(run, directory, say, bool(facts)), Path(run.dir)
-        except Exception as error:  # training matters more than any failure here
-            mode, why = "is off", wandb_session.one_line(error)
+                started, files = WandbRun(run, directory, say, bool(facts), in_sweep), Path(run.dir)
+        except Exception:
+            wandb_session.close_session()
+            raise
     say(f"W&B {mode}: {why}")
     if started is None:
         wandb_session.close_session()
@@ -225,9 +214,9 @@ def _begin(
         before = set(directory.glob("wandb/run-*"))
         try:
             run = open_run("online", directory, arguments, settings)
-            return run, mode, wandb_session.without_password(str(run.url))
+            return run, mode, without_password(str(run.url))
         except Exception as error:
-            why = f"the server did not start the run ({wandb_session.one_line(error)})"
+            why = f"the server did not start the run ({one_line(error)})"
             wandb_session.close_session()  # otherwise the half-open run keeps its id, and going offline fails
             for left in set(directory.glob("wandb/run-*")) - before:
                 shutil.rmtree(left)  # holds no row, and wandb would show it as a run of its own
@@ -244,15 +233,6 @@ def open_run(mode: str, directory: Path, arguments: dict[str, Any], settings: di
         for family in families:
             run.define_metric(f"{family}/*", step_metric=axis)
     return run
-
-
-def exit_code(state: str, in_sweep: bool) -> int:
-    """Return W&B's exit code of a run in ``state``: 0 is shown as finished, 1 as failed.
-
-    A divergence is an outcome. But a W&B sweep's search would take the best value before the divergence for the run's
-    value, and it counts a failed run as the worst.
-    """
-    return 0 if state == "finished" or (state in DONE and not in_sweep) else 1
 
 
 def _predictions(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import sys
 import threading
@@ -16,6 +15,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from largebatch.errors import one_line
 
 CONNECT_TIMEOUT = 3.0  # seconds for a TCP connection to the host
 
@@ -123,14 +124,3 @@ def close_session() -> None:
 
     with contextlib.suppress(Exception):
         wandb.teardown()
-
-
-def one_line(error: Exception) -> str:
-    """Return the error's type and text in one line of at most 300 characters, without passwords."""
-    text = without_password(" ".join(f"{type(error).__name__}: {error}".split()))
-    return text if len(text) <= 300 else text[:299] + "…"
-
-
-def without_password(text: str) -> str:
-    """Return ``text`` without the user and password in URLs."""
-    return re.sub(r"//[^/\s@]*@", "//", text)

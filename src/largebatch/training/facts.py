@@ -14,6 +14,7 @@ from largebatch.training.optimization import resolved_lr
 from largebatch.training.state import Run, Training
 
 Facts = dict[str, Any]
+_PRACTICE = ("clip_norm", "ema_decay")  # keys that the log shows if they are set
 _PLACES = {"device": "on the device", "host": "in host memory", "files": "decoded while training"}
 
 
@@ -61,6 +62,7 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
     lr_1d = config.optimizer.learning_rate_1d()
     if lr_1d is not None:
         scaled += f", {config.lr_scaling.scaled(lr_1d, config.batch_size):g} for biases and norm parameters"
+    practice = [f"{key}={given:g}" for key in _PRACTICE if (given := getattr(config, key)) is not None]
     norm = f", batch norm over {config.batch_norm_size:,}" if config.batch_norm_size else ""
     return [
         f"{config.dataset.name}: {facts['train_images']:,} training images{held_out}, {facts['test_images']:,} test"
@@ -69,7 +71,8 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
         f"of {facts['micro_batch']:,}{norm}; "
         f"{facts['steps_per_epoch']:,g} steps per epoch, {facts['steps']:,} in total",
         f"{config.optimizer.name}: lr {facts['lr']:g}{scaled}; schedule {config.schedule.name}; "
-        f"{facts['precision']}{', channels last,' if facts['channels_last'] else ''} on {facts['device']}",
+        f"{facts['precision']}{', channels last,' if facts['channels_last'] else ''} on {facts['device']}"
+        + "".join(f"; {one}" for one in practice),
     ]
 
 

@@ -14,7 +14,6 @@ from largebatch.runs.metrics import Row
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
 from largebatch.training.checkpoint import CheckpointWriter
-from largebatch.training.optimization import averaged_weights
 from largebatch.training.phase import MainPhase
 from largebatch.training.profile import StepClock
 from largebatch.training.stop import StepBoundary
@@ -42,6 +41,8 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
     batches = phase.batches()
     first_bad_step = torch.full((), math.inf, device=phase.run.device)  # first step with a NaN or infinite loss
     diverged, first_step = False, training.step + 1
+    if training.early_stopping.stops:  # it was killed between the last checkpoint and its outcome
+        phase.end = training.step
 
     if training.step == phase.start and phase.evaluates_after(training.step):
         session.record(phase.position(training.step) | phase.evaluate())
@@ -78,7 +79,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             session.console.say(line)
         is_best = False
         if not diverged and phase.evaluates_after(step):
-            with clock.paused(), profile.phase("evaluation"), averaged_weights(training.optimizer):
+            with clock.paused(), profile.phase("evaluation"):
                 metrics = phase.evaluate()
             # Before the next training loss shows it.
             if not all(map(math.isfinite, metrics.values())) or training.loss_scale.vanished:
@@ -110,7 +111,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             return "diverged", f"parameters were not finite at step {training.step}"
         return "diverged", f"the loss was not finite at step {bad_step:.0f}"
     phase.close()
-    return "finished", ""
+    return "finished", training.early_stopping.reason if training.step < phase.total_steps else ""
 
 
 def _is_best(phase: MainPhase, metrics: dict[str, float]) -> bool:
@@ -133,8 +134,7 @@ def _all_finite(phase: MainPhase, first_bad_step: torch.Tensor) -> bool:
     Only such a state may replace the finite checkpoints. The check waits for the device, as the checkpoint does.
     """
     training = phase.training
-    modules = [training.model, *([training.probe.head] if training.probe else [])]
-    tensors = [t.detach() for module in modules for t in module.state_dict().values() if t.is_floating_point()]
+    tensors = [t.detach() for module in training.modules for t in module.state_dict().values() if t.is_floating_point()]
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
     bad = first_bad_step.isfinite() | ~norms.isfinite().all()
     return distributed.smallest_over_processes((~bad).float()) > 0
@@ -158,10 +158,9 @@ def _save(phase: MainPhase, session: Session, is_best: bool) -> None:
             # For the use of the weights without the data set.
             "images": {"shape": list(run.data.image), "mean": list(run.data.mean), "std": list(run.data.std)},
         }
+        state = training.state(session.clock.elapsed()) | constant
         best = run.folder.best_checkpoint if is_best else None
-        with averaged_weights(training.optimizer) as weights:
-            state = training.state(session.clock.elapsed()) | constant | {"training_weights": weights}
-            session.writer.save(training.step, state, first=session.recorder.rows_to_write(), best=best)
+        session.writer.save(training.step, state, first=session.recorder.rows_to_write(), best=best)
     else:
         for tensor in totals:
             tensor.zero_()

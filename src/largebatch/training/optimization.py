@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from largebatch.config.optimizer_libraries import CustomOptimizer, LibraryOptimizer, PytorchOptimizer
 from largebatch.config.schema import Config
@@ -127,40 +125,3 @@ def seed_step(seed: int) -> None:
     torch.manual_seed(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def averages(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if the parameters are the training weights of a schedule-free optimizer.
-
-    Such an optimizer has ``train()`` and ``eval()``, and keeps its present mode as ``train_mode`` of each group.
-    """
-    return bool(optimizer.param_groups[0].get("train_mode"))
-
-
-@contextmanager
-def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[list[Tensor]]:
-    """Put the average of a schedule-free optimizer into the parameters, and at the end its training weights.
-
-    Schedule-Free (arXiv 2405.15682) takes gradients at other weights than those that it evaluates. ``train()`` returns
-    to the training weights only up to rounding, so copies restore them.
-
-    Yields:
-        Copies of the training weights, in the order of the parameter groups; none for other optimizers.
-    """
-    if not averages(optimizer):
-        yield []
-        return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    training = [parameter.detach().clone() for parameter in parameters]
-    cast(Any, optimizer).eval()
-    try:
-        yield training
-    finally:
-        restore_training_weights(optimizer, training)
-
-
-@torch.no_grad()
-def restore_training_weights(optimizer: torch.optim.Optimizer, training: list[Tensor]) -> None:
-    """Return a schedule-free optimizer to its training weights, from the copies of ``averaged_weights``."""
-    cast(Any, optimizer).train()
-    torch._foreach_copy_([parameter for group in optimizer.param_groups for parameter in group["params"]], training)

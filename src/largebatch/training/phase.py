@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
@@ -22,7 +23,7 @@ from largebatch.seeding import derive_seed
 from largebatch.tracking.layers import plain_statistics, update_ratios
 from largebatch.tracking.recorder import Recorder
 from largebatch.tracking.rows import Layer, has_layer_row, has_metrics_row
-from largebatch.training.evaluation import classified, recorded_metrics
+from largebatch.training.evaluation import classified, metrics_of_images, recorded_metrics
 from largebatch.training.facts import Facts
 from largebatch.training.graphs import Function, Tensors
 from largebatch.training.micro_batch import release_memory, smaller_micro_batch
@@ -203,12 +204,13 @@ class MainPhase:
             training.noise.end(small, batch.global_batch, factor, training.loss_scale.value)
 
     def update(self, recorder: Recorder | None) -> None:
-        """Take one optimizer and schedule step. Record the layer statistics that it used, if they are due.
+        """Clip the gradient, and take one optimizer and schedule step. Record its layer statistics, if they are due.
 
         With fp16, ``LossScale`` skips the optimizer's step if a gradient isn't finite, and it has no layer statistics.
         """
         training, optimizer = self.training, self.training.optimizer
         training.loss_scale.unscale(optimizer)
+        clipped = self._clip()
         due = recorder is not None and has_layer_row(training.step, self.run.config.tracker.layers_every)
         own = optimizer.layers if due and isinstance(optimizer, LayerwiseOptimizer) else []
         plain = plain_statistics(training.model, without=own) if due else None
@@ -217,7 +219,7 @@ class MainPhase:
         seed_step(derive_seed(self.run.config.seed, "update", training.step))
         with self.profile.phase("optimizer"):
             if training.norms is not None and isinstance(optimizer, MeasuredOptimizer):
-                optimizer.give(training.norms.means(training.loss_scale.value))
+                optimizer.give(training.norms.means(training.loss_scale.value / clipped))
             taken = training.loss_scale.step(optimizer)
         training.unlogged.rows[-1] |= training.loss_scale.metrics()
         with self.profile.phase("logging"):
@@ -231,6 +233,25 @@ class MainPhase:
                 recorder.layers(training.step, layers, statistics)
         optimizer.zero_grad(set_to_none=True)
         training.schedule.step()
+        if training.averaged and taken:
+            training.averaged.update(training.model)
+
+    @torch.no_grad()
+    def _clip(self) -> Tensor | float:
+        """Scale the gradient down to the norm ``clip_norm`` if it is longer, and keep its norm for the step's row.
+
+        The norm is over all parameters. No number is read from the device.
+
+        Returns:
+            The factor of the gradient, by which gradients of samples shrink too: c of the loss ``c * loss``.
+        """
+        most = self.run.config.clip_norm
+        if most is None:
+            return 1.0
+        parameters = [p for group in self.training.optimizer.param_groups for p in group["params"]]
+        norm = clip_grad_norm_(parameters, most)
+        self.training.unlogged.rows[-1]["optim/gradient_norm"] = norm
+        return (most / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ computes it
 
     def position(self, step: int) -> dict[str, float]:
         """Return step, epoch and number of training examples after ``step``."""
@@ -248,7 +269,9 @@ class MainPhase:
         return rates
 
     def logs_after(self, step: int) -> bool:
-        return has_metrics_row(step, self.run.config.tracker.log_every) or step == self.end
+        """Return True if the step has a row. An evaluation that may end the training follows the row of its step."""
+        may_end = self.run.config.early_stopping is not None and self.evaluates_after(step)
+        return has_metrics_row(step, self.run.config.tracker.log_every) or may_end or step == self.end
 
     def train_rows(self) -> tuple[list[Row], list[Row]]:
         """Return the metrics of the steps since the last call, over all processes: in one row, and in a row for each.
@@ -267,9 +290,13 @@ class MainPhase:
         return step == self.end or self.epochs.ends(step, self.run.config.eval_every)
 
     def evaluate(self) -> dict[str, float]:
-        """Return the metrics of the validation and test sets, over all processes."""
-        step = self.training.step
-        return recorded_metrics(self.run, classified(self.run, self.training.model), step, final=step == self.end)
+        """Return the metrics of the validation and test sets, over all processes. An early stop sets ``end``."""
+        step, stopping = self.training.step, self.training.early_stopping
+        images = classified(self.run, self.training.result)
+        stopping.evaluated(metrics_of_images(images))
+        if stopping.stops:
+            self.end = step
+        return recorded_metrics(self.run, images, step, final=step == self.end)
 
     def facts(self) -> Facts:
         """Return the facts specific to the mode."""

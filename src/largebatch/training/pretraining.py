@@ -49,7 +49,12 @@ class Pretraining(MainPhase):
         training.probe = build_probe(run, self.model)
 
     def following(self) -> MainPhase:
-        self.training.graphs.free()
+        """Return the probe, of the averaged weights with ``ema_decay``: they become the model's."""
+        training = self.training
+        training.graphs.free()
+        if training.averaged and training.step == self.end:  # later, a resumed probe has the model's weights
+            training.model.load_state_dict(training.averaged.model.state_dict())
+        training.averaged = None
         return ProbePhase(self.run, self.training, self.total_steps)
 
     def _forward_backward(self, batches: Batches) -> tuple[Tensor, Tensor]:
@@ -158,7 +163,7 @@ class Pretraining(MainPhase):
         The neighbours are all training images, or 100,000 evenly spaced ones, without augmentation. The embeddings are
         of up to 1,024 evenly spaced test images.
         """
-        run, model, options = self.run, self.model, self.options
+        run, model, options = self.run, cast(bt.BarlowTwins, self.training.result), self.options
         distributed.share_buffers(model)
         model.eval()
         bank, bank_labels = split_features(run, model, run.data.train, _BANK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from largebatch.training.evaluation import (
     recorded_metrics,
     split_features,
 )
-from largebatch.training.optimization import averages
 from largebatch.training.phase import Batches, MainPhase
 from largebatch.training.profile import Profile
 from largebatch.training.running_statistics import RunningStatistics
@@ -82,8 +81,6 @@ class ProbePhase(MainPhase):
         self.start, self.end = run.steps, end
         self.epochs = plan_epochs(run.config, len(run.data.train), self.batch.global_batch)
         self.profile = Profile(None, run.device, end)
-        if averages(training.optimizer):
-            cast(Any, training.optimizer).eval()  # the probe takes the averaged weights
         distributed.share_buffers(self.model)
         self.model.eval()
         self.classifier = nn.Sequential(self.model.backbone, self.probe.head)

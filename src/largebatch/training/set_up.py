@@ -29,6 +29,7 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import content_hash
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
+from largebatch.training.averaging import AveragedWeights, ScheduleFreeWeights
 from largebatch.training.compilation import compiled, why_no_graphs
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
@@ -39,6 +40,7 @@ from largebatch.training.pretraining import Pretraining
 from largebatch.training.profile import StartClock
 from largebatch.training.running_statistics import RunningStatistics
 from largebatch.training.state import Run, Training, Unlogged
+from largebatch.training.stop import EarlyStopping
 
 MODES: dict[str, tuple[ModuleType, type[MainPhase]]] = {"clf": (clf, MainPhase), "bt": (bt, Pretraining)}
 Saved = dict[str, Any]  # a checkpoint
@@ -74,6 +76,10 @@ def set_up(
     steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
     arithmetic = _agreed_arithmetic(config, folder, model, rank, device)
     model = model.to(memory_format=arithmetic.memory_format)
+    # Before a micro-batch is tried, because it takes memory, and before hooks, which aren't its own.
+    averaged: AveragedWeights | ScheduleFreeWeights | None = None
+    if config.ema_decay is not None:
+        averaged = AveragedWeights(model, config.ema_decay)
     if config.micro_batch == "auto" and saved is not None:
         batch = replace(batch, micro_batch=saved["micro_batch"])
     elif config.micro_batch == "auto":
@@ -91,6 +97,10 @@ def set_up(
     passed = cast(bt.BarlowTwins, model).backbone if config.mode.loss_over_global_batch else model
     layers = _batch_norm_layers(config, passed, console.say)
     optimizer = build_optimizer(config, model, epochs.steps, steps)
+    if ScheduleFreeWeights.fits(optimizer):
+        if averaged is not None:
+            raise UserError(config.optimizer.two_averages(config))
+        averaged = ScheduleFreeWeights(model, optimizer)
     norms = None
     if isinstance(optimizer, MeasuredOptimizer):
         norms = optimizer.MEASURE(model, config.optimizer.samples_together, parameters=optimizer.layers)
@@ -121,8 +131,10 @@ def set_up(
     schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
     unlogged = Unlogged(mode.TOTALS, device)
     statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
+    stopping = EarlyStopping(config.early_stopping)
     training = Training(
-        model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, noise
+        model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, stopping, noise,
+        averaged,
     )  # fmt: skip
     return phase(run, training, mode)
 

@@ -22,16 +22,16 @@ from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import Row
+from largebatch.training.averaging import AveragedWeights, ScheduleFreeWeights
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
-from largebatch.training.optimization import averaged_weights, restore_training_weights
 from largebatch.training.running_statistics import RunningStatistics
+from largebatch.training.stop import EarlyStopping
 
 # Keys of every checkpoint.
 STATE = (
-    *("model", "optimizer", "schedule", "loss_scale", "unlogged", "seconds", "best", "micro_batch"),
-    "training_weights",  # of a schedule-free optimizer, whose average is the model
-)
+    "model", "optimizer", "schedule", "loss_scale", "unlogged", "seconds", "best", "early_stopping", "micro_batch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Unlogged:
     device, because reading them waits for it.
 
     Attributes:
-        rows: position and learning rates of each step.
+        rows: position and learning rates of each step; the gradient's norm is a tensor, 0-dimensional.
         totals: the mode's totals of each step, of this process; float64 of shape [steps, mode.TOTALS].
     """
 
@@ -103,7 +103,8 @@ class Unlogged:
 
     def take(self) -> tuple[list[Row], list[list[float]]]:
         """Return the rows and the totals over all processes, and forget them. Waits for the device."""
-        rows, totals = self.rows, distributed.sum_over_processes(self.totals).tolist()
+        totals = distributed.sum_over_processes(self.totals).tolist()
+        rows = [{k: v.item() if isinstance(v, Tensor) else v for k, v in row.items()} for row in self.rows]
         self.rows, self.totals = [], self.totals.new_empty(0, self.totals.shape[1])
         return rows, totals
 
@@ -141,19 +142,31 @@ class Training:
     norms: SampleNorms | None  # measures gradients for CLARS, VR-LARS and VR-LAMB
     statistics: RunningStatistics  # of the network's batch norm
     unlogged: Unlogged
+    early_stopping: EarlyStopping
     noise: GradientNoise | None = None  # only with instruments.noise_scale
+    # Only with ema_decay or a schedule-free optimizer, and not while a probe trains.
+    averaged: AveragedWeights | ScheduleFreeWeights | None = None
     probe: ProbeState | None = None  # only with mode=bt
     step: int = 0
     seconds: float = 0.0  # wall time of the run's earlier processes
     best: float = -math.inf  # validation accuracy of the best checkpoint
 
+    @property
+    def result(self) -> nn.Module:
+        """The model whose metrics count: the averaged model, if there is an average."""
+        return self.averaged.model if self.averaged else self.model
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules with weights of the run."""
+        averaged = [self.averaged.model] if self.averaged else []
+        return [self.model, *averaged, *([self.probe.head] if self.probe else [])]
+
     def checksum(self) -> str:
-        """Return the CRC-32 of all parameters and buffers of a checkpoint, in hex. Waits for the device."""
-        tensors = [*self.model.state_dict().values(), *(self.probe.head.state_dict().values() if self.probe else ())]
+        """Return the CRC-32 of all parameters and buffers, in hex. Waits for the device."""
         found = 0
-        with averaged_weights(self.optimizer):
-            for tensor in tensors:
-                found = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy(), found)
+        for tensor in (tensor for module in self.modules for tensor in module.state_dict().values()):
+            found = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy(), found)
         return f"{found:08x}"
 
     def state(self, seconds: float) -> dict[str, Any]:
@@ -168,22 +181,25 @@ class Training:
                 "unlogged": {"rows": self.unlogged.rows, "totals": self.unlogged.totals},
                 "seconds": seconds,
                 "best": self.best,
+                "early_stopping": self.early_stopping.state(),
             }
+            | ({"averaged": self.averaged.model.state_dict()} if self.averaged else {})
             | ({"probe": self.probe.state()} if self.probe else {})
         )
 
     def load(self, saved: dict[str, Any], rank: int) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["training_weights"]:
-            restore_training_weights(self.optimizer, saved["training_weights"])
         self.schedule.load_state_dict(saved["schedule"])
         self.loss_scale.load(saved["loss_scale"])
+        self.early_stopping.load(saved["early_stopping"])
         self.unlogged.rows, totals = saved["unlogged"]["rows"], saved["unlogged"]["totals"]
         # Saved totals are sums over processes, and will be summed again.
         self.unlogged.totals = totals if rank == 0 else torch.zeros_like(totals)
         if self.noise and "noise" in saved:  # a run may be resumed with another choice of instruments
             self.noise.load(saved["noise"], rank)
+        if self.averaged and "averaged" in saved:  # a checkpoint of a probe has none
+            self.averaged.model.load_state_dict(saved["averaged"])
         if self.probe:
             self.probe.load(saved["probe"], rank)
         self.step, self.seconds, self.best = saved["step"], saved["seconds"], saved["best"]

@@ -1,14 +1,18 @@
-"""Agreement of all processes on the steps at which to save and stop."""
+"""Agreement of all processes on the steps at which to save and stop, and the early end of a training."""
 
 from __future__ import annotations
 
+import math
 import signal
 import time
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from largebatch.machine import distributed
 
 
 class StepBoundary:
@@ -57,3 +61,41 @@ class StepBoundary:
         arrived[1].wait()
         any_stop, any_save = arrived[0].tolist()
         return any_stop > 0, any_save > 0
+
+
+@dataclass
+class EarlyStopping:
+    """Decision to end the training because validation accuracy no longer rises (``early_stopping``).
+
+    Attributes:
+        patience: evaluations without a better accuracy after which the training ends. None: it never ends early.
+        best: best validation accuracy so far.
+        waited: evaluations since the best.
+    """
+
+    patience: int | None
+    best: float = -math.inf
+    waited: int = 0
+
+    def evaluated(self, metrics: dict[str, float]) -> None:
+        """Count an evaluation, the same in every process. Only a higher accuracy than the best is better."""
+        if self.patience is not None:
+            better = distributed.from_rank_0(metrics["val/accuracy"] > self.best)
+            self.best, self.waited = (metrics["val/accuracy"], 0) if better else (self.best, self.waited + 1)
+
+    @property
+    def stops(self) -> bool:
+        """True if the training ends at this step."""
+        return self.patience is not None and self.waited >= self.patience
+
+    @property
+    def reason(self) -> str:
+        """The reason for the end, for status and log; empty if the training doesn't end here."""
+        last = "the last evaluation" if self.patience == 1 else f"the last {self.patience} evaluations"
+        return f"stopped early: val/accuracy wasn't higher in {last}" if self.stops else ""
+
+    def state(self) -> dict[str, float]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load(self, saved: dict[str, float]) -> None:
+        self.best, self.waited = saved["best"], int(saved["waited"])
