@@ -42,7 +42,7 @@ test-slurm: install ## run SLURM's tests on a private cluster (Debian, root)
 	$(BIN)/python tests/tools/private_slurm/cluster.py install
 	LARGEBATCH_SLURM=required $(PYTEST) tests/slurm
 
-methods: install ## train each method of a library whole, resumed, in two processes and with accumulation (two minutes)
+methods: install ## train each method of a library whole, resumed, in two processes and with accumulation (under a minute)
 	$(PYTEST) tests/methods
 
 faults: install ## kill and damage runs at random points, with a fixed seed (under three minutes)

@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import TINY, Launch, configuration
 from datafiles import make_imagefolder
+from pytorch_optimizer import get_supported_optimizers, load_optimizer
+from steps import at_start
 
 from largebatch.config.checks import validate
 from largebatch.config.epochs import plan_epochs
+from largebatch.config.optimizer_libraries import PytorchOptimizer
 from largebatch.config.schema import Config
 from largebatch.data import load_data
 from largebatch.errors import UserError
@@ -178,6 +181,16 @@ def test_the_plan_refuses_a_name_that_pytorch_optimizer_does_not_have() -> None:
     assert message.startswith("optimizer.name=soapp: pytorch_optimizer has no such optimizer; allowed: ")
     assert "did you mean soap?" in message
     planned(*TINY, "optimizer=soap")
+
+
+def test_the_average_of_an_average_is_refused(tmp_path: Path) -> None:
+    both = ("optimizer=schedulefree_sgd", "ema_decay=0.9")
+    message = refusal(lambda: validate(configuration(*TINY, *both)))
+    assert message.startswith("ema_decay=0.9: optimizer.name=schedulefreesgd averages the weights itself. Fix: ")
+    assert message == refusal(lambda: at_start(tmp_path, *both))
+    kinds = {name: load_optimizer(name) for name in get_supported_optimizers()}
+    averaging = {name for name, kind in kinds.items() if callable(getattr(kind, "eval", None))}
+    assert averaging == set(PytorchOptimizer.AVERAGING)
 
 
 def test_the_program_refuses_before_a_worker_starts(launch: Launch, tmp_path: Path) -> None:
