@@ -186,7 +186,7 @@ def test_the_plan_refuses_a_name_that_pytorch_optimizer_does_not_have() -> None:
 def test_the_average_of_an_average_is_refused(tmp_path: Path) -> None:
     both = ("optimizer=schedulefree_sgd", "ema_decay=0.9")
     message = refusal(lambda: validate(configuration(*TINY, *both)))
-    assert message.startswith("ema_decay=0.9: optimizer.name=schedulefreesgd averages the weights itself. Fix: ")
+    assert message.startswith("ema_decay=0.9: the optimizer schedulefreesgd averages the weights itself. Fix: ")
     assert message == refusal(lambda: at_start(tmp_path, *both))
     kinds = {name: load_optimizer(name) for name in get_supported_optimizers()}
     averaging = {name for name, kind in kinds.items() if callable(getattr(kind, "eval", None))}

@@ -76,7 +76,7 @@ class OptimizerConfig:
     def two_averages(self, config: Config) -> str:
         """Return the problem of ``ema_decay`` with an optimizer that averages the weights itself."""
         return (
-            f"ema_decay={config.ema_decay:g}: optimizer.name={self.name} averages the weights itself. "
+            f"ema_decay={config.ema_decay:g}: the optimizer {self.name} averages the weights itself. "
             "Fix: ema_decay=null, or another optimizer"
         )
 
