@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import SafeLoader, YAMLError
 
-from largebatch.config import datasets, models, optimizers, schedules
+from largebatch.config import datasets, models, optimizer_libraries, schedules
 from largebatch.config.batch_schedule import BatchScheduleConfig
 from largebatch.config.custom import complete
 from largebatch.config.datasets import DATASETS, DatasetConfig
@@ -180,7 +180,7 @@ SafeLoader.yaml_implicit_resolvers = {
 LIBRARIES: dict[str, dict[str, Any]] = {
     "dataset": datasets.LIBRARIES,
     "model": models.LIBRARIES,
-    "optimizer": optimizers.LIBRARIES,
+    "optimizer": optimizer_libraries.LIBRARIES,
     "schedule": schedules.LIBRARIES,
     "mode": {},
 }

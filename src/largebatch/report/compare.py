@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.config.optimizers import OPTIMIZERS, structure
+from largebatch.config.optimizer_libraries import structure
+from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schedules import SCHEDULES
 from largebatch.report.cells import Cell, Place, RowKey, choose, settings_of
 from largebatch.report.load import Run

@@ -33,10 +33,17 @@ def branch(run: Run, training: Training) -> None:
             f"start_from={start}: began with another data set. Now: {difference}. Fix: restore the data set"
         )
     optimizer = training.optimizer
-    own = optimizer.state_dict()["param_groups"]  # learning rate and other options
+    # Options are the run's own. Some libraries' groups have counters too.
+    options = {*optimizer.defaults, "params", "initial_lr"}
     try:
+        groups = [
+            {**theirs, **{key: value for key, value in own.items() if key in options or key not in theirs}}
+            for theirs, own in zip(
+                saved["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"], strict=True
+            )
+        ]
         training.model.load_state_dict(saved["model"])
-        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": own})
+        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         if training.averaged:
             training.averaged.model.load_state_dict(saved.get("averaged", saved["model"]))
     except (RuntimeError, ValueError, KeyError) as error:

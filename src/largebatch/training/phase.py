@@ -20,13 +20,14 @@ from largebatch.optim.layerwise import LayerwiseOptimizer
 from largebatch.optim.measured import MeasuredOptimizer
 from largebatch.runs.metrics import Row
 from largebatch.seeding import derive_seed
-from largebatch.tracking.layers import plain_statistics
+from largebatch.tracking.layers import plain_statistics, update_ratios
 from largebatch.tracking.recorder import Recorder
-from largebatch.tracking.rows import COLUMNS, Layer, has_layer_row, has_metrics_row
+from largebatch.tracking.rows import Layer, has_layer_row, has_metrics_row
 from largebatch.training.evaluation import classified, metrics_of_images, recorded_metrics
 from largebatch.training.facts import Facts
 from largebatch.training.graphs import Function, Tensors
 from largebatch.training.micro_batch import release_memory, smaller_micro_batch
+from largebatch.training.optimization import seed_step
 from largebatch.training.profile import Profile
 from largebatch.training.state import Run, Training
 
@@ -219,6 +220,9 @@ class MainPhase:
         due = recorder is not None and has_layer_row(training.step, self.run.config.tracker.layers_every)
         own = optimizer.layers if due and isinstance(optimizer, LayerwiseOptimizer) else []
         plain = plain_statistics(training.model, without=own) if due else None
+        before = [p.detach().clone() for p in training.model.parameters()] if due else []
+        # Some libraries' optimizers draw random numbers. A resumed run and all processes must draw the same.
+        seed_step(derive_seed(self.run.config.seed, "update", training.step))
         with self.profile.phase("optimizer"):
             if training.norms is not None and isinstance(optimizer, MeasuredOptimizer):
                 optimizer.give(training.norms.means(training.loss_scale.value / clipped))
@@ -230,7 +234,8 @@ class MainPhase:
                 if isinstance(optimizer, LayerwiseOptimizer) and own:
                     scaled = optimizer.layer_stats()
                     layers = [*map(Layer, optimizer.layer_names, (layer.ndim for layer in own)), *layers]
-                    statistics = {column: torch.cat([scaled[column], statistics[column]]) for column in COLUMNS}
+                    statistics = {column: torch.cat([scaled[column], statistics[column]]) for column in scaled}
+                statistics["update_ratio"] = update_ratios(training.model, before, layers, statistics["weight_norm"])
                 recorder.layers(training.step, layers, statistics)
         optimizer.zero_grad(set_to_none=True)
         training.schedule.step()

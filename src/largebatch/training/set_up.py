@@ -29,7 +29,7 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import content_hash
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
-from largebatch.training.averaging import AveragedWeights
+from largebatch.training.averaging import AveragedWeights, ScheduleFreeWeights
 from largebatch.training.compilation import compiled, why_no_graphs
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
@@ -77,7 +77,9 @@ def set_up(
     arithmetic = _agreed_arithmetic(config, folder, model, rank, device)
     model = model.to(memory_format=arithmetic.memory_format)
     # Before a micro-batch is tried, because it takes memory, and before hooks, which aren't its own.
-    averaged = AveragedWeights(model, config.ema_decay) if config.ema_decay is not None else None
+    averaged: AveragedWeights | ScheduleFreeWeights | None = None
+    if config.ema_decay is not None:
+        averaged = AveragedWeights(model, config.ema_decay)
     if config.micro_batch == "auto" and saved is not None:
         batch = replace(batch, micro_batch=saved["micro_batch"])
     elif config.micro_batch == "auto":
@@ -95,6 +97,10 @@ def set_up(
     passed = cast(bt.BarlowTwins, model).backbone if config.mode.loss_over_global_batch else model
     layers = _batch_norm_layers(config, passed, console.say)
     optimizer = build_optimizer(config, model, epochs.steps, steps)
+    if ScheduleFreeWeights.fits(optimizer):
+        if averaged is not None:
+            raise UserError(config.optimizer.two_averages(config))
+        averaged = ScheduleFreeWeights(model, optimizer)
     norms = None
     if isinstance(optimizer, MeasuredOptimizer):
         norms = optimizer.MEASURE(model, config.optimizer.samples_together, parameters=optimizer.layers)
