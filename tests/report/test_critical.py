@@ -147,3 +147,14 @@ def test_wrong_targets_and_folders_are_errors(runs_dir: Path, tmp_path: Path) ->
     ):
         with pytest.raises(UserError, match=message):
             critical(folder, target)
+
+
+def test_a_growing_batch_has_no_hyperbola() -> None:
+    runs = [made("sgd", batch=batch, batch_schedule={"shape": "linear", "start": 32}) for batch in BATCHES]
+    (comparison,) = compare(runs)
+    histories = {
+        run.name: [{"step": 1, "epoch": 1.0, "examples": 9, "wall_seconds": 1.0, "test/accuracy": 0.9}] for run in runs
+    }
+    times = time_to_target(comparison, histories, Target(0.5))
+    assert times is not None
+    assert criticals(comparison, times, []) == []
