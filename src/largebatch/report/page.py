@@ -21,6 +21,7 @@ from largebatch.report.compare import Comparison
 from largebatch.report.confusions import Errors, confused_pairs, confusion_chart, read_errors
 from largebatch.report.fairness import warnings
 from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagnosed
+from largebatch.report.lead import lead_by_batch
 from largebatch.report.links import Links
 from largebatch.report.load import Problem, Run
 from largebatch.report.maps import setting_maps
@@ -110,6 +111,7 @@ def _section(
         "Accuracy and training": [
             figures.accuracy_by_batch(comparison, style),
             figures.training_curves(comparison, histories, style, points),
+            lead_by_batch(comparison, style),
         ],
         "Settings tried": [tuning_curves(comparison, style), *setting_maps(comparison)],
         "Speed": [
