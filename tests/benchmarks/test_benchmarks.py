@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, environment
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
-OPTIONAL = {"input_pipeline": "kornia", "optimizer_step": "pytorch_optimizer"}  # of the extra `bench`
+OPTIONAL = {"input_pipeline": "kornia", "optimizer_step": "pytorch_optimizer"}  # of extras
 
 pytestmark = pytest.mark.slow
 

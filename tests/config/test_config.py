@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from largebatch.config.checks import validate
 from largebatch.config.identity import NOT_DECISIVE, decisive, identity, run_name
-from largebatch.config.optimizers import OPTIMIZERS, TimmOptimizer
+from largebatch.config.optimizer_libraries import TimmOptimizer
+from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schema import CHOICES, LIBRARIES, Config, from_composed, load_config, to_yaml
 from largebatch.errors import UserError
 
@@ -80,6 +81,15 @@ def test_defaults_are_valid_and_survive_freezing(tmp_path: Path) -> None:
         ("dataset.train_size=600", "allowed: 1437"),
         ("dataset.on_error=skip", "allowed: stop"),
         ("dataset.crop_padding=100000", "Fix: at most 8"),
+        ("dataset.resized_crop.scale=[0.08,1]", "Fix: dataset.crop_padding=0 dataset.rotation=0"),
+        ("dataset.resized_crop.scale=[1,0.5]", "Fix: [0.5, 1.0]"),
+        ("dataset.resized_crop.scale=[0,1]", "above 0 and at most 1"),
+        ("dataset.resized_crop.interpolation=nearest", "allowed: bicubic, bilinear"),
+        ("dataset.erasing.min_area=0.5", "Fix: at most 0.333333"),
+        ("dataset.color_jitter.hue=0.6", "from 0 to 0.5"),
+        ("dataset.rand_augment.magnitude=31", "from 0 to 30"),
+        ("mode.mix_per=step", "allowed: batch, pair, image"),
+        ("dataset.resize_size=7", "Fix: 8 or more"),
         ("mode.label_smoothing=1", "must be a finite number of at least 0 and below 1"),
         ("mode.label_smoothing=-0.1", "of at least 0"),
         ("early_stopping=0", "must be an integer of at least 1"),
@@ -317,6 +327,8 @@ def test_optimizer_options_and_defaults_equal_the_arguments_of_the_class(name: s
     assert options == {option: defaults[option] for option in options}
     if module.startswith("largebatch"):  # implementation and per-group arguments aren't options
         not_configured = {"lr", "adapt", "maximize", "foreach", "fused", "capturable"}
+        if "muon" in name:
+            not_configured = {"lr", "orthogonal"}
         assert defaults.keys() - {"step"} == options.keys() | not_configured
 
 

@@ -21,8 +21,10 @@ from test_views import some_images
 from triton_checks import needs_triton, run_checks
 
 from largebatch import triton_kernels
+from largebatch.config.augmentation import ColorJitterConfig, ResizedCropConfig
+from largebatch.config.datasets import DatasetConfig
 from largebatch.data import augment, augment_cpu, augment_cuda
-from largebatch.data.draws import AnyDraws
+from largebatch.data.draws import AnyDraws, draw_resized_crop
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 MEAN, STD = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.25, 0.3])
@@ -82,6 +84,13 @@ def check_views_equal_cpp(side: int, n: int, channels: int, chunk: int, monkeypa
     n = 60 if DEVICE == "cuda" else n
     draws = view_draws_for(n + 1, side, 1, blur=[1, 0.6], solarize=[0, 0.4])
     compare(some_images(n, channels, side), torch.arange(n).flip(0), draws[1:], channels_last=side % 2 == 0)
+
+
+def check_a_bilinear_crop_and_a_jitter_without_hue_equal_cpp() -> None:
+    crop, jitter = ResizedCropConfig([0.2, 1.0], interpolation="bilinear"), ColorJitterConfig(0.4, 0.4, 0.4)
+    config = DatasetConfig(name="x", resized_crop=crop, color_jitter=jitter)
+    draws = draw_resized_crop(torch.Generator().manual_seed(0), 6, 8, config)
+    compare(some_images(6, 3, 8), None, draws, channels_last=False)
 
 
 @pytest.mark.parametrize("side", [32, 64, 224])

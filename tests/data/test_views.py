@@ -1,6 +1,7 @@
 """The two Barlow Twins views, compared with the per-image chain of torchvision's functions on PIL images."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from largebatch.config.datasets import DatasetConfig, ViewsConfig
 from largebatch.data import augment, augment_cpu
-from largebatch.data.draws import ViewDraws, draw_view
+from largebatch.data.draws import draw_view
 
 PATHS = [
     pytest.param(augment_cpu.augmented, id="kernel"),
@@ -37,7 +38,7 @@ def draws_for(n, side, view=FIRST, seed=1, **options):
 
 def with_columns(draws, **values):
     """Return the draws with some columns replaced."""
-    changed = ViewDraws(draws.whole.clone(), draws.real.clone())
+    changed = replace(draws, whole=draws.whole.clone(), real=draws.real.clone())
     for name, column in changed.columns().items():
         if name in values:
             column.copy_(torch.as_tensor(values[name]))
@@ -85,6 +86,7 @@ def pil_chain(image, row):
             lambda pil: functional.adjust_saturation(pil, row["saturation"]),
             # torchvision truncates this factor to the shift.
             lambda pil: functional.adjust_hue(pil, (row["hue"] + 0.5 * np.sign(row["hue"])) / 255),
+            lambda pil: pil,
         ][row[f"step{i}"]](pil)
     if row["gray"]:
         pil = functional.rgb_to_grayscale(pil, num_output_channels=len(image))
@@ -220,7 +222,7 @@ def test_a_view_is_by_the_kernel_on_cpu_and_by_torch_without_a_compiler(monkeypa
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name, **k: taken.append(name) or real(*a, **k))
     with_compiler = augment.augmented(*arguments)
-    monkeypatch.setattr(augment_cpu, "why_not", lambda draws: "there is no C++ compiler")
+    monkeypatch.setattr(augment_cpu, "why_not", lambda *_: "there is no C++ compiler")
     assert torch.equal(augment.augmented(*arguments), with_compiler)
     assert taken == ["augmented", "augmented_torch"]
 

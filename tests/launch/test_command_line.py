@@ -257,9 +257,9 @@ def test_status_lists_runs(launch: Launch, tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_causes_no_traceback(tmp_path: Path) -> None:
-    command = f"{sys.executable} {ROOT / 'launch.py'} -m 'seed=range(30)' dry_run=true | head -n 1"
+    command = f"{sys.executable} {ROOT / 'launch.py'} -m 'seed=range(30)' dry_run=true | head -n 2"
     result = subprocess.run(
         command, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
-    assert result.stdout == "30 run(s): 30 new; nothing is started (dry_run=true)\n"
+    assert result.stdout == "planning 30 runs\n30 run(s): 30 new; nothing is started (dry_run=true)\n"
     assert result.stderr == ""

@@ -309,13 +309,19 @@ def test_charts_follow_dark_mode_and_are_light_on_paper(written: Path, tmp_path:
       : { matches: false };
     </script>"""
     look = """<script>
-    const seen = [];
+    const seen = [], widths = [], covered = [];
     const note = () => {
       const chart = document.querySelector(".chart");
       const text = chart.querySelector(".xtitle").style.fill;
       const line = chart.querySelector(".point").style.fill;
       const ground = chart.querySelector(".main-svg").style.background;
       seen.push([ground, text, line, chart.layout.width ?? "auto"].join(" "));
+      const charts = [...document.querySelectorAll(".chart")];
+      widths.push(charts.map((one) => one.querySelector(".main-svg").clientWidth - one.clientWidth));
+      covered.push(charts.filter((one) => {
+        const [legend, lines] = [one.querySelector(".legend .bg"), one.querySelector(".nsewdrag")];
+        return legend && legend.getBoundingClientRect().bottom > lines.getBoundingClientRect().top;
+      }).length);
     };
     const timer = setInterval(() => {
       if (document.body.dataset.drawn !== "all") return;
@@ -324,6 +330,8 @@ def test_charts_follow_dark_mode_and_are_light_on_paper(written: Path, tmp_path:
       for (dark of [false, true]) { heard.forEach((react) => react()); note(); }
       for (const event of ["beforeprint", "afterprint"]) { dispatchEvent(new Event(event)); note(); }
       document.body.dataset.seen = seen.join("; ");
+      document.body.dataset.covered = covered.join(" ");
+      document.body.dataset.wider = widths.map((all) => Math.max(...all)).join(" ");
     }, 20);
     </script></body>"""
     page = tmp_path / "dark.html"
@@ -338,6 +346,10 @@ def test_charts_follow_dark_mode_and_are_light_on_paper(written: Path, tmp_path:
         f"{dark} {lighter} auto",
     ]  # fmt: skip
     assert reported(page, "seen", document).split("; ")[3].endswith(" 680")
+    assert reported(page, "covered", document) == "0 0 0 0 0"  # charts whose legend hides lines
+    on_screen = reported(page, "wider", document).split()
+    del on_screen[3]
+    assert on_screen == ["0", "0", "0", "0"]  # every chart is as wide as its card, after printing too
 
 
 @needs_browser

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from largebatch import load_run
+from largebatch.errors import UserError
 from largebatch.models.weights import read_weights
 from largebatch.results.evaluate import evaluate
 from largebatch.training.averaging import AveragedWeights
@@ -100,6 +101,26 @@ def test_a_skipped_step_does_not_move_the_average(tmp_path: Path) -> None:
 
     take_steps(phase, 1, overflow)
     assert all(torch.equal(tensor, before[n]) for n, tensor in phase.training.averaged.model.state_dict().items())
+
+
+def test_reading_the_average_of_a_schedule_free_class_changes_no_bit_of_the_training(tmp_path: Path) -> None:
+    own = ("optimizer=custom", "optimizer.target=pytorch_optimizer:ScheduleFreeSGD", "optimizer.lr=0.1")
+    phase = at_start(tmp_path, *own)
+    training = phase.training
+    assert training.averaged is not None
+    initial = weights_of(phase)
+    assert all(torch.equal(tensor, initial[n]) for n, tensor in training.result.state_dict().items())
+    take_steps(phase, 3)
+    before = weights_of(phase)
+    average = copy.deepcopy(training.result.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(phase).items())
+    assert training.optimizer.param_groups[0]["train_mode"]
+    for name, parameter in training.model.named_parameters():
+        z = training.optimizer.state[parameter]["z"]
+        torch.testing.assert_close(before[name], 0.9 * average[name] + 0.1 * z)
+        assert not torch.equal(before[name], average[name])
+    with pytest.raises(UserError, match="the optimizer ScheduleFreeSGD averages the weights itself"):
+        at_start(tmp_path / "both", *own, "ema_decay=0.9")
 
 
 RUN = (

@@ -196,7 +196,11 @@ def test_a_run_takes_the_relative_lambda_of_its_own_length(tmp_path: Path, mode:
 
 @pytest.mark.parametrize(
     "name",
-    ["lars", "lamb", "tvlars", "tvlars_published", "lamb_published", "sgd", "adam", "adamw", "adagrad", "rmsprop"],
+    [
+        *("lars", "lamb", "tvlars", "tvlars_published", "lamb_published", "sgd", "adam", "adamw", "adagrad", "rmsprop"),
+        *("muon", "adamuon", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd"),
+        "schedulefree_adamw",
+    ],
 )
 def test_every_optimizer_lowers_the_loss_with_its_preset(name: str) -> None:
     torch.manual_seed(0)
@@ -222,6 +226,21 @@ def test_timm_optimizers_by_name() -> None:
     assert tuple(optimizer.param_groups[0]["betas"]) == (0.8, 0.9)
     with pytest.raises(UserError, match=r"timm has no such optimizer.*did you mean lion"):
         build_optimizer(configuration("optimizer=timm", "optimizer.name=lionn"), model, steps_per_epoch=1)
+
+
+def test_optimizers_of_pytorch_optimizer_by_name() -> None:
+    model = small_network()
+    config = configuration("optimizer=soap", "+optimizer.options.betas=[0.8,0.9]", "optimizer.lr_1d=0.1")
+    optimizer = build_optimizer(config, model, steps_per_epoch=1)
+    assert type(optimizer).__name__ == "SOAP"
+    many, few = optimizer.param_groups
+    assert (tuple(many["betas"]), many["lr"], many["weight_decay"]) == ((0.8, 0.9), 0.003, 0.01)
+    assert (tuple(few["betas"]), few["lr"], few["weight_decay"]) == ((0.8, 0.9), 0.1, 0)
+    assert [p.ndim for group in (many, few) for p in group["params"]] == [2, 2, 1, 1, 1, 1]
+    with pytest.raises(UserError, match=r"pytorch_optimizer has no such optimizer.*did you mean soap"):
+        build_optimizer(configuration("optimizer=soap", "optimizer.name=soapp"), model, steps_per_epoch=1)
+    with pytest.raises(UserError, match=r"optimizer.options.beta=1: soap has no such option;.*did you mean betas"):
+        build_optimizer(configuration("optimizer=soap", "+optimizer.options.beta=1"), model, steps_per_epoch=1)
 
 
 def test_published_lamb_has_no_bias_correction_and_adapts_everything() -> None:

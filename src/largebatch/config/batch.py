@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ class BatchPlan:
     passes of one micro-batch each.
 
     Attributes:
-        together: CLARS's samples per measured norm, which stay in one micro-batch.
+        together: images that stay in one micro-batch: CLARS's samples per measured norm, and pairs of mixup.
         synchronised: True if the processes' micro-batches of one pass share their batch statistics (``sync_bn``).
     """
 
@@ -89,20 +90,45 @@ def plan_training(config: Config, processes: int) -> BatchPlan:
         UserError: if a division leaves a remainder, or ``batch_norm_size`` has no effect or contradicts another key.
     """
     size, together = config.batch_norm_size, config.optimizer.samples_together
+    pair = config.mode.images_together
+    given = _for_growth(config, processes)
     if not has_batch_statistics(config):
         if size is not None:
             raise UserError(f"batch_norm_size={size}: {config.model.name} has no batch norm here. Fix: leave it out")
-        return plan_batch(config.batch_size, processes, config.micro_batch, together)
+        return plan_batch(config.batch_size, processes, given, together, pair)
     sharing = processes if config.sync_bn else 1
     if sharing > 1 and config.mode.loss_per_micro_batch:
         raise UserError(
             f"sync_bn=true: not allowed with mode.exact=false on {processes} processes, because batch norm is over all "
             "processes and the loss over each. Fix: mode.exact=true, or sync_bn=false"
         )
-    micro_batch = config.micro_batch if size is None else _micro_batch(config, size, processes, sharing)
-    plan = plan_batch(config.batch_size, processes, micro_batch, together, synchronised=config.sync_bn)
+    micro_batch = given if size is None else _micro_batch(config, size, processes, sharing)
+    plan = plan_batch(config.batch_size, processes, micro_batch, together, pair, synchronised=config.sync_bn)
     config.batch_norm_size = plan.group
     return plan
+
+
+def _for_growth(config: Config, processes: int) -> int | str | None:
+    """Return ``micro_batch``, with ``batch_schedule`` at most the first batch's share of a process.
+
+    Raises:
+        UserError: if a batch size of the schedule can't be divided into such micro-batches, as many in each process.
+    """
+    growth = config.batch_schedule
+    if growth.first is None:
+        return config.micro_batch
+    first, rule = growth.first, f"{processes} process(es) of equal micro-batches"
+    given = config.batch_norm_size or config.micro_batch
+    micro_batch = min(given, first // processes) if isinstance(given, int) else first // processes
+    if config.batch_norm_size and config.sync_bn:
+        micro_batch = config.batch_norm_size // processes
+    for size in (*growth.sizes, first):
+        if not micro_batch or size % (micro_batch * processes):
+            raise UserError(
+                f"batch_schedule: a batch of {size} images can't be divided over {rule}. Fix: batch sizes that are "
+                f"multiples of {processes}, and micro_batch or batch_norm_size up to {first // processes}"
+            )
+    return micro_batch
 
 
 def _micro_batch(config: Config, size: int, processes: int, sharing: int) -> int:
@@ -134,6 +160,7 @@ def plan_batch(
     processes: int,
     micro_batch: int | str | None,
     samples_together: int = 1,
+    pair: int = 1,
     *,
     synchronised: bool = False,
 ) -> BatchPlan:
@@ -142,6 +169,7 @@ def plan_batch(
     Args:
         micro_batch: None and ``auto`` leave the share whole. Training finds the size for ``auto``.
         samples_together: must divide the micro-batch, because a micro-batch holds whole groups of CLARS's samples.
+        pair: the same for images that are mixed with each other.
 
     Raises:
         UserError: if a division leaves a remainder. The message names the nearest sizes without a remainder.
@@ -163,7 +191,16 @@ def plan_batch(
             f"optimizer.sample_size={samples_together}: doesn't divide the micro-batch of {size} images. "
             f"Fix: optimizer.sample_size={_nearest_divisor(size, samples_together)}"
         )
-    return BatchPlan(global_batch, processes, size, samples_together, synchronised)
+    together = math.lcm(samples_together, pair)
+    if size % together:
+        near = _nearest_multiples(global_batch, processes * together)
+        raise UserError(
+            f"batch_size={global_batch}: mode.mixup and mode.cutmix mix pairs of images, and a micro-batch of {size} "
+            f"images on each of {processes} process(es) doesn't hold whole "
+            f"{'pairs' if samples_together == 1 else f'groups of {together}'}. "
+            f"Fix: batch_size={near}, and a micro-batch that is a multiple of {together}"
+        )
+    return BatchPlan(global_batch, processes, size, together, synchronised)
 
 
 def _nearest_divisor(size: int, wanted: int) -> int:

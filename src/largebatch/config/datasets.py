@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
+from largebatch.config.augmentation import (
+    ColorJitterConfig,
+    ErasingConfig,
+    RandAugmentConfig,
+    ResizedCropConfig,
+    augmentation_problems,
+)
 from largebatch.config.custom import Custom
 from largebatch.config.options import option
 from largebatch.errors import UserError
@@ -59,12 +66,18 @@ class DatasetConfig:
     num_classes: int | None = option(None, least=2)
     channels: int = option(3, allowed=(1, 3))  # 1: grey
     image_size: int | None = option(None, least=1, most=8192)  # side in pixels after resizing; None: the data set's own
+    # Side in pixels to resize to before a crop of image_size: the centre, or a random resized crop. None: image_size.
+    resize_size: int | None = option(None, least=1, most=8192)
     # Per channel, of pixels in 0..1; None: measure them on training images.
     mean: list[float] | None = option(None, least=0, most=1)
     std: list[float] | None = option(None, above=0)
     crop_padding: int = option(4, least=0)  # pixels of padding before a random crop; 0: off
     flip: bool = True  # random horizontal flip
     rotation: float = option(15.0, least=0, most=180)  # random rotation, degrees to either side; 0: off
+    resized_crop: ResizedCropConfig = field(default_factory=ResizedCropConfig)
+    color_jitter: ColorJitterConfig = field(default_factory=ColorJitterConfig)
+    rand_augment: RandAugmentConfig = field(default_factory=RandAugmentConfig)
+    erasing: ErasingConfig = field(default_factory=ErasingConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     # Images at an epoch's end that don't fill a batch. carry: they open the next epoch's first batch; keep: the last
     # batch is smaller; drop: they are left out.
@@ -82,6 +95,10 @@ class DatasetConfig:
         if self.train_size is None:
             return None
         return self.copies * round(self.train_size // self.copies * (1 - self.val_fraction))
+
+    def side_of_crop(self, side: int) -> int:
+        """Return the side of the network's images, which are cropped from images of ``side`` pixels."""
+        return side if self.resize_size is None or self.image_size is None else self.image_size
 
     def needed(self, key: str) -> int:
         """Return an option of ``needs``. Raise a ``UserError`` if it is None."""
@@ -129,6 +146,7 @@ class DatasetConfig:
                 f"dataset.crop_padding={self.crop_padding}: some crops would have nothing of an image of "
                 f"dataset.image_size={side}. Fix: at most {side}"
             )
+        problems += augmentation_problems(self)
         left = self.train_images if 0 <= self.val_fraction < 1 else None
         if left is not None and config.batch_size > left:
             without = " without the validation set" if self.val_fraction else ""

@@ -37,6 +37,16 @@ class ModeConfig:
         """True if the loss isn't a mean over images but a function of each micro-batch of a process."""
         return False
 
+    @property
+    def mixing(self) -> Clf | None:
+        """Options of mixup and CutMix; None if both are off."""
+        return None
+
+    @property
+    def images_together(self) -> int:
+        """Number of images of a batch that must be in one micro-batch: a pair that is mixed, or single images."""
+        return 1 if self.mixing is None else 2
+
     def length(self, dataset_epochs: int) -> int:
         """Return the number of epochs to train if neither ``epochs`` nor ``steps`` is given."""
         return dataset_epochs
@@ -56,6 +66,16 @@ class Clf(ModeConfig):
     label = "classification"
 
     label_smoothing: float = option(0.0, least=0, below=1)  # part of each label that is spread over all classes
+    # Mixup and CutMix, as in timm: the alpha of Beta(alpha, alpha), from which the mixing ratio is drawn; 0: off.
+    mixup: float = option(0.0, least=0, most=100)
+    cutmix: float = option(0.0, least=0, most=100)
+    mix_probability: float = option(1.0, least=0, most=1)  # of mixing a batch, pair or image
+    mix_switch: float = option(0.5, least=0, most=1)  # probability of CutMix if both are on
+    mix_per: str = option("batch", allowed=("batch", "pair", "image"))  # one ratio for each
+
+    @property
+    def mixing(self) -> Clf | None:
+        return None if self.mixup == self.cutmix == 0 else self
 
 
 @dataclass

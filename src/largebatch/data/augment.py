@@ -3,7 +3,8 @@
 With ``Draws``, the pixels are those of torchvision's PIL chain ``RandomCrop(S, padding) -> RandomHorizontalFlip ->
 RandomRotation`` at equal parameters: the rotation is PIL's nearest-neighbour rotation in 16-bit fixed point arithmetic.
 Pixels from outside the crop are 0, also at positions where the padded image has a pixel, as in the chain. With
-``ViewDraws``, they are a view of Barlow Twins (``views.py``).
+``ViewDraws``, they are a random resized crop or a view of Barlow Twins (``views.py``), which may be smaller than the
+image.
 
 On CPU the code is C++ (``augment_cpu.py``), on CUDA a Triton kernel (``augment_cuda.py``). On other devices, and
 without a compiler, it is torch. All give the same bits.
@@ -34,12 +35,12 @@ def augmented(
         pixels: uint8 [M, C, S, S], each image contiguous; a whole data set, of which only the images at ``indices`` are
             read. C is 1 or 3 for views; with C = 1 their grayscale, saturation and hue do nothing, as in torchvision.
         indices: int64 [n]; None for all images, in order.
-        draws: of length n, drawn for images of S pixels; None only normalises.
+        draws: of length n, drawn for images of S pixels; None only normalises. ``ViewDraws`` may be for a smaller side.
         mean, std: float32 [C], for pixels in 0..1.
         channels_last: the memory format of the result.
 
     Returns:
-        float32 [n, C, S, S].
+        float32 [n, C, S, S]; with ``ViewDraws``, S is their side.
 
     Raises:
         IndexError: on CPU, if an index isn't in 0..M-1.
@@ -47,7 +48,7 @@ def augmented(
     """
     function = augmented_torch
     if pixels.device.type == "cpu":
-        if not augment_cpu.why_not(draws):
+        if not augment_cpu.why_not(draws, pixels.shape[2]):
             function = augment_cpu.augmented
     elif not torch.compiler.is_compiling() and not augment_cuda.why_not(pixels, draws, channels_last, augmented_torch):
         function = augment_cuda.augmented

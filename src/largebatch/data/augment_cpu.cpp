@@ -95,7 +95,7 @@ struct Batch {
   float* result;            // [count, channels, side, side], or with the channels last
   int64_t images, image_stride, count;
   int32_t channels, side, padding, threads;
-  bool channels_last;
+  bool channels_last, bilinear;
 };
 
 // Memory of one thread.

@@ -17,12 +17,14 @@ class _Batch(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("pixels", "indices", "whole", "real", "mean", "std", "result")),
         *((name, ctypes.c_int64) for name in ("images", "image_stride", "count")),
         *((name, ctypes.c_int32) for name in ("channels", "side", "padding", "threads")),
-        ("channels_last", ctypes.c_bool),
+        *((name, ctypes.c_bool) for name in ("channels_last", "bilinear")),
     )
 
 
-def why_not(draws: AnyDraws = None) -> str:
-    """Return the reason why C++ can't augment with draws of this kind on this machine; empty if it can."""
+def why_not(draws: AnyDraws = None, side: int | None = None) -> str:
+    """Return the reason why C++ can't augment images of ``side`` pixels with such draws here; empty if it can."""
+    if isinstance(draws, ViewDraws) and side not in (None, draws.side):
+        return f"it makes images of {side} pixels from images of {side} pixels, and not of {draws.side}"
     return native.why_not(_source(draws))
 
 
@@ -37,8 +39,11 @@ def augmented(
     """
     images, channels, side, _ = pixels.shape
     count = images if indices is None else len(indices)
-    allowed, whole, real, padding = channels, None, None, 0
+    allowed, whole, real, padding, bilinear = channels, None, None, 0, False
     if isinstance(draws, ViewDraws):
+        if draws.side != side:
+            raise ValueError(f"images of {side} pixels can't become images of {draws.side}")
+        bilinear = draws.interpolation == "bilinear"
         allowed, whole, real = 3 if channels == 3 else 1, draws.whole, draws.real
     elif draws is not None:
         whole, padding = draws.table, draws.padding
@@ -56,7 +61,7 @@ def augmented(
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     compiled = native.library(_source(draws))
     compiled.augment.restype = ctypes.c_bool
-    if not compiled.augment(ctypes.byref(_Batch(*addresses, *sizes, channels_last))):
+    if not compiled.augment(ctypes.byref(_Batch(*addresses, *sizes, channels_last, bilinear))):
         raise IndexError(f"an index isn't in 0..{images - 1}")
     return result
 

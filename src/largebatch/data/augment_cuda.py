@@ -16,7 +16,7 @@ from torch import Tensor
 from largebatch import triton_kernels
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data.draws import AnyDraws, Draws, ViewDraws, draw, draw_view
-from largebatch.data.views import bicubic_taps
+from largebatch.data.views import taps
 
 Reference = Callable[..., Tensor]
 
@@ -34,6 +34,8 @@ def why_not(pixels: Tensor, draws: AnyDraws, channels_last: bool, reference: Ref
     if reason := triton_kernels.why_not(_KERNELS, pixels.device):
         return reason
     _, channels, side, _ = pixels.shape
+    if isinstance(draws, ViewDraws) and draws.side != side:
+        return f"the kernel makes images of {side} pixels from images of {side} pixels, and not of {draws.side}"
     return _failed_trial(pixels.device, type(draws).__name__, channels, side, channels_last, reference)
 
 
@@ -82,6 +84,8 @@ def _views(
     constants: dict[str, Any],
 ) -> None:  # fmt: skip
     count, channels, side, _ = result.shape
+    if draws.side != side:
+        raise ValueError(f"images of {side} pixels can't become images of {draws.side}")
     if channels not in (1, 3):
         raise ValueError(f"views of images with 1 or 3 channels only: {channels}")
     _check(draws.whole, torch.int32, (count, 13))
@@ -89,16 +93,16 @@ def _views(
     warps, chunk = _VIEW_WARPS[side > 32], _VIEW_CHUNK[side > 32]
     scratch = torch.empty(count * 2 * channels * side**2, dtype=torch.uint8, device=pixels.device)
     triton_kernels.imported(_KERNELS).views[(count,)](
-        pixels, indices, draws.whole, draws.real, _taps(side, pixels.device), mean, std, scratch, result,
-        pixels.stride(0), CHUNK=chunk, LINES=32 * warps, num_warps=warps, **constants,
+        pixels, indices, draws.whole, draws.real, _taps(side, draws.interpolation, pixels.device), mean, std, scratch,
+        result, pixels.stride(0), CHUNK=chunk, LINES=32 * warps, num_warps=warps, **constants,
     )  # fmt: skip
 
 
 @functools.cache
-def _taps(side: int, device: torch.device) -> Tensor:
+def _taps(side: int, interpolation: str, device: torch.device) -> Tensor:
     """Return the table of ``views``, computed on the CPU: int32 [side, 5, side]."""
     sizes = torch.arange(1, side + 1, dtype=torch.int32, device="cpu").view(-1, 1, 1, 1)
-    positions, weights = bicubic_taps(torch.zeros_like(sizes), sizes, side)
+    positions, weights = taps(torch.zeros_like(sizes), sizes, side, side, interpolation)
     table = torch.cat([positions[..., :1], weights], 3).squeeze(1).transpose(1, 2)
     return table.to(device, torch.int32, memory_format=torch.contiguous_format)
 

@@ -212,7 +212,7 @@ def _jittered(red, green, blue, draw, factors, begin, end, mean):
         step = tl.load(draw + 6 + i)
         if step == 3:
             red, green, blue = _shifted_hue(red, green, blue, tl.load(draw + 10))
-        else:  # brightness, contrast or saturation
+        elif step < 3:  # brightness, contrast or saturation; a hue that is off has step 4
             degenerate = tl.where(step == 2, _gray(red, green, blue), tl.where(step == 1, mean, 0))
             factor = tl.load(factors + step)
             red = _blended(degenerate, red, factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from largebatch.config.batch import BatchPlan
 from largebatch.config.datasets import DatasetConfig
 from largebatch.config.epochs import Epochs
-from largebatch.data.augment import augmented
-from largebatch.data.draws import AnyDraws, draw, draw_view
-from largebatch.data.images import MemoryImages, Split
+from largebatch.config.modes import Clf
+from largebatch.data.chain import Chain, chained, draw_chain
+from largebatch.data.draws import ViewDraws, draw_view
+from largebatch.data.images import MemoryImages, Split, centre
+from largebatch.data.mixing import draw_mixing, mixed, soft
 from largebatch.data.sampling import evaluation_share, global_batches
 from largebatch.data.stream import one_ahead, stream, to_device
 from largebatch.seeding import derive_seed
@@ -49,21 +51,26 @@ class BatchLoader:
         start_step: int,
         views: int = 1,
         passes: int = 1,
+        mixing: Clf | None = None,
+        classes: int = 0,
     ) -> Generator[Batch]:
         """Yield endless micro-batches from optimizer step ``start_step`` (from 0) on.
 
-        Each is (images float32 [views * n, C, S, S], labels int64 [n]), with n at most ``batch.micro_batch``. The
-        global batch of a step follows in the epoch's order. A rank's micro-batches are its ``pieces`` of the batch.
-        Random numbers are drawn for the whole global batch, so an image gets the same draws with any number of
-        processes, any accumulation, and after a resume.
+        Each is (images float32 [views * n, C, S, S], labels int64 [n]), with n at most ``batch.micro_batch``. With
+        ``mixing``, labels are float32 [n, classes], the parts of the classes. The global batch of a step follows in the
+        epoch's order. A rank's micro-batches are its ``pieces`` of the batch. Random numbers are drawn for the whole
+        global batch, so an image gets the same draws with any number of processes, any accumulation, and after a
+        resume.
 
         Args:
             split: training images.
             epochs: number of images in each step.
             batch: division of the global batch.
             seed: of order and augmentation.
-            views: 1: the configured crops, flips and rotations; 2: the first and then the second views of Barlow Twins.
+            views: 1: the configured augmentation; 2: the first and then the second views of Barlow Twins.
             passes: number of times that the micro-batches of a step are repeated, unless there is only one.
+            mixing: options of mixup and CutMix, of one view; then ``batch.together`` must be even.
+            classes: number of classes, for ``mixing``.
 
         Raises:
             UserError: while iterating, if an image file can't be read.
@@ -82,12 +89,18 @@ class BatchLoader:
             drawn = self._draw(generator, split.images.image_size, len(indices), views)
             pieces = pieces_of(indices)
             share = slice(pieces[0].start, pieces[-1].stop) if pieces else slice(0, 0)
-            draws = [None if d is None else d[share].to(self.device) for d in drawn]
+            draws = [chain[share].to(self.device) for chain in drawn]
             labels = self._labels(split, indices[share])
+            mix = None
+            if mixing is not None:
+                labels, side = soft(labels, classes), self.config.side_of_crop(split.images.image_size)
+                mix = draw_mixing(derive_seed(seed, "mix", step), len(indices), side, mixing)
+                mix = None if mix is None else mix[share].to(self.device)
             for part in (slice(piece.start - share.start, piece.stop - share.start) for piece in pieces):
                 images, chosen = next(pixels)
-                seen = [self._augmented(images, chosen, None if d is None else d[part]) for d in draws]
-                yield torch.cat(seen) if views > 1 else seen[0], labels[part]
+                seen = [self._augmented(images, chosen, chain[part]) for chain in draws]
+                batch_of_part = torch.cat(seen) if views > 1 else seen[0], labels[part]
+                yield batch_of_part if mix is None else mixed(*batch_of_part, mix[part])
 
     def evaluate(self, split: Split, size: int, chosen: Tensor | None = None) -> Iterator[Batch]:
         """Yield this rank's share of the split, once: (images float32 [<= size, C, S, S], labels int64 [<= size]).
@@ -103,14 +116,17 @@ class BatchLoader:
         parts = torch.split(share, size) if len(share) else ()
         found = self._pixels(split, iter(parts), size)
         for part, (pixels, indices) in zip(parts, found, strict=True):
-            yield self._augmented(pixels, indices, None), self._labels(split, part)
+            yield self._augmented(pixels, indices, Chain(None)), self._labels(split, part)
 
     @functools.cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
         return to_device(torch.tensor(self.mean), self.device), to_device(torch.tensor(self.std), self.device)
 
-    def _augmented(self, pixels: Tensor, indices: Tensor | None, draws: AnyDraws) -> Tensor:
-        return augmented(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
+    def _augmented(self, pixels: Tensor, indices: Tensor | None, draws: Chain) -> Tensor:
+        side = self.config.side_of_crop(pixels.shape[2])
+        if side != pixels.shape[2] and not isinstance(draws.crop, ViewDraws):
+            pixels, indices = centre(pixels if indices is None else pixels[indices], side), None
+        return chained(pixels, indices, draws, *self._statistics, channels_last=self.channels_last)
 
     def _pixels(self, split: Split, wanted: Iterator[Tensor], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield uint8 images on the device, and indices into them or None, for each of ``wanted`` (int64 [n]).
@@ -127,12 +143,8 @@ class BatchLoader:
     def _labels(self, split: Split, indices: Tensor) -> Tensor:
         return to_device(split.labels[to_device(indices, split.labels.device)], self.device)
 
-    def _draw(self, generator: torch.Generator, side: int, n: int, views: int) -> Sequence[AnyDraws]:
-        """Return the draws for a global batch of ``n`` images, one a view; None without augmentation."""
-        config = self.config
+    def _draw(self, generator: torch.Generator, side: int, n: int, views: int) -> list[Chain]:
+        """Return the draws for a global batch of ``n`` images, one a view."""
         if views > 1:
-            return [draw_view(generator, n, side, config, view) for view in range(views)]
-        padding, flip, rotation = config.crop_padding, config.flip, config.rotation
-        if padding == 0 and not flip and rotation == 0:
-            return [None]
-        return [draw(generator, n, padding=padding, flip=flip, rotation=rotation, side=side)]
+            return [Chain(draw_view(generator, n, side, self.config, view)) for view in range(views)]
+        return [draw_chain(generator, n, side, self.config)]

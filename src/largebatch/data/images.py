@@ -174,6 +174,13 @@ def resized(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def centre(pixels: Tensor, size: int) -> Tensor:
+    """Return the centre of square images [N, C, S, S], contiguous [N, C, size, size], as torchvision's CenterCrop."""
+    first = round((pixels.shape[2] - size) / 2)
+    part = slice(first, first + size)
+    return pixels[:, :, part, part].contiguous()
+
+
 def resize(pixels: Tensor, image_size: int) -> Tensor:
     """Resize square images, uint8 [N, C, S, S], as files are resized (bilinear, antialiased)."""
     size = (image_size, image_size)

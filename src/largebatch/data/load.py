@@ -33,8 +33,9 @@ _CPU = torch.device("cpu")
 class Data:
     """A data set: its splits, class names by label, and per-channel statistics of pixels in 0..1.
 
-    ``place`` is the place of the pixels: on the ``device`` (with the labels), in the ``host``'s memory, or in ``files``
-    that are decoded when they are needed. ``content`` describes the whole data set.
+    ``image_size`` is the side of the network's images in pixels; the splits have ``dataset.resize_size``. ``place`` is
+    the place of the pixels: on the ``device`` (with the labels), in the ``host``'s memory, or in ``files`` that are
+    decoded when they are needed. ``content`` describes the whole data set.
     """
 
     train: Split
@@ -44,6 +45,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     content: Content
+    image_size: int
     place: Place = "host"
 
     @property
@@ -58,10 +60,6 @@ class Data:
     @property
     def channels(self) -> int:
         return self.train.images.channels
-
-    @property
-    def image_size(self) -> int:
-        return self.train.images.image_size
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -89,11 +87,11 @@ def load_data(
     """
     load: Callable[[DatasetConfig, Say], Loaded] = pkgutil.resolve_name(_kind(config).loader)
     try:
-        train, test, classes = load(config, say)
+        train, test, classes = load(replace(config, image_size=config.resize_size or config.image_size), say)
     except OSError as error:  # for example a folder without read permission
         raise UserError(f"dataset={config.name}: {error}; check dataset.root={config.root}") from error
     config.check_sizes(len(train), len(test), len(classes))
-    in_files = isinstance(train.images, FileImages)
+    image_size, in_files = config.side_of_crop(train.images.image_size), isinstance(train.images, FileImages)
     size = decoded_bytes(train.images) + decoded_bytes(test.images)
     device_free = free_memory(device) if device.type != "cpu" else None
     place, why = choose_location(
@@ -133,7 +131,7 @@ def load_data(
     except torch.OutOfMemoryError:
         say(f"dataset.location={config.location}: the pixels don't fit on the device, so they stay on the host")
     else:
-        return Data(train, val, test, classes, tuple(mean), tuple(std), content, place)
+        return Data(train, val, test, classes, tuple(mean), tuple(std), content, image_size, place)
     return load_data(replace(config, location="host"), seed, device, say, processes_here)
 
 

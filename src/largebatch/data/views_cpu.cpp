@@ -1,7 +1,8 @@
-// A view of Barlow Twins for a batch: resized crop, flip, colours, blur, solarize, normalisation, image by image.
+// A random resized crop or a view of Barlow Twins for a batch: resized crop, flip, colours, blur, solarize,
+// normalisation, image by image.
 //
-// The arithmetic is Pillow's, so that the bytes equal its per-image chain: fixed point with 22 bits in the bicubic passes
-// and 24 in the blur, single and double precision as Pillow in blends and in the hue. An image stays in the processor's
+// The arithmetic is Pillow's, so that the bytes equal its per-image chain: fixed point with 22 bits in the two passes of
+// the crop and 24 in the blur, single and double precision as Pillow in blends and in the hue. An image stays in the processor's
 // nearest caches from its crop to its normalised values. One thread computes a whole image, so that the result depends
 // neither on the batch nor on the number of threads.
 #pragma GCC optimize("fp-contract=off")  // a fused multiply-add rounds once where Pillow rounds twice
@@ -37,11 +38,13 @@ struct Scratch {
   std::vector<int> crop, passed, lines, row, next;
   std::vector<Byte> image, gray;
   std::vector<std::vector<Taps>> taps;  // by the crop's size; empty until needed
-  Scratch(int channels, int side)
+  bool bilinear;                        // else bicubic
+  Scratch(int channels, int side, bool bilinear)
       // Three additional columns or lines, which taps of weight 0 at the end of the crop read.
       : crop((side + 3) * padded(channels * side)), passed(side * padded(channels * side)),
         lines((channels * side + 3) * padded(side)), row(padded(side) + 4), next(padded(side) + 4),
-        image(channels * side * side), gray(side * side), taps(side + 1) {}
+        image(channels * side * side), gray(side * side), taps(side + 1),
+        bilinear(bilinear) {}
 };
 
 // The loops over pixels. All numbers are arguments: the compiler would load references for each pixel.
@@ -218,18 +221,22 @@ double bicubic(double x) {
   return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;
 }
 
-// Returns the taps for `side` pixels from `size` <= side, computed once; bicubic interpolation uses four.
-const Taps* bicubic_taps(int size, int side, Scratch& s) {
+// Returns the taps for `side` pixels from `size` <= side, computed once: four for bicubic interpolation, and two or, by
+// rounding, three for bilinear.
+const Taps* taps_of(int size, int side, Scratch& s) {
   std::vector<Taps>& taps = s.taps[size];
   if (!taps.empty()) return taps.data();
   taps.resize(side);
-  const double scale = static_cast<double>(size) / side;
+  const double scale = static_cast<double>(size) / side, reach = s.bilinear ? 1.0 : 2.0;
   for (int x = 0; x < side; x++) {
     const double centre = (x + 0.5) * scale;
-    const int first = std::max(static_cast<int>(centre - 2.0 + 0.5), 0);
-    const int count = std::min(static_cast<int>(centre + 2.0 + 0.5), size) - first;
+    const int first = std::max(static_cast<int>(centre - reach + 0.5), 0);
+    const int count = std::min(static_cast<int>(centre + reach + 0.5), size) - first;
     double weight[5], sum = 0;
-    for (int i = 0; i < count; i++) sum += weight[i] = bicubic(i + first - centre + 0.5);
+    for (int i = 0; i < count; i++) {
+      const double distance = i + first - centre + 0.5;
+      sum += weight[i] = s.bilinear ? std::max(1 - std::abs(distance), 0.0) : bicubic(distance);
+    }
     const int more = std::max(count - 4, 0);  // a fifth by rounding, at distance 2 with weight 0
     taps[x] = {first + more, {0, 0, 0, 0}};
     for (int i = more; i < count; i++) {
@@ -246,13 +253,13 @@ void resized_crop(const Byte* pixels, const Whole& draw, int channels, int side,
     const Byte* corner = pixels + c * area + draw.top * side + draw.left;
     transpose(corner, height, draw.width, side, s.crop.data() + c * height, stride);
   }
-  const Taps* taps = bicubic_taps(draw.width, side, s);
+  const Taps* taps = taps_of(draw.width, side, s);
   for (int x = 0; x < side; x++) {
     int* column = s.passed.data() + (draw.flip ? side - 1 - x : x) * stride;
     weigh(s.crop.data() + taps[x].first * stride, stride, taps[x].weight, stride, column);
   }
   transpose(s.passed.data(), side, lines, stride, s.lines.data(), side);
-  taps = bicubic_taps(height, side, s);
+  taps = taps_of(height, side, s);
   for (int c = 0; c < channels; c++)
     for (int y = 0; y < side; y++) {
       const int* first = s.lines.data() + (c * height + taps[y].first) * side;
@@ -274,7 +281,8 @@ void jitter(const Whole& draw, const Real& factors, int channels, int area, Byte
       to_gray(red, green, blue, area, gray);
       for (Byte* plane : {red, green, blue}) blend_with(gray, plane, area, factors.saturation);
     }
-    if (step == 3) shift_hue(red, green, blue, area, draw.hue);  // also by 0: the conversion to HSV rounds
+    // Also by 0: the conversion to HSV rounds. A hue that is off has step 4.
+    if (step == 3) shift_hue(red, green, blue, area, draw.hue);
   }
 }
 
@@ -328,7 +336,7 @@ struct Batch {
   float* out;               // [count, channels, side, side], or [count, side, side, channels]
   int64_t images, image_stride, count;
   int32_t channels, side, padding, threads;
-  bool channels_last;
+  bool channels_last, bilinear;
 };
 
 // Returns false and does nothing if an index is out of range.
@@ -340,7 +348,7 @@ extern "C" bool augment(const Batch* batch) {
   const bool interleaved = x.channels_last && x.channels == 3;
 #pragma omp parallel num_threads(x.threads)
   {
-    Scratch s(x.channels, x.side);
+    Scratch s(x.channels, x.side, x.bilinear);
     std::vector<float> planes(interleaved ? size : 0);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t i = 0; i < x.count; i++) {

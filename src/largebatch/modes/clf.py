@@ -39,14 +39,18 @@ def build_model(config: Config, data: Data) -> nn.Module:
 def loss(config: Config, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean cross-entropy of a micro-batch, and its totals [sum of losses, correct, images] in float64.
 
-    With ``mode.label_smoothing`` s, the target of each of C classes is ``s / C``, plus ``1 - s`` for the label, as in
-    ``torch.nn.CrossEntropyLoss``. Only training smooths labels; the probe of mode ``bt`` doesn't.
+    With ``mode.label_smoothing`` s, the target of each of C classes is ``s / C``, plus ``1 - s`` times its part of the
+    label, as in ``torch.nn.CrossEntropyLoss``. Only training smooths labels; the probe of mode ``bt`` doesn't.
+
+    Args:
+        labels: int64 [n], or float32 [n, classes] with mixup and CutMix: the parts of the classes. A prediction is then
+            correct if it is the class with the largest part.
     """
     smoothing = config.mode.label_smoothing if isinstance(config.mode, Clf) else 0.0
     logits = model(images).float()
     value = F.cross_entropy(logits, labels, label_smoothing=smoothing) if len(labels) else logits.sum()  # 0: no images
     with torch.no_grad():
-        correct = (logits.argmax(dim=1) == labels).sum()
+        correct = (logits.argmax(dim=1) == (labels.argmax(dim=1) if labels.ndim > 1 else labels)).sum()
         count = torch.full_like(correct, len(labels), dtype=torch.float64)  # filled on the device, without a wait
         totals = torch.stack([value.double() * count, correct.double(), count])
     return value, totals

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from largebatch.config.imagefolder import image_files
-from largebatch.data.images import decode
 from largebatch.errors import UserError
 from largebatch.results.run import LoadedRun
 
@@ -60,10 +59,9 @@ def _files(images: Iterable[str], unreadable: list[str]) -> Iterator[str]:
 
 def _decoded(run: LoadedRun, files: Iterable[str], unreadable: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield name and pixels, uint8 [C, S, S], of the files that can be read."""
-    channels, side, _ = run.shape
     for file in files:
         try:
-            yield file, torch.tensor(decode(file, channels, side))
+            yield file, run.decoded(file)
         except UserError as error:
             _name(str(error), file, unreadable)
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from largebatch.config.options import problems_of
 from largebatch.config.schema import Config, load_config
 from largebatch.data.augment import augmented_torch
-from largebatch.data.images import decode, pixels_of
+from largebatch.data.images import centre, decode, pixels_of
 from largebatch.errors import UserError, choices
 from largebatch.models.build import build_backbone, build_model
-from largebatch.runs.folder import RunFolder
+from largebatch.runs.folder import RunFolder, newest_first
 from largebatch.runs.metrics import Row, read_rows
 from largebatch.runs.table import find_run
-from largebatch.training.checkpoint import DamagedError, load_checkpoint, newest_first
+from largebatch.training.checkpoint import DamagedError, load_checkpoint
 
 CHECKPOINTS = ("last", "best")
 _CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,12 +129,21 @@ class LoadedRun:
         Raises:
             UserError: the file can't be read as an image.
         """
+        pixels = self.decoded(str(image)) if not isinstance(image, Image.Image) else self._pixels(pixels_of, image)
+        return self.normalised(pixels[None])[0]
+
+    def decoded(self, path: str) -> Tensor:
+        """Return uint8 [C, H, W] of an image file, resized and cropped as in the run's evaluations.
+
+        Raises:
+            UserError: the file can't be read as an image.
+        """
+        return self._pixels(decode, path)
+
+    def _pixels(self, read: Callable[[T, int, int], NDArray[np.uint8]], image: T) -> Tensor:
         channels, side, _ = self.shape
-        if isinstance(image, Image.Image):
-            pixels = pixels_of(image, channels, side)
-        else:
-            pixels = decode(str(image), channels, side)
-        return self.normalised(torch.tensor(pixels)[None])[0]
+        pixels = torch.tensor(read(image, channels, self.config.dataset.resize_size or side))
+        return centre(pixels[None], side)[0]
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Return float32 [B, C, H, W], the network's input for pixels uint8 [B, C, H, W]."""

@@ -78,7 +78,7 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for package in ("largebatch", "torch", "torchvision", "timm", "numpy", "wandb"):
+    for package in ("largebatch", "torch", "torchvision", "timm", "pytorch_optimizer", "numpy", "wandb"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

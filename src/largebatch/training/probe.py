@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from largebatch.config.augmentation import without_augmentation
 from largebatch.config.batch import BatchPlan
 from largebatch.config.epochs import plan_epochs
 from largebatch.data.sampling import global_batches
@@ -106,7 +107,7 @@ class ProbePhase(MainPhase):
             return self._feature_batches(seed)
         loader = run.loader
         if not self.options.eval_augmentation:
-            loader = replace(loader, config=replace(loader.config, crop_padding=0, flip=False, rotation=0.0))
+            loader = replace(loader, config=without_augmentation(loader.config))
         return loader.train(run.data.train, self.epochs, batch, seed, self._step)
 
     def _feature_batches(self, seed: int) -> Generator[tuple[Tensor, Tensor]]:
