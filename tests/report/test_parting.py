@@ -46,6 +46,16 @@ def test_the_loss_parts_where_the_paired_differences_do() -> None:
     assert re.search(r"1,024 +1\.9250 +\+10\.0% \(\+10\.0% to \+10\.0%\) +yes +4", found.text)
 
 
+def test_a_loss_is_compared_with_the_best_smaller_batch_size() -> None:
+    """At one learning rate for all, a larger batch may have a lower loss first, and then a higher one."""
+    seeds = [1.0, 1.1, 1.2]
+    found = parted(branches({b: [f * x for x in seeds] for b, f in ((128, 1.0), (256, 0.8), (512, 0.9), (1024, 0.7))}))
+    assert [one.above.value if one.above else None for one in found.branches] == [
+        None, pytest.approx(-0.2), pytest.approx(0.125), pytest.approx(-0.125),
+    ]  # fmt: skip
+    assert [one.parted for one in found.branches] == [None, False, True, False]
+
+
 def test_intervals_cover_the_true_difference_in_90_of_100() -> None:
     random, covered, trials = np.random.default_rng(0), 0, 400
     for _ in range(trials):

@@ -1,7 +1,7 @@
 """Where the loss parts: branches of one checkpoint (``start_from``) at several batch sizes, after equal images.
 
-The branching method of Merrill et al. (arXiv 2505.23971): the largest batch size whose loss isn't above that of the
-smallest one loses no images. Unlike the hyperbola it fits no law, and needs no target.
+The branching method of Merrill et al. (arXiv 2505.23971): the largest batch size whose loss isn't above that of smaller
+ones loses no images. Unlike the hyperbola it fits no law, and needs no target.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from largebatch.report.cells import Cell, finished
 from largebatch.report.wording import plural
 from largebatch.runs.table import plain_table
 
-TOLERANCE = 0.01  # part of the smallest batch size's loss that counts as equal
+TOLERANCE = 0.01  # part of the loss that counts as equal
 _FEWEST_SEEDS = 3
 _UNEQUAL = 0.02  # relative difference of the images of branches
 
@@ -28,7 +28,7 @@ class Branches(NamedTuple):
 
     Attributes:
         loss: mean over seeds.
-        above: relative difference to the smallest batch size's loss, paired by seed. None at the smallest batch size.
+        above: relative difference to the smaller batch size with the lowest loss, paired by seed. None at the smallest.
         parted: True if the loss is above by more than ``TOLERANCE``, False if not, None if the seeds can't tell.
     """
 
@@ -55,7 +55,7 @@ class Parting(NamedTuple):
         words = f"{self.words[0].upper()}{self.words[1:]}."
         if not lines:
             return words
-        return plain_table(["batch", self.metric, "above the smallest", "parted", "seeds"], lines) + f"\n{words}"
+        return plain_table(["batch", self.metric, "above the best smaller", "parted", "seeds"], lines) + f"\n{words}"
 
     def record(self) -> dict[str, Any]:
         branches = [one._asdict() | {"above": one.above and one.above.record()} for one in self.branches]
@@ -77,19 +77,23 @@ def parting(cells: Sequence[Cell]) -> Parting | None:
         words = f"the branches saw {min(images):,.0f} to {max(images):,.0f} images; only equal numbers can be compared"
         return Parting(metric, [], words)
     losses = [{run.seed: run.metric(metric) or 0.0 for run in finished(cell.reported)} for cell in cells]
-    smallest, *others = [
-        _branches(cell.batch_size, of_cell, losses[0]) for cell, of_cell in zip(cells, losses, strict=True)
-    ]
-    branches = [smallest._replace(above=None, parted=None), *others]
+    branches: list[Branches] = []
+    lowest = 0  # the batch size with the lowest loss so far
+    for at, (cell, of_cell) in enumerate(zip(cells, losses, strict=True)):
+        one = _branches(cell.batch_size, of_cell, losses[lowest])
+        branches.append(one if at else one._replace(above=None, parted=None))
+        lowest = at if one.loss < branches[lowest].loss else lowest
     return Parting(metric, branches, _words(branches))
 
 
-def _branches(batch_size: int, losses: dict[int, float], first: dict[int, float]) -> Branches:
-    mean, smallest = statistics.fmean(losses.values()), statistics.fmean(first.values())
-    differences = [losses[seed] / first[seed] - 1 for seed in losses.keys() & first.keys()]
+def _branches(batch_size: int, losses: dict[int, float], best: dict[int, float]) -> Branches:
+    mean = statistics.fmean(losses.values())
+    differences = [losses[seed] / best[seed] - 1 for seed in losses.keys() & best.keys()]
     count = len(differences)
     if count < _FEWEST_SEEDS:
-        return Branches(batch_size, mean, len(losses), Estimate(mean / smallest - 1, None, None), None)
+        return Branches(
+            batch_size, mean, len(losses), Estimate(mean / statistics.fmean(best.values()) - 1, None, None), None
+        )
     middle = statistics.fmean(differences)
     half = float(student.ppf(0.95, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
     parted = True if middle - half > TOLERANCE else False if middle + half <= TOLERANCE else None
