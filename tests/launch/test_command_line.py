@@ -23,7 +23,7 @@ from largebatch.config.optimizers import Tvlars
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optimizer=larss"], "optimizer=larss: allowed: adagrad, adam, .*did you mean lars"),
+        (["optimizer=larss"], "optimizer=larss: allowed: adafactor, adagrad, .*did you mean lars"),
         (["optimizer.lrr=1"], "optimizer.lrr=1: lars has no such option; allowed: .*did you mean lr"),
         (["lr=3"], r"unknown key lr; did you mean optimizer.lr=3\? allowed: "),
         (["-m", "bs=64,128"], r"unknown key bs; did you mean batch_size=64\? allowed: "),
