@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from PIL import Image
+from programs import Programs
 from runs import train_in
 
 from largebatch import load_run
@@ -37,13 +38,13 @@ BT = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("results") / "clf", *DIGITS)
+def folder(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    return process.train(tmp_path_factory.mktemp("results"), *DIGITS)
 
 
 @pytest.fixture(scope="module")
-def bt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("results") / "bt", *BT)
+def bt_folder(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    return process.train(tmp_path_factory.mktemp("results"), *BT)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, start
-from runs import finish, train_in
+from conftest import TINY
+from programs import Programs
 from same_run import assert_same_run
 from steps import at_start, take_steps
 from test_bt_resume import as_if_killed, resume_after
@@ -129,8 +129,8 @@ RUN = (
 )  # fmt: skip
 
 
-def test_a_run_logs_saves_and_exports_the_average_and_resumes_exactly(tmp_path: Path) -> None:
-    whole = train_in(tmp_path / "whole", *RUN)
+def test_a_run_logs_saves_and_exports_the_average_and_resumes_exactly(tmp_path: Path, process: Programs) -> None:
+    whole = process.train(tmp_path / "whole", *RUN)
     run = load_run(whole)
     raw, averaged = run.saved["model"], run.saved["averaged"]
     assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
@@ -144,7 +144,8 @@ def test_a_run_logs_saves_and_exports_the_average_and_resumes_exactly(tmp_path: 
     stopped = tmp_path / "stopped" / "runs" / whole.name
     shutil.copytree(whole, stopped)
     as_if_killed(stopped, 20)
-    assert "resumed after step 20 of 30" in finish(start(*RUN, cwd=tmp_path / "stopped"))
+    assert process.train(tmp_path / "stopped", *RUN) == stopped
+    assert "resumed after step 20 of 30" in (stopped / "log.txt").read_text()
     assert_same_run(stopped, whole)
 
 
@@ -167,10 +168,9 @@ def test_a_probe_begins_with_the_average(tmp_path: Path) -> None:
     assert phase.training.averaged is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("step", "every"), [(6, 20), (9, 9)])
-def test_fine_tuning_of_the_average_resumes_exactly(tmp_path: Path, step: int, every: int) -> None:
+def test_fine_tuning_of_the_average_resumes_exactly(tmp_path: Path, process: Programs, step: int, every: int) -> None:
     command = (*BT, f"checkpoint.every_steps={every}")
-    whole = train_in(tmp_path / "whole", *command)
+    whole = process.train(tmp_path / "whole", *command)
     assert "averaged" not in load_run(whole).saved  # fine-tuning changes the model alone
-    resume_after(step, 12, whole, tmp_path / "stopped", *command)
+    resume_after(step, 12, whole, process, tmp_path / "stopped", *command)

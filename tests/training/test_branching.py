@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, configuration, start
-from runs import finish, parameters
+from conftest import TINY, configuration
+from programs import Programs
+from runs import parameters
 from same_run import assert_same_run
 from test_bt_resume import as_if_killed
 from test_start_from_weights import planned
@@ -26,15 +27,12 @@ BASE = (*WHOLE, "steps=6", "checkpoint.keep_at=[0.5,2]")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, tuple[str, ...]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> tuple[Path, Path, tuple[str, ...]]:
     """Train a run, and a branch from its third step in other epochs' order. Return folders and the branch's command."""
     folder = tmp_path_factory.mktemp("branches")
-    finish(start(*BASE, cwd=folder))
-    (base,) = (folder / "runs").iterdir()
+    base = process.train(folder, *BASE)
     command = (*WHOLE, "steps=3", f"start_from={base.name[-8:]}@3")
-    finish(start(*command, cwd=folder))
-    (branch,) = set((folder / "runs").iterdir()) - {base}
-    return base, branch, command
+    return base, process.train(folder, *command), command
 
 
 def test_chosen_checkpoints_stay_beside_the_newest_two(runs: tuple[Path, Path, tuple[str, ...]]) -> None:
@@ -56,14 +54,14 @@ def test_a_branch_goes_on_with_weights_and_optimizer(runs: tuple[Path, Path, tup
 
 
 def test_a_branch_resumes_exactly_after_its_source_is_gone(
-    runs: tuple[Path, Path, tuple[str, ...]], tmp_path: Path
+    runs: tuple[Path, Path, tuple[str, ...]], tmp_path: Path, process: Programs
 ) -> None:
     base, branch, command = runs
     copy = tmp_path / "runs" / branch.name
     shutil.copytree(branch, copy)
     as_if_killed(copy, 2)
     whole = (*command[:-1], f"start_from={base.name}@3")
-    finish(start(*whole, cwd=tmp_path))
+    assert process.train(tmp_path, *whole) == copy
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [branch.name]
     assert "resumed after step 2 of 3" in (copy / "log.txt").read_text()
     assert_same_run(copy, branch)
@@ -130,11 +128,11 @@ def test_steps_to_keep_are_steps_or_parts_of_the_training() -> None:
         planned(*TINY, "steps=8", "checkpoint.keep_at=[9]", runs_dir=Path("nowhere"))
 
 
-def test_another_network_is_named(runs: tuple[Path, Path, tuple[str, ...]], tmp_path: Path) -> None:
+def test_another_network_is_named(runs: tuple[Path, Path, tuple[str, ...]], tmp_path: Path, process: Programs) -> None:
     base, _, _ = runs
     shutil.copytree(base, tmp_path / "runs" / base.name)
-    process = start(*WHOLE, "steps=3", f"start_from={base.name}@3", "model.norm=batch", cwd=tmp_path)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 2
-    assert f"start_from={base.name}@3: has another network or optimizer (" in errors
-    assert "Traceback" not in errors
+    command = (*WHOLE, "steps=3", f"start_from={base.name}@3", "model.norm=batch")
+    refused = process.call("launch", *command, cwd=tmp_path)
+    assert refused.code == 2
+    assert f"start_from={base.name}@3: has another network or optimizer (" in refused.stderr
+    assert "Traceback" not in refused.stderr

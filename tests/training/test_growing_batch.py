@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, start
-from runs import finish, parameters, timeless, train_in
+from conftest import TINY
+from programs import Programs
+from runs import parameters, timeless
 from same_run import assert_same_run
 from test_bt_resume import as_if_killed
 
@@ -20,8 +21,8 @@ GROWING = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("growing") / "whole", *GROWING)
+def run(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    return process.train(tmp_path_factory.mktemp("growing"), *GROWING)
 
 
 def test_the_batch_grows_while_the_learning_rate_falls_less(run: Path) -> None:
@@ -34,18 +35,18 @@ def test_the_batch_grows_while_the_learning_rate_falls_less(run: Path) -> None:
     assert rows[-1]["epoch"] == pytest.approx(sum(sizes) / 64)
 
 
-def test_a_stopped_run_resumes_exactly_in_any_stage(run: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_exactly_in_any_stage(run: Path, tmp_path: Path, process: Programs) -> None:
     copy = tmp_path / "runs" / run.name
     shutil.copytree(run, copy)
     before = sorted((run / "checkpoints").iterdir())[0]
     as_if_killed(copy, int(before.stem[5:]))
-    finish(start(*GROWING, cwd=tmp_path))
+    assert process.train(tmp_path, *GROWING) == copy
     assert f"resumed after step {int(before.stem[5:])} of" in (copy / "log.txt").read_text()
     assert_same_run(copy, run)
 
 
-def test_two_processes_and_smaller_micro_batches_train_the_same(run: Path, tmp_path: Path) -> None:
-    other = train_in(tmp_path / "two", *GROWING, "cluster.processes=2", "micro_batch=2")
+def test_two_processes_and_smaller_micro_batches_train_the_same(run: Path, tmp_path: Path, process: Programs) -> None:
+    other = process.train(tmp_path, *GROWING, "cluster.processes=2", "micro_batch=2")
     assert other.name == run.name
     for (name, one), two in zip(parameters(run).items(), parameters(other).values(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=name)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Launch, configuration
+from conftest import TINY, configuration
+from programs import Programs
 from torch import nn
 
 from largebatch import optim
@@ -89,17 +90,18 @@ def test_surge_rule_is_the_best_learning_rate_of_sign_descent_on_a_quadratic(
     assert error(round(noise_scale * 16)) == pytest.approx(at_16, abs=0.01)
 
 
-def test_a_run_prints_and_stores_its_surge_learning_rate(launch: Launch, tmp_path: Path) -> None:
+def test_a_run_prints_and_stores_its_surge_learning_rate(tmp_path: Path, process: Programs) -> None:
     rule = ("lr_scaling.rule=surge", "lr_scaling.noise_scale=64", "lr_scaling.base_batch=4")
-    result = launch(*TINY, "steps=2", "optimizer=adamw", "optimizer.lr=0.001", *rule)
-    assert result.returncode == 0, result.stderr
+    run = process.train(tmp_path, *TINY, "steps=2", "optimizer=adamw", "optimizer.lr=0.001", *rule)
     # Theorem 3 at batch 16 over batch 4: (4 + 1/4) / (2 + 1/2) = 1.7.
-    assert "lr 0.0017 (optimizer.lr=0.001, lr_scaling.rule=surge, lr_scaling.noise_scale=64)" in result.stdout
-    (run,) = (tmp_path / "runs").iterdir()
+    assert (
+        "lr 0.0017 (optimizer.lr=0.001, lr_scaling.rule=surge, lr_scaling.noise_scale=64)"
+        in (run / "log.txt").read_text()
+    )
     assert json.loads((run / "summary.json").read_text())["lr"] == pytest.approx(0.0017)
     assert read_rows(run / "metrics.jsonl")[0]["optim/lr"] == pytest.approx(0.0017)
-    rejected = launch(*TINY, "steps=2", "optimizer=lars", *rule)
-    assert rejected.returncode == 2
+    rejected = process.call("launch", *TINY, "steps=2", "optimizer=lars", *rule, cwd=tmp_path)
+    assert rejected.code == 2
     assert "lr_scaling.force=true" in rejected.stderr
 
 
