@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo headline test test-slow test-slurm faults soak lint bench clean
+.PHONY: help install demo headline test test-slow test-slurm methods faults soak lint bench clean
 
 help: ## show this text
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +32,8 @@ headline: install ## compare six optimizers at batch 128 to 8,192: tune, confirm
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test: install ## run all tests but the slow ones, faults and SLURM's, three files at a time with a thread each
-	LARGEBATCH_SLURM=skip $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow' --ignore tests/faults
+test: install ## run all tests but the slow ones, methods, faults and SLURM's, three files at a time with a thread each
+	LARGEBATCH_SLURM=skip $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow' --ignore tests/faults --ignore tests/methods
 
 test-slow: install ## run the slow tests: every benchmark in its smallest size, kernels for every GPU, little memory
 	LARGEBATCH_SLURM=skip $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m slow $(SLOW)
@@ -41,6 +41,9 @@ test-slow: install ## run the slow tests: every benchmark in its smallest size, 
 test-slurm: install ## run SLURM's tests on a private cluster (Debian, root)
 	$(BIN)/python tests/tools/private_slurm/cluster.py install
 	LARGEBATCH_SLURM=required $(PYTEST) tests/slurm
+
+methods: install ## train each method of a library whole, resumed, in two processes and with accumulation (under a minute)
+	$(PYTEST) tests/methods
 
 faults: install ## kill and damage runs at random points, with a fixed seed (under three minutes)
 	$(PYTEST) -n 3 tests/faults

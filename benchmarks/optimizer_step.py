@@ -130,7 +130,7 @@ def contestants() -> dict[str, tuple[str, Make]]:
         add("pytorch_optimizer LARS", "LARS", pytorch_optimizer.LARS, **momentum)
         add("pytorch_optimizer Lamb", "LAMB", pytorch_optimizer.Lamb, **shared)
     else:
-        print("pytorch_optimizer isn't installed and is left out; the extra `bench` has it\n")
+        print("pytorch_optimizer isn't installed and is left out; the extra `optimizers` has it\n")
     return dict(sorted(made.items(), key=lambda item: list(BYTES).index(item[1][0])))  # by family
 
 

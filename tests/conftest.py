@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from largebatch.config.schema import Config, defaults, from_composed
 from largebatch.launch import devices
@@ -106,7 +106,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
-    """Return the process that calls programs, for the tests of bad input."""
+    """Return the process that calls programs and trains runs without the time of their imports."""
     import programs  # not found by programs of tests that import this file
 
     with programs.programs(tmp_path_factory.mktemp("programs")) as process:
@@ -115,13 +115,18 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
 
 def configuration(*overrides: str) -> Config:
     """Return the configuration that ``python launch.py`` makes of overrides, without a new process."""
+    return from_composed(composition(*overrides))
+
+
+def composition(*overrides: str) -> DictConfig:
+    """Return the tree that Hydra composes of overrides."""
     presets = tuple(o for o in overrides if o[0] in "+~" or (ROOT / "conf" / o.partition("=")[0]).is_dir())
     tree = OmegaConf.create(_composed(presets))
     values = [f"{group}.target={target}" for group, target in TARGETS.items() if f"{group}=custom" in presets]
     values += [override for override in overrides if override not in presets]
     for override in OverridesParser.create().parse_overrides(values):
         OmegaConf.update(tree, override.get_key_element(), override.value(), force_add=True)
-    return from_composed(tree)
+    return tree
 
 
 @functools.cache

@@ -28,7 +28,7 @@ _GROUPS = {
     "Train": ("run", "confirm", "replay"),
     "Watch": ("status", "logs", "cancel"),
     "Compare": ("report", "fit-lr", "critical"),
-    "Use": ("export", "evaluate", "predict"),
+    "Use": ("export", "evaluate", "predict", "surface"),
     "Weights & Biases": ("sync", "dashboard"),
 }
 
@@ -234,6 +234,14 @@ def _add_results(add: Callable[..., argparse.ArgumentParser], where: argparse.Ar
     predict.add_argument("--out", type=Path, metavar="FILE", help="write the CSV there instead of printing it")
     predict.set_defaults(run=_predict)
 
+    surface = add("surface", parents=[weights], help="draw the training loss around a run's weights")
+    surface.add_argument("--plane", action="store_true", help="along two random directions; default: along one")
+    surface.add_argument("--radius", type=float, default=1.0, help="distance, in norms of each filter; default: 1")
+    for name, default in ("samples", 512), ("points", 21), ("seed", 0):
+        surface.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
+    surface.add_argument("--out", type=Path, metavar="FILE", help="HTML; default: NAME-surface.html, with a .json")
+    surface.set_defaults(run=_surface)
+
 
 def _grouped(helps: dict[str, str]) -> str:
     """Return the commands and their help texts, in groups."""
@@ -372,6 +380,17 @@ def _predict(options: argparse.Namespace) -> int:
     run = load_run(options.wanted, options.checkpoint, options.runs_dir)
     with options.out.open("w", encoding="utf-8") if options.out else nullcontext(sys.stdout) as out:
         return 1 if predict(run, options.images, out) else 0
+
+
+def _surface(options: argparse.Namespace) -> None:
+    require("report")
+    from largebatch.results.run import load_run
+    from largebatch.results.surface import surface, write_surface
+
+    run = load_run(options.wanted, options.checkpoint, options.runs_dir)
+    given = {name: getattr(options, name) for name in ("samples", "points", "radius", "plane", "seed")}
+    found = surface(run, **given, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(*write_surface(found, options.out), sep="\n")
 
 
 if __name__ == "__main__":

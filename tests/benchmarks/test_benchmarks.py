@@ -12,8 +12,11 @@ import pytest
 from conftest import ROOT, environment
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
-# Of the extras `bench` and `decode`.
-OPTIONAL = {"input_pipeline": "kornia", "optimizer_step": "pytorch_optimizer", "decoding": "nvidia.nvimgcodec"}
+OPTIONAL = {
+    "input_pipeline": "kornia",
+    "optimizer_step": "pytorch_optimizer",
+    "decoding": "nvidia.nvimgcodec",
+}  # of extras
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from conftest import configuration
 from largebatch.config import source
 from largebatch.config.checks import validate
 from largebatch.config.identity import identity, run_name
-from largebatch.config.optimizers import structure
+from largebatch.config.optimizer_libraries import structure
 from largebatch.config.schema import Config
 from largebatch.errors import UserError
 

@@ -180,6 +180,26 @@ def test_phi_falls_in_every_grid_of_our_own(sweep: str) -> None:
         assert not [note for note in idle_options(config, *length) if "phi" in note]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (["dataset.erasing.fill=pixel"], "dataset.erasing: its options do nothing, because it is off"),
+        (["dataset.erasing.fill=pixel", "dataset.erasing.probability=0.1"], None),
+        (["dataset.rand_augment.magnitude=5"], "Fix: dataset.rand_augment.operations=2"),
+        (["dataset.resized_crop.ratio=[1,1]"], "Fix: dataset.resized_crop.scale=[0.08,1]"),
+        (["dataset.color_jitter.probability=0.5"], "Fix: dataset.color_jitter.brightness=0.4"),
+        (["mode=bt", "dataset.color_jitter.hue=0.1"], "dataset.color_jitter: does nothing, because mode=bt trains on"),
+        (["mode=bt", "dataset.color_jitter.hue=0.1", "mode.eval_augmentation=true"], None),
+        (["mode.mix_per=pair"], "mode.mix_per=pair: does nothing without mode.mixup or mode.cutmix"),
+        (["mode.mix_per=pair", "mode.cutmix=1"], None),
+    ],
+)
+def test_a_note_about_augmentation_that_is_off(overrides: list[str], note: str | None) -> None:
+    found = [line for line in notes(*overrides) if line.startswith(("dataset.", "mode."))]
+    assert len(found) == (note is not None)
+    assert note is None or note in found[0]
+
+
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 

@@ -16,7 +16,7 @@ from largebatch.config.augmentation import (
 from largebatch.config.batch import plan_batch
 from largebatch.config.datasets import DatasetConfig
 from largebatch.config.epochs import Epochs
-from largebatch.config.modes import Mixing
+from largebatch.config.modes import Clf
 from largebatch.data import BatchLoader, MemoryImages, Split
 from largebatch.data.chain import Chain, draw_chain
 
@@ -46,7 +46,7 @@ def training(how, steps=2, *, rank=0, processes=1, micro_batch=12, start_step=0,
     plan = plan_batch(12, processes, micro_batch, 1, 2)
     batches = loader.train(
         split(channels), Epochs(N, 12, "carry"), plan, seed=5, start_step=start_step,
-        mixing=Mixing(0.8, 1.0, 0.9, 0.5, per), classes=CLASSES,
+        mixing=Clf(mixup=0.8, cutmix=1.0, mix_probability=0.9, mix_per=per), classes=CLASSES,
     )  # fmt: skip
     found = list(itertools.islice(batches, steps * plan.accumulation))
     return [torch.cat(parts) for parts in zip(*found, strict=True)]

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from conftest import Launch
 from datafiles import make_cifar10, make_cifar100, make_imagefolder, make_tinyimagenet
+from programs import Programs
+from runs import the_run
 
 SHORT = ("model=smallcnn", "batch_size=10", "steps=3", "tracker=none", "cluster.threads=1")
 
 
-def summary(folder: Path) -> dict[str, object]:
-    (path,) = folder.glob("runs/*/summary.json")
-    found: dict[str, object] = json.loads(path.read_text())
+def summary(run: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((run / "summary.json").read_text())
     return found
 
 
@@ -24,10 +25,11 @@ def test_cifar10(launch: Launch, tmp_path: Path) -> None:
     make_cifar10(tmp_path / "data")
     result = launch("dataset=cifar10", "dataset.verify=false", *SHORT)
     assert result.returncode == 0, result.stderr
-    assert (summary(tmp_path)["train_images"], summary(tmp_path)["test_images"]) == (100, 20)
+    run = the_run(tmp_path)
+    assert (summary(run)["train_images"], summary(run)["test_images"]) == (100, 20)
 
 
-def test_cifar10_pickled_by_python_3(launch: Launch, tmp_path: Path) -> None:
+def test_cifar10_pickled_by_python_3(tmp_path: Path, process: Programs) -> None:
     folder = tmp_path / "data" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -36,53 +38,50 @@ def test_cifar10_pickled_by_python_3(launch: Launch, tmp_path: Path) -> None:
         entry = {"data": images, "labels": [*range(10), 0, 1], "filenames": ["x.png"] * 12, "batch_label": name}
         (folder / name).write_bytes(pickle.dumps(entry))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
-    result = launch("dataset=cifar10", "dataset.verify=false", *SHORT)
-    assert result.returncode == 0, result.stderr
+    process.train(tmp_path, "dataset=cifar10", "dataset.verify=false", f"dataset.root={tmp_path}/data", *SHORT)
 
 
-def test_cifar100(launch: Launch, tmp_path: Path) -> None:
+def test_cifar100(tmp_path: Path, process: Programs) -> None:
     make_cifar100(tmp_path / "data")
-    assert launch("dataset=cifar100", "dataset.verify=false", *SHORT).returncode == 0
-    assert summary(tmp_path)["classes"] == 100
+    run = process.train(tmp_path, "dataset=cifar100", "dataset.verify=false", f"dataset.root={tmp_path}/data", *SHORT)
+    assert summary(run)["classes"] == 100
 
 
-def test_tinyimagenet(launch: Launch, tmp_path: Path) -> None:
+def test_tinyimagenet(tmp_path: Path, process: Programs) -> None:
     make_tinyimagenet(tmp_path / "data", classes=4, train_per_class=5)
-    result = launch("dataset=tinyimagenet", *SHORT)
-    assert result.returncode == 0, result.stderr
-    assert summary(tmp_path)["classes"] == 4
+    run = process.train(tmp_path, "dataset=tinyimagenet", f"dataset.root={tmp_path}/data", *SHORT)
+    assert summary(run)["classes"] == 4
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_image_folder_of_grey_28x28_pngs(launch: Launch, tmp_path: Path, channels: int) -> None:
+def test_image_folder_of_grey_28x28_pngs(tmp_path: Path, process: Programs, channels: int) -> None:
     make_imagefolder(tmp_path / "pictures", 28, 1)
-    options = ("dataset.root=pictures", "dataset.image_size=28", f"dataset.channels={channels}", "batch_size=6")
-    result = launch("dataset=imagefolder", *SHORT, *options)
-    assert result.returncode == 0, result.stderr
+    options = ("dataset.image_size=28", f"dataset.channels={channels}", "batch_size=6")
+    process.train(tmp_path, "dataset=imagefolder", f"dataset.root={tmp_path}/pictures", *SHORT, *options)
 
 
-def test_a_wrong_checksum_error_names_the_file_and_the_key_to_skip_the_check(launch: Launch, tmp_path: Path) -> None:
+def test_a_wrong_checksum_error_names_the_file_and_the_key_to_skip_the_check(tmp_path: Path, process: Programs) -> None:
     make_cifar10(tmp_path / "data")
-    result = launch("dataset=cifar10", *SHORT)
-    assert result.returncode == 2
+    result = process.call("launch", "dataset=cifar10", *SHORT, cwd=tmp_path)
+    assert result.code == 2
     assert "data_batch_1" in result.stderr
     assert "dataset.verify=false" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_truncated_file_error_names_the_file(launch: Launch, tmp_path: Path) -> None:
+def test_a_truncated_file_error_names_the_file(tmp_path: Path, process: Programs) -> None:
     batch = make_cifar10(tmp_path / "data") / "data_batch_3"
     batch.write_bytes(batch.read_bytes()[:1000])
-    result = launch("dataset=cifar10", "dataset.verify=false", *SHORT)
-    assert result.returncode == 2
+    result = process.call("launch", "dataset=cifar10", "dataset.verify=false", *SHORT, cwd=tmp_path)
+    assert result.code == 2
     assert str(batch) in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_batch_larger_than_the_files_content_is_an_error(launch: Launch, tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_files_content_is_an_error(tmp_path: Path, process: Programs) -> None:
     make_cifar10(tmp_path / "data")
-    result = launch("dataset=cifar10", "dataset.verify=false", *SHORT, "batch_size=128")
-    assert result.returncode == 2
+    result = process.call("launch", "dataset=cifar10", "dataset.verify=false", *SHORT, "batch_size=128", cwd=tmp_path)
+    assert result.code == 2
     assert "batch_size=128" in result.stderr
     assert "100" in result.stderr

@@ -11,7 +11,7 @@ from timm.loss import SoftTargetCrossEntropy
 from largebatch.config.batch import plan_batch
 from largebatch.config.checks import validate
 from largebatch.config.epochs import plan_epochs
-from largebatch.config.modes import Mixing
+from largebatch.config.modes import Clf
 from largebatch.data.mixing import draw_mixing, mixed, soft
 from largebatch.errors import UserError
 from largebatch.modes import clf
@@ -20,7 +20,7 @@ SIDE, CLASSES = 12, 5
 
 
 def mixing(mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, per="batch"):
-    return Mixing(mixup, cutmix, probability, switch, per)
+    return Clf(mixup=mixup, cutmix=cutmix, mix_probability=probability, mix_switch=switch, mix_per=per)
 
 
 def images_and_labels(n):

@@ -65,6 +65,8 @@ def test_without_the_wandb_extra_a_run_goes_on_and_says_so_once(tmp_path: Path) 
 
     assert refused("sync", "runs").endswith("wandb isn't installed. Fix: pip install 'largebatch[wandb]'")
     assert refused("report", "runs").endswith("plotly isn't installed. Fix: pip install 'largebatch[report]'")
+    refusal = refused("run", *TINY, "optimizer=soap")
+    assert refusal.endswith("pytorch_optimizer isn't installed. Fix: pip install 'largebatch[optimizers]'")
     assert refused("dashboard", "--entity", "team", "--print").endswith("Fix: pip install 'largebatch[wandb]'")
     (tmp_path / "sbatch").write_text(SBATCH)
     (tmp_path / "sbatch").chmod(0o755)

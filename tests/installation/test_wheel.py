@@ -62,7 +62,10 @@ def test_the_installed_program_trains_reports_and_repeats_a_run(installed: Path,
     assert "plotly" in (tmp_path / "report.html").read_text()
     confirm = largebatch_(installed, "confirm", "runs", "--seeds", "2", "--dry-run", cwd=tmp_path)
     assert "2 run(s)" in confirm.stdout, confirm.stderr
-    replay = largebatch_(installed, "replay", folder.name, cwd=tmp_path)
+    alone = largebatch_(installed, "run", *TINY, "steps=4", "seed=1", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    (second,) = (tmp_path / "runs").glob("*-s1-*")
+    replay = largebatch_(installed, "replay", second.name, cwd=tmp_path)
     assert "are equal, bit for bit" in replay.stdout, replay.stderr
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import hydra
 import pytest
-from conftest import ROOT, Launch
+from conftest import ROOT
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from programs import Programs
 
 from largebatch.config.checks import validate
 from largebatch.config.schema import Config, defaults, from_composed
@@ -410,10 +411,12 @@ def test_named_grids_are_valid_and_have_the_number_of_runs_in_their_header(name:
         ("trials=3", 2, "trials: only a grid has this key. Fix: add -m"),
     ],
 )
-def test_mistakes_and_flags_with_and_without_m(launch: Launch, command: str, code: int, message: str) -> None:
-    result = launch(*command.split())
-    assert result.returncode == code
-    assert message in result.stdout + result.stderr
+def test_mistakes_and_flags_with_and_without_m(
+    tmp_path: Path, process: Programs, command: str, code: int, message: str
+) -> None:
+    result = process.call("launch", *command.split(), cwd=tmp_path)
+    assert result.code == code
+    assert message in result.output
     assert "Traceback" not in result.stderr
 
 

@@ -1,9 +1,10 @@
-"""``largebatch confirm`` with the real program: choose, confirm, report, repeat and resume."""
+"""``largebatch confirm``: choose, confirm with the real program, report, repeat and resume."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
@@ -16,11 +17,15 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import TINY, environment, start
+from programs import Programs
 from runs import finish
 
 from largebatch.runs.metrics import read_rows
 
-GRID = (*TINY, "dataset.val_fraction=0.25", "epochs=2", "tracker.layers_every=0", "cluster.threads=1")
+GRID = (
+    *TINY, "dataset.val_fraction=0.25", "epochs=2", "tracker.layers_every=0", "tracker.group=tried",
+    "cluster.threads=1",
+)  # fmt: skip
 
 
 def largebatch(*arguments: str | Path, **popen: object) -> subprocess.Popen[str]:
@@ -30,21 +35,28 @@ def largebatch(*arguments: str | Path, **popen: object) -> subprocess.Popen[str]
     )  # type: ignore[call-overload,no-any-return]
 
 
-def refused(*arguments: str | Path) -> str:
+def called(process: Programs, *arguments: str | Path) -> str:
+    """Return the output of a command."""
+    ended = process.call("largebatch", *map(str, arguments), cwd=Path.cwd())
+    assert ended.code == 0, ended.output
+    return ended.stdout
+
+
+def refused(process: Programs, *arguments: str | Path) -> str:
     """Return the error of a command that must fail with exit code 2."""
-    process = largebatch(*arguments)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 2, out + errors
-    assert "Traceback" not in errors
-    return errors
+    ended = process.call("largebatch", *map(str, arguments), cwd=Path.cwd())
+    assert ended.code == 2, ended.output
+    assert "Traceback" not in ended.output
+    return ended.stderr
 
 
 @pytest.fixture(scope="module")
-def explored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def explored(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
     """Two optimizers with two learning rates and two seeds each."""
     folder = tmp_path_factory.mktemp("explored")
-    cases = "cases=[{optimizer: lars, optimizer.lr: [1e-6, 1]}, {optimizer: lamb, optimizer.lr: [1e-6, 0.01]}]"
-    finish(start("-m", *GRID, cases, "seed=0,1", "cluster.parallel=2", cwd=folder))
+    for optimizer, best in (("lars", "1"), ("lamb", "0.01")):
+        for lr, seed in itertools.product(("1e-6", best), (0, 1)):
+            process.train(folder, *GRID, f"optimizer={optimizer}", f"optimizer.lr={lr}", f"seed={seed}")
     return folder / "runs"
 
 
@@ -70,7 +82,9 @@ def best_learning_rates(runs_dir: Path) -> dict[str, float]:
     return {name: max(sorted(found), key=lambda lr: found[lr]) for name, found in sums.items()}
 
 
-def test_confirm_runs_the_chosen_settings_on_fresh_seeds_and_the_report_shows_only_these(runs_dir: Path) -> None:
+def test_confirm_runs_the_chosen_settings_on_fresh_seeds_and_the_report_shows_only_these(
+    runs_dir: Path, process: Programs
+) -> None:
     before, best = configs(runs_dir), best_learning_rates(runs_dir)
     out = finish(largebatch("confirm", runs_dir, "--seeds", "2", "cluster.parallel=2", "cluster.threads=1"))
     assert "seeds: 2, 3" in out
@@ -84,21 +98,21 @@ def test_confirm_runs_the_chosen_settings_on_fresh_seeds_and_the_report_shows_on
         twins = [{**old, **{key: config[key] for key in undecided}} for old in before.values()]
         assert config in twins  # all other keys are those of a run before
 
-    rows = list(csv.DictReader(io.StringIO(finish(largebatch("report", runs_dir, "--format", "csv")))))
+    rows = list(csv.DictReader(io.StringIO(called(process, "report", runs_dir, "--format", "csv"))))
     assert sorted(row["run"] for row in rows if row["reported"]) == sorted(new)
-    markdown = finish(largebatch("report", runs_dir, "--format", "md"))
+    markdown = called(process, "report", runs_dir, "--format", "md")
     assert "Each cell: 2 settings, 2 confirmation seeds." in markdown
     assert "unconfirmed" not in markdown
-    page = finish(largebatch("report", runs_dir, "--out", "-"))
+    page = called(process, "report", runs_dir, "--out", "-")
     assert "2 settings, 2 confirmation seeds" in page
     assert "Confirmation seeds: the chosen setting ran again" in page
 
     times = {path: path.stat().st_mtime_ns for path in runs_dir.glob("*/summary.json")}
-    again = finish(largebatch("confirm", runs_dir, "--seeds", "2"))
+    again = called(process, "confirm", runs_dir, "--seeds", "2")
     assert len(re.findall(r"finished before, test accuracy \S+ %; not repeated", again)) == 4
     assert {path: path.stat().st_mtime_ns for path in runs_dir.glob("*/summary.json")} == times
 
-    more = finish(largebatch("confirm", runs_dir, "--seeds=3", "--dry-run"))
+    more = called(process, "confirm", runs_dir, "--seeds=3", "--dry-run")
     assert "seeds: 2, 3, 4\n6 run(s): 4 finished, 2 new; nothing is started" in more
     assert len(configs(runs_dir)) == len(before) + 4
 
@@ -127,8 +141,9 @@ def test_a_killed_confirmation_resumes_with_the_same_seeds(tmp_path: Path) -> No
     assert all((path / "summary.json").exists() for path in runs_dir.iterdir() if path != first)
 
 
-def test_overrides_place_the_runs_and_cannot_change_a_setting(runs_dir: Path) -> None:
-    out = finish(largebatch("confirm", runs_dir, "cluster=slurm", "--seeds", "4", "cluster.partition=gpu", "--dry-run"))
+def test_overrides_place_the_runs_and_cannot_change_a_setting(runs_dir: Path, process: Programs) -> None:
+    on_slurm = ("cluster=slurm", "--seeds", "4", "cluster.partition=gpu")
+    out = called(process, "confirm", runs_dir, *on_slurm, "--dry-run")
     assert "8 run(s): 8 new; nothing is started" in out
     assert "#SBATCH --partition=gpu" in out
     assert "#SBATCH --array=0-7" in out
@@ -141,12 +156,12 @@ def test_overrides_place_the_runs_and_cannot_change_a_setting(runs_dir: Path) ->
         (["--by", "optimizer.momentm"], "--by=optimizer.momentm: no run has this key"),
         (["--seed", "3", "--nonsense"], "unrecognized arguments: --nonsense"),
     ):
-        assert re.search(message, refused("confirm", runs_dir, *overrides))
+        assert re.search(message, refused(process, "confirm", runs_dir, *overrides))
     assert len(configs(runs_dir)) == 8
 
 
-def test_a_folder_without_a_finished_run_has_nothing_to_confirm(runs_dir: Path) -> None:
+def test_a_folder_without_a_finished_run_has_nothing_to_confirm(runs_dir: Path, process: Programs) -> None:
     for status in runs_dir.glob("*/status.json"):
         status.write_text(status.read_text().replace('"finished"', '"diverged"'))
-    assert "no run has finished, so no setting is chosen" in refused("confirm", runs_dir)
-    assert "not a folder" in refused("confirm", runs_dir / "none")
+    assert "no run has finished, so no setting is chosen" in refused(process, "confirm", runs_dir)
+    assert "not a folder" in refused(process, "confirm", runs_dir / "none")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, configuration, environment, start
+from conftest import TINY, configuration, start
 from PIL import Image
-from runs import finish, the_run
+from programs import Programs
+from runs import the_run
 
 from largebatch.config.schema import to_yaml
 from largebatch.errors import UserError
@@ -27,7 +26,7 @@ from largebatch.runs.folder import RunFolder
 
 IMAGES = (
     "dataset=imagefolder", "dataset.image_size=8", "model=smallcnn", "batch_size=4", "epochs=20", "tracker=none",
-    "cluster.threads=1", "checkpoint.every_steps=1",
+    "dataset.workers=1", "cluster.threads=1", "checkpoint.every_steps=1",
 )  # fmt: skip
 
 
@@ -52,33 +51,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_named_and_the_grid_ends_in_order(tmp_path: Path, small_disk: Path) -> None:
-    command = (*TINY, "steps=30", "checkpoint.every_steps=5", f"runs_dir={small_disk}/runs", "seed=0,1,2", "-m")
-    process = start(*command, cwd=tmp_path)
-    out, errors = process.communicate(timeout=200)
-    assert process.returncode == 1, out + errors
+def test_a_full_disk_is_named_the_grid_ends_in_order_and_a_run_resumes_when_there_is_room(
+    tmp_path: Path, process: Programs, small_disk: Path
+) -> None:
+    command = (*TINY, "steps=30", "checkpoint.every_steps=5", f"runs_dir={small_disk}/runs")
+    launcher = start(*command, "seed=0,1", "-m", cwd=tmp_path)
+    out, errors = launcher.communicate(timeout=200)
+    assert launcher.returncode == 1, out + errors
     assert "Traceback" not in out + errors
     failures = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert failures
     assert all("No space left on device" in line for line in failures), errors
+    assert "the same command resumes" in failures[0]
     assert not list(small_disk.rglob("*.tmp"))
-    shutil.rmtree(small_disk / "runs", ignore_errors=True)
-
-
-def test_a_run_on_a_full_disk_resumes_when_there_is_room(tmp_path: Path, small_disk: Path) -> None:
-    command = (*TINY, "steps=30", "checkpoint.every_steps=5", f"runs_dir={small_disk}/runs")
-    process = start(*command, cwd=tmp_path)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert "No space left on device" in errors
-    assert "the same command resumes" in errors
-    assert list(small_disk.rglob("step-*.pt"))
+    assert list(small_disk.rglob("*-s0-*/**/step-*.pt"))
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    assert "resumed after step 5 of 30" in finish(start(*command, cwd=tmp_path))
+    run = process.train(tmp_path, *command)
+    assert "resumed after step 5 of 30" in (run / "log.txt").read_text()
 
 
 def test_an_image_that_becomes_unreadable_fails_the_run_and_keeps_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, process: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(LITTLE_MEMORY)
@@ -91,14 +84,14 @@ def test_an_image_that_becomes_unreadable_fails_the_run_and_keeps_its_folder(
             for number in range(8):
                 Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     command = (*IMAGES, f"dataset.root={tmp_path / 'data'}")
-    process = start(*command, cwd=tmp_path)
+    launcher = start(*command, cwd=tmp_path)
     while not list(tmp_path.glob("runs/*/checkpoints/step-*.pt")):
-        assert process.poll() is None, process.communicate()
+        assert launcher.poll() is None, launcher.communicate()
     victim = tmp_path / "data" / "train" / "a" / "0.png"
     content = victim.read_bytes()
     victim.write_bytes(b"gone")
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 1
+    _, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1
     run = the_run(tmp_path)
     assert str(victim) in errors
     assert "the same command resumes" in errors
@@ -106,7 +99,8 @@ def test_an_image_that_becomes_unreadable_fails_the_run_and_keeps_its_folder(
     assert list(run.glob("checkpoints/step-*.pt"))
     assert "Traceback" not in (run / "log.txt").read_text()
     victim.write_bytes(content)
-    assert "resumed after step" in finish(start(*command, cwd=tmp_path))
+    assert process.train(tmp_path, *command) == run
+    assert "resumed after step" in (run / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("moved", range(5))
@@ -143,14 +137,13 @@ def test_a_launcher_that_cannot_open_the_log_fails_the_run_with_the_cause(tmp_pa
     assert (folder.state(), folder.read_status()["message"]) == ("failed", outcome.message)
 
 
-def test_a_worker_that_cannot_open_the_log_fails_the_run_with_the_cause(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_open_the_log_fails_the_run_with_the_cause(tmp_path: Path, process: Programs) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.log.mkdir(parents=True)
     folder.config.write_text(to_yaml(configuration(*TINY)))
     folder.update_status(state="queued", message="", exit_code=0)
-    command = [sys.executable, "-m", "largebatch.training.worker", str(folder.path)]
-    worker = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)
-    assert (worker.returncode, worker.stderr) == (1, "")
+    worker = process.call("worker", str(folder.path), cwd=tmp_path)
+    assert (worker.code, worker.stderr) == (1, "")
     assert "Is a directory" in folder.read_status()["message"]
 
 

@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import TINY, Launch, configuration
 from datafiles import make_imagefolder
+from pytorch_optimizer import get_supported_optimizers, load_optimizer
+from steps import at_start
 
 from largebatch.config.checks import validate
 from largebatch.config.epochs import plan_epochs
+from largebatch.config.optimizer_libraries import PytorchOptimizer
 from largebatch.config.schema import Config
 from largebatch.data import load_data
 from largebatch.errors import UserError
@@ -149,28 +152,45 @@ def test_timm_is_asked_for_its_names_once_and_only_if_it_is_chosen(
     monkeypatch.setenv("LARGEBATCH_CACHE", str(tmp_path))
     timm_model = (*TINY, "model=timm", "model.name=resnet81", "model.batch_norm=false")
     timm_optimizer = (*TINY, "optimizer=timm", "optimizer.name=lionn")
-    python, listing = sys.executable, "listing the models and optimizers of timm"
-    checks._timm_names.cache_clear()
+    python, listing = sys.executable, "listing the names of timm"
+    checks._names.cache_clear()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     planned(*TINY)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(sys, "executable", python)
     models = refusal(lambda: planned(*timm_model))
     assert listing in capfd.readouterr().out
-    checks._timm_names.cache_clear()
+    checks._names.cache_clear()
     monkeypatch.setattr(sys, "executable", "/bin/false")  # the list is in the cache's folder now
     optimizers = refusal(lambda: planned(*timm_optimizer))
-    names = checks._timm_names()
+    names = checks._names("timm")
     assert names is not None
     for name in ("resnet18", "resnet18.a1_in1k", names["deprecated"][0]):
         planned(*TINY, "model=timm", f"model.name={name}", "model.batch_norm=false")
     assert listing not in capfd.readouterr().out
-    checks._timm_names.cache_clear()
+    checks._names.cache_clear()
 
     assert models.startswith("model.name=resnet81: timm has no such model; allowed: ")
     assert "did you mean resnet" in models
     assert optimizers.startswith("optimizer.name=lionn: timm has no such optimizer; allowed: ")
     assert "did you mean lion?" in optimizers
+
+
+def test_the_plan_refuses_a_name_that_pytorch_optimizer_does_not_have() -> None:
+    message = refusal(lambda: planned(*TINY, "optimizer=soap", "optimizer.name=soapp"))
+    assert message.startswith("optimizer.name=soapp: pytorch_optimizer has no such optimizer; allowed: ")
+    assert "did you mean soap?" in message
+    planned(*TINY, "optimizer=soap")
+
+
+def test_the_average_of_an_average_is_refused(tmp_path: Path) -> None:
+    both = ("optimizer=schedulefree_sgd", "ema_decay=0.9")
+    message = refusal(lambda: validate(configuration(*TINY, *both)))
+    assert message.startswith("ema_decay=0.9: the optimizer schedulefreesgd averages the weights itself. Fix: ")
+    assert message == refusal(lambda: at_start(tmp_path, *both))
+    kinds = {name: load_optimizer(name) for name in get_supported_optimizers()}
+    averaging = {name for name, kind in kinds.items() if callable(getattr(kind, "eval", None))}
+    assert averaging == set(PytorchOptimizer.AVERAGING)
 
 
 def test_the_program_refuses_before_a_worker_starts(launch: Launch, tmp_path: Path) -> None:

@@ -219,6 +219,14 @@ def test_the_plan_tells_processes_devices_and_cpus() -> None:
             requesting(options={"gres": "gpu:a100:2"}, time_limit="1-12"),
             "1 node x 2 processes on cuda; GPUs of a node: a100:2; time limit 1-12",
         ),
+        (
+            requesting(gpus_per_node=4, processes_per_node=2),
+            "1 node x 2 processes on cuda; GPUs of a node: 4, 2 of them unused",
+        ),
+        (
+            requesting(gpus_per_node="a100:2", device="cpu"),
+            "1 node x 1 process on cpu; GPUs of a node: a100:2, 2 of them unused",
+        ),
     ):
         assert in_words(config.cluster) == words
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Launch, configuration
+from conftest import configuration
+from programs import Programs
 from torch import nn
 
 from largebatch.machine.precision import Arithmetic, allow_tf32, choose_arithmetic
@@ -92,10 +93,8 @@ def test_all_arithmetics_agree_up_to_rounding() -> None:
         assert losses[way] != losses[FP32]
 
 
-def test_a_run_logs_and_stores_its_arithmetic(launch: Launch, tmp_path: Path) -> None:
-    result = launch(*RESNET, "steps=2", "model.stem=cifar")
-    assert result.returncode == 0, result.stderr
-    (run,) = (tmp_path / "runs").iterdir()
+def test_a_run_logs_and_stores_its_arithmetic(tmp_path: Path, process: Programs) -> None:
+    run = process.train(tmp_path, *RESNET, "steps=2", "model.stem=cifar")
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["precision"], summary["channels_last"], summary["tf32"]) == ("fp32", True, False)
     assert "fp32, channels last, on cpu" in (run / "log.txt").read_text()

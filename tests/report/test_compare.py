@@ -166,3 +166,16 @@ def test_runs_on_different_data_of_one_name_never_share_a_cell() -> None:
     assert two.cells[LARS, 128].mean == pytest.approx(0.2)
     (together,) = compare([*first, made("lars", seed=7, state="queued")])
     assert together.dataset == "digits"
+
+
+def test_a_growing_batch_is_a_row_of_its_own() -> None:
+    runs = [
+        *seeds("adamw", 0.5, 0.6, batch_schedule={"shape": "seesaw", "start": 32}),
+        *seeds("adamw", 0.7, 0.8, batch_schedule={"shape": "constant"}),
+    ]
+    (comparison,) = compare(runs)
+    assert [row.extra for row in comparison.rows] == [
+        (("batch_schedule", "constant"),),
+        (("batch_schedule", "seesaw"),),
+    ]
+    assert [cell.mean for cell in comparison.cells.values()] == pytest.approx([0.75, 0.55])

@@ -14,8 +14,10 @@ from conftest import environment
 from made_runs import made, write_run
 
 from largebatch.errors import UserError
+from largebatch.report.chart import styles
 from largebatch.report.compare import compare
 from largebatch.report.critical import Critical, critical, criticals
+from largebatch.report.critical_figure import critical_chart
 from largebatch.report.curves import Histories
 from largebatch.report.load import Run
 from largebatch.report.targets import Target, time_to_target
@@ -26,6 +28,16 @@ FEWEST, CRITICAL = 400, 700.0
 
 def hyperbola(batch: int) -> float:
     return FEWEST * (1 + CRITICAL / batch)
+
+
+def history(run: Run, step: float, every: float = 0.01) -> list[dict[str, float]]:
+    """Return rows of a run that reaches the target after ``step`` steps, with evaluations every ``every * step``."""
+    batch, points = run.config["batch_size"], [(step * (1 - every), 0.1), (step, 0.9)]
+    rows = [
+        {"step": at, "epoch": 1.0, "examples": at * batch, "wall_seconds": 1.0, "test/accuracy": accuracy}
+        for at, accuracy in points if math.isfinite(at)
+    ]  # fmt: skip
+    return [*rows, {"step": 1e9, "epoch": 2.0, "examples": 1, "wall_seconds": 2.0, "test/accuracy": 0.0}]
 
 
 def reached(steps: dict[int, list[float]], every: float = 0.01) -> Critical:
@@ -40,14 +52,7 @@ def reached(steps: dict[int, list[float]], every: float = 0.01) -> Critical:
         for seed, step in enumerate(of_seeds):
             run = made("sgd", batch=batch, seed=seed)
             runs.append(run)
-            points = [(step * (1 - every), 0.1), *([(step, 0.9)] if math.isfinite(step) else [])]
-            histories[run.name] = [
-                {"step": at, "epoch": 1.0, "examples": at * batch, "wall_seconds": 1.0, "test/accuracy": accuracy}
-                for at, accuracy in points if math.isfinite(at)
-            ]  # fmt: skip
-            histories[run.name] += [
-                {"step": 1e9, "epoch": 2.0, "examples": 1, "wall_seconds": 2.0, "test/accuracy": 0.0}
-            ]
+            histories[run.name] = history(run, step, every)
     (comparison,) = compare(runs)
     times = time_to_target(comparison, histories, Target(0.5))
     assert times is not None
@@ -147,3 +152,41 @@ def test_wrong_targets_and_folders_are_errors(runs_dir: Path, tmp_path: Path) ->
     ):
         with pytest.raises(UserError, match=message):
             critical(folder, target)
+
+
+def test_a_growing_batch_has_no_hyperbola() -> None:
+    runs = [made("sgd", batch=batch, batch_schedule={"shape": "linear", "start": 32}) for batch in BATCHES]
+    (comparison,) = compare(runs)
+    histories = {
+        run.name: [{"step": 1, "epoch": 1.0, "examples": 9, "wall_seconds": 1.0, "test/accuracy": 0.9}] for run in runs
+    }
+    times = time_to_target(comparison, histories, Target(0.5))
+    assert times is not None
+    assert criticals(comparison, times, []) == []
+
+
+def test_the_chart_s_lines_are_the_hyperbolas() -> None:
+    runs: list[Run] = []
+    histories: Histories = {}
+    for batch in BATCHES:
+        for name, factor in (("sgd", 1.0), ("adamw", 2.0)):
+            run = made(name, batch=batch)
+            runs.append(run)
+            histories[run.name] = history(run, factor * hyperbola(batch))
+    (comparison,) = compare(runs)
+    times = time_to_target(comparison, histories, Target(0.5))
+    assert times is not None
+    found = criticals(comparison, times, [])
+    chart = critical_chart(comparison, found, times.goal.text, styles([comparison]))
+    assert chart is not None
+    lines = [trace for trace in chart.figure.data if trace.mode == "lines"]
+    assert len(lines) == 2
+    assert all(len(trace.x) == len(trace.y) > 20 for trace in lines)
+    by_row = {one.row.optimizer: one for one in found}
+    for trace in lines:
+        one = by_row[trace.legendgroup.lower()]
+        assert one.steps is not None
+        assert list(trace.y) == pytest.approx([one.steps.value * (1 + CRITICAL / x) for x in trace.x], rel=0.03)
+    assert "AdamW 699 (" in chart.note
+    assert "SGD 699 (" in chart.note
+    assert critical_chart(comparison, [one._replace(batch_size=None, steps=None) for one in found], "", {}) is None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, configuration, environment
+from conftest import TINY, configuration
 from made_runs import write_run
+from programs import Ended, Programs
 from recorder import recorder
 
 from largebatch import cli
@@ -28,10 +28,17 @@ KEY = "c0ffee" * 6 + "beef"
 OPTIONS = ("--entity", "team", "--project", "bigbatch")
 
 
-def dashboard(*options: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "largebatch.cli", "dashboard", *options]
-    surroundings = {**environment(), "HOME": str(cwd), "PYTHONPATH": str(ROOT / "src"), **env}
-    return subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=60, check=False)
+Dashboard = Callable[..., Ended]
+
+
+@pytest.fixture
+def dashboard(process: Programs, tmp_path: Path) -> Dashboard:
+    """Return a function that calls ``largebatch dashboard`` in an empty home."""
+
+    def call(*options: str, **variables: str) -> Ended:
+        return process.call("largebatch", "dashboard", *options, cwd=tmp_path, **{"HOME": str(tmp_path), **variables})
+
+    return call
 
 
 @pytest.fixture
@@ -58,15 +65,12 @@ def panels(tree: Any) -> Iterator[Json]:
 
 
 @pytest.fixture(scope="module")
-def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
+def logged(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> tuple[set[str], set[str]]:
     """Names in the rows and in the summaries of a classification and a Barlow Twins run that log everything."""
     rows, summaries = set[str](), set[str]()
     both = [*TINY, "dataset.val_fraction=0.2", "epochs=1", "optimizer=tvlars", "optimizer.lr_1d=0.1", "steps=null"]
     for more in (["mode=clf"], ["mode=bt", "mode.eval_epochs=1", "mode.knn_every=1"]):
-        folder = tmp_path_factory.mktemp("run")
-        command = [sys.executable, str(ROOT / "launch.py"), *both, *more]
-        subprocess.run(command, cwd=folder, env=environment(), capture_output=True, timeout=120, check=True)
-        (run,) = (folder / "runs").iterdir()
+        run = process.train(tmp_path_factory.mktemp("run"), *both, *more)
         rows |= {name for row in read_rows(run / "metrics.jsonl") for name in row}
         summaries |= set(json.loads((run / "summary.json").read_text()))
     return rows, summaries
@@ -126,12 +130,12 @@ def test_panels_have_titles_and_unique_ids(views: list[Json]) -> None:
 # Saving.
 
 
-def test_saving_again_replaces_the_views_and_sends_the_printed_ones(tmp_path: Path, views: list[Json]) -> None:
+def test_saving_again_replaces_the_views_and_sends_the_printed_ones(dashboard: Dashboard, views: list[Json]) -> None:
     with recorder() as server:
-        results = [dashboard(*OPTIONS, cwd=tmp_path, **server.environment(KEY)) for _ in range(2)]
-        other = dashboard(*OPTIONS, "--name", "mine", cwd=tmp_path, **server.environment(KEY))
+        results = [dashboard(*OPTIONS, **server.environment(KEY)) for _ in range(2)]
+        other = dashboard(*OPTIONS, "--name", "mine", **server.environment(KEY))
     for result in (*results, other):
-        assert (result.returncode, result.stderr) == (0, ""), result.stderr
+        assert (result.code, result.stderr) == (0, ""), result.stderr
     assert results[0].stdout == results[1].stdout != other.stdout
     assert server.unknown == []
     first, second, third = server.views[:2], server.views[2:4], server.views[4:]
@@ -182,32 +186,32 @@ def test_an_invalid_option_is_one_message(options: list[str], says: str, capsys:
     assert says in capsys.readouterr().err
 
 
-def test_printing_needs_no_entity_and_both_options_follow_the_environment(tmp_path: Path) -> None:
-    printed = dashboard("--print", cwd=tmp_path)
-    assert (printed.returncode, printed.stderr) == (0, "")
+def test_printing_needs_no_entity_and_both_options_follow_the_environment(dashboard: Dashboard) -> None:
+    printed = dashboard("--print")
+    assert (printed.code, printed.stderr) == (0, "")
     assert [view["entity"] for view in json.loads(printed.stdout)] == ["ENTITY", "ENTITY"]
-    printed = dashboard("--print", cwd=tmp_path, WANDB_ENTITY="team", WANDB_PROJECT="bigbatch")
+    printed = dashboard("--print", WANDB_ENTITY="team", WANDB_PROJECT="bigbatch")
     assert [(v["entity"], v["project"]) for v in json.loads(printed.stdout)] == [("team", "bigbatch")] * 2
-    assert "--entity: no W&B user or team" in refused(dashboard(cwd=tmp_path))
+    assert "--entity: no W&B user or team" in refused(dashboard())
 
 
-def refused(result: subprocess.CompletedProcess[str]) -> str:
+def refused(result: Ended) -> str:
     """Return the single line on stderr."""
-    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    assert (result.code, result.stdout) == (2, ""), result.stderr
     (line,) = result.stderr.splitlines()
     return line
 
 
-def test_a_missing_key_server_or_permission_is_one_message(tmp_path: Path) -> None:
-    assert "no API key. Fix: store a key with `wandb login`" in refused(dashboard(*OPTIONS, cwd=tmp_path))
+def test_a_missing_key_server_or_permission_is_one_message(dashboard: Dashboard) -> None:
+    assert "no API key. Fix: store a key with `wandb login`" in refused(dashboard(*OPTIONS))
     nobody = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    assert "127.0.0.1:9 can't be reached" in refused(dashboard(*OPTIONS, cwd=tmp_path, **nobody))
+    assert "127.0.0.1:9 can't be reached" in refused(dashboard(*OPTIONS, **nobody))
     with recorder() as server:
         server.project = "other"
-        message = refused(dashboard(*OPTIONS, cwd=tmp_path, **server.environment(KEY)))
+        message = refused(dashboard(*OPTIONS, **server.environment(KEY)))
         assert "no project team/bigbatch" in message
         server.status = 403
-        assert "error: W&B refused: " in refused(dashboard(*OPTIONS, cwd=tmp_path, **server.environment(KEY)))
+        assert "error: W&B refused: " in refused(dashboard(*OPTIONS, **server.environment(KEY)))
     assert server.views == []
 
 

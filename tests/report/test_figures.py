@@ -10,10 +10,11 @@ from made_runs import made, seeds
 
 from largebatch.report.chart import styles
 from largebatch.report.compare import compare
-from largebatch.report.figures import accuracy_by_batch, schedules, training_curves
+from largebatch.report.figures import accuracy_by_batch, schedules, sharpness, training_curves
 from largebatch.report.layer_figures import Diagnosed, in_budget, layer_charts, layer_lines, layer_map, middle_layer
 from largebatch.report.load import Layers
 from largebatch.report.maps import setting_maps
+from largebatch.tracking.rows import COLUMNS
 
 
 def at(trace: Any, x: str, y: str, what: str = "z") -> Any:
@@ -92,6 +93,28 @@ def test_a_curve_is_the_mean_in_a_band_of_the_spread() -> None:
     assert band.meta["x"]["steps"] == [10.0, 20.0, 20.0, 10.0]
 
 
+def test_measured_sharpness_has_a_chart_of_its_own() -> None:
+    (comparison,) = compare(seeds("lars", 0.5))
+    rows = [
+        {
+            "step": s, "epoch": s / 10, "examples": 128 * s, "wall_seconds": float(s), "sharpness/eigenvalue": 90.0 - s,
+            "sharpness/trace": 300.0, **({"sharpness/preconditioned": 2.5} if s else {}),
+        }
+        for s in (0, 10, 20)
+    ]  # fmt: skip
+    histories = {run.name: rows for run in comparison.runs}
+    chart = sharpness(comparison, histories, styles([comparison]), 100)
+    assert chart is not None
+    assert [option for option, _ in chart.switches[0].options] == [
+        "sharpness/eigenvalue", "sharpness/preconditioned", "sharpness/trace",
+    ]  # fmt: skip
+    assert [list(trace.y) for trace in chart.figure.data] == [[90, 80, 70], [2.5, 2.5], [300, 300, 300]]
+    assert "no verdict" in chart.note
+    assert training_curves(comparison, histories, styles([comparison]), 100) is None
+    unmeasured = {run.name: [] for run in comparison.runs}
+    assert sharpness(comparison, unmeasured, styles([comparison]), 100) is None
+
+
 def test_a_short_warm_up_is_visible_in_the_schedule_of_a_long_training() -> None:
     """Two of 100 epochs of 98 steps are warm-up. The chart has 24 points, the fewest on a page."""
     (comparison,) = compare([made("lars", "warmup_cosine")])
@@ -154,8 +177,8 @@ def test_the_losses_of_a_diverged_run_are_drawn_up_to_its_end() -> None:
 
 def layered(layers: int, steps: int, *sizes: int) -> list[Diagnosed]:
     grid: list[list[float | None]] = [[float(layer + 1)] * steps for layer in range(layers)]
-    figures = {"weight_norm": grid, "gradient_norm": [[2.0] * steps for _ in grid], "trust_ratio": grid}
-    found = Layers(list(range(steps)), [f"layer{i}" for i in range(layers)], [4] * layers, figures)
+    columns = dict.fromkeys(COLUMNS, grid) | {"gradient_norm": [[2.0] * steps for _ in grid]}
+    found = Layers(list(range(steps)), [f"layer{i}" for i in range(layers)], [4] * layers, columns)
     cells = compare(made(batch=size) for size in sizes)[0].shown
     return [Diagnosed(cell, found) for cell in cells]
 
@@ -183,20 +206,20 @@ def test_biases_have_a_median_of_their_own_and_no_lines() -> None:
     first = {switch.key: switch.options[0][0] for switch in middle.switches}
     (shown,) = (trace for trace in middle.figure.data if trace.meta["pick"].items() <= first.items())
     assert shown.meta["pick"] == {"kind": "weights", "quantity": "lnr", "batch": "128"}
-    assert len(middle.figure.data) == 8
+    assert len(middle.figure.data) == 2 * 5
     assert {trace.name for trace in lines.figure.data} == {"layer0", "layer1", "layer2"}
-    assert len(as_map.figure.data) == 4
+    assert len(as_map.figure.data) == 5
 
 
 def test_many_layers_are_drawn_at_fewer_steps_then_at_fewer_batch_sizes() -> None:
     few = in_budget(layered(5, 100, 128, 256))
     assert [len(one.layers.steps) for one in few] == [100, 100]
     sizes = (64, 128, 256, 512, 1024)
-    many = in_budget(layered(300, 100, *sizes))
+    many = in_budget(layered(200, 100, *sizes))
     assert [one.cell.batch_size for one in many] == [64, 256, 1024]
     assert 12 <= len(many[0].layers.steps) < 100
     assert (many[0].layers.steps[0], many[0].layers.steps[-1]) == (0, 99)
     most = in_budget(layered(2000, 100, *sizes))
     assert [(one.cell.batch_size, len(one.layers.steps)) for one in most] == [(1024, 12)]
     assert (most[0].layers.names[0], most[0].layers.names[-1]) == ("layer0", "layer1999")
-    assert 1000 < len(most[0].layers.names) < 1100  # 400,000 numbers / (4 quantities * (12 * 3 + 60)) = 1,041
+    assert 800 < len(most[0].layers.names) < 850  # 400,000 numbers / (5 quantities * (12 * 3 + 60)) = 833

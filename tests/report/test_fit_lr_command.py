@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, environment, start
+from conftest import TINY, environment
 from made_runs import write_run
-from runs import finish
+from programs import Programs
 
 from largebatch.errors import UserError
 from largebatch.report import fit_lr
@@ -121,9 +121,10 @@ def test_errors_name_the_option_and_the_fix(runs_dir: Path, tmp_path: Path) -> N
     assert "unrecognized arguments: optimizer.lr=1" in command(runs_dir, "optimizer.lr=1", code=2)
 
 
-def test_small_real_runs_have_reasons_instead_of_a_law(tmp_path: Path) -> None:
-    tiny = (*TINY, "optimizer=sgd", "optimizer.lr=0.01,1,100", "dataset.val_fraction=0.25", "epochs=2")
-    finish(start("-m", *tiny, "tracker.layers_every=0", cwd=tmp_path))
+def test_small_real_runs_have_reasons_instead_of_a_law(tmp_path: Path, process: Programs) -> None:
+    tiny = (*TINY, "optimizer=sgd", "dataset.val_fraction=0.25", "epochs=2", "tracker.layers_every=0")
+    for lr in (0.01, 1, 100):
+        process.train(tmp_path, *tiny, f"optimizer.lr={lr}")
     row = row_of(command(tmp_path / "runs", "--json"))
     ((batch,), chosen, laws) = row["batches"], row["chosen"], row["laws"]
     assert (batch["batch_size"], batch["tried"], chosen, laws) == (16, 3, None, [])

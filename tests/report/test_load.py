@@ -18,6 +18,7 @@ from largebatch.report.compare import compare
 from largebatch.report.curves import read_histories
 from largebatch.report.load import Problem, flat, load_runs, number, read_history, read_layers, thinned
 from largebatch.runs.folder import RunFolder
+from largebatch.tracking.rows import COLUMNS
 
 LARS = ("optimizer=lars", "dataset=digits")
 
@@ -172,7 +173,7 @@ def test_layers_are_read_at_few_steps_and_damaged_files_named(tmp_path: Path) ->
     rows = [(step, layer, step + at) for step in range(1, 102) for at, layer in enumerate(("b", "a"))]
     columns = {"step": [r[0] for r in rows], "layer": [r[1] for r in rows]}
     columns["dimensions"] = [4 if r[1] == "b" else 1 for r in rows]
-    norms = {name: [float(r[2]) for r in rows] for name in ("weight_norm", "gradient_norm", "trust_ratio")}
+    norms = {name: [float(r[2]) for r in rows] for name in COLUMNS}
     pyarrow.parquet.write_table(pyarrow.table(columns | norms), folder.layers)
     layers = read_layers(run, 3, problems)
     assert layers is not None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ROOT, environment
+from made_runs import write_run
 
 PLOTS = ROOT / "docs" / "plots"
 
@@ -55,3 +59,43 @@ def test_readme_has_the_answer_and_the_table_of_its_page() -> None:
     answer, found, _ = (PLOTS / "large_batch.md").read_text("utf-8").partition("\n\n| learning rate")
     assert found
     assert answer in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"betas": [0.9, 0.99]}]
+)
+def test_steps_on_a_quadratic_diverge_beyond_the_limit_of_the_sharpness_plot(options: dict[str, Any]) -> None:
+    spec = importlib.util.spec_from_file_location("sharpness_plot", PLOTS / "sharpness.py")
+    assert spec is not None
+    assert spec.loader is not None
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    ends = []
+    for product in (0.97 * plot.limit(options), 1.03 * plot.limit(options)):
+        weight, momentum = 1.0, 0.0
+        for _ in range(600):  # of the loss weight^2 / 2
+            if "betas" in options:
+                momentum = 0.9 * momentum + 0.1 * weight
+                weight -= product * momentum
+            else:
+                factor = options.get("momentum", 0.0)
+                momentum = factor * momentum + weight
+                weight -= product * (weight + factor * momentum if options.get("nesterov") else momentum)
+        ends.append(abs(weight))
+    assert ends[0] < 1e-2
+    assert ends[1] > 1e2
+
+
+def test_sharpness_script_draws_runs_that_measured_it(tmp_path: Path) -> None:
+    for name in ("lars", "tvlars"):
+        folder = write_run(tmp_path / "runs", f"optimizer={name}")
+        folder.summary.write_text(json.dumps(folder.read_summary() | {"optimizer_options": {"momentum": 0.9}}))
+        rows = [
+            {"step": 10, "epoch": 1.0, "optim/lr": 6.0},
+            {"step": 10, "epoch": 1.0, "sharpness/eigenvalue": 90.0, "sharpness/preconditioned": 0.5},
+            {"step": 20, "epoch": 2.0, "sharpness/eigenvalue": 120.0},
+        ]
+        folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, str(PLOTS / "sharpness.py"), str(tmp_path / "runs"), str(tmp_path / "plot.svg")]
+    subprocess.run(command, env=environment(), check=True, timeout=120)
+    assert "<!-- TVLARS -->" in (tmp_path / "plot.svg").read_text(encoding="utf-8")

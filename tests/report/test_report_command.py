@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
 import pyarrow.parquet
 import pytest
-from conftest import TINY, environment, start
+from conftest import TINY, environment
 from made_runs import write_run
-from runs import finish
+from programs import Ended, Programs
 
 from largebatch.runs.folder import RunFolder
 
 GRID = (
-    *TINY, "dataset.val_fraction=0.25", "epochs=3", "tracker.layers_every=2", "cluster.parallel=2",
+    *TINY, "dataset.val_fraction=0.25", "epochs=3", "tracker.layers_every=2",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs_dir(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
     """Two optimizers with two seeds each, a diverged run, a failed run, and a folder that isn't a run."""
     folder = tmp_path_factory.mktemp("real")
-    finish(start("-m", *GRID, "optimizer=lars,tvlars", "seed=0,1", cwd=folder))
-    finish(start(*GRID, "optimizer=sgd", "optimizer.lr=1e30", cwd=folder))
+    for optimizer, seed in itertools.product(("lars", "tvlars"), (0, 1)):
+        process.train(folder, *GRID, f"optimizer={optimizer}", f"seed={seed}")
+    process.train(folder, *GRID, "optimizer=sgd", "optimizer.lr=1e30")
     runs = folder / "runs"
     failed = shutil.copytree(next(runs.glob("*-sgd-*")), runs / "failed")
     config = (failed / "config.yaml").read_text()
@@ -43,15 +46,20 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-def report(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "largebatch.cli", "report", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+Report = Callable[..., Ended]
+
+
+@pytest.fixture
+def report(process: Programs, tmp_path: Path) -> Report:
+    """Return a function that calls ``largebatch report`` in ``tmp_path``."""
+    return lambda *arguments: process.call("largebatch", "report", *map(str, arguments), cwd=tmp_path)
 
 
 @pytest.fixture(scope="module")
 def written(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("page")
-    result = report(runs_dir, cwd=cwd)
+    command = [sys.executable, "-m", "largebatch.cli", "report", str(runs_dir)]
+    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "report.html: 6 runs in 1 comparison(s)\n"
     assert result.stderr.startswith("left out: half: config.yaml can't be read (")
@@ -123,7 +131,7 @@ def test_every_cell_shows_its_learning_rate_and_keys_break_after_dots(written: P
     assert '<th scope="row">optimizer.<wbr>lr</th>' in html
 
 
-def test_seeds_link_to_run_folders_and_to_wandb(tmp_path: Path) -> None:
+def test_seeds_link_to_run_folders_and_to_wandb(tmp_path: Path, report: Report) -> None:
     names = []
     for seed, url in enumerate(("https://wandb.ai/me/largebatch/runs/1a", "javascript:alert(1)", None, "damaged")):
         run = write_run(tmp_path / "my runs", f"seed={seed}")
@@ -131,8 +139,8 @@ def test_seeds_link_to_run_folders_and_to_wandb(tmp_path: Path) -> None:
         (run.path / "wandb").mkdir()
         text = json.dumps({"1a": {"rows": 3} | ({"url": url} if url else {})}) if url != "damaged" else "[1"
         (run.path / "wandb" / "uploads.json").write_text(text)
-    result = report("my runs", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = report("my runs")
+    assert result.code == 0, result.stderr
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     links = [address for address in page.addresses if not address.startswith("#")]
     assert links == [
@@ -142,13 +150,13 @@ def test_seeds_link_to_run_folders_and_to_wandb(tmp_path: Path) -> None:
     assert "its link to W&B is left out" in result.stderr
 
 
-def test_the_same_runs_give_the_same_file(runs_dir: Path, written: Path, tmp_path: Path) -> None:
-    assert report(runs_dir, "--out", "again.html", cwd=tmp_path).returncode == 0
+def test_the_same_runs_give_the_same_file(runs_dir: Path, written: Path, tmp_path: Path, report: Report) -> None:
+    assert report(runs_dir, "--out", "again.html").code == 0
     assert (tmp_path / "again.html").read_bytes() == written.read_bytes()
 
 
-def test_markdown_is_printed(runs_dir: Path, tmp_path: Path) -> None:
-    result = report(runs_dir, "--format", "md", cwd=tmp_path)
+def test_markdown_is_printed(runs_dir: Path, tmp_path: Path, report: Report) -> None:
+    result = report(runs_dir, "--format", "md")
     lines = result.stdout.splitlines()
     assert "## synthetic · smallcnn · classification" in lines
     rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines if line.startswith("| ")}
@@ -158,10 +166,10 @@ def test_markdown_is_printed(runs_dir: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_csv_and_parquet_have_one_row_for_each_run(runs_dir: Path, tmp_path: Path) -> None:
-    rows = list(csv.DictReader(io.StringIO(report(runs_dir, "--format", "csv", cwd=tmp_path).stdout)))
+def test_csv_and_parquet_have_one_row_for_each_run(runs_dir: Path, tmp_path: Path, report: Report) -> None:
+    rows = list(csv.DictReader(io.StringIO(report(runs_dir, "--format", "csv").stdout)))
     assert len(rows) == 6
-    assert report(runs_dir, "--out", "runs.parquet", cwd=tmp_path).returncode == 0
+    assert report(runs_dir, "--out", "runs.parquet").code == 0
     table = pyarrow.parquet.read_table(tmp_path / "runs.parquet").to_pylist()
     for text, row in zip(rows, table, strict=True):
         assert text == {key: "" if value is None else str(value) for key, value in row.items()}
@@ -174,8 +182,8 @@ def test_csv_and_parquet_have_one_row_for_each_run(runs_dir: Path, tmp_path: Pat
     assert [row["optimizer.lmbda_relative"] for row in table] == [None, None, 10, 10, None, None]
 
 
-def test_a_dash_prints_the_page(runs_dir: Path, written: Path, tmp_path: Path) -> None:
-    assert report(runs_dir, "--out", "-", cwd=tmp_path).stdout.strip() == written.read_text(encoding="utf-8").strip()
+def test_a_dash_prints_the_page(runs_dir: Path, written: Path, tmp_path: Path, report: Report) -> None:
+    assert report(runs_dir, "--out", "-").stdout.strip() == written.read_text(encoding="utf-8").strip()
 
 
 @pytest.mark.parametrize(
@@ -197,37 +205,39 @@ def test_a_dash_prints_the_page(runs_dir: Path, written: Path, tmp_path: Path) -
         (["--by", "optimizer.denominatr"], "--by=optimizer.denominatr: no run has this key"),
     ],
 )
-def test_an_invalid_option_is_one_line(arguments: list[str], says: str, runs_dir: Path, tmp_path: Path) -> None:
-    result = report(runs_dir, *arguments, cwd=tmp_path)
-    assert result.returncode == 2
+def test_an_invalid_option_is_one_line(
+    arguments: list[str], says: str, runs_dir: Path, tmp_path: Path, report: Report
+) -> None:
+    result = report(runs_dir, *arguments)
+    assert result.code == 2
     assert says in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path, report: Report) -> None:
     (tmp_path / "photos").mkdir()
-    result = report(tmp_path, cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
+    result = report(tmp_path)
+    assert (result.code, result.stdout) == (2, "")
     assert result.stderr.splitlines()[0].startswith("left out: photos: not a run folder")
     assert result.stderr.splitlines()[1].endswith("holds no readable run. Fix: give the folder that holds the runs")
     assert not (tmp_path / "report.html").exists()
 
 
-def test_text_from_run_folders_is_escaped(tmp_path: Path) -> None:
+def test_text_from_run_folders_is_escaped(tmp_path: Path, report: Report) -> None:
     """The page, the data of its charts and the Markdown contain it as text."""
     nasty = "</script><img src=x onerror=alert(1)>|`"
     folder = write_run(tmp_path, "dataset=digits", "optimizer=lars", message=nasty)
     config = folder.config.read_text().replace("name: lars", f"name: '{nasty}'")
     folder.config.write_text(config)
-    assert report(tmp_path, "--out", "nasty.html", cwd=tmp_path).returncode == 0
+    assert report(tmp_path, "--out", "nasty.html").code == 0
     html = (tmp_path / "nasty.html").read_text(encoding="utf-8")
     assert "<img" not in html.replace("'<img", "")  # Plotly's script has the tag in a string
     page = Page(html)
     assert page.open == []
     assert len(page.scripts) == 3
     assert any(nasty in text for text in page.texts)
-    assert "<img" not in report(tmp_path, "--format", "md", cwd=tmp_path).stdout.replace("\\<img", "")
+    assert "<img" not in report(tmp_path, "--format", "md").stdout.replace("\\<img", "")
 
 
 # In a browser.
@@ -309,13 +319,19 @@ def test_charts_follow_dark_mode_and_are_light_on_paper(written: Path, tmp_path:
       : { matches: false };
     </script>"""
     look = """<script>
-    const seen = [];
+    const seen = [], widths = [], covered = [];
     const note = () => {
       const chart = document.querySelector(".chart");
       const text = chart.querySelector(".xtitle").style.fill;
       const line = chart.querySelector(".point").style.fill;
       const ground = chart.querySelector(".main-svg").style.background;
       seen.push([ground, text, line, chart.layout.width ?? "auto"].join(" "));
+      const charts = [...document.querySelectorAll(".chart")];
+      widths.push(charts.map((one) => one.querySelector(".main-svg").clientWidth - one.clientWidth));
+      covered.push(charts.filter((one) => {
+        const [legend, lines] = [one.querySelector(".legend .bg"), one.querySelector(".nsewdrag")];
+        return legend && legend.getBoundingClientRect().bottom > lines.getBoundingClientRect().top;
+      }).length);
     };
     const timer = setInterval(() => {
       if (document.body.dataset.drawn !== "all") return;
@@ -324,6 +340,8 @@ def test_charts_follow_dark_mode_and_are_light_on_paper(written: Path, tmp_path:
       for (dark of [false, true]) { heard.forEach((react) => react()); note(); }
       for (const event of ["beforeprint", "afterprint"]) { dispatchEvent(new Event(event)); note(); }
       document.body.dataset.seen = seen.join("; ");
+      document.body.dataset.covered = covered.join(" ");
+      document.body.dataset.wider = widths.map((all) => Math.max(...all)).join(" ");
     }, 20);
     </script></body>"""
     page = tmp_path / "dark.html"
@@ -338,6 +356,10 @@ def test_charts_follow_dark_mode_and_are_light_on_paper(written: Path, tmp_path:
         f"{dark} {lighter} auto",
     ]  # fmt: skip
     assert reported(page, "seen", document).split("; ")[3].endswith(" 680")
+    assert reported(page, "covered", document) == "0 0 0 0 0"  # charts whose legend hides lines
+    on_screen = reported(page, "wider", document).split()
+    del on_screen[3]
+    assert on_screen == ["0", "0", "0", "0"]  # every chart is as wide as its card, after printing too
 
 
 @needs_browser

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import environment
 from made_runs import made, seeds, write_run
+from programs import Programs
 
 from largebatch.report.cells import RowKey
 from largebatch.report.chart import styles
@@ -245,14 +243,16 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def report(*arguments: str | Path, cwd: Path) -> str:
-    command = [sys.executable, "-m", "largebatch.cli", "report", *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=True)
-    return result.stdout
+def report(process: Programs, *arguments: str | Path, cwd: Path) -> str:
+    ended = process.call("largebatch", "report", *map(str, arguments), cwd=cwd)
+    assert ended.code == 0, ended.output
+    return ended.stdout
 
 
-def test_markdown_has_tables_of_the_learning_rate_and_of_the_target(runs_dir: Path, tmp_path: Path) -> None:
-    lines = report(runs_dir, "--format", "md", "--target", "0.5", cwd=tmp_path).splitlines()
+def test_markdown_has_tables_of_the_learning_rate_and_of_the_target(
+    runs_dir: Path, tmp_path: Path, process: Programs
+) -> None:
+    lines = report(process, runs_dir, "--format", "md", "--target", "0.5", cwd=tmp_path).splitlines()
     assert "| points lost by another learning rate | batch 64 | batch 128 |" in lines
     assert "| LARS | factor 2: ≥ 2.0; factor 4: ≥ 6.0 | factor 2: ≥ 2.0; factor 4: ≥ 6.0 |" in lines
     assert "| time to 50 % test accuracy | batch 64 | batch 128 |" in lines
@@ -261,15 +261,15 @@ def test_markdown_has_tables_of_the_learning_rate_and_of_the_target(runs_dir: Pa
     assert "| LARS | 1.000 | 1.000 | 2 of 2 |" in lines
     assert "| LAMB | 0.833 | 0.833 | 2 of 2 |" in lines  # 30 steps against 20: (4 - 1.5) / 3
     assert "## All workloads" in lines
-    without = report(runs_dir, "--format", "md", cwd=tmp_path)
+    without = report(process, runs_dir, "--format", "md", cwd=tmp_path)
     assert "time to" not in without
     assert "AlgoPerf" not in without
 
 
-def test_the_page_has_tuning_curves_the_target_and_profiles(runs_dir: Path, tmp_path: Path) -> None:
+def test_the_page_has_tuning_curves_the_target_and_profiles(runs_dir: Path, tmp_path: Path, process: Programs) -> None:
     options = (runs_dir, "--target", "0.4", "--target-metric", "train/loss")
-    report(*options, "--out", "first.html", cwd=tmp_path)
-    report(*options, "--out", "second.html", cwd=tmp_path)
+    report(process, *options, "--out", "first.html", cwd=tmp_path)
+    report(process, *options, "--out", "second.html", cwd=tmp_path)
     text = (tmp_path / "first.html").read_text(encoding="utf-8")
     assert text == (tmp_path / "second.html").read_text(encoding="utf-8")
     for title in ("Tuning curves", "Time to a training loss of 0.4", "Performance profiles over 2 workloads"):

@@ -104,7 +104,8 @@ def test_a_curve_has_the_mean_of_the_best_of_each_number_of_trials() -> None:
     # A diverged setting counts as 0. The best of two trials: (1 * 0.4 + 2 * 0.6 + 3 * 0.7 + 4 * 0.8) / 10.
     assert list(lines["TVLARS", "128"].y) == [50.0, 69.0, 75.0, 78.0, 80.0]
     assert chart.switches[0].options[0][0] == "1024"  # the page first shows the largest batch size
-    assert "best validation accuracy" in chart.figure.layout.yaxis.title.text
+    assert chart.figure.layout.yaxis.title.text == "expected best accuracy [%]"
+    assert "best validation accuracy" in chart.note
     (around,) = [band for band in chart.figure.data if band.meta["pick"].get("band") == "TVLARS"]
     assert list(around.x) == [1, 2, 3, 4, 5, 5, 4, 3, 2, 1]
     assert all(low < y < high for y, high, low in zip(

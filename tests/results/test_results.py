@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from PIL import Image
+from programs import Programs
 from runs import train_in
 
 from largebatch import load_run
@@ -37,13 +38,13 @@ BT = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("results") / "clf", *DIGITS)
+def folder(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    return process.train(tmp_path_factory.mktemp("results"), *DIGITS)
 
 
 @pytest.fixture(scope="module")
-def bt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("results") / "bt", *BT)
+def bt_folder(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    return process.train(tmp_path_factory.mktemp("results"), *BT)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,45 @@ def test_evaluate_names_what_it_cannot_do(folder: Path, tmp_path: Path, capsys: 
     assert "has 1 of 2 classes that the run doesn't know, such as cat8" in capsys.readouterr().err
     assert main(["evaluate", str(folder), "optimizer.lr=3"]) == 2
     assert "optimizer.lr=3: only the data set can change" in capsys.readouterr().err
+
+
+def test_a_surface_has_the_training_loss_at_its_centre(
+    folder: Path, run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = load_data(run.config.dataset, run.config.seed).train
+    with torch.no_grad():
+        logits = run.model()(run.normalised(train.images.pixels))
+    expected = torch.nn.functional.cross_entropy(logits, train.labels).item()
+    out = tmp_path / "slice.html"
+    all_images = ("--samples", str(len(train)), "--points", "3", "--out", str(out))
+    for options, rows in (("--radius", "0.1"), 1), (("--plane", "--seed", "1"), 3):
+        assert main(["surface", str(folder), *all_images, *options]) == 0
+        assert capsys.readouterr().out.split() == [str(out), str(tmp_path / "slice.json")]
+        found = json.loads((tmp_path / "slice.json").read_text())
+        assert (len(found["loss"]), len(found["loss"][0]), found["images"]) == (rows, 3, len(train))
+        assert found["loss"][rows // 2][1] == pytest.approx(expected, rel=1e-5)
+        assert found["loss"][0][0] != pytest.approx(expected, rel=1e-5)
+        assert "Plotly.newPlot" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--points", "4"], "--points 4: must be an odd number of at least 3. Fix: --points 5"),
+        (["--radius", "0"], "--samples 512 --radius 0: must be above 0"),
+        (["--points", "3", "--samples", "9", "--out", "a.json"], "the numbers get this name. Fix: --out a.html"),
+    ],
+)
+def test_an_impossible_surface_is_refused(
+    folder: Path, options: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["surface", str(folder), *options]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_surface_of_another_mode_is_refused(bt_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["surface", str(bt_folder)]) == 2
+    assert "mode=bt. Allowed: runs with mode=clf" in capsys.readouterr().err
 
 
 def test_predict_names_a_broken_image_and_predicts_the_others(

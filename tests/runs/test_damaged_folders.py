@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Launch, environment
+from conftest import TINY, Launch
+from programs import Programs
 
 from largebatch import cli
 from largebatch.errors import UserError
@@ -104,12 +105,9 @@ FILES = ("status.json", "summary.json", "metrics.jsonl", "layers.parquet", "corr
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def trained(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> dict[str, bytes]:
     """Return the files of a finished run by name."""
-    folder = tmp_path_factory.mktemp("trained")
-    command = [sys.executable, str(ROOT / "launch.py"), *TINY, "steps=8"]
-    subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True, timeout=120)
-    (run,) = (folder / "runs").iterdir()
+    run = process.train(tmp_path_factory.mktemp("trained"), *TINY, "steps=8")
     return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
@@ -228,8 +226,9 @@ def test_another_user_s_private_run_is_named_in_one_line_beside_the_other_runs(
 @pytest.mark.parametrize(
     "value", ["optimizer.name=\x1b[31m", "batch_size=\x1b[31m", "\x1b[31m=1", "dataset.root=/\x1b[31m"]
 )
-def test_messages_of_the_launcher_escape_control_characters(launch: Launch, value: str) -> None:
-    refused = launch("dataset=cifar10", "dataset.download=false", "tracker=none", value)
-    assert refused.returncode == 2
+def test_messages_of_the_launcher_escape_control_characters(tmp_path: Path, process: Programs, value: str) -> None:
+    command = ("dataset=cifar10", "dataset.download=false", "tracker=none", value)
+    refused = process.call("launch", *command, cwd=tmp_path)
+    assert refused.code == 2
     assert r"\x1b[31m" in refused.stderr
-    assert "\x1b" not in refused.stdout + refused.stderr
+    assert "\x1b" not in refused.output

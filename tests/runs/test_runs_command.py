@@ -11,29 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Launch, environment, start
+from conftest import TINY, environment, start
 from in_terminal import in_terminal
+from programs import Ended, Programs
 
 from largebatch.runs.folder import RunFolder, read_json
 from largebatch.runs.metrics import newest
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
+Command = Callable[..., Ended]
 LARGEBATCH = [sys.executable, "-m", "largebatch.cli"]
 # A run of more than ten seconds.
 LONG = (*TINY, "steps=4000", "eval_every=100", "checkpoint.every_steps=1000000")
 
 
 @pytest.fixture
-def largebatch(tmp_path: Path) -> Command:
-    """Return a function that runs ``largebatch`` in the folder of ``runs/``."""
-
-    def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*LARGEBATCH, *arguments], cwd=tmp_path, env=environment(), capture_output=True, text=True,
-            timeout=timeout, check=False,
-        )  # fmt: skip
-
-    return run
+def largebatch(process: Programs, tmp_path: Path) -> Command:
+    """Return a function that calls ``largebatch`` in the folder of ``runs/``."""
+    return lambda *arguments: process.call("largebatch", *arguments, cwd=tmp_path)
 
 
 def a_run(folder: Path, name: str, log: str = "", **status: object) -> RunFolder:
@@ -87,7 +81,7 @@ def test_status_lists_a_folder_with_a_damaged_file_as_unreadable(
     bad = a_run(tmp_path, "bad-22222222", state="running" if file == "metrics.jsonl" else "finished")
     (bad.path / file).write_bytes(content.encode("latin-1"))
     listed = largebatch("status")
-    assert listed.returncode == 0, listed.stderr
+    assert listed.code == 0, listed.stderr
     assert "1 unreadable, 1 finished" in listed.stdout
     assert re.search(rf"bad-22222222 +unreadable.*{file}", listed.stdout)
 
@@ -101,7 +95,7 @@ def test_a_run_is_found_by_the_beginning_of_its_name_or_digits(tmp_path: Path, l
     assert len(json.loads(largebatch("status", "digits", "3c3", "--json").stdout)) == 3
     assert len(json.loads(largebatch("status", "digits", "1a", "--json").stdout)) == 2
     several, none = largebatch("logs", "digits"), largebatch("status", "imagenet")
-    assert several.returncode == none.returncode == 2
+    assert several.code == none.code == 2
     assert "digits: matches 2 runs. Fix: give more of the name or digits" in several.stderr
     assert "error:   digits-lars-s1-1b222222" in several.stderr
     assert none.stderr == (
@@ -109,13 +103,13 @@ def test_a_run_is_found_by_the_beginning_of_its_name_or_digits(tmp_path: Path, l
         "Fix: `largebatch status runs` lists the runs\n"
     )
     nowhere = largebatch("cancel", "elsewhere/1a")
-    assert nowhere.returncode == 2
+    assert nowhere.code == 2
     assert "elsewhere is not a folder" in nowhere.stderr
 
 
 def test_logs_prints_slurm_s_log_if_the_run_has_none(tmp_path: Path, largebatch: Command) -> None:
     a_run(tmp_path, "digits-11111111", state="failed", cluster="slurm", job_id="12_3")
-    assert largebatch("logs", "digits").returncode == 2
+    assert largebatch("logs", "digits").code == 2
     (tmp_path / "runs" / ".slurm").mkdir()
     (tmp_path / "runs" / ".slurm" / "12_3_0_log.err").write_text("srun: error: no such module\n")
     (tmp_path / "runs" / ".slurm" / "12_4_0_log.err").write_text("another's\n")
@@ -134,9 +128,8 @@ def wait_for_step(folder: Path, step: int) -> RunFolder:
     raise AssertionError("the run didn't reach that step")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_cancelled_run_saves_and_can_be_resumed(tmp_path: Path, largebatch: Command, processes: int) -> None:
-    launcher = start(*LONG, f"cluster.processes={processes}", cwd=tmp_path)
+def test_a_cancelled_run_saves_and_can_be_resumed(tmp_path: Path, largebatch: Command) -> None:
+    launcher = start(*LONG, "cluster.processes=2", cwd=tmp_path)
     run = wait_for_step(tmp_path, 20)
     followed = subprocess.Popen(
         [*LARGEBATCH, "logs", "synthetic", "--follow"],
@@ -151,7 +144,7 @@ def test_a_cancelled_run_saves_and_can_be_resumed(tmp_path: Path, largebatch: Co
     assert watched.stdout is not None
     assert re.search(r"\d\d:\d\d:\d\d synthetic.* running", watched.stdout.readline())
     cancelled = largebatch("cancel", run.name[:12])
-    assert cancelled.returncode == 0, cancelled.stdout + cancelled.stderr
+    assert cancelled.code == 0, cancelled.stdout + cancelled.stderr
     step = run.read_status()["step"]
     assert cancelled.stdout == f"{run.name}: cancelled after step {step} of 4000\n"
     assert run.state() == "preempted"
@@ -195,19 +188,21 @@ def test_watching_outlasts_the_time_between_two_runs_of_a_grid(tmp_path: Path) -
     assert watched.communicate(timeout=30)[0].splitlines()[-1] == "2 run(s): 2 finished"
 
 
-def test_a_dry_run_prints_states_and_an_estimate_of_the_time(launch: Launch, tmp_path: Path) -> None:
-    grid = ("-m", *TINY, "seed=0,1", "steps=8")
-    before = launch(*grid, "dry_run=true").stdout.splitlines()
+def test_a_dry_run_prints_states_and_an_estimate_of_the_time(tmp_path: Path, process: Programs) -> None:
+    def planned(*overrides: str) -> list[str]:
+        grid = ("-m", *TINY, "seed=0,1", *overrides, "dry_run=true")
+        return process.call("launch", *grid, cwd=tmp_path).stdout.splitlines()
+
+    before = planned("steps=8")
     assert before[:3] == [
         "2 run(s): 2 new; nothing is started (dry_run=true)",
         "1 process on cpu",
         "no finished run of these data sets, models and modes to estimate the time from",
     ]
-    assert launch(*TINY, "seed=0", "steps=8").returncode == 0
-    (finished,) = tmp_path.glob("runs/*/summary.json")
+    finished = process.train(tmp_path, *TINY, "seed=0", "steps=8") / "summary.json"
     summary = read_json(finished)
     finished.write_text(json.dumps(summary | {"wall_seconds": 7200.0, "processes": 2}))  # of 8 steps
-    after = launch(*grid, "dry_run=true").stdout.splitlines()
+    after = planned("steps=8")
     assert after[:3] == [
         "2 run(s): 1 finished, 1 new; nothing is started (dry_run=true)",
         "1 process on cpu",
@@ -221,11 +216,11 @@ def test_a_dry_run_prints_states_and_an_estimate_of_the_time(launch: Launch, tmp
         "decoding_processes": 3,
     }
     finished.write_text(json.dumps(read_json(finished) | measured))
-    decoded = launch(*grid, "dry_run=true").stdout.splitlines()[3:5]
+    decoded = planned("steps=8")[3:5]
     assert " ".join(decoded) == (
         f"training needs 40 images/s, and 3 decoding process(es) decode 33, measured in {finished.parent.name} "
     )
-    longer = launch("-m", *TINY, "seed=0,1", "steps=16", "batch_size=8,16", "dry_run=true").stdout.splitlines()
+    longer = planned("steps=16", "batch_size=8,16")
     assert longer[2].startswith("about 24.0 device-hours to go")  # 2 * (8 + 4): images count
-    other = launch("-m", *TINY, "mode=bt", "seed=0,1", "dry_run=true").stdout.splitlines()
+    other = planned("mode=bt")
     assert other[2].startswith("no finished run of these")

@@ -14,7 +14,7 @@ from one_run import configuration
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console
 from largebatch.tracking.recorder import Recorder
-from largebatch.tracking.rows import Layer
+from largebatch.tracking.rows import COLUMNS, Layer
 
 FACTS = {"steps": 2500, "steps_per_epoch": 10}
 
@@ -23,7 +23,7 @@ def statistics(step: int, layers: int) -> dict[str, torch.Tensor]:
     weights = step + torch.arange(layers) / 4  # exact in fp32
     gradients = torch.full((layers,), math.inf if step == 6 else 0.5)
     ratios = torch.full((layers,), math.nan if step == 9 else 0.25)
-    return {"weight_norm": weights, "gradient_norm": gradients, "trust_ratio": ratios}
+    return dict(zip(COLUMNS, (weights, gradients, ratios, ratios / weights), strict=True))
 
 
 def record(folder: RunFolder) -> None:

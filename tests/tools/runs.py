@@ -17,7 +17,7 @@ from largebatch.runs.metrics import newest, read_rows
 
 TIMES = (
     *("wall_seconds", "perf/images_per_second", "perf/step_ms"),
-    *("perf/decoded_images_per_second", "perf/data_share"),
+    *("perf/decoded_images_per_second", "perf/data_share", "perf/sharpness_seconds"),
 )
 
 

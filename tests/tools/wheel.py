@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 # Extras of the program; the others are for its development.
-PROGRAM = ("train", "wandb", "tensorboard", "trackio", "report", "slurm", "export")
+PROGRAM = ("train", "wandb", "tensorboard", "trackio", "report", "slurm", "export", "optimizers")
 
 # Hide modules, whoever would find them, and attributes of modules.
 _HIDE = """

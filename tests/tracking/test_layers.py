@@ -178,9 +178,9 @@ def test_wandb_gets_at_most_a_thousand_later_rows_and_all_of_a_short_run(every: 
 
 
 def test_a_histogram_has_no_parameters_of_one_dimension() -> None:
-    row = LayerRow(3, LAYERS, [[1.0, 2.0], [3.0, 4.0], [5.0, 1.0]])
-    assert list(row.columns().values()) == [[1.0], [3.0], [5.0]]
-    assert len(row.metrics()) == 6
+    row = LayerRow(3, LAYERS, [[1.0, 2.0], [3.0, 4.0], [5.0, 1.0], [7.0, 1.0]])
+    assert list(row.columns().values()) == [[1.0], [3.0], [5.0], [7.0]]
+    assert len(row.metrics()) == 8
 
 
 def test_wandb_gets_the_rows_of_the_table(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, TINY, Launch, environment
+from conftest import ROOT, TINY, environment
 from offline import history_of, records
+from programs import Programs
 
 from largebatch.runs.metrics import read_rows
 from largebatch.tracking.rows import COLUMNS
@@ -50,12 +51,10 @@ def test_an_offline_run_holds_config_history_and_summary_and_no_secret(tmp_path:
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw"])
-def test_layer_statistics_of_every_checkpoint_reach_wandb(launch: Launch, tmp_path: Path, optimizer: str) -> None:
+def test_layer_statistics_of_every_checkpoint_reach_wandb(tmp_path: Path, process: Programs, optimizer: str) -> None:
     """W&B has each row of the table once, with more rows than the device keeps and checkpoints in between."""
     command = [*WITH_WANDB, f"optimizer={optimizer}", "steps=50", "tracker.layers_every=1", "checkpoint.every_steps=41"]
-    result = launch(*command)
-    assert result.returncode == 0, result.stderr
-    (run,) = (tmp_path / "runs").iterdir()
+    run = process.train(tmp_path, *command)
     table = pyarrow.parquet.read_table(run / "layers.parquet").to_pylist()
     assert {row["step"] for row in table} == set(range(1, 51))
     expected: dict[int, dict[str, float]] = {}

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, Launch, configuration, environment
+from conftest import ROOT, TINY, configuration, environment
+from programs import Programs
 from protocol import Recorded, TakenRun
 from recorder import recorder
 from wandb.apis.public.sweeps import _validate_config_and_fill_distribution
@@ -242,7 +243,7 @@ def test_compared_optimizers_get_the_same_number_of_trials() -> None:
 @pytest.mark.parametrize(
     "command", [["sweeps=wandb/digits_tvlars"], ["-m", "sweeps=wandb/digits_tvlars"], ["sweeps/wandb=digits_tvlars"]]
 )
-def test_w_and_b_sweeps_are_refused_as_grids(launch: Launch, command: list[str]) -> None:
-    result = launch(*command)
-    assert result.returncode == 2
+def test_w_and_b_sweeps_are_refused_as_grids(tmp_path: Path, process: Programs, command: list[str]) -> None:
+    result = process.call("launch", *command, cwd=tmp_path)
+    assert result.code == 2
     assert f"`wandb sweep {ROOT}/conf/sweeps/wandb/digits_tvlars.yaml`" in result.stderr

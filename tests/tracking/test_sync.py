@@ -16,27 +16,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, environment, start
+from conftest import TINY, environment
 from copies import local_rows, timeless
+from programs import Ended, Programs
 from recorder import Recorded, recorder
-from runs import finish, the_run
 
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.predictions import read_predictions
 from largebatch.tracking.wandb_run import read_uploads, update_upload
 
 KEY = "c0ffee" * 6 + "beef"
-Sync = Callable[..., subprocess.CompletedProcess[str]]
+Sync = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def offline(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
     """Return the folder of an offline run with images and checkpoints."""
     folder = tmp_path_factory.mktemp("offline")
     extras = ["tracker=wandb", "tracker.mode=offline", "tracker.images=true", "tracker.checkpoints=true"]
     extras += ["tracker.predictions=true"]
-    finish(start(*TINY, *extras, "tracker.layers_every=2", "dataset.val_fraction=0.25", "steps=60", cwd=folder))
-    return the_run(folder)
+    return process.train(folder, *TINY, *extras, "tracker.layers_every=2", "dataset.val_fraction=0.25", "steps=60")
 
 
 @pytest.fixture
@@ -47,23 +46,21 @@ def runs(offline: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def sync(tmp_path: Path) -> Sync:
-    def run(*arguments: str, server: Recorded | None = None, **more: str) -> subprocess.CompletedProcess[str]:
-        around = {**environment(), "HOME": str(tmp_path), **(server.environment(KEY) if server else {}), **more}
-        command = [sys.executable, "-m", "largebatch.cli", "sync", *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, env=around, capture_output=True, text=True, timeout=60, check=False,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+def sync(process: Programs, tmp_path: Path) -> Sync:
+    """Return a function that calls ``largebatch sync`` in ``tmp_path``."""
 
-    return run
+    def call(*arguments: str, server: Recorded | None = None, **more: str) -> Ended:
+        around = {"HOME": str(tmp_path), **(server.environment(KEY) if server else {}), **more}
+        return process.call("largebatch", "sync", *arguments, cwd=tmp_path, **around)
+
+    return call
 
 
 def test_an_upload_has_rows_images_and_checkpoints_and_is_not_repeated(runs: Path, sync: Sync, tmp_path: Path) -> None:
     (run,) = runs.iterdir()
     with recorder() as server:
         done = sync(server=server)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.code == 0, done.output
         taken = server.run
         first, *rows, last = taken.rows()
         assert done.stdout == f"{run.name}  uploaded {2 + len(rows)} of {2 + len(rows)} rows\n"
@@ -101,7 +98,7 @@ def test_a_killed_upload_is_completed_by_the_next(runs: Path, sync: Sync, tmp_pa
         server.freeze_after = None
         server.frozen.clear()
         done = sync(server=server)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.code == 0, done.output
         assert [timeless(row) for row in server.run.rows()[1:-1]] == local_rows(run, 3)
         assert [row["_step"] for row in server.run.history] == list(range(len(server.run.history)))
         summary = json.loads((run / "summary.json").read_text())
@@ -123,14 +120,14 @@ def test_runs_are_uploaded_in_the_order_of_their_first_start(runs: Path, sync: S
     with recorder() as server:
         server.refused.append("0000abcd")
         done = sync("runs", "--timeout", "30", server=server)
-        assert done.returncode == 1
+        assert done.code == 1
         first, second, *_, last = done.stdout.splitlines()
         assert first.startswith("z-0000abcd  FAILED: ")
         assert second.startswith(f"{run.name}  uploaded")
         assert last == "1 run(s) could not be uploaded; repeat the command to try again"
         server.refused.clear()
         again = sync(server=server)
-        assert again.returncode == 0
+        assert again.code == 0
         assert again.stdout.splitlines()[0].startswith("z-0000abcd  uploaded")
         assert len(server.runs["0000abcd"].history) == len(server.runs[entry["arguments"]["id"]].history)
 
@@ -141,7 +138,7 @@ def test_a_damaged_list_of_uploads_fails_its_run_alone(runs: Path, sync: Sync, c
     damaged = shutil.copytree(run, runs / "damaged-0000abcd", symlinks=True)
     (damaged / "wandb" / "uploads.json").write_text(content)
     done = sync("--dry-run")
-    assert done.returncode == 1, done.stderr
+    assert done.code == 1, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("damaged-0000abcd  FAILED: ")
     assert "uploads.json" in lines[0]
@@ -153,16 +150,16 @@ def test_damaged_rows_are_named(runs: Path, sync: Sync, name: str) -> None:
     (run,) = runs.iterdir()
     (run / name).write_bytes(b"[1]\n\n")
     done = sync("--dry-run")
-    assert done.returncode == 1, done.stderr
+    assert done.code == 1, done.stderr
     assert f"{run.name}  FAILED: {run.absolute()}/{name}: can't be read (" in done.stdout
 
 
 def test_without_a_key_or_a_host_nothing_is_uploaded(runs: Path, sync: Sync) -> None:
     refused = sync()
-    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (refused.code, refused.stdout) == (2, "")
     assert "error: nothing was uploaded: no API key. Fix: `wandb login`" in refused.stderr
     refused = sync(WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
-    assert refused.returncode == 2
+    assert refused.code == 2
     assert "127.0.0.1:9 can't be reached" in refused.stderr
     assert refused.stderr.count("\n") == 1
 
@@ -172,7 +169,7 @@ def test_arguments_select_runs(runs: Path, sync: Sync) -> None:
     for wanted in ("synth", run.name[-8:], "runs", f"runs/{run.name}"):
         assert sync(wanted, "--dry-run").stdout.startswith(f"{run.name}  would upload ")
     wrong = sync("synth", "cifar", "--dry-run")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert (wrong.code, wrong.stdout) == (2, "")
     assert "cifar: no run in runs has a name or last eight digits with this beginning" in wrong.stderr
 
 
@@ -192,7 +189,7 @@ def test_a_running_run_is_skipped(runs: Path, sync: Sync) -> None:
     (run,) = runs.iterdir()
     with RunFolder(run).hold(), recorder() as server:
         done = sync(server=server)
-        assert (done.returncode, done.stdout) == (0, f"{run.name}  skipped: the run is running\n")
+        assert (done.code, done.stdout) == (0, f"{run.name}  skipped: the run is running\n")
         assert server.runs == {}
 
 
@@ -201,7 +198,7 @@ def test_a_run_that_was_deleted_in_wandb_fails_with_advice(runs: Path, sync: Syn
     with recorder() as server:
         server.refused.append(run.name[-8:])
         done = sync(server=server)
-    assert done.returncode == 1
+    assert done.code == 1
     assert "W&B refuses the id of a deleted run; rerun=true makes a new run" in done.stdout
 
 

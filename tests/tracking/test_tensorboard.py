@@ -10,9 +10,9 @@ from typing import Any
 import numpy
 import pyarrow.parquet
 import pytest
-from conftest import TINY, Launch, configuration, start
+from conftest import TINY, configuration
 from PIL import Image
-from runs import finish, kill_after_checkpoint, the_run
+from programs import Programs
 
 from largebatch.config.identity import run_name
 from largebatch.runs.metrics import read_rows
@@ -61,10 +61,11 @@ def without_epochs(found: dict[str, list[tuple[int, float]]]) -> dict[str, list[
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a finished grid of two runs."""
+def runs(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    """Return the folder of two finished runs."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start("-m", *RUN, "seed=0,1", cwd=folder))
+    for seed in (0, 1):
+        process.train(folder, *RUN, f"seed={seed}")
     return folder / "runs"
 
 
@@ -118,12 +119,12 @@ def test_tensorboard_shows_configuration_and_summary(runs: Path) -> None:
     assert hparams["optimizer.name"].string_value == "lars"
 
 
-def test_a_killed_and_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_has_each_step_once(tmp_path: Path, process: Programs) -> None:
     longer = [*RUN, "steps=150"]
-    kill_after_checkpoint(tmp_path, *longer)
-    run = the_run(tmp_path)
+    run = process.kill(tmp_path, 30, *longer)
     (first,) = (run / "tensorboard").iterdir()
-    assert "resumed after step" in finish(start(*longer, cwd=tmp_path))
+    assert process.train(tmp_path, *longer) == run
+    assert "resumed after step" in (run / "log.txt").read_text()
     assert without_epochs(scalars(run)) == expected_scalars(run)
     (second,) = (run / "tensorboard").iterdir()
     assert second.name > first.name, "TensorBoard reads files in the order of their names"
@@ -141,11 +142,10 @@ def test_a_full_disk_ends_the_copy_with_one_message(tmp_path: Path) -> None:
     assert said == ["TensorBoard logging ends: could not log: OSError: [Errno 28] No space left on device"]
 
 
-def test_a_tracker_that_cannot_write_does_not_stop_the_run(launch: Launch, tmp_path: Path) -> None:
+def test_a_tracker_that_cannot_write_does_not_stop_the_run(tmp_path: Path, process: Programs) -> None:
     run = tmp_path / "runs" / run_name(configuration(*RUN))
     run.mkdir(parents=True)
     (run / "tensorboard").touch()
-    result = launch(*RUN)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("tracker=tensorboard is off: ") == 1
+    assert process.train(tmp_path, *RUN) == run
+    assert (run / "log.txt").read_text().count("tracker=tensorboard is off: ") == 1
     assert json.loads((run / "status.json").read_text())["state"] == "finished"

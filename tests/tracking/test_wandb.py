@@ -162,8 +162,9 @@ def test_offline_run_has_every_row_and_its_axes(full: tuple[Path, dict[str, Any]
     assert all({"epoch", "examples", "wall_seconds"} <= set(row) for row in rows)
     assert not any("optim/phi" in row for row in rows), "None is left out"
     axes = {metric["glob_name"]: metric["step_metric"] for metric in all_of("metric", segment) if "glob_name" in metric}
-    by_step = dict.fromkeys(["train/*", "optim/*", "perf/*", "layers/*"], "step")
-    assert axes == {**by_step, **dict.fromkeys(["test/*", "val/*", "embedding/*", "probe/*"], "epoch")}
+    by_step = ["train/*", "optim/*", "perf/*", "layers/*", "noise/*", "noise_layers/*"]
+    by_epoch = ["test/*", "val/*", "embedding/*", "probe/*", "sharpness/*"]
+    assert axes == dict.fromkeys(by_step, "step") | dict.fromkeys(by_epoch, "epoch")
 
 
 def test_offline_run_ends_with_the_given_summary(full: tuple[Path, dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY, configuration, environment
 from copies import local_rows, timeless
 from PIL import Image
+from programs import Programs
 from recorder import Recorded, recorder
 from runs import the_run
 from runs import timeless as timeless_rows
@@ -181,10 +182,10 @@ def work(run: Path, around: dict[str, str], *how: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
     run = run_folder(tmp_path_factory.mktemp("undisturbed"), "tracker=none")
-    process = work(run, {})
-    assert process.wait(timeout=120) == 0
+    ended = process.call("worker", str(run), cwd=run)
+    assert ended.code == 0, ended.output
     return run
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, start
-from runs import finish, train_in
+from conftest import TINY
+from programs import Programs
 from same_run import assert_same_run
 from steps import at_start, take_steps
 from test_bt_resume import as_if_killed, resume_after
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from largebatch import load_run
+from largebatch.errors import UserError
 from largebatch.models.weights import read_weights
 from largebatch.results.evaluate import evaluate
 from largebatch.training.averaging import AveragedWeights
@@ -102,14 +103,34 @@ def test_a_skipped_step_does_not_move_the_average(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[n]) for n, tensor in phase.training.averaged.model.state_dict().items())
 
 
+def test_reading_the_average_of_a_schedule_free_class_changes_no_bit_of_the_training(tmp_path: Path) -> None:
+    own = ("optimizer=custom", "optimizer.target=pytorch_optimizer:ScheduleFreeSGD", "optimizer.lr=0.1")
+    phase = at_start(tmp_path, *own)
+    training = phase.training
+    assert training.averaged is not None
+    initial = weights_of(phase)
+    assert all(torch.equal(tensor, initial[n]) for n, tensor in training.result.state_dict().items())
+    take_steps(phase, 3)
+    before = weights_of(phase)
+    average = copy.deepcopy(training.result.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(phase).items())
+    assert training.optimizer.param_groups[0]["train_mode"]
+    for name, parameter in training.model.named_parameters():
+        z = training.optimizer.state[parameter]["z"]
+        torch.testing.assert_close(before[name], 0.9 * average[name] + 0.1 * z)
+        assert not torch.equal(before[name], average[name])
+    with pytest.raises(UserError, match="the optimizer ScheduleFreeSGD averages the weights itself"):
+        at_start(tmp_path / "both", *own, "ema_decay=0.9")
+
+
 RUN = (
     *TINY, "steps=30", "checkpoint.every_steps=10", "ema_decay=0.9", "model.norm=batch", "optimizer=sgd",
     "optimizer.lr=0.05", "cluster.threads=1", "cluster.processes=2",
 )  # fmt: skip
 
 
-def test_a_run_logs_saves_and_exports_the_average_and_resumes_exactly(tmp_path: Path) -> None:
-    whole = train_in(tmp_path / "whole", *RUN)
+def test_a_run_logs_saves_and_exports_the_average_and_resumes_exactly(tmp_path: Path, process: Programs) -> None:
+    whole = process.train(tmp_path / "whole", *RUN)
     run = load_run(whole)
     raw, averaged = run.saved["model"], run.saved["averaged"]
     assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
@@ -123,7 +144,8 @@ def test_a_run_logs_saves_and_exports_the_average_and_resumes_exactly(tmp_path: 
     stopped = tmp_path / "stopped" / "runs" / whole.name
     shutil.copytree(whole, stopped)
     as_if_killed(stopped, 20)
-    assert "resumed after step 20 of 30" in finish(start(*RUN, cwd=tmp_path / "stopped"))
+    assert process.train(tmp_path / "stopped", *RUN) == stopped
+    assert "resumed after step 20 of 30" in (stopped / "log.txt").read_text()
     assert_same_run(stopped, whole)
 
 
@@ -146,10 +168,9 @@ def test_a_probe_begins_with_the_average(tmp_path: Path) -> None:
     assert phase.training.averaged is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("step", "every"), [(6, 20), (9, 9)])
-def test_fine_tuning_of_the_average_resumes_exactly(tmp_path: Path, step: int, every: int) -> None:
+def test_fine_tuning_of_the_average_resumes_exactly(tmp_path: Path, process: Programs, step: int, every: int) -> None:
     command = (*BT, f"checkpoint.every_steps={every}")
-    whole = train_in(tmp_path / "whole", *command)
+    whole = process.train(tmp_path / "whole", *command)
     assert "averaged" not in load_run(whole).saved  # fine-tuning changes the model alone
-    resume_after(step, 12, whole, tmp_path / "stopped", *command)
+    resume_after(step, 12, whole, process, tmp_path / "stopped", *command)

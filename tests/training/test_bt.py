@@ -13,9 +13,10 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Launch, configuration
+from conftest import TINY, configuration
 from offline import history_of
-from runs import parameters, the_run, train_in
+from programs import Programs
+from runs import parameters, train_in
 from torch import Tensor, nn
 
 from largebatch.config.schema import load_config
@@ -72,7 +73,7 @@ RECORDED = (
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run in one process with everything recorded."""
+    """Run the real program in one process with everything recorded."""
     plain = [item for item in WHOLE if item != "tracker=none"]
     return train_in(tmp_path_factory.mktemp("runs") / "whole", *plain, *RECORDED)
 
@@ -181,9 +182,9 @@ GENTLE = (*BT, "steps=12", "optimizer.lr=0.5")
 
 
 @pytest.fixture(scope="module")
-def undivided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undivided(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
     """Run one process with undivided batches."""
-    return train_in(tmp_path_factory.mktemp("runs") / "undivided", *GENTLE)
+    return process.train(tmp_path_factory.mktemp("runs"), *GENTLE)
 
 
 def assert_same_training(one: Path, other: Path) -> None:
@@ -203,31 +204,37 @@ def assert_same_training(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("division", [["cluster.processes=2"], ["cluster.processes=4", "micro_batch=2"]])
-def test_any_division_of_the_batch_trains_the_same(tmp_path: Path, undivided: Path, division: list[str]) -> None:
-    assert_same_training(undivided, train_in(tmp_path / "divided", *GENTLE, *division))
+def test_any_division_of_the_batch_trains_the_same(
+    tmp_path: Path, process: Programs, undivided: Path, division: list[str]
+) -> None:
+    assert_same_training(undivided, process.train(tmp_path, *GENTLE, *division))
 
 
-def test_synchronised_batch_norm_trains_the_same_in_two_processes(tmp_path: Path, whole: Path) -> None:
-    assert_same_training(whole, train_in(tmp_path / "divided", *WHOLE, "sync_bn=true", "cluster.processes=2"))
+def test_synchronised_batch_norm_trains_the_same_in_two_processes(
+    tmp_path: Path, process: Programs, whole: Path
+) -> None:
+    assert_same_training(whole, process.train(tmp_path, *WHOLE, "sync_bn=true", "cluster.processes=2"))
 
 
 @pytest.mark.slow
-def test_fine_tuning_with_batch_norm_is_the_same_for_every_division(tmp_path: Path) -> None:
+def test_fine_tuning_with_batch_norm_is_the_same_for_every_division(tmp_path: Path, process: Programs) -> None:
     """The probe's 6 images are one group, so the second of two processes has none without ``sync_bn``."""
     probe = ("mode.lr_backbone=0.01", "mode.eval_batch_size=6")
     command = (*GENTLE, *probe, "model.norm=batch", "batch_norm_size=8", "optimizer.lr=0.1")
-    one = train_in(tmp_path / "one", *command)
+    one = process.train(tmp_path / "one", *command)
     for place, division in {
         "two": ["cluster.processes=2"],
         "synchronised": ["cluster.processes=4", "sync_bn=true"],
     }.items():
-        other = train_in(tmp_path / place, *command, *division)
+        other = process.train(tmp_path / place, *command, *division)
         assert other.name == one.name
         assert_same_training(one, other)
 
 
-def test_without_exact_another_network_is_trained_and_the_log_names_it(tmp_path: Path, undivided: Path) -> None:
-    run = train_in(tmp_path / "inexact", *GENTLE, "mode.exact=false", "cluster.processes=2")
+def test_without_exact_another_network_is_trained_and_the_log_names_it(
+    tmp_path: Path, process: Programs, undivided: Path
+) -> None:
+    run = process.train(tmp_path, *GENTLE, "mode.exact=false", "cluster.processes=2")
     ours, theirs = parameters(run), parameters(undivided)
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in of_backbone(ours)) > 1e-3
     assert "the loss over each micro-batch of 8 images (mode.exact=false" in (run / "log.txt").read_text()
@@ -265,10 +272,8 @@ def test_accumulation_trains_the_same_probe(tmp_path: Path, backbone: str, augme
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_without_pretraining_the_untrained_backbone_is_evaluated(launch: Launch, tmp_path: Path) -> None:
-    result = launch(*BT, "epochs=0", "schedule=warmup_cosine", "model.norm=batch")
-    assert result.returncode == 0, result.stderr
-    run = the_run(tmp_path)
+def test_without_pretraining_the_untrained_backbone_is_evaluated(tmp_path: Path, process: Programs) -> None:
+    run = process.train(tmp_path, *BT, "epochs=0", "schedule=warmup_cosine", "model.norm=batch")
     rows, summary = read_rows(run / "metrics.jsonl"), summary_of(run)
     assert [row["step"] for row in rows] == [0, 3, 6, 9]
     assert not any("train/loss" in row for row in rows)
@@ -302,10 +307,8 @@ def test_a_stop_request_in_the_last_pretraining_step_stops_the_probe(tmp_path: P
     assert phase.training.step == 2
 
 
-def test_a_diverged_pretraining_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
-    result = launch(*BT, "steps=40", "optimizer=sgd", "optimizer.lr=1e12")
-    assert result.returncode == 0, result.stderr
-    run = the_run(tmp_path)
+def test_a_diverged_pretraining_is_an_outcome(tmp_path: Path, process: Programs) -> None:
+    run = process.train(tmp_path, *BT, "steps=40", "optimizer=sgd", "optimizer.lr=1e12")
     status = status_of(run)
     assert status["state"] == "diverged"
     assert "the loss was not finite at step " in status["message"]
@@ -331,13 +334,11 @@ def test_a_diverged_probe_names_its_first_bad_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("model", "division"), [("resnet50", ()), ("effb0", ("micro_batch=5",))])
-def test_models_with_batch_norm_take_an_odd_batch(launch: Launch, tmp_path: Path, model: str, division: Any) -> None:
+def test_models_with_batch_norm_take_an_odd_batch(tmp_path: Path, process: Programs, model: str, division: Any) -> None:
     """The probe batch is larger than the training set."""
     small = ("dataset.image_size=16", "dataset.channels=3", "dataset.train_size=32", "batch_size=15", "steps=1")
     probe = ("mode.eval_epochs=1", "mode.eval_batch_size=256")
-    result = launch(*BT, *small, *probe, f"model={model}", "model.stem=cifar", *division)
-    assert result.returncode == 0, result.stderr
-    summary = summary_of(the_run(tmp_path))
+    summary = summary_of(process.train(tmp_path, *BT, *small, *probe, f"model={model}", "model.stem=cifar", *division))
     assert (summary["state"], summary["probe_batch"]) == ("finished", 32)
     assert summary["test/accuracy"] * 21 == pytest.approx(round(summary["test/accuracy"] * 21))
     assert math.isfinite(summary["train/loss"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import start
+from programs import Programs
 from runs import finish, the_run, timeless, train_in
 from test_bt import BT, checkpoint, of_backbone, same, status_of, summary_of
 from test_resume import stop_run, wait_for_step
@@ -26,9 +27,11 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, process: Programs
+) -> tuple[Path, str]:
     """Uninterrupted run, and its kind."""
-    return train_in(tmp_path_factory.mktemp("runs") / "undisturbed", *SHORT, *KINDS[request.param]), request.param
+    return process.train(tmp_path_factory.mktemp("runs"), *SHORT, *KINDS[request.param]), request.param
 
 
 def test_a_probe_leaves_the_backbone_unchanged_and_fine_tuning_changes_it(undisturbed: tuple[Path, str]) -> None:
@@ -42,17 +45,20 @@ def test_a_probe_leaves_the_backbone_unchanged_and_fine_tuning_changes_it(undist
         assert {"backbone.norm1.running_mean", "backbone.norm1.running_var"} <= changed
 
 
-def test_a_run_killed_after_pretraining_resumes_exactly(tmp_path: Path, undisturbed: tuple[Path, str]) -> None:
+def test_a_run_killed_after_pretraining_resumes_exactly(
+    tmp_path: Path, process: Programs, undisturbed: tuple[Path, str]
+) -> None:
     whole, kind = undisturbed
-    resume_after(MIDDLE, END, whole, tmp_path, *SHORT, *KINDS[kind])
+    resume_after(MIDDLE, END, whole, process, tmp_path, *SHORT, *KINDS[kind])
 
 
-def resume_after(step: int, steps: int, whole: Path, folder: Path, *command: str) -> None:
+def resume_after(step: int, steps: int, whole: Path, process: Programs, folder: Path, *command: str) -> None:
     """Resume a copy of ``whole``, cut back as if killed after ``step``, and compare the two."""
     stopped = folder / "runs" / whole.name
     shutil.copytree(whole, stopped)
     as_if_killed(stopped, step)
-    assert f"resumed after step {step} of {steps}" in finish(start(*command, cwd=folder))
+    assert process.train(folder, *command) == stopped
+    assert f"resumed after step {step} of {steps}" in (stopped / "log.txt").read_text()
     assert_equal_runs(stopped, whole)
 
 
@@ -95,24 +101,20 @@ def differences(one: Any, other: Any, place: str = "") -> list[str]:
     return [] if equal else [place]
 
 
+def test_a_run_killed_between_pretraining_and_the_probe_resumes_exactly(tmp_path: Path, process: Programs) -> None:
+    plain = [item for item in SHORT if not item.startswith("checkpoint.")]
+    whole = process.train(tmp_path / "whole", *plain, "checkpoint.every_seconds=1e6")
+    assert same(checkpoint(whole, 6)["model"], checkpoint(whole, END)["model"])
+    resume_after(6, END, whole, process, tmp_path / "stopped", *SHORT)
+
+
 # Long enough for a stop in the middle of either phase: 40 steps, then 1200.
 LONG = (*BT, "model.norm=batch", "steps=40", "mode.eval_epochs=400", "checkpoint.every_steps=7")
 
 
-@pytest.fixture(scope="module")
-def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Uninterrupted run; its last checkpoints are after pre-training and at the end."""
-    plain = [item for item in LONG if item != "checkpoint.every_steps=7"]
-    return train_in(tmp_path_factory.mktemp("runs") / "long", *plain, "checkpoint.every_seconds=1e6")
-
-
-def test_a_run_killed_between_pretraining_and_the_probe_resumes_exactly(tmp_path: Path, long: Path) -> None:
-    assert same(checkpoint(long, 40)["model"], checkpoint(long, 1240)["model"])
-    resume_after(40, 1240, long, tmp_path, *LONG)
-
-
 @pytest.mark.slow
-def test_a_run_killed_in_both_phases_and_then_interrupted_resumes_exactly(tmp_path: Path, long: Path) -> None:
+def test_a_run_killed_in_both_phases_and_then_interrupted_resumes_exactly(tmp_path: Path) -> None:
+    long = train_in(tmp_path / "whole", *LONG)
     stop(tmp_path, 20, "worker")
     assert stop(tmp_path, 200, "everything") < 40
     assert 40 <= stop(tmp_path, 600, "interrupt") < 600

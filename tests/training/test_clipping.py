@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, start
-from runs import finish, the_run, train_in
+from conftest import TINY
+from programs import Programs
 from same_run import assert_same_run
 from steps import at_start, take_steps
-from test_resume import stop_run, wait_for_step
 from test_step import assert_nothing_is_read_back
 from torch import Tensor
 
@@ -124,19 +123,15 @@ def test_a_clipped_step_reads_no_number_back(tmp_path: Path, overrides: tuple[st
     assert_nothing_is_read_back(tmp_path, *overrides, "clip_norm=0.1")
 
 
-@pytest.mark.slow
-def test_a_clipped_run_resumes_exactly_and_logs_its_norms(tmp_path: Path) -> None:
+def test_a_clipped_run_resumes_exactly_and_logs_its_norms(tmp_path: Path, process: Programs) -> None:
     command = (
         *TINY, "steps=60", "checkpoint.every_steps=5", "tracker.log_every=7", "tracker.layers_every=3",
         f"clip_norm={CLIP}", "optimizer=sgd", "optimizer.lr=0.01", "cluster.threads=1", "cluster.processes=2",
     )  # fmt: skip
-    whole = train_in(tmp_path / "whole", *command)
+    whole = process.train(tmp_path / "whole", *command)
     rows = [row for row in read_rows(whole / "metrics.jsonl") if "train/loss" in row]
     assert all(row["optim/gradient_norm"] > CLIP for row in rows)
-    folder = tmp_path / "stopped"
-    folder.mkdir()
-    process = start(*command, cwd=folder)
-    wait_for_step(folder, 24, process)
-    stop_run(the_run(folder), process, "everything")
-    assert "resumed after step" in finish(start(*command, cwd=folder))
-    assert_same_run(the_run(folder), whole)
+    run = process.kill(tmp_path / "stopped", 24, *command)
+    assert process.train(tmp_path / "stopped", *command) == run
+    assert "resumed after step" in (run / "log.txt").read_text()
+    assert_same_run(run, whole)

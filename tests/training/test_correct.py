@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY
-from runs import train_in
+from programs import Programs
 
 from largebatch.runs.correct import read_correct, write_correct
 from largebatch.runs.folder import RunFolder
@@ -15,8 +15,8 @@ from largebatch.runs.folder import RunFolder
 LEARNS = (*TINY, "dataset.val_fraction=0.25", "epochs=3", "precision=fp32")
 
 
-def test_the_bits_are_those_of_the_reported_accuracies(tmp_path: Path) -> None:
-    runs = [train_in(tmp_path / str(n), *LEARNS, f"cluster.processes={n}") for n in (1, 2)]
+def test_the_bits_are_those_of_the_reported_accuracies(tmp_path: Path, process: Programs) -> None:
+    runs = [process.train(tmp_path / str(n), *LEARNS, f"cluster.processes={n}") for n in (1, 2)]
     found = [read_correct(run / "correct.npz") for run in runs]
     for run, bits in zip(runs, found, strict=True):
         summary = RunFolder(run).read_summary()

@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TINY, start
-from runs import finish, parameters, timeless, train_in
+from conftest import TINY
+from programs import Programs
+from runs import parameters, timeless
 
 from largebatch.training.checkpoint import checkpoint_path, load_newest, save_checkpoint
 
@@ -135,8 +136,8 @@ def test_the_best_checkpoint_appears_before_the_checkpoint_that_says_so(
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("runs") / "whole", *COMMAND)
+def whole(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    return process.train(tmp_path_factory.mktemp("runs"), *COMMAND)
 
 
 def flipped(path: Path) -> None:
@@ -169,16 +170,17 @@ def without_accuracy(path: Path) -> None:
     ],
 )
 def test_a_run_with_a_damaged_file_ends_like_an_undisturbed_run(
-    tmp_path: Path, whole: Path, name: str, damage: Callable[[Path], None], resumes: str
+    tmp_path: Path, process: Programs, whole: Path, name: str, damage: Callable[[Path], None], resumes: str
 ) -> None:
     run = tmp_path / "runs" / whole.name
     shutil.copytree(whole, run)
     damage(run / name)
     (run / "status.json").write_text('{"state": "running"}')
     (run / ".status.json.1.tmp").write_text("{")
-    out = finish(start(*COMMAND, cwd=tmp_path))
-    assert resumes in out
-    assert Path(name).name in out
+    assert process.train(tmp_path, *COMMAND) == run
+    resumed = (run / "log.txt").read_text().removeprefix((whole / "log.txt").read_text())
+    assert resumes in resumed
+    assert Path(name).name in resumed
     assert not list(run.rglob("*.tmp"))
     ours, theirs = parameters(run), parameters(whole)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, start
-from runs import finish, the_run
+from conftest import TINY
+from programs import Programs
 
 DIVERGES = (*TINY, "steps=40", "optimizer=sgd", "optimizer.lr=1e30", "eval_every=100", "checkpoint.every_steps=1")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_checkpoints_and_summary_of_a_diverged_run_are_finite(tmp_path: Path, processes: int) -> None:
-    finish(start(*DIVERGES, f"cluster.processes={processes}", cwd=tmp_path))
-    run = the_run(tmp_path)
+def test_checkpoints_and_summary_of_a_diverged_run_are_finite(
+    tmp_path: Path, process: Programs, processes: int
+) -> None:
+    run = process.train(tmp_path, *DIVERGES, f"cluster.processes={processes}")
     status, summary = (json.loads((run / name).read_text()) for name in ("status.json", "summary.json"))
     assert status["state"] == "diverged"
     assert "inf" not in status["message"].rpartition("step")[2]
@@ -29,12 +30,13 @@ def test_checkpoints_and_summary_of_a_diverged_run_are_finite(tmp_path: Path, pr
         assert bool(saved["unlogged"]["totals"].isfinite().all())
 
 
-def test_a_checkpoint_after_the_divergence_does_not_replace_finite_checkpoints(tmp_path: Path) -> None:
+def test_a_checkpoint_after_the_divergence_does_not_replace_finite_checkpoints(
+    tmp_path: Path, process: Programs
+) -> None:
     """Rows are due after the first 20 steps and at step 60; the loss leaves the range of numbers between them."""
     command = [*TINY, "steps=60", "tracker.log_every=60", "eval_every=100", "optimizer=sgd", "checkpoint.every_steps=1"]
     command += ["optimizer.lr=1", "optimizer.weight_decay=40"]  # weights grow 39-fold in each step
-    finish(start(*command, cwd=tmp_path))
-    run = the_run(tmp_path)
+    run = process.train(tmp_path, *command)
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "diverged"
     bad_step = int(status["message"].rpartition(" ")[2])

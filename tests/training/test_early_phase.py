@@ -193,19 +193,23 @@ def test_a_layer_row_has_what_the_update_of_its_step_used(tmp_path: Path, optimi
     recorder: Any = Recorded()
     batches, model = phase.batches(), phase.training.model
     expected: dict[int, dict[str, tuple[int, float, float]]] = {}
+    changes: dict[int, dict[str, float]] = {}
     for step in range(1, 15):
         phase.training.step = step
         phase.gradient(batches)
         expected[step] = {
             name: (p.ndim, norm(p), norm(p.grad)) for name, p in model.named_parameters() if p.grad is not None
         }
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
         phase.update(recorder)
+        changes[step] = {name: norm(p.detach() - before[name]) for name, p in model.named_parameters()}
     assert list(recorder.found) == [1, 2, 5, 7, 10, 14]
     for step, layers in recorder.found.items():
         assert layers.keys() == expected[step].keys()
-        for name, (dimensions, (weight, gradient, ratio)) in layers.items():
+        for name, (dimensions, (weight, gradient, ratio, update)) in layers.items():
             wanted = expected[step][name]
             assert (dimensions, weight, gradient) == pytest.approx(wanted, rel=1e-5)
+            assert update == pytest.approx(changes[step][name] / weight if weight else 0, rel=1e-5)
             scaled = config.optimizer.name != "sgd" and (dimensions > 1 or config.optimizer.name == "lamb")
             if not scaled:
                 assert ratio == 1

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TINY, start
-from runs import finish, train_in
+from conftest import TINY
+from programs import Programs
 from same_run import assert_same_run
 from test_bt import status_of, summary_of
 from test_bt_resume import as_if_killed
@@ -61,9 +61,11 @@ def expected_stop(rows: list[Row], patience: int) -> int:
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def stopped_early(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def stopped_early(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, process: Programs
+) -> tuple[Path, list[str]]:
     command = [*RUN, f"cluster.processes={request.param}"]
-    return train_in(tmp_path_factory.mktemp("runs") / "whole", *command), command
+    return process.train(tmp_path_factory.mktemp("runs"), *command), command
 
 
 def test_a_run_stops_and_tells_it(stopped_early: tuple[Path, list[str]]) -> None:
@@ -82,7 +84,9 @@ def test_a_run_stops_and_tells_it(stopped_early: tuple[Path, list[str]]) -> None
     assert (run / "checkpoints" / f"step-{step:08d}.pt").exists()
 
 
-def test_a_run_that_stops_early_resumes_to_the_same_stop(tmp_path: Path, stopped_early: tuple[Path, list[str]]) -> None:
+def test_a_run_that_stops_early_resumes_to_the_same_stop(
+    tmp_path: Path, process: Programs, stopped_early: tuple[Path, list[str]]
+) -> None:
     """Also if it is killed between its last checkpoint and its outcome."""
     whole, command = stopped_early
     steps = sorted(int(path.stem.removeprefix("step-")) for path in (whole / "checkpoints").iterdir())
@@ -90,13 +94,14 @@ def test_a_run_that_stops_early_resumes_to_the_same_stop(tmp_path: Path, stopped
         run = tmp_path / f"{step}" / "runs" / whole.name
         shutil.copytree(whole, run)
         as_if_killed(run, step)
-        assert f"resumed after step {step} of 180" in finish(start(*command, cwd=tmp_path / f"{step}"))
+        assert process.train(tmp_path / f"{step}", *command) == run
+        assert f"resumed after step {step} of 180" in (run / "log.txt").read_text()
         assert status_of(run)["message"].startswith("stopped early")
         assert json.loads((run / "summary.json").read_text())["stopped_early"] is True
         assert_same_run(run, whole)
 
 
-def test_a_run_of_full_length_has_not_stopped_early(tmp_path: Path) -> None:
-    run = train_in(tmp_path / "whole", *RUN, "early_stopping=1000", "epochs=2")
+def test_a_run_of_full_length_has_not_stopped_early(tmp_path: Path, process: Programs) -> None:
+    run = process.train(tmp_path, *RUN, "early_stopping=1000", "epochs=2")
     assert summary_of(run)["stopped_early"] is False
     assert status_of(run)["message"] == ""

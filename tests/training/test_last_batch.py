@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, configuration
-from runs import parameters, timeless, train_in
+from programs import Programs
+from runs import parameters, timeless
 from torch import Tensor
 
 from largebatch.modes.bt import BarlowTwins, loss
@@ -87,13 +88,13 @@ def test_positions_and_evaluations(tmp_path: Path, how: str, evaluated: list[int
     assert phase.position(9) == {"step": 9, "epoch": 9 / steps, "examples": examples}
 
 
-def test_two_processes_train_a_kept_batch_with_batch_norm_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_a_kept_batch_with_batch_norm_as_one(tmp_path: Path, process: Programs) -> None:
     """37 images leave 5 for the last batch: one group, so one of the two processes has no image."""
     command = (
         *TINY, "dataset.train_size=37", "dataset.last_batch=keep", "model.norm=batch", "batch_norm_size=8", "steps=9",
         "optimizer=lars", "optimizer.lr=0.5", "cluster.threads=1",
     )  # fmt: skip
-    one, two = (train_in(tmp_path / n, *command, f"cluster.processes={n}") for n in ("1", "2"))
+    one, two = (process.train(tmp_path / n, *command, f"cluster.processes={n}") for n in ("1", "2"))
     assert one.name == two.name
     ours, theirs = parameters(one), parameters(two)
     for name in ours:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Launch, configuration
+from conftest import TINY, configuration
+from programs import Programs
 from torch import nn
 
 from largebatch import optim
@@ -89,17 +90,18 @@ def test_surge_rule_is_the_best_learning_rate_of_sign_descent_on_a_quadratic(
     assert error(round(noise_scale * 16)) == pytest.approx(at_16, abs=0.01)
 
 
-def test_a_run_prints_and_stores_its_surge_learning_rate(launch: Launch, tmp_path: Path) -> None:
+def test_a_run_prints_and_stores_its_surge_learning_rate(tmp_path: Path, process: Programs) -> None:
     rule = ("lr_scaling.rule=surge", "lr_scaling.noise_scale=64", "lr_scaling.base_batch=4")
-    result = launch(*TINY, "steps=2", "optimizer=adamw", "optimizer.lr=0.001", *rule)
-    assert result.returncode == 0, result.stderr
+    run = process.train(tmp_path, *TINY, "steps=2", "optimizer=adamw", "optimizer.lr=0.001", *rule)
     # Theorem 3 at batch 16 over batch 4: (4 + 1/4) / (2 + 1/2) = 1.7.
-    assert "lr 0.0017 (optimizer.lr=0.001, lr_scaling.rule=surge, lr_scaling.noise_scale=64)" in result.stdout
-    (run,) = (tmp_path / "runs").iterdir()
+    assert (
+        "lr 0.0017 (optimizer.lr=0.001, lr_scaling.rule=surge, lr_scaling.noise_scale=64)"
+        in (run / "log.txt").read_text()
+    )
     assert json.loads((run / "summary.json").read_text())["lr"] == pytest.approx(0.0017)
     assert read_rows(run / "metrics.jsonl")[0]["optim/lr"] == pytest.approx(0.0017)
-    rejected = launch(*TINY, "steps=2", "optimizer=lars", *rule)
-    assert rejected.returncode == 2
+    rejected = process.call("launch", *TINY, "steps=2", "optimizer=lars", *rule, cwd=tmp_path)
+    assert rejected.code == 2
     assert "lr_scaling.force=true" in rejected.stderr
 
 
@@ -196,7 +198,11 @@ def test_a_run_takes_the_relative_lambda_of_its_own_length(tmp_path: Path, mode:
 
 @pytest.mark.parametrize(
     "name",
-    ["lars", "lamb", "tvlars", "tvlars_published", "lamb_published", "sgd", "adam", "adamw", "adagrad", "rmsprop"],
+    [
+        *("lars", "lamb", "tvlars", "tvlars_published", "lamb_published", "sgd", "adam", "adamw", "adagrad", "rmsprop"),
+        *("muon", "adamuon", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd"),
+        "schedulefree_adamw",
+    ],
 )
 def test_every_optimizer_lowers_the_loss_with_its_preset(name: str) -> None:
     torch.manual_seed(0)
@@ -222,6 +228,21 @@ def test_timm_optimizers_by_name() -> None:
     assert tuple(optimizer.param_groups[0]["betas"]) == (0.8, 0.9)
     with pytest.raises(UserError, match=r"timm has no such optimizer.*did you mean lion"):
         build_optimizer(configuration("optimizer=timm", "optimizer.name=lionn"), model, steps_per_epoch=1)
+
+
+def test_optimizers_of_pytorch_optimizer_by_name() -> None:
+    model = small_network()
+    config = configuration("optimizer=soap", "+optimizer.options.betas=[0.8,0.9]", "optimizer.lr_1d=0.1")
+    optimizer = build_optimizer(config, model, steps_per_epoch=1)
+    assert type(optimizer).__name__ == "SOAP"
+    many, few = optimizer.param_groups
+    assert (tuple(many["betas"]), many["lr"], many["weight_decay"]) == ((0.8, 0.9), 0.003, 0.01)
+    assert (tuple(few["betas"]), few["lr"], few["weight_decay"]) == ((0.8, 0.9), 0.1, 0)
+    assert [p.ndim for group in (many, few) for p in group["params"]] == [2, 2, 1, 1, 1, 1]
+    with pytest.raises(UserError, match=r"pytorch_optimizer has no such optimizer.*did you mean soap"):
+        build_optimizer(configuration("optimizer=soap", "optimizer.name=soapp"), model, steps_per_epoch=1)
+    with pytest.raises(UserError, match=r"optimizer.options.beta=1: soap has no such option;.*did you mean betas"):
+        build_optimizer(configuration("optimizer=soap", "+optimizer.options.beta=1"), model, steps_per_epoch=1)
 
 
 def test_published_lamb_has_no_bias_correction_and_adapts_everything() -> None:

@@ -74,8 +74,8 @@ def test_resuming_is_exact(folder: Path, tmp_path: Path, process: Programs) -> N
     assert summary(run)["checksum"] == summary(the_run(folder))["checksum"]
 
 
-def test_two_processes_with_accumulation_train_the_same(folder: Path, tmp_path: Path) -> None:
-    finish(start(*RUN, "cluster.processes=2", "micro_batch=8", f"runs_dir={tmp_path}/runs", cwd=folder))
+def test_two_processes_with_accumulation_train_the_same(folder: Path, tmp_path: Path, process: Programs) -> None:
+    process.train(folder, *RUN, "cluster.processes=2", "micro_batch=8", f"runs_dir={tmp_path}/runs")
     one, two = (timeless(run) for run in (the_run(folder), the_run(tmp_path)))
     assert the_run(tmp_path).name == the_run(folder).name
     assert [row.get("train/loss") for row in two] == pytest.approx([row.get("train/loss") for row in one], abs=1e-4)

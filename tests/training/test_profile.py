@@ -1,4 +1,4 @@
-"""``profile=true`` and ``compile=true`` with the real program."""
+"""``profile=true`` and ``compile=true``, compiled by the real program."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, Launch
-from runs import the_run
+from programs import Programs
 
 from largebatch.runs.metrics import read_rows
 
 
 @pytest.mark.parametrize(("steps", "profiled"), [(20, 10), (5, 2)])
-def test_a_profile_has_a_trace_and_a_table(launch: Launch, tmp_path: Path, steps: int, profiled: int) -> None:
-    result = launch(*TINY, f"steps={steps}", "profile=true")
-    assert result.returncode == 0, result.stderr
-    run = the_run(tmp_path)
+def test_a_profile_has_a_trace_and_a_table(tmp_path: Path, process: Programs, steps: int, profiled: int) -> None:
+    run = process.train(tmp_path, *TINY, f"steps={steps}", "profile=true")
     with gzip.open(run / "profile" / "trace.json.gz") as handle:
         events = json.load(handle)["traceEvents"]
     forwards = [event for event in events if event.get("name") == "forward" and event.get("cat") == "user_annotation"]
@@ -28,7 +26,7 @@ def test_a_profile_has_a_trace_and_a_table(launch: Launch, tmp_path: Path, steps
     assert any(event.get("name") == "aten::convolution" for event in events)
 
     table = (run / "profile" / "shares.txt").read_text()
-    assert "profiled" in result.stdout
+    assert "profiled" in (run / "log.txt").read_text()
     shares = {name: float(share) for name, share in re.findall(r"^(\w+) +[\d.]+ +([\d.]+)%", table, re.MULTILINE)}
     assert set(shares) >= {"data", "forward", "backward", "optimizer", "logging", "evaluation", "other", "all"}
     whole = shares.pop("all")
@@ -37,16 +35,16 @@ def test_a_profile_has_a_trace_and_a_table(launch: Launch, tmp_path: Path, steps
     assert shares["backward"] > 0
 
 
-def test_profile_does_not_change_the_run_s_folder(launch: Launch, tmp_path: Path) -> None:
-    for extra in ("profile=true", "profile=false"):
-        launch(*TINY, "steps=4", extra)
-    assert len(list((tmp_path / "runs").iterdir())) == 1
+def test_profile_does_not_change_the_run_s_folder(tmp_path: Path, process: Programs) -> None:
+    runs = [process.train(tmp_path / choice, *TINY, "steps=4", f"profile={choice}") for choice in ("true", "false")]
+    assert runs[0].name == runs[1].name
 
 
-def test_a_compiled_run_trains_the_same_up_to_rounding(launch: Launch, tmp_path: Path) -> None:
-    for choice in ("true", "false"):
-        result = launch(*TINY, "steps=6", "optimizer.lr=0.1", f"compile={choice}", timeout=250)
-        assert result.returncode == 0, result.stdout + result.stderr
+def test_a_compiled_run_trains_the_same_up_to_rounding(launch: Launch, tmp_path: Path, process: Programs) -> None:
+    command = (*TINY, "steps=6", "optimizer.lr=0.1")
+    result = launch(*command, "compile=true", timeout=250)
+    assert result.returncode == 0, result.stdout + result.stderr
+    process.train(tmp_path, *command, "compile=false")
     runs = {"compiled" in (run / "log.txt").read_text(): run for run in (tmp_path / "runs").iterdir()}
     assert set(runs) == {True, False}
     models = {
@@ -60,9 +58,9 @@ def test_a_compiled_run_trains_the_same_up_to_rounding(launch: Launch, tmp_path:
     assert rows[True]["test/loss"] == pytest.approx(rows[False]["test/loss"], rel=1e-4)
 
 
-def test_compile_true_is_an_error_for_a_run_that_cannot_be_compiled(launch: Launch, tmp_path: Path) -> None:
+def test_compile_true_is_an_error_for_a_run_that_cannot_be_compiled(tmp_path: Path, process: Programs) -> None:
     """Hooks measure the norms of samples, and compiled passes wouldn't call hooks."""
-    result = launch(*TINY, "steps=2", "optimizer=clars", "compile=true")
-    assert result.returncode == 2
-    assert "compile=true" in result.stderr
-    assert "clars" in result.stderr
+    result = process.call("launch", *TINY, "steps=2", "optimizer=clars", "compile=true", cwd=tmp_path)
+    assert result.code == 2
+    assert "compile=true" in result.output
+    assert "clars" in result.output

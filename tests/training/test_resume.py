@@ -6,15 +6,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TINY, Launch, environment, start
-from runs import finish, is_alive, parameters, the_run, timeless, train_in, worker_pid
+from conftest import TINY, start
+from programs import Programs
+from runs import finish, is_alive, parameters, the_run, timeless, worker_pid
 
 from largebatch.runs.metrics import read_rows
 
@@ -64,31 +64,37 @@ def stop_run(run: Path, process: subprocess.Popen[str], how: str) -> tuple[str, 
 @pytest.fixture(
     scope="module", params=[1, pytest.param(3, marks=pytest.mark.slow)], ids=["one process", "three processes"]
 )
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, process: Programs
+) -> tuple[Path, list[str]]:
     """Uninterrupted run, and its command line."""
     command = [*LONG, f"cluster.processes={request.param}", "model.norm=batch"]
-    return train_in(tmp_path_factory.mktemp("runs") / "undisturbed", *command), command
+    return process.train(tmp_path_factory.mktemp("runs"), *command), command
 
 
 @pytest.mark.parametrize("how", ["worker", "everything", "interrupt"])
-def test_a_stopped_run_resumes_exactly(tmp_path: Path, how: str, undisturbed: tuple[Path, list[str]]) -> None:
+def test_a_stopped_run_resumes_exactly(
+    tmp_path: Path, how: str, process: Programs, undisturbed: tuple[Path, list[str]]
+) -> None:
+    """The program itself resumes after Ctrl-C; otherwise its workers alone."""
     whole, command = undisturbed
-    folder = tmp_path / "stopped"
-    folder.mkdir()
-    process = start(*command, cwd=folder)
-    wait_for_step(folder, 20, process)
-    stopped = the_run(folder)
-    out, errors = stop_run(stopped, process, how)
+    first = start(*command, cwd=tmp_path)
+    wait_for_step(tmp_path, 20, first)
+    stopped = the_run(tmp_path)
+    out, errors = stop_run(stopped, first, how)
     if how == "worker":
-        assert process.returncode == 1
+        assert first.returncode == 1
         assert "same command resumes" in errors
     if how == "interrupt":
-        assert process.returncode == 130
+        assert first.returncode == 130
         assert json.loads((stopped / "status.json").read_text())["state"] == "preempted", out
     assert not (stopped / "summary.json").exists()
 
-    out = finish(start(*command, cwd=folder))
-    assert "resumed after step" in out
+    if how == "interrupt":
+        assert "resumed after step" in finish(start(*command, cwd=tmp_path))
+    else:
+        assert process.train(tmp_path, *command) == stopped
+        assert "resumed after step" in (stopped / "log.txt").read_text()
     assert_same_bits(stopped, whole)
 
 
@@ -102,38 +108,37 @@ def assert_same_bits(run: Path, whole: Path) -> None:
     )
 
 
-def test_starting_a_running_run_is_an_error_with_pid_and_host(tmp_path: Path, launch: Launch) -> None:
-    process = start(*LONG, "steps=2000", cwd=tmp_path)
+def test_starting_a_running_run_is_an_error_with_pid_and_host(tmp_path: Path, process: Programs) -> None:
+    first = start(*LONG, "steps=2000", cwd=tmp_path)
     try:
-        wait_for_step(tmp_path, 2, process)
-        refused = launch(*LONG, "steps=2000")
-        assert refused.returncode == 2
-        assert f"pid {worker_pid(the_run(tmp_path))} on " in refused.stderr
-        assert process.poll() is None  # the first process keeps running
+        wait_for_step(tmp_path, 2, first)
+        refused = process.call("launch", *LONG, "steps=2000", cwd=tmp_path)
+        assert refused.code == 2
+        assert f"pid {worker_pid(the_run(tmp_path))} on " in refused.output
+        assert first.poll() is None  # it keeps running
     finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("moved", ["runs folder", "run folder"])
-def test_a_moved_run_resumes_exactly(tmp_path: Path, undisturbed: tuple[Path, list[str]], moved: str) -> None:
-    """The launcher finds a run by its name in ``runs_dir``; a worker trains in a folder of any name."""
+def test_a_moved_run_resumes_exactly(
+    tmp_path: Path, process: Programs, undisturbed: tuple[Path, list[str]], moved: str
+) -> None:
+    """The plan finds a run by its name in ``runs_dir``; a worker trains in a folder of any name."""
     whole, command = undisturbed
-    process = start(*command, cwd=tmp_path)
-    wait_for_step(tmp_path, 20, process)
-    stop_run(the_run(tmp_path), process, "everything")
+    process.kill(tmp_path, 20, *command)
     place = tmp_path / "another disk" / "old runs"
     place.parent.mkdir()
     (tmp_path / "runs").rename(place)
     run = place / whole.name
     if moved == "runs folder":
-        out = finish(start(*command, f"runs_dir='{place}'", cwd=tmp_path))
+        assert process.train(tmp_path, *command, f"runs_dir='{place}'") == run
     else:
         if "cluster.processes=1" not in command:
             pytest.skip("a worker alone is one process")
         run = run.rename(place / "renamed")
-        worker = [sys.executable, "-m", "largebatch.training.worker", str(run)]
-        one_thread = environment() | {"OMP_NUM_THREADS": "1"}
-        out = subprocess.run(worker, cwd=tmp_path, env=one_thread, check=True, capture_output=True, text=True).stdout
-    assert "resumed after step" in out
+        ended = process.call("worker", str(run), cwd=tmp_path)
+        assert ended.code == 0, ended.output
+    assert "resumed after step" in (run / "log.txt").read_text()
     assert_same_bits(run, whole)

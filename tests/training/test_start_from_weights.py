@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, configuration, start
-from runs import finish, parameters, timeless
+from conftest import TINY, configuration
+from programs import Programs
+from runs import parameters, timeless
 
 from largebatch.config.schema import Config
 from largebatch.errors import UserError
@@ -27,14 +28,11 @@ TARGET = (*TINY, *MODEL, "model.freeze=true", "steps=6", "checkpoint.every_steps
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Train a source with mode ``bt``, and a frozen target from it on other classes. Return folders and output."""
+def runs(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> tuple[Path, Path]:
+    """Train a source with mode ``bt``, and a frozen target from it on other classes. Return the folders."""
     folder = tmp_path_factory.mktemp("weights")
-    finish(start(*SOURCE, cwd=folder))
-    (source,) = (folder / "runs").iterdir()
-    out = finish(start(*TARGET, f"model.weights={source.name[-8:]}", cwd=folder))
-    (target,) = set((folder / "runs").iterdir()) - {source}
-    return source, target, out
+    source = process.train(folder, *SOURCE)
+    return source, process.train(folder, *TARGET, f"model.weights={source.name[-8:]}")
 
 
 def planned(*overrides: str, runs_dir: Path) -> PlannedRun:
@@ -45,8 +43,8 @@ def planned(*overrides: str, runs_dir: Path) -> PlannedRun:
     return run
 
 
-def test_a_frozen_run_keeps_the_backbone_of_its_source_and_trains_a_head(runs: tuple[Path, Path, str]) -> None:
-    source, target, _ = runs
+def test_a_frozen_run_keeps_the_backbone_of_its_source_and_trains_a_head(runs: tuple[Path, Path]) -> None:
+    source, target = runs
     before, after = parameters(source), parameters(target)
     backbone = {name: before[f"backbone.{name}"] for name in after if not name.startswith("head.")}
     assert len(backbone) == len(after) - 2
@@ -61,9 +59,9 @@ def test_a_frozen_run_keeps_the_backbone_of_its_source_and_trains_a_head(runs: t
 
 
 def test_the_same_command_resumes_exactly_after_its_source_is_gone(
-    runs: tuple[Path, Path, str], tmp_path: Path
+    runs: tuple[Path, Path], tmp_path: Path, process: Programs
 ) -> None:
-    source, target, _ = runs
+    source, target = runs
     copy = tmp_path / "runs" / target.name
     shutil.copytree(target, copy)
     (copy / "checkpoints" / "step-00000006.pt").unlink()
@@ -73,10 +71,10 @@ def test_the_same_command_resumes_exactly_after_its_source_is_gone(
     gone = source.with_name("gone")
     source.rename(gone)  # the frozen configuration has its absolute path
     try:
-        out = finish(start(*TARGET, f"model.weights={source.name[-8:]}", cwd=tmp_path))
+        assert process.train(tmp_path, *TARGET, f"model.weights={source.name[-8:]}") == copy
     finally:
         gone.rename(source)
-    assert "resumed after step 4 of 6" in (copy / "log.txt").read_text(), out
+    assert "resumed after step 4 of 6" in (copy / "log.txt").read_text()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [target.name]
     assert all(torch.equal(a, b) for a, b in zip(parameters(copy).values(), parameters(target).values(), strict=True))
     assert timeless(copy) == timeless(target)

@@ -1,4 +1,4 @@
-"""Training end to end with the real program: the run's folder, and equality over processes."""
+"""Training end to end: the run's folder, and equality over processes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from conftest import TINY, Launch
+from programs import Programs
 from runs import parameters, the_run, train_in
 
 from largebatch.runs.metrics import read_rows
 
 
-def test_a_run_writes_its_whole_folder(launch: Launch, tmp_path: Path) -> None:
-    result = launch(*TINY, "steps=10", "optimizer=tvlars", "tracker.layers_every=5", "dataset.val_fraction=0.25")
-    assert result.returncode == 0, result.stderr
-    run = the_run(tmp_path)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = ("steps=10", "optimizer=tvlars", "tracker.layers_every=5", "dataset.val_fraction=0.25")
+    return train_in(tmp_path_factory.mktemp("runs") / "whole", *TINY, *options)
+
+
+def test_a_run_writes_its_whole_folder(run: Path) -> None:
     assert {path.name for path in run.iterdir()} >= {
         "config.yaml", "status.json", "metrics.jsonl", "metrics.parquet", "layers.parquet", "summary.json",
         "checkpoints", "log.txt",
@@ -54,18 +58,28 @@ def test_a_run_writes_its_whole_folder(launch: Launch, tmp_path: Path) -> None:
     assert {"images_per_second", "wall_seconds", "git_commit", "versions", "lr", "per_process_batch"} <= summary.keys()
 
 
+def test_every_row_except_the_first_has_the_speed(process: Programs, tmp_path: Path) -> None:
+    run = process.train(tmp_path, *TINY, "steps=4", "tracker.log_every=1")
+    timed = {row["step"]: row.get("perf/step_ms") for row in read_rows(run / "metrics.jsonl") if "train/loss" in row}
+    assert timed.pop(1) is None  # it would include one-time work such as allocations
+    assert len(timed) == 3
+    assert all(0 < milliseconds < 1000 for milliseconds in timed.values())
+    assert json.loads((run / "summary.json").read_text())["images_per_second"] > 0
+
+
 # Rounding differences don't grow over 20 steps at this learning rate.
 GENTLE = (*TINY, "steps=20", "optimizer=lars", "optimizer.lr=0.5", "cluster.threads=1")
 
 
 @pytest.fixture(scope="module")
 def undivided(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run one process with undivided batches."""
+    """Run the real program in one process with undivided batches."""
     return train_in(tmp_path_factory.mktemp("runs") / "undivided", *GENTLE)
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the real program in two processes."""
     return train_in(tmp_path_factory.mktemp("runs") / "divided", *GENTLE, "cluster.processes=2")
 
 
@@ -80,111 +94,107 @@ def test_two_processes_train_the_same(undivided: Path, two_processes: Path) -> N
 
 
 @pytest.mark.parametrize("division", [["micro_batch=4"], ["micro_batch=4", "cluster.processes=2"]])
-def test_accumulation_trains_the_same(tmp_path: Path, undivided: Path, division: list[str]) -> None:
-    assert difference(undivided, train_in(tmp_path / "divided", *GENTLE, *division)) < 1e-5
+def test_accumulation_trains_the_same(tmp_path: Path, process: Programs, undivided: Path, division: list[str]) -> None:
+    assert difference(undivided, process.train(tmp_path, *GENTLE, *division)) < 1e-5
 
 
-def test_tinycnn_trains_the_same_with_accumulation(tmp_path: Path) -> None:
+def test_tinycnn_trains_the_same_with_accumulation(tmp_path: Path, process: Programs) -> None:
     command = (*GENTLE, "model=tinycnn")
-    whole, divided = train_in(tmp_path / "a", *command), train_in(tmp_path / "b", *command, "micro_batch=4")
+    whole, divided = (process.train(tmp_path / size, *command, f"micro_batch={size}") for size in ("16", "4"))
     assert 0 < difference(whole, divided) < 1e-5
 
 
-@pytest.fixture(scope="module")
-def clars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("runs") / "clars", *GENTLE, *CLARS)
-
-
-CLARS = ("optimizer=clars", "optimizer.lr=2", "optimizer.sample_size=2")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("division", [["cluster.processes=2"], ["micro_batch=4"]])
-def test_clars_trains_the_same_on_several_processes_and_with_accumulation(
-    tmp_path: Path, clars: Path, division: list[str]
-) -> None:
+def test_clars_trains_the_same_on_several_processes_and_with_accumulation(tmp_path: Path, process: Programs) -> None:
     """Gradient norms of groups of two samples are summed over micro-batches and processes."""
+    command = (*GENTLE, "optimizer=clars", "optimizer.lr=2", "optimizer.sample_size=2")
+    clars = process.train(tmp_path / "undivided", *command)
     assert "gradient norms of 2 samples at a time by hooks" in (clars / "log.txt").read_text()
-    assert difference(clars, train_in(tmp_path / "divided", *GENTLE, *CLARS, *division)) < 1e-5
-    single = train_in(tmp_path / "single", *GENTLE, *CLARS, "optimizer.sample_size=1")
+    for division in ("cluster.processes=2", "micro_batch=4"):
+        assert difference(clars, process.train(tmp_path / division, *command, division)) < 1e-5
+    single = process.train(tmp_path / "single", *command, "optimizer.sample_size=1")
     assert difference(clars, single) > 1e-4
 
 
-def test_clars_trains_a_model_with_parameters_outside_layers(tmp_path: Path) -> None:
+def test_clars_trains_a_model_with_parameters_outside_layers(tmp_path: Path, process: Programs) -> None:
     """A vision transformer's position embedding isn't a layer, so the norms are those of micro-batches."""
     vit = (
         "model=timm", "model.name=vit_tiny_patch16_224", "dataset.channels=3", "optimizer.sample_size=8",
         "+model.options={img_size:8,patch_size:4,depth:1,embed_dim:12,num_heads:2}", "steps=3",
     )  # fmt: skip
-    run = train_in(tmp_path / "vit", *TINY, "optimizer=clars", "cluster.threads=1", *vit)
+    run = process.train(tmp_path, *TINY, "optimizer=clars", "cluster.threads=1", *vit)
     log = (run / "log.txt").read_text()
     assert "gradient norms of 8 samples at a time by passes: cls_token" in log
     assert "1 process(es) x 2 micro-batch(es) of 8" in log
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
-def test_clars_sample_size_must_divide_the_micro_batch(launch: Launch) -> None:
-    result = launch(*TINY, "optimizer=clars", "optimizer.sample_size=3")
-    assert result.returncode == 2
+def test_clars_sample_size_must_divide_the_micro_batch(tmp_path: Path, process: Programs) -> None:
+    result = process.call("launch", *TINY, "optimizer=clars", "optimizer.sample_size=3", cwd=tmp_path)
+    assert result.code == 2
     assert (
         "optimizer.sample_size=3: doesn't divide the micro-batch of 16 images. Fix: optimizer.sample_size=2"
-        in result.stderr
+        in result.output
     )
 
 
-def test_batch_norm_trains_the_same_over_processes_only_if_synchronised(tmp_path: Path) -> None:
-    whole = train_in(tmp_path / "whole", *GENTLE, "model.norm=batch")
-    synchronised = ("model.norm=batch", "sync_bn=true", "cluster.processes=2")
-    assert difference(whole, train_in(tmp_path / "synchronised", *GENTLE, *synchronised)) < 1e-5
-    local = ("model.norm=batch", "cluster.processes=2")
-    assert difference(whole, train_in(tmp_path / "local", *GENTLE, *local)) > 1e-3
+@pytest.fixture(scope="module")
+def batch_norm(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    return process.train(tmp_path_factory.mktemp("runs"), *GENTLE, "model.norm=batch")
 
 
-def test_with_a_given_batch_norm_size_every_division_is_one_run_and_trains_the_same(tmp_path: Path) -> None:
+def test_batch_norm_trains_the_same_over_processes_only_if_synchronised(
+    tmp_path: Path, process: Programs, batch_norm: Path
+) -> None:
+    command = (*GENTLE, "model.norm=batch", "cluster.processes=2")
+    assert difference(batch_norm, process.train(tmp_path / "synchronised", *command, "sync_bn=true")) < 1e-5
+    assert difference(batch_norm, process.train(tmp_path / "local", *command)) > 1e-3
+
+
+def test_with_a_given_batch_norm_size_every_division_is_one_run_and_trains_the_same(
+    tmp_path: Path, process: Programs, batch_norm: Path
+) -> None:
     """Weights and running statistics are equal to rounding."""
     command = (*GENTLE, "model.norm=batch", "batch_norm_size=8")
-    whole = train_in(tmp_path / "one", *command)
+    whole = process.train(tmp_path / "one", *command)
     for place, division in {
         "two": ["cluster.processes=2"],
         "synchronised": ["cluster.processes=2", "sync_bn=true"],
     }.items():
-        divided = train_in(tmp_path / place, *command, *division)
+        divided = process.train(tmp_path / place, *command, *division)
         assert divided.name == whole.name
         assert difference(whole, divided) < 1e-5
         (ours, theirs) = (json.loads((run / "summary.json").read_text()) for run in (divided, whole))
         assert ours["test/loss"] == pytest.approx(theirs["test/loss"], rel=1e-4)
-    other = train_in(tmp_path / "whole", *GENTLE, "model.norm=batch")
-    assert other.name != whole.name
-    assert difference(whole, other) > 1e-3
+    assert batch_norm.name != whole.name
+    assert difference(whole, batch_norm) > 1e-3
 
 
-def test_a_model_with_batch_norm_that_claims_none_is_refused(launch: Launch, tmp_path: Path) -> None:
-    result = launch(*TINY, "steps=1", "model=timm", "model.name=test_resnet", "model.batch_norm=false")
-    assert result.returncode == 2
-    assert "model.name=test_resnet: has batch norm (conv1.1)" in result.stderr
+def test_a_model_with_batch_norm_that_claims_none_is_refused(tmp_path: Path, process: Programs) -> None:
+    claim = ("model=timm", "model.name=test_resnet", "model.batch_norm=false")
+    result = process.call("launch", *TINY, "steps=1", *claim, cwd=tmp_path)
+    assert result.code == 2
+    assert "model.name=test_resnet: has batch norm (conv1.1)" in result.output
     assert not (tmp_path / "runs").exists()
 
 
-def test_clars_by_passes_needs_a_batch_norm_size_of_one_pass(launch: Launch, tmp_path: Path) -> None:
+def test_clars_by_passes_needs_a_batch_norm_size_of_one_pass(tmp_path: Path, process: Programs) -> None:
     """Norm layers that CLARS adapts can't be measured by hooks, and a pass is then over ``sample_size`` images."""
     command = (*TINY, "steps=2", "model.norm=batch", "optimizer=clars", "optimizer.adapt_1d=true")
-    refused = launch(*command, "optimizer.sample_size=4")
-    assert refused.returncode == 2
-    assert "batch_norm_size=16: optimizer=clars measures norms by passes" in refused.stderr
-    assert "Fix: batch_norm_size=4" in refused.stderr
-    accepted = launch(*command, "optimizer.sample_size=4", "batch_norm_size=4")
-    assert accepted.returncode == 0, accepted.stderr
-    assert "1 process(es) x 4 micro-batch(es) of 4" in (the_run(tmp_path) / "log.txt").read_text()
+    refused = process.call("launch", *command, "optimizer.sample_size=4", cwd=tmp_path)
+    assert refused.code == 2
+    assert "batch_norm_size=16: optimizer=clars measures norms by passes" in refused.output
+    assert "Fix: batch_norm_size=4" in refused.output
+    accepted = process.train(tmp_path, *command, "optimizer.sample_size=4", "batch_norm_size=4")
+    assert "1 process(es) x 4 micro-batch(es) of 4" in (accepted / "log.txt").read_text()
 
 
 def test_every_test_image_counts_once_for_any_number_of_processes(
-    tmp_path: Path, undivided: Path, two_processes: Path
+    tmp_path: Path, process: Programs, undivided: Path, two_processes: Path
 ) -> None:
     """2 processes can't share 21 test images evenly, and the accuracy is a multiple of 1/21 in every run."""
-    one, two = (json.loads((run / "summary.json").read_text()) for run in (undivided, two_processes))
-    three = json.loads(
-        (train_in(tmp_path / "three", *GENTLE, "batch_size=15", "cluster.processes=3") / "summary.json").read_text()
-    )
+    by_three = process.train(tmp_path, *GENTLE, "batch_size=15", "cluster.processes=3")
+    runs = (undivided, two_processes, by_three)
+    one, two, three = (json.loads((run / "summary.json").read_text()) for run in runs)
     assert one["test/accuracy"] == two["test/accuracy"]
     assert one["test/loss"] == pytest.approx(two["test/loss"], rel=1e-4)
     for summary in (one, two, three):
@@ -192,20 +202,10 @@ def test_every_test_image_counts_once_for_any_number_of_processes(
         assert summary["test_images"] == 21
 
 
-def test_every_row_except_the_first_has_the_speed(launch: Launch, tmp_path: Path) -> None:
-    assert launch(*TINY, "steps=4", "tracker.log_every=1").returncode == 0
-    run = the_run(tmp_path)
-    timed = {row["step"]: row.get("perf/step_ms") for row in read_rows(run / "metrics.jsonl") if "train/loss" in row}
-    assert timed.pop(1) is None  # it would include one-time work such as allocations
-    assert len(timed) == 3
-    assert all(0 < milliseconds < 1000 for milliseconds in timed.values())
-    assert json.loads((run / "summary.json").read_text())["images_per_second"] > 0
-
-
-def test_divergence_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
+def test_divergence_is_an_outcome(tmp_path: Path, process: Programs) -> None:
     command = (*TINY, "steps=40", "optimizer=sgd", "optimizer.lr=1e30")
-    result = launch(*command)
-    assert result.returncode == 0
+    result = process.call("launch", *command, cwd=tmp_path)
+    assert result.code == 0
     run = the_run(tmp_path)
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "diverged"
@@ -213,7 +213,7 @@ def test_divergence_is_an_outcome(launch: Launch, tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert summary["state"] == "diverged"
     assert {"precision", "channels_last", "device"} <= summary.keys()
-    assert "diverged before" in launch(*command).stdout
+    assert "diverged before" in process.call("launch", *command, cwd=tmp_path).output
 
 
 FAULTY_LIBRARY = """
@@ -245,6 +245,6 @@ def test_an_exception_is_one_line_on_stderr_and_a_traceback_in_the_log(
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
 
 
-def test_bf16_trains(launch: Launch, tmp_path: Path) -> None:
-    assert launch(*TINY, "steps=3", "precision=bf16").returncode == 0
-    assert json.loads((the_run(tmp_path) / "summary.json").read_text())["precision"] == "bf16"
+def test_bf16_trains(tmp_path: Path, process: Programs) -> None:
+    run = process.train(tmp_path, *TINY, "steps=3", "precision=bf16")
+    assert json.loads((run / "summary.json").read_text())["precision"] == "bf16"

@@ -21,6 +21,10 @@ class ResizedCropConfig:
     # square: crops from the decoded square. file: crops from the whole file, while it is decoded; of views too.
     source: str = option("square", allowed=("square", "file"))
 
+    @property
+    def is_on(self) -> bool:
+        return self.scale is not None
+
 
 @dataclass
 class ColorJitterConfig:
@@ -44,6 +48,10 @@ class RandAugmentConfig:
     operations: int = option(0, least=0, most=14)  # random operations of an image, one after the other; 0: off
     magnitude: int = option(9, least=0, most=30)
 
+    @property
+    def is_on(self) -> bool:
+        return self.operations > 0
+
 
 @dataclass
 class ErasingConfig:
@@ -56,6 +64,10 @@ class ErasingConfig:
     count: int = option(1, least=1, most=16)  # boxes, which share the area
     # zero: the mean of the data set; channel: one normal number per channel; pixel: normal noise
     fill: str = option("zero", allowed=("zero", "channel", "pixel"))
+
+    @property
+    def is_on(self) -> bool:
+        return self.probability > 0
 
 
 def augmentation_problems(dataset: DatasetConfig, views: int = 1) -> list[str]:

@@ -91,20 +91,44 @@ def plan_training(config: Config, processes: int) -> BatchPlan:
     """
     size, together = config.batch_norm_size, config.optimizer.samples_together
     pair = config.mode.images_together
+    given = _for_growth(config, processes)
     if not has_batch_statistics(config):
         if size is not None:
             raise UserError(f"batch_norm_size={size}: {config.model.name} has no batch norm here. Fix: leave it out")
-        return plan_batch(config.batch_size, processes, config.micro_batch, together, pair)
+        return plan_batch(config.batch_size, processes, given, together, pair)
     sharing = processes if config.sync_bn else 1
     if sharing > 1 and config.mode.loss_per_micro_batch:
         raise UserError(
             f"sync_bn=true: not allowed with mode.exact=false on {processes} processes, because batch norm is over all "
             "processes and the loss over each. Fix: mode.exact=true, or sync_bn=false"
         )
-    micro_batch = config.micro_batch if size is None else _micro_batch(config, size, processes, sharing)
+    micro_batch = given if size is None else _micro_batch(config, size, processes, sharing)
     plan = plan_batch(config.batch_size, processes, micro_batch, together, pair, synchronised=config.sync_bn)
     config.batch_norm_size = plan.group
     return plan
+
+
+def _for_growth(config: Config, processes: int) -> int | str | None:
+    """Return ``micro_batch``, with ``batch_schedule`` at most the first batch's share of a process.
+
+    Raises:
+        UserError: if a batch size of the schedule can't be divided into such micro-batches, as many in each process.
+    """
+    growth = config.batch_schedule
+    if growth.first is None:
+        return config.micro_batch
+    first, rule = growth.first, f"{processes} process(es) of equal micro-batches"
+    given = config.batch_norm_size or config.micro_batch
+    micro_batch = min(given, first // processes) if isinstance(given, int) else first // processes
+    if config.batch_norm_size and config.sync_bn:
+        micro_batch = config.batch_norm_size // processes
+    for size in (*growth.sizes, first):
+        if not micro_batch or size % (micro_batch * processes):
+            raise UserError(
+                f"batch_schedule: a batch of {size} images can't be divided over {rule}. Fix: batch sizes that are "
+                f"multiples of {processes}, and micro_batch or batch_norm_size up to {first // processes}"
+            )
+    return micro_batch
 
 
 def _micro_batch(config: Config, size: int, processes: int, sharing: int) -> int:

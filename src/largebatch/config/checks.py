@@ -7,9 +7,9 @@ from typing import Any
 
 from largebatch.config.batch import plan_batch, plan_training
 from largebatch.config.custom import custom_choices
-from largebatch.config.epochs import plan_epochs
+from largebatch.config.epochs import lr_factor, plan_epochs, planned_steps
 from largebatch.config.options import problems_of
-from largebatch.config.schema import ClusterConfig, Config
+from largebatch.config.schema import ClusterConfig, Config, InstrumentsConfig
 from largebatch.config.slurm import has_control_character, slurm_problems
 from largebatch.errors import UserError
 
@@ -24,6 +24,7 @@ def validate(config: Config) -> None:
         *config.optimizer.problems(config),
         *config.lr_scaling.problems(config.optimizer),
         *config.schedule.problems(config),
+        *config.batch_schedule.problems(config),
         *config.mode.problems(config),
         *_check_length(config),
         *_check_cluster(config.cluster),
@@ -32,6 +33,7 @@ def validate(config: Config) -> None:
         *_check_space(config),
         *_check_instruments(config),
         *_check_early_stopping(config),
+        *_check_start(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -41,12 +43,14 @@ def check_training(config: Config, images: int | None) -> None:
     """Check batch and warm-up against ``images`` training images; None if their number is unknown.
 
     Raises:
-        UserError: if the batch is larger than the training set, or the warm-up as long as the training.
+        UserError: if the batch is larger than the training set, the warm-up as long as the training, or a step of
+            ``checkpoint.keep_at`` after its end.
     """
     schedule = config.schedule
     if images is not None:
         epochs = plan_epochs(config, images)
-        schedule.factor(config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0), epochs.steps)
+        lr_factor(config, epochs)
+        config.checkpoint.kept_steps(planned_steps(config, epochs))
         return
     for unit, training in ("steps", config.steps), ("epochs", config.epochs):
         schedule.check_warmup(getattr(schedule, f"warmup_{unit}", None) or 0, training or 0, unit)
@@ -111,12 +115,24 @@ def _check_batch(config: Config) -> list[str]:
 
 
 def _check_instruments(config: Config) -> list[str]:
-    if config.instruments.noise_scale and config.mode.loss_over_global_batch:
-        return [
+    instruments, problems = config.instruments, []
+    if instruments.noise_scale and config.mode.loss_over_global_batch:
+        problems.append(
             f"instruments.noise_scale=true: not allowed with mode={config.mode.name} mode.exact=true, because that "
             "loss isn't a mean over images. Fix: mode.exact=false, or instruments.noise_scale=false"
-        ]
-    return []
+        )
+    if instruments.sharpness_every is not None and config.mode.name != "clf":
+        problems.append(
+            f"instruments.sharpness_every={instruments.sharpness_every}: not allowed with mode={config.mode.name}, "
+            "because that loss isn't a mean over images. Allowed: mode=clf. Fix: instruments.sharpness_every=null"
+        )
+    default = InstrumentsConfig.sharpness_samples
+    if instruments.sharpness_every is None and instruments.sharpness_samples != default:
+        problems.append(
+            f"instruments.sharpness_samples={instruments.sharpness_samples}: only instruments.sharpness_every has "
+            "this key. Fix: instruments.sharpness_every=1, or leave it out"
+        )
+    return problems
 
 
 def _check_early_stopping(config: Config) -> list[str]:
@@ -133,6 +149,18 @@ def _check_early_stopping(config: Config) -> list[str]:
             f"{key}: needs validation images, because the test set must not decide when to stop. "
             "Fix: dataset.val_fraction=0.1"
         ]
+    return []
+
+
+def _check_start(config: Config) -> list[str]:
+    key = f"start_from={config.start_from}"
+    if config.start_from is None:
+        return []
+    if config.mode.name != "clf":
+        return [f"{key}: not allowed with mode={config.mode.name}. Allowed: mode=clf. Fix: start_from=null"]
+    if config.model.weights is not None or config.model.pretrained:
+        other = "model.pretrained=true" if config.model.pretrained else f"model.weights={config.model.weights}"
+        return [f"{key} and {other}: only one may be set, because both choose the first weights"]
     return []
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from largebatch.config.batch import has_batch_statistics
+from largebatch.config.batch_schedule import Stage
 from largebatch.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,24 +19,27 @@ if TYPE_CHECKING:
 class Epochs:
     """Division of the passes over a training set into optimizer steps. Steps are counted from 0.
 
-    - ``carry``: the rest of an epoch's order opens the next epoch's first batch. Every step has ``batch_size`` images,
-      and an epoch has ``images / batch_size`` steps, also a fraction.
+    - ``carry``: the rest of an epoch's order opens the next epoch's first batch. An epoch has ``images / batch_size``
+      steps, also a fraction. Every step has ``batch_size`` images, or the size of its stage (``batch_schedule``).
     - ``keep``: the last step of an epoch has the rest.
     - ``drop``: the rest is left out.
 
     Attributes:
         images: images of the training set.
+        batch_size: images of a step, with stages the largest number.
         rest: images in the last step of an epoch with ``keep``. 0 if the batches are full, and otherwise.
+        stages: only with ``carry``, the sizes of steps; empty: ``batch_size``.
     """
 
     images: int
     batch_size: int
     last_batch: str
     rest: int = 0
+    stages: tuple[Stage, ...] = ()
 
     @property
     def steps(self) -> float:
-        """Optimizer steps per epoch: a fraction with ``carry``, else a whole number."""
+        """Steps of ``batch_size`` images per epoch: a fraction with ``carry``, else a whole number."""
         if self.last_batch == "carry":
             return self.images / self.batch_size
         return self._whole_steps
@@ -45,15 +50,23 @@ class Epochs:
 
     def steps_of(self, epochs: int) -> int:
         """Return the optimizer steps of ``epochs`` epochs, with ``carry`` rounded down."""
-        if self.last_batch == "carry":
-            return epochs * self.images // self.batch_size
-        return epochs * self._whole_steps
+        if self.last_batch != "carry":
+            return epochs * self._whole_steps
+        images = epochs * self.images
+        first_step, first_image, size = self._stage(lambda stage: stage.first_image <= images)
+        return first_step + (images - first_image) // size
 
     def completed(self, step: int) -> int:
         """Return the number of whole epochs after ``step`` optimizer steps."""
         if self.last_batch == "carry":
-            return step * self.batch_size // self.images
+            return self.examples(step) // self.images
         return step // self._whole_steps
+
+    def epoch(self, step: int) -> float:
+        """Return the number of epochs after ``step`` optimizer steps, maybe a fraction."""
+        if self.stages:
+            return self.examples(step) / self.images
+        return step / self.steps
 
     def ends(self, step: int, every: int = 1) -> bool:
         """Return True if ``step`` optimizer steps are the first to complete a multiple of ``every`` epochs."""
@@ -62,18 +75,25 @@ class Epochs:
     def place(self, step: int) -> tuple[int, int]:
         """Return the epoch of a step's first image, and the image's position in the epoch's order."""
         if self.last_batch == "carry":
-            return divmod(step * self.batch_size, self.images)
+            return divmod(self.examples(step), self.images)
         epoch, number = divmod(step, self._whole_steps)
         return epoch, number * self.batch_size
 
     def size(self, step: int) -> int:
         """Return the number of images in step ``step``."""
-        return self.rest if self.rest and (step + 1) % self._whole_steps == 0 else self.batch_size
+        if self.rest and (step + 1) % self._whole_steps == 0:
+            return self.rest
+        return self._stage(lambda stage: stage.first_step <= step).size
 
     def examples(self, step: int) -> int:
         """Return the number of training examples in the first ``step`` optimizer steps."""
+        first_step, first_image, size = self._stage(lambda stage: stage.first_step <= step)
         missing = self.batch_size - self.rest if self.rest else 0
-        return step * self.batch_size - self.completed(step) * missing
+        return first_image + (step - first_step) * size - (self.completed(step) * missing if missing else 0)
+
+    def _stage(self, begun: Callable[[Stage], bool]) -> Stage:
+        """Return the last stage that has ``begun``."""
+        return next((stage for stage in reversed(self.stages) if begun(stage)), Stage(0, 0, self.batch_size))
 
 
 def plan_epochs(config: Config, images: int, batch_size: int | None = None) -> Epochs:
@@ -99,4 +119,33 @@ def plan_epochs(config: Config, images: int, batch_size: int | None = None) -> E
             f"optimizer.sample_size={config.optimizer.samples_together}: doesn't divide the {rest} images of an "
             "epoch's last batch (dataset.last_batch=keep). Fix: dataset.last_batch=carry"
         )
-    return Epochs(images, size, config.dataset.last_batch, rest)
+    grows = batch_size is None and config.batch_schedule.shape != "constant"
+    stages = config.batch_schedule.stages(config, images) if grows else ()
+    return Epochs(images, size, config.dataset.last_batch, rest, stages)
+
+
+def planned_steps(config: Config, epochs: Epochs) -> int:
+    """Return the optimizer steps of the main training."""
+    return config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
+
+
+def lr_factor(config: Config, epochs: Epochs) -> Callable[[int], float]:
+    """Return the factor of the learning rate as a function of the optimizer step.
+
+    A growing batch counts the schedule's steps in images: at a step, the schedule is where a training with
+    ``batch_size`` would be after as many images.
+
+    Raises:
+        UserError: if no step is left after the warm-up.
+    """
+    if not epochs.stages:
+        return config.schedule.factor(planned_steps(config, epochs), epochs.steps)
+    total = (config.epochs or 0) * epochs.images / epochs.batch_size
+    schedule, growth = config.schedule.factor(round(total), epochs.steps), config.batch_schedule
+
+    def factor(step: int) -> float:
+        return schedule(epochs.examples(step) / epochs.batch_size) * growth.lr_factor(
+            epochs.size(step) / epochs.batch_size
+        )
+
+    return factor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from largebatch.config.epochs import plan_epochs
+from largebatch.config.epochs import plan_epochs, planned_steps
+from largebatch.config.modes import Bt, Clf
 from largebatch.config.optimizers import Adagrad, Clars, Measured, Tvlars
 from largebatch.config.schedules import CustomSchedule, ScheduleConfig
 from largebatch.config.schema import Config
@@ -15,6 +16,11 @@ _HALF = 0.5  # of phi's start: the fall that a note asks for
 _LONG = 1 / 3  # of the training: a longer warm-up
 _NO_DECAY = 1e-6  # relative change over the run
 _BEGINNING = 0.1  # part of the averaged weights that are still those of the start
+# Options that turn a group of the augmentation on.
+_SWITCHES = {
+    "resized_crop": "scale=[0.08,1]", "color_jitter": "brightness=0.4", "rand_augment": "operations=2",
+    "erasing": "probability=0.25",
+}  # fmt: skip
 _RANGE = 10  # of phi's exponent over the training, so that phi falls to its floor
 
 
@@ -27,14 +33,14 @@ def planned_length(config: Config) -> tuple[int, float] | None:
     if config.dataset.train_images is None:
         return None
     epochs = plan_epochs(config, config.dataset.train_images)
-    return (config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)), epochs.steps
+    return planned_steps(config, epochs), epochs.steps
 
 
 def idle_options(config: Config, steps: int, steps_per_epoch: float) -> list[str]:
     """Return one sentence for each idle option: key and value, consequence, fix.
 
     Args:
-        config: its optimizer, schedule, learning-rate scaling and batch size count.
+        config: its optimizer, schedule, learning-rate scaling, batch size, mode and augmentation count.
         steps: optimizer steps of the main training.
         steps_per_epoch: optimizer steps per epoch, maybe a fraction.
     """
@@ -48,6 +54,7 @@ def idle_options(config: Config, steps: int, steps_per_epoch: float) -> list[str
         *_groups(config),
         *_average(config, steps),
         *_early_stopping(config, steps, steps_per_epoch),
+        *_augmentation(config),
     ]
 
 
@@ -165,3 +172,20 @@ def _early_stopping(config: Config, steps: int, steps_per_epoch: float) -> Itera
             f"early_stopping={config.early_stopping}: the run has {evaluations:,} evaluation(s), so it never stops "
             "early. Fix: a smaller value, or a smaller eval_every"
         )
+
+
+def _augmentation(config: Config) -> Iterator[str]:
+    mode = config.mode
+    for name, switch in _SWITCHES.items():
+        group = getattr(config.dataset, name)
+        if group.is_on and isinstance(mode, Bt) and not mode.eval_augmentation:
+            yield (
+                f"dataset.{name}: does nothing, because mode=bt trains on dataset.views, and its probe without "
+                "augmentation. Fix: mode.eval_augmentation=true, or leave it out"
+            )
+        elif not group.is_on and group != type(group)():
+            yield f"dataset.{name}: its options do nothing, because it is off. Fix: dataset.{name}.{switch}"
+    if isinstance(mode, Clf) and mode.mixing is None:
+        for key in ("mix_probability", "mix_switch", "mix_per"):
+            if (value := getattr(mode, key)) != getattr(Clf, key):
+                yield f"mode.{key}={value}: does nothing without mode.mixup or mode.cutmix. Fix: mode.mixup=0.2"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from largebatch.config.optimizers import OptimizerConfig, TimmOptimizer
+from largebatch.config.optimizer_libraries import TimmOptimizer
+from largebatch.config.optimizers import OptimizerConfig
 from largebatch.config.options import option
 
 

@@ -13,21 +13,6 @@ if TYPE_CHECKING:
     from largebatch.config.schema import Config
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """Options of mixup and CutMix; ``mode=clf`` has their keys."""
-
-    mixup: float
-    cutmix: float
-    probability: float
-    switch: float
-    per: str
-
-    @property
-    def alphas(self) -> tuple[float, float]:
-        return self.mixup, self.cutmix
-
-
 @dataclass
 class ModeConfig:
     """Options of every mode.
@@ -53,8 +38,8 @@ class ModeConfig:
         return False
 
     @property
-    def mixing(self) -> Mixing | None:
-        """Mixup and CutMix; None if both are off."""
+    def mixing(self) -> Clf | None:
+        """Options of mixup and CutMix; None if both are off."""
         return None
 
     @property
@@ -89,10 +74,8 @@ class Clf(ModeConfig):
     mix_per: str = option("batch", allowed=("batch", "pair", "image"))  # one ratio for each
 
     @property
-    def mixing(self) -> Mixing | None:
-        if self.mixup == 0 and self.cutmix == 0:
-            return None
-        return Mixing(self.mixup, self.cutmix, self.mix_probability, self.mix_switch, self.mix_per)
+    def mixing(self) -> Clf | None:
+        return None if self.mixup == self.cutmix == 0 else self
 
 
 @dataclass

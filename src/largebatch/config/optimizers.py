@@ -6,15 +6,12 @@ test compares them. To add an optimizer, add its dataclass here and to ``OPTIMIZ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from omegaconf import MISSING
 
-from largebatch.config.custom import Custom
 from largebatch.config.options import option
-from largebatch.errors import UserError, choices
 
 if TYPE_CHECKING:
     from largebatch.config.schema import Config
@@ -34,6 +31,7 @@ class OptimizerConfig:
     target: ClassVar[str] = ""
     label: ClassVar[str] = ""
     sign_like: ClassVar[bool] = False
+    head_options: ClassVar[dict[str, Any]] = {}  # of the classifier's weights, as a parameter group
 
     name: str = MISSING
     lr: float = option(MISSING, above=0)  # learning rate; with a scaling rule, at lr_scaling.base_batch
@@ -74,6 +72,13 @@ class OptimizerConfig:
     def problems(self, config: Config) -> list[str]:
         """Return one line for each conflict between options, or with the rest of the configuration."""
         return []
+
+    def two_averages(self, config: Config) -> str:
+        """Return the problem of ``ema_decay`` with an optimizer that averages the weights itself."""
+        return (
+            f"ema_decay={config.ema_decay:g}: the optimizer {self.name} averages the weights itself. "
+            "Fix: ema_decay=null, or another optimizer"
+        )
 
 
 @dataclass
@@ -226,6 +231,33 @@ class VrLamb(Measured, Lamb):
 
 
 @dataclass
+class Muon(OptimizerConfig):
+    """Muon, with AdamW for the classifier, biases and norm parameters."""
+
+    target = "largebatch.optim.muon:Muon"
+    label = "Muon"
+    head_options: ClassVar[dict[str, Any]] = {"orthogonal": False}
+
+    weight_decay: float = option(0.1, least=0)
+    momentum: float = option(0.95, least=0, below=1)
+    nesterov: bool = True
+    # Scale of an orthogonal [m, n]: 0.2 * sqrt(max(m, n)), which has the size of AdamW's steps, or sqrt(max(1, m / n)).
+    adjust_lr_fn: str = option("match_rms_adamw", allowed=("match_rms_adamw", "original"))
+    betas: list[float] = option([0.9, 0.95], least=0, below=1, length=2)  # AdamW's
+    eps: float = option(1e-8, least=0)  # AdamW's
+
+
+@dataclass
+class AdaMuon(Muon):
+    """AdaMuon (arXiv 2507.11005)."""
+
+    target = "largebatch.optim.muon:AdaMuon"
+    label = "AdaMuon"
+
+    adjust_lr_fn: str = option("match_rms_adamw", allowed=("match_rms_adamw",))
+
+
+@dataclass
 class Sgd(OptimizerConfig):
     target = "torch.optim:SGD"
     label = "SGD"
@@ -287,47 +319,6 @@ class RmsProp(OptimizerConfig):
         return f"{self.name} with centered" if self.centered else ""
 
 
-@dataclass
-class TimmOptimizer(OptimizerConfig):
-    """Any timm optimizer, by its timm name. ``options`` are its other keyword arguments."""
-
-    # timm names of optimizers with a sign-like update. docs/lr_scaling.md explains the choice.
-    SIGN_LIKE: ClassVar[tuple[str, ...]] = (
-        "adam", "adamw", "rmsprop", "adamwlegacy", "nadam", "nadamlegacy", "nadamw", "lion", "rmsproptf", "bnbadam",
-        "bnbadam8bit", "bnbadamw", "bnbadamw8bit", "bnblion", "bnblion8bit", "fusedadam", "fusedadamw",
-    )  # fmt: skip
-
-    library: str = option("timm", allowed=("timm",))
-    weight_decay: float = option(0.0, least=0)
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
-        return {"weight_decay": self.weight_decay, **self.options}
-
-    def unknown(self, names: Iterable[str]) -> UserError:
-        """Return the error for a name that timm doesn't have. ``names`` are timm's."""
-        return UserError(f"optimizer.name={self.name}: timm has no such optimizer; {choices(self.name, names)}")
-
-    def beyond_surge(self) -> str:
-        changed = [name for name in ("amsgrad", "centered") if self.options.get(name)]
-        return "" if self.name in self.SIGN_LIKE and not changed else " with ".join([self.name, *changed])
-
-
-@dataclass
-class CustomOptimizer(Custom, OptimizerConfig):
-    """Any ``torch.optim.Optimizer``: ``target(params, lr=..., **options)``."""
-
-    group = "optimizer"
-    positional = ("params",)
-    required = ("lr",)
-    keys = ("weight_decay",)
-
-    weight_decay: float | None = option(None, least=0)  # None: the class's default
-
-    def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
-        return {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
-
-
 def _nesterov_problems(nesterov: bool, momentum: float) -> list[str]:
     return ["optimizer.nesterov=true: needs optimizer.momentum above 0"] if nesterov and not momentum else []
 
@@ -339,34 +330,11 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "clars": Clars,
     "vrlars": VrLars,
     "vrlamb": VrLamb,
+    "muon": Muon,
+    "adamuon": AdaMuon,
     "sgd": Sgd,
     "adamw": AdamW,
     "adam": Adam,
     "adagrad": Adagrad,
     "rmsprop": RmsProp,
 }
-LIBRARIES: dict[str, type[OptimizerConfig]] = {"timm": TimmOptimizer, "custom": CustomOptimizer}
-
-
-def structure(optimizer: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options that make another algorithm: booleans, choices by name, and bounds that are on or off.
-
-    Numbers are tuned and aren't part of it.
-
-    Args:
-        optimizer: the optimizer's part of a configuration; a missing option has its default.
-    """
-    found = {}
-    kind = LIBRARIES.get(str(optimizer.get("library"))) or OPTIMIZERS.get(optimizer["name"], TimmOptimizer)
-    for field_ in fields(kind):
-        value = optimizer.get(field_.name, field_.default)
-        if field_.metadata.get("switch"):
-            found[field_.name] = "off" if value is None else "on"
-        elif field_.type in ("bool", "str") and field_.name not in ("name", "library"):
-            found[field_.name] = _in_words(value)
-    options = optimizer.get("options") or {}
-    return found | {name: _in_words(value) for name, value in options.items() if isinstance(value, bool | str)}
-
-
-def _in_words(value: bool | str) -> str:
-    return value if isinstance(value, str) else str(value).lower()

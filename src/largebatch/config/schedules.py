@@ -45,8 +45,8 @@ class ScheduleConfig:
         """Return the number of warm-up steps."""
         return 0
 
-    def factor(self, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:
-        """Return the factor as a function of the optimizer step.
+    def factor(self, total_steps: int, steps_per_epoch: float) -> Callable[[float], float]:
+        """Return the factor as a function of the optimizer step, with ``batch_schedule`` also of a fraction.
 
         Raises:
             UserError: if no step is left after the warm-up.
@@ -55,9 +55,9 @@ class ScheduleConfig:
         self.check_warmup(warmup, total_steps, "steps")
         begin = 0 if self.from_start else warmup
 
-        def factor(step: int) -> float:
+        def factor(step: float) -> float:
             if step < warmup:
-                return (step + 1) / warmup
+                return min((step + 1) / warmup, 1.0)
             return self.decay(min((step - begin) / max(total_steps - begin, 1), 1.0))
 
         return factor
@@ -230,7 +230,7 @@ class CustomSchedule(Custom, _Warmup):
                 return float(value)
         raise UserError(f"{self.key}: returns {value!r} at progress {progress:g}. Allowed: a finite number from 0 on")
 
-    def factor(self, total_steps: int, steps_per_epoch: float) -> Callable[[int], float]:
+    def factor(self, total_steps: int, steps_per_epoch: float) -> Callable[[float], float]:
         for progress in (0.0, 0.5, 1.0):  # an error at the end of the training would cost the training
             self.decay(progress)
         return super().factor(total_steps, steps_per_epoch)

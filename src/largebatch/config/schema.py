@@ -16,7 +16,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import SafeLoader, YAMLError
 
-from largebatch.config import datasets, models, optimizers, schedules
+from largebatch.config import datasets, models, optimizer_libraries, schedules
+from largebatch.config.batch_schedule import BatchScheduleConfig
 from largebatch.config.custom import complete
 from largebatch.config.datasets import DATASETS, DatasetConfig
 from largebatch.config.lr_scaling import LrScalingConfig
@@ -89,11 +90,29 @@ class TrackerConfig:
 class CheckpointConfig:
     every_seconds: float = option(10.0, least=0)
     every_steps: int | None = option(None, least=1)  # instead of every_seconds
+    # Checkpoints that newer ones don't replace: optimizer steps, or parts of the training below 1
+    keep_at: list[float] = field(default_factory=list)
+
+    def kept_steps(self, steps: int) -> frozenset[int]:
+        """Return the steps of ``keep_at`` in a training of ``steps`` steps.
+
+        Raises:
+            UserError: if a step is no whole number, or not in the training.
+        """
+        for given in self.keep_at:
+            if not 0 < given < 1 and (given < 1 or given % 1 or given > steps):
+                raise UserError(
+                    f"checkpoint.keep_at={given:g}: must be an optimizer step up to the training's last, {steps:,}, or "
+                    "a part of the training below 1"
+                )
+        return frozenset(int(given) if given >= 1 else max(round(given * steps), 1) for given in self.keep_at)
 
 
 @dataclass
 class InstrumentsConfig:
     noise_scale: bool = False  # measure the gradient noise scale, of the network and of each layer
+    sharpness_every: int | None = option(None, least=1)  # epochs between measurements of the sharpness; None: off
+    sharpness_samples: int = option(512, least=1)  # training images that the sharpness is measured on
 
 
 @dataclass
@@ -109,6 +128,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     instruments: InstrumentsConfig = field(default_factory=InstrumentsConfig)
     batch_size: int = option(512, least=1)  # global: all processes and micro-batches together
+    batch_schedule: BatchScheduleConfig = field(default_factory=BatchScheduleConfig)  # smaller batches at the start
     # Largest number of images per pass of a process. None: the process's whole share. auto: as many as fit into memory;
     # with batch norm the whole share, or batch_norm_size.
     micro_batch: int | str | None = option(None, least=1, words=("auto",))
@@ -120,6 +140,8 @@ class Config:
     clip_norm: float | None = option(None, above=0)  # largest norm of the whole gradient of a step; None: no limit
     # Part of the moving average of the weights that a step keeps. The average is evaluated and exported. None: off
     ema_decay: float | None = option(None, above=0, below=1)
+    # RUN@STEP: start from the weights and the optimizer's state of a run in runs_dir after STEP optimizer steps
+    start_from: str | None = None
     seed: int = option(0, least=0)
     # auto: bf16 on GPUs that have it, fp16 on older GPUs, fp32 on CPU and for networks under a million parameters
     precision: str = option("auto", allowed=("auto", "fp32", "bf16", "fp16"))
@@ -160,7 +182,7 @@ SafeLoader.yaml_implicit_resolvers = {
 LIBRARIES: dict[str, dict[str, Any]] = {
     "dataset": datasets.LIBRARIES,
     "model": models.LIBRARIES,
-    "optimizer": optimizers.LIBRARIES,
+    "optimizer": optimizer_libraries.LIBRARIES,
     "schedule": schedules.LIBRARIES,
     "mode": {},
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from largebatch.config.batch import BatchPlan
 from largebatch.config.datasets import DatasetConfig
 from largebatch.config.epochs import Epochs
-from largebatch.config.modes import Mixing
+from largebatch.config.modes import Clf
 from largebatch.data.chain import Chain, chained, draw_chain
 from largebatch.data.draws import ViewDraws, draw_view
 from largebatch.data.file_crops import FileCrop, file_crop
@@ -54,7 +54,7 @@ class BatchLoader:
         start_step: int,
         views: int = 1,
         passes: int = 1,
-        mixing: Mixing | None = None,
+        mixing: Clf | None = None,
         classes: int = 0,
     ) -> Generator[Batch]:
         """Yield endless micro-batches from optimizer step ``start_step`` (from 0) on.
@@ -72,7 +72,7 @@ class BatchLoader:
             seed: of order and augmentation.
             views: 1: the configured augmentation; 2: the first and then the second views of Barlow Twins.
             passes: number of times that the micro-batches of a step are repeated, unless there is only one.
-            mixing: mixup and CutMix, of one view; then ``batch.together`` must be even.
+            mixing: options of mixup and CutMix, of one view; then ``batch.together`` must be even.
             classes: number of classes, for ``mixing``.
 
         Raises:

@@ -50,7 +50,7 @@ def draw_chain(generator: torch.Generator, n: int, side: int, config: DatasetCon
     """
     result_side = config.side_of_crop(side)
     crop: AnyDraws = None
-    if config.resized_crop.scale is not None and config.resized_crop.source == "square":
+    if config.resized_crop.is_on and config.resized_crop.source == "square":
         crop = draw_resized_crop(generator, n, side, config)
     elif config.crop_padding or config.flip or config.rotation:
         crop = draw(
@@ -60,9 +60,9 @@ def draw_chain(generator: torch.Generator, n: int, side: int, config: DatasetCon
     jitter, operations = None, None
     if config.color_jitter.is_on and not isinstance(crop, ViewDraws):
         jitter = draw_jitter(generator, n, result_side, config.color_jitter)
-    if config.rand_augment.operations:
+    if config.rand_augment.is_on:
         operations = draw_operations(generator, n, config.rand_augment)
-    erasing = draw_erasing(generator, n, result_side, config.erasing) if config.erasing.probability else None
+    erasing = draw_erasing(generator, n, result_side, config.erasing) if config.erasing.is_on else None
     return Chain(crop, jitter, operations, erasing)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from largebatch.config.modes import Mixing
+from largebatch.config.modes import Clf
 from largebatch.data.stream import to_device
 
 
@@ -36,19 +36,20 @@ class MixDraws:
         return MixDraws(*(to_device(table, torch.device(device)) for table in (self.box, self.parts)))
 
 
-def draw_mixing(seed: int, n: int, side: int, mixing: Mixing) -> MixDraws | None:
+def draw_mixing(seed: int, n: int, side: int, options: Clf) -> MixDraws | None:
     """Return the draws for a global batch of ``n`` images of ``side`` pixels, on the CPU. None if nothing is mixed.
 
     The mixing ratio lam has the distribution Beta(alpha, alpha). It is drawn once for the batch, for each pair or for
-    each image, by ``mixing.per``. CutMix's box has the part 1 - lam of the area, is cut off at the edge, and its area
+    each image, by ``mix_per``. CutMix's box has the part 1 - lam of the area, is cut off at the edge, and its area
     decides the labels. The last of an odd number of images isn't mixed.
     """
     generator = np.random.default_rng(seed)
-    count = {"batch": 1, "pair": n // 2, "image": n // 2 * 2}[mixing.per]
-    is_mixed = generator.random(count) < mixing.probability
-    both = mixing.mixup > 0 and mixing.cutmix > 0
-    is_cut = generator.random(count) < (mixing.switch if both else float(mixing.cutmix > 0))
-    drawn = [generator.beta(alpha, alpha, count) if alpha > 0 else np.ones(count) for alpha in mixing.alphas]
+    count = {"batch": 1, "pair": n // 2, "image": n // 2 * 2}[options.mix_per]
+    is_mixed = generator.random(count) < options.mix_probability
+    both = options.mixup > 0 and options.cutmix > 0
+    is_cut = generator.random(count) < (options.mix_switch if both else float(options.cutmix > 0))
+    alphas = options.mixup, options.cutmix
+    drawn = [generator.beta(alpha, alpha, count) if alpha > 0 else np.ones(count) for alpha in alphas]
     lam = np.where(is_mixed, np.where(is_cut, drawn[1], drawn[0]), 1.0)
     is_cut &= is_mixed
 
@@ -62,7 +63,7 @@ def draw_mixing(seed: int, n: int, side: int, mixing: Mixing) -> MixDraws | None
         return None
     parts = np.stack([pixels, 1 - pixels, label, 1 - label], 1).astype(np.float32)
 
-    copies = {"batch": n // 2 * 2, "pair": 2, "image": 1}[mixing.per]
+    copies = {"batch": n // 2 * 2, "pair": 2, "image": 1}[options.mix_per]
     whole_box, whole_parts = np.zeros((n, 4), np.int32), np.tile(np.array([1, 0, 1, 0], np.float32), (n, 1))
     whole_box[: n // 2 * 2], whole_parts[: n // 2 * 2] = box.repeat(copies, 0), parts.repeat(copies, 0)
     return MixDraws(torch.from_numpy(whole_box), torch.from_numpy(whole_parts))

@@ -1,4 +1,4 @@
-"""Checks of a plan that look at files or at timm, which a worker would otherwise make after its start."""
+"""Checks of a plan that look at files or at libraries, which a worker would otherwise make after its start."""
 
 from __future__ import annotations
 
@@ -17,36 +17,48 @@ from largebatch.config.checks import check_training
 from largebatch.config.datasets import ImageFolder
 from largebatch.config.imagefolder import find_images
 from largebatch.config.models import TimmModel
-from largebatch.config.optimizers import TimmOptimizer
+from largebatch.config.optimizer_libraries import LibraryOptimizer, PytorchOptimizer
 from largebatch.config.schema import Config
-from largebatch.errors import UserError
+from largebatch.errors import UserError, require
 from largebatch.native import cache_folder
 from largebatch.runs.folder import read_json, write_atomic
 
-_LIST = """
+# Programs that print the names of a library as JSON.
+_LIST = {
+    "timm": """
 import json, timm, timm.optim, timm.models._registry
 models = timm.list_models()
 deprecated = sorted(timm.models._registry._model_entrypoints.keys() - set(models))
 print(json.dumps({"models": models, "deprecated": deprecated, "optimizers": timm.optim.list_optimizers()}))
-"""
+""",
+    "pytorch_optimizer": """
+import json, pytorch_optimizer
+print(json.dumps({"optimizers": pytorch_optimizer.get_supported_optimizers()}))
+""",
+}
 Names = dict[str, list[str]]
 
 
 def check_run(config: Config) -> None:
     """Raise the ``UserError`` that the run's worker would raise, as far as it can be known without torch."""
     check_training(config, _training_images(config))
-    if config.cluster.python is None:  # a container may have another timm
-        _check_timm(config)
+    if config.cluster.python is None:  # a container may have other libraries
+        _check_names(config)
 
 
-def _check_timm(config: Config) -> None:
+def _check_names(config: Config) -> None:
+    """Raise a ``UserError`` for the name of a model or an optimizer that its library doesn't have."""
     model, optimizer = config.model, config.optimizer
-    if isinstance(model, TimmModel) and (names := _timm_names()):
+    if isinstance(model, TimmModel) and (names := _names("timm")):
         architecture = model.name.partition(".")[0]  # without the tag of pre-trained weights
         if architecture not in names["models"] and architecture not in names["deprecated"]:
             raise model.unknown(names["models"])
-    if isinstance(optimizer, TimmOptimizer) and (names := _timm_names()) and optimizer.name not in names["optimizers"]:
-        raise optimizer.unknown(names["optimizers"])
+    if isinstance(optimizer, PytorchOptimizer):
+        require("optimizers")
+    if isinstance(optimizer, LibraryOptimizer):
+        names = _names(optimizer.library)
+        if names and optimizer.name not in names["optimizers"]:
+            raise optimizer.unknown(names["optimizers"])
 
 
 def _training_images(config: Config) -> int | None:
@@ -77,22 +89,22 @@ def _class_sizes(name: str, root: str) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 @functools.cache
-def _timm_names() -> Names | None:
-    """Return timm's names of models and optimizers. A child process lists them, once for each version of timm.
+def _names(library: str) -> Names | None:
+    """Return a library's names of models and optimizers. A child process lists them, once for each version.
 
-    None if timm can't be imported: the worker then has the error.
+    None if the library can't be imported: the worker then has the error.
     """
     try:
-        version = importlib.metadata.version("timm")
+        version = importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
     file = None
-    with contextlib.suppress(OSError, UserError):  # without a cache, or with a damaged file, timm is asked again
-        file = cache_folder() / f"timm-{version}.json"
+    with contextlib.suppress(OSError, UserError):  # without a cache, or with a damaged file, the library is asked again
+        file = cache_folder() / f"{library}-{version}.json"
         if kept := read_json(file):
             return kept
-    print(f"listing the models and optimizers of timm {version}, once", flush=True)
-    listed = subprocess.run([sys.executable, "-P", "-c", _LIST], capture_output=True, text=True, check=False)
+    print(f"listing the names of {library} {version}, once", flush=True)
+    listed = subprocess.run([sys.executable, "-P", "-c", _LIST[library]], capture_output=True, text=True, check=False)
     if listed.returncode:
         return None
     if file is not None:

@@ -39,11 +39,14 @@ def in_words(cluster: ClusterConfig) -> str:
     processes = cluster.processes or 1
     if cluster.name != "slurm":
         return f"{_counted(processes, 'process')} on {cluster.device}"
-    words = f"{_counted(cluster.nodes, 'node')} x {_counted(processes // cluster.nodes, 'process')} on {cluster.device}"
+    each = processes // cluster.nodes
+    words = f"{_counted(cluster.nodes, 'node')} x {_counted(each, 'process')} on {cluster.device}"
     if cluster.cpus_per_node is not None:
         words += f", {_counted(cluster.cpus_per_node, 'CPU')} each"
-    if gpus := gpus_in_words(gpus_per_node(cluster)):
-        words += f"; GPUs of a node: {gpus}"
+    if gpus := gpus_per_node(cluster):
+        words += f"; GPUs of a node: {gpus_in_words(gpus)}"
+        if unused := sum(gpus.values()) - (each if cluster.device == "cuda" else 0):
+            words += f", {unused} of them unused"
     return words + (f"; time limit {cluster.time_limit}" if cluster.time_limit is not None else "")
 
 

@@ -34,6 +34,7 @@ from largebatch.terminal import exit_code_of, outlive_terminal, restart_in_utf8
 from largebatch.tracking.wandb_arguments import agent_run_id
 
 _MULTIRUN = ("-m", "--multirun")
+_MANY = 20  # runs whose planning is announced
 
 _job: list[Composed] = []
 
@@ -134,6 +135,8 @@ def launch() -> int:
     if show_configuration(sys.argv[1:]) or not (jobs := composed_jobs(sys.argv[1:])):
         return 0
     require("train")  # a worker needs more than this process
+    if len(jobs) > _MANY:  # planning takes a few seconds
+        print(f"planning {len(jobs)} runs", flush=True)
     plan = make_plan(jobs)
     code = show_plan(plan) if plan[0].config.dry_run else carry_out_plan(plan)
     if code == 128 + signal.SIGUSR2 and agent_run_id():

@@ -18,6 +18,7 @@ from largebatch.config.identity import run_name
 from largebatch.config.idle import idle_options, planned_length
 from largebatch.config.schema import Config, from_composed
 from largebatch.errors import UserError
+from largebatch.launch.branching import resolve_start
 from largebatch.launch.checks import check_run
 from largebatch.launch.composition import Composed
 from largebatch.launch.devices import resolve_devices
@@ -62,6 +63,7 @@ def make_plan(jobs: Sequence[Composed]) -> list[PlannedRun]:
             config = from_composed(job.tree)
             validate(config)
             resolve_weights(config)
+            resolve_start(config)
             resolve_devices(config)
             check_run(config)
             config.tracker.group = config.tracker.group or os.environ.get("WANDB_RUN_GROUP") or job.sweep

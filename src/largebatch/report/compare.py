@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from largebatch.config.optimizers import OPTIMIZERS, structure
+from largebatch.config.optimizer_libraries import structure
+from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schedules import SCHEDULES
 from largebatch.report.cells import Cell, Place, RowKey, choose, settings_of
 from largebatch.report.load import Run
@@ -61,7 +62,7 @@ def compare(runs: Iterable[Run], by: Sequence[str] = ()) -> list[Comparison]:
     """Return one comparison for each data set, model and mode.
 
     Runs on different data under one name, such as a folder that has got more images, have a comparison each, with the
-    digest of their data in its name.
+    digest of their data in its name. So have runs from another run's checkpoint (``start_from``).
 
     Args:
         by: dotted configuration keys. Each of their values gets its own row, as optimizers and schedules do.
@@ -75,6 +76,8 @@ def compare(runs: Iterable[Run], by: Sequence[str] = ()) -> list[Comparison]:
         name = _dataset(run)
         if len(digests[name]) > 1:
             name += f" (data {run.data or 'unknown'})"
+        if run.config.get("start_from"):
+            name += f", from {run.config['start_from']}"
         groups.setdefault((name, run.config["model"]["name"], run.config["mode"]["name"]), []).append(run)
     return [_comparison(key, groups[key], by) for key in sorted(groups)]
 
@@ -98,7 +101,10 @@ def _comparison(key: tuple[str, str, str], runs: list[Run], by: Sequence[str]) -
 
 
 def _rows(runs: Iterable[Run], by: Sequence[str]) -> dict[RowKey, list[Run]]:
-    """Group runs by optimizer, schedule, the structural options that differ between them, and the ``by`` keys."""
+    """Group runs by optimizer, schedule, the structural options that differ between them, and the ``by`` keys.
+
+    So are the shapes of ``batch_schedule``: a growing batch is no setting of a constant one.
+    """
     named: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
         named[run.config["optimizer"]["name"], run.config["schedule"]["name"]].append(run)
@@ -107,11 +113,17 @@ def _rows(runs: Iterable[Run], by: Sequence[str]) -> dict[RowKey, list[Run]]:
         structures = [structure(run.config["optimizer"]) for run in of_name]
         keys = sorted({f"optimizer.{key}" for one in structures for key in one} - {*by})
         different = [key for key in keys if len({one.get(key.removeprefix("optimizer.")) for one in structures}) > 1]
+        shapes = {_batch_schedule(run) for run in of_name}
         for run, one in zip(of_name, structures, strict=True):
             extra = [(key, one.get(key.removeprefix("optimizer."), "none")) for key in different]
+            extra += [("batch_schedule", _batch_schedule(run))] if len(shapes) > 1 else []
             extra += [(key, _text(run.given.get(key, "none"))) for key in by]
             rows[RowKey(optimizer, schedule, tuple(extra))].append(run)
     return rows
+
+
+def _batch_schedule(run: Run) -> str:
+    return str(run.given.get("batch_schedule.shape", "constant"))
 
 
 def _text(value: Any) -> str:

@@ -25,6 +25,7 @@ from largebatch.report.curves import read_histories
 from largebatch.report.load import Problem, load_runs
 from largebatch.report.lr_laws import FEWEST_BATCHES, Fit, Law, fit_law
 from largebatch.report.noise import measured_noise
+from largebatch.report.parting import Parting, parting
 from largebatch.report.targets import Reached, Target, TimeToTarget, time_to_target
 from largebatch.report.wording import plural, row_label, title
 from largebatch.runs.table import plain_table
@@ -62,6 +63,7 @@ class Critical(NamedTuple):
         p: probability of a worse fit, before the standard errors are widened by the misfit.
         noise: measured gradient noise scale, in images.
         words: one sentence.
+        parting: for runs with ``start_from``, where their loss parts.
     """
 
     row: RowKey
@@ -72,6 +74,7 @@ class Critical(NamedTuple):
     p: float | None
     noise: Estimate | None
     words: str
+    parting: Parting | None = None
 
 
 def critical(runs_dir: Path, target: Target, by: Sequence[str] = (), *, as_json: bool = False) -> str:
@@ -103,8 +106,12 @@ def criticals(comparison: Comparison, times: TimeToTarget, problems: list[Proble
     found = []
     for row in comparison.rows:
         cells = comparison.row(row)
+        if any(run.given.get("batch_schedule.shape", "constant") != "constant" for cell in cells for run in cell.runs):
+            continue  # its steps have no one batch size
         of_row = [_time(cell.batch_size, times.cells[row, cell.batch_size], scatter) for cell in cells]
-        found.append(_hyperbola(row, of_row, measured_noise(cells, problems)))
+        fitted = _hyperbola(row, of_row, measured_noise(cells, problems))
+        branches = any(run.config.get("start_from") for run in comparison.runs)
+        found.append(fitted._replace(parting=parting(cells) if branches else None))
     return found
 
 
@@ -175,7 +182,7 @@ def _text(found: Critical) -> str:
         words += f" Fewest steps: {found.steps.text}. Fewest images: {found.images.text}. Fit: p = {found.p:.2g}."
     if found.noise:
         words += f" Measured noise scale: {found.noise.text}."
-    return "\n".join([*parts, words])
+    return "\n".join([*parts, words, *([found.parting.text] if found.parting else [])])
 
 
 def _record(comparison: Comparison, times: TimeToTarget, rows: Sequence[Critical]) -> dict[str, Any]:
@@ -192,6 +199,7 @@ def _record(comparison: Comparison, times: TimeToTarget, rows: Sequence[Critical
                 "p": one.p,
                 "noise_scale": one.noise and one.noise.record(),
                 "words": one.words,
+                "parting": one.parting and one.parting.record(),
             }
             for one in rows
         ],

@@ -24,6 +24,11 @@ METRICS = {
     "val/knn_accuracy": "nearest-neighbour validation accuracy", "probe/loss": "probe loss",
     "embedding/std": "standard deviation of embeddings", "embedding/effective_rank": "effective rank of embeddings",
 }  # fmt: skip
+SHARPNESS = {
+    "sharpness/eigenvalue": "largest eigenvalue of the Hessian",
+    "sharpness/preconditioned": "largest preconditioned eigenvalue", "sharpness/trace": "trace of the Hessian",
+    "sharpness/sam": "rise within SAM's radius", "sharpness/asam": "rise within ASAM's radius",
+}  # fmt: skip
 
 
 class Progress(NamedTuple):

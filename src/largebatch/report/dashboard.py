@@ -16,7 +16,10 @@ from largebatch.errors import UserError
 from largebatch.report.build import report as build_report
 
 _OPTIMIZER = "optimizer_label"  # optimizer and schedule
-_LAYERS = {"trust_ratio": "Trust ratio", "weight_norm": "Weight norm", "gradient_norm": "Gradient norm"}
+_LAYERS = {
+    "trust_ratio": "Trust ratio", "update_ratio": "Update ratio", "weight_norm": "Weight norm",
+    "gradient_norm": "Gradient norm",
+}  # fmt: skip
 _OUTCOMES = ("best/val/accuracy", "test/accuracy")  # validation, to choose by, and test, to report
 # First columns of the table of runs. W&B keeps a configuration as {first: {"value": {...}}}.
 _COLUMNS = [

@@ -26,7 +26,7 @@ from largebatch.report.chart import (
     safe,
 )
 from largebatch.report.compare import Comparison
-from largebatch.report.curves import METRICS, Curve, Histories, curve
+from largebatch.report.curves import METRICS, SHARPNESS, Curve, Histories, curve
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label
 
 Point = tuple[float, float | None, str]  # y, half the length of its error bar, text at the pointer
@@ -100,6 +100,16 @@ def training_curves(comparison: Comparison, histories: Histories, style: Styles,
         "its curve ends at the divergence."
     )
     return _over_training("Training curves", note, METRICS, comparison, histories, style, most_points)
+
+
+def sharpness(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
+    """Draw the sharpness over training, of runs with ``instruments.sharpness_every``."""
+    note = (
+        "Of the training loss over fixed training images. It shows where training stands, and is no verdict: sharpness "
+        "doesn't predict which method generalises better (arXiv 2302.07011). Preconditioned eigenvalues count in the "
+        "optimizer's own steps; compare each with its own limit of stability over the learning rate."
+    )
+    return _over_training("Sharpness", note, SHARPNESS, comparison, histories, style, most_points)
 
 
 def schedules(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:

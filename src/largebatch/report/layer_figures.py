@@ -64,6 +64,7 @@ QUANTITIES: dict[str, tuple[str, Callable[[Layers], Grid]]] = {
     "lwn": ("LWN: weight norm", lambda layers: layers.columns["weight_norm"]),
     "lgn": ("LGN: gradient norm", lambda layers: layers.columns["gradient_norm"]),
     "trust": ("trust ratio used by the optimizer", lambda layers: layers.columns["trust_ratio"]),
+    "update": ("update ratio: norm of the step / weight norm", lambda layers: layers.columns["update_ratio"]),
 }
 
 

@@ -25,6 +25,7 @@ from largebatch.runs.correct import Bits, read_correct
 from largebatch.runs.folder import DONE, STATES, RunFolder
 from largebatch.runs.metrics import Row, read_lines
 from largebatch.runs.predictions import Predictions, read_predictions
+from largebatch.tracking.rows import COLUMNS
 
 Tree = dict[str, Any]
 Item = TypeVar("Item")
@@ -240,8 +241,7 @@ def read_layers(run: Run, most_steps: int, problems: list[Problem]) -> Layers | 
 
 
 def _layers(path: Path, most_steps: int) -> Layers | None:
-    columns = ("weight_norm", "gradient_norm", "trust_ratio")
-    table = pyarrow.parquet.read_table(path, columns=["step", "layer", "dimensions", *columns])
+    table = pyarrow.parquet.read_table(path, columns=["step", "layer", "dimensions", *COLUMNS])
     steps = thinned(sorted(table["step"].unique().to_pylist()), most_steps, power=2)
     if not steps:
         return None
@@ -249,7 +249,7 @@ def _layers(path: Path, most_steps: int) -> Layers | None:
     dimensions = dict(zip(rows["layer"], rows["dimensions"], strict=True))
     names = list(dimensions)
     values: dict[str, list[list[float | None]]] = {}
-    for column in columns:
+    for column in COLUMNS:
         at = {(n, s): number(v) for n, s, v in zip(rows["layer"], rows["step"], rows[column], strict=True)}
         values[column] = [[at.get((name, step)) for step in steps] for name in names]
     return Layers(steps, names, list(dimensions.values()), values)

@@ -81,12 +81,13 @@ drawNext();
 
 const swatches = [...document.querySelectorAll(".swatch")].map((one) => [one, one.style.borderColor]);
 
-// Draw everything that is drawn already again, in the colours of the page.
+// Draw everything that is drawn already again, in the colours and the width of the page. Plotly.react would keep the
+// width of paper, and the height that the legend had.
 function repaint() {
   for (const [swatch, colour] of swatches)
     swatch.style.borderColor = isDark() ? (colour === "rgb(0, 0, 0)" ? greys["#000000"] : forDark(colour)) : colour;
   for (const card of cards)
-    if (card.dataset.drawn) Plotly.react(card.querySelector(".chart"), ...asSwitched(card), config);
+    if (card.dataset.drawn) Plotly.newPlot(card.querySelector(".chart"), ...asSwitched(card), config);
 }
 repaint();
 scheme.addEventListener("change", repaint);

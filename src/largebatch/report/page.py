@@ -19,8 +19,11 @@ from largebatch.report.cells import BY_VALIDATION, RowKey, differing, distinct, 
 from largebatch.report.chart import Chart, Styles, styles
 from largebatch.report.compare import Comparison
 from largebatch.report.confusions import Errors, confused_pairs, confusion_chart, read_errors
+from largebatch.report.critical import Critical, criticals
+from largebatch.report.critical_figure import critical_chart
 from largebatch.report.fairness import warnings
 from largebatch.report.layer_figures import Diagnosed, layer_charts, read_diagnosed
+from largebatch.report.lead import lead_by_batch
 from largebatch.report.links import Links
 from largebatch.report.load import Problem, Run
 from largebatch.report.maps import setting_maps
@@ -58,7 +61,17 @@ def page(
     of_sections = zip(comparisons, histories, times, diagnosed, errors, strict=True)
     sections = [
         _section(
-            f"c{number}", comparison, history, time, layers, len(layers) / with_layers, wrong, style, points, links
+            f"c{number}",
+            comparison,
+            history,
+            time,
+            criticals(comparison, time, problems) if time else [],
+            layers,
+            len(layers) / with_layers,
+            wrong,
+            style,
+            points,
+            links,
         )
         for number, (comparison, history, time, layers, wrong) in enumerate(of_sections, 1)
     ]
@@ -96,6 +109,7 @@ def page(
 
 def _section(
     anchor: str, comparison: Comparison, histories: curves.Histories, times: TimeToTarget | None,
+    critical: Sequence[Critical],
     layers: list[Diagnosed], share: float, errors: Errors, style: Styles, points: int, links: Links,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the template's values for one comparison.
@@ -110,10 +124,13 @@ def _section(
         "Accuracy and training": [
             figures.accuracy_by_batch(comparison, style),
             figures.training_curves(comparison, histories, style, points),
+            lead_by_batch(comparison, style),
+            figures.sharpness(comparison, histories, style, points),
         ],
         "Settings tried": [tuning_curves(comparison, style), *setting_maps(comparison)],
         "Speed": [
             target_figures.time_by_batch(comparison, times, style) if times else None,
+            critical_chart(comparison, critical, times.goal.text, style) if times else None,
             figures.speed_by_batch(comparison, style),
         ],
         "Errors": [confusion_chart(comparison, errors.confusions)],

@@ -108,16 +108,16 @@ def tuning_curves(comparison: Comparison, style: Styles) -> Chart | None:
     if not cells:
         return None
     metric = BY_VALIDATION if all(cell.chosen_by == BY_VALIDATION for cell in cells) else BY_TEST
-    y = f"expected best {'validation' if metric == BY_VALIDATION else 'test'} accuracy [%]"
+    images = "validation" if metric == BY_VALIDATION else "test"
     ticks = math.ceil(max(cell.trials for cell in cells) / 10)  # whole numbers, at most ten of them
-    figure = new_figure("trials", y, xaxis={"dtick": ticks})
+    figure = new_figure("trials", "expected best accuracy [%]", xaxis={"dtick": ticks})
     ranges: dict[int, list[float]] = {}
     for cell in cells:
         drawn = _add_curve(figure, cell, metric, style)
         ranges.setdefault(cell.batch_size, []).extend(drawn)
     note = (
-        "Mean of the best of several trials, over all choices of them. A diverged seed counts as 0. Compare "
-        "optimizers at equal numbers of trials. The band contains the whole true curve with "
+        f"Mean of the best {images} accuracy of several trials, over all choices of them. A diverged seed counts as 0. "
+        "Compare optimizers at equal numbers of trials. The band contains the whole true curve with "
         f"{100 * CONFIDENCE:.0f} % confidence if the trials are independent random draws. For a grid, the band is "
         "approximate. Double-click the chart to see a large band whole."
     )

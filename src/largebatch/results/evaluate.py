@@ -50,7 +50,7 @@ def evaluate(
     if not overrides and difference:
         say(f"the data set has changed since the run began: {difference}")
     data = _with_labels_of(run, data, config)
-    numbers = _metrics(_as_run(run, config, data, device), run)
+    numbers = _metrics(as_run(run, config, data, device), run)
     return {
         "run": run.folder.path.absolute().name,
         "step": run.step,
@@ -106,7 +106,7 @@ def _with_labels_of(run: LoadedRun, data: Data, config: Config) -> Data:
     return replace(data, classes=run.classes, **cast(Any, relabelled))
 
 
-def _as_run(run: LoadedRun, config: Config, data: Data, device: torch.device) -> Run:
+def as_run(run: LoadedRun, config: Config, data: Data, device: torch.device) -> Run:
     """Return the constant part of a run in one process, for the evaluations of training."""
     arithmetic = described(run.folder.read_status().get("arithmetic"))
     if arithmetic is None or device.type == "cpu":

@@ -20,10 +20,10 @@ from largebatch.data.augment import augmented_torch
 from largebatch.data.images import centre, decode, pixels_of
 from largebatch.errors import UserError, choices
 from largebatch.models.build import build_backbone, build_model
-from largebatch.runs.folder import RunFolder
+from largebatch.runs.folder import RunFolder, newest_first
 from largebatch.runs.metrics import Row, read_rows
 from largebatch.runs.table import find_run
-from largebatch.training.checkpoint import DamagedError, load_checkpoint, newest_first
+from largebatch.training.checkpoint import DamagedError, load_checkpoint
 
 CHECKPOINTS = ("last", "best")
 _CPU = torch.device("cpu")

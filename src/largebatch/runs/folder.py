@@ -225,5 +225,18 @@ def read_tail(path: Path, most: int) -> list[str]:
     return [line.decode(errors="replace") for line in lines[1 if start else 0 :]]
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.pt"
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, without ``best.pt``."""
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
 def this_process() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname()}

@@ -1,4 +1,4 @@
-"""``layers.parquet``: weight norm, gradient norm and trust ratio of every parameter tensor.
+"""``layers.parquet``: weight norm, gradient norm, trust ratio and update ratio of every parameter tensor.
 
 It has rows for some of the first steps, and then every ``tracker.layers_every`` steps.
 
@@ -138,8 +138,25 @@ def plain_statistics(model: nn.Module, without: Collection[Tensor] = ()) -> tupl
         (n, p.detach(), p.grad) for n, p in model.named_parameters() if p.grad is not None and id(p) not in skipped
     ]
     if not found:
-        return [], {column: torch.empty(0, device=next(model.parameters()).device) for column in COLUMNS}
+        return [], {column: torch.empty(0, device=next(model.parameters()).device) for column in COLUMNS[:3]}
     weights = torch.stack(torch._foreach_norm([weight for _, weight, _ in found]))
     gradients = torch.stack(torch._foreach_norm([gradient for _, _, gradient in found]))
     statistics = {"weight_norm": weights, "gradient_norm": gradients, "trust_ratio": torch.ones_like(weights)}
     return [Layer(name, weight.ndim) for name, weight, _ in found], statistics
+
+
+def update_ratios(model: nn.Module, before: list[Tensor], layers: list[Layer], weight_norms: Tensor) -> Tensor:
+    """Return the norm of a step's change of each layer over its weight norm, float32 [layers]. Call it after the step.
+
+    0 if the weight was zero.
+
+    Args:
+        model: the model.
+        before: its parameters before the step.
+        layers: the layers, in the order of ``weight_norms``.
+        weight_norms: norms before the step, shape [layers].
+    """
+    changes = torch._foreach_sub([parameter.detach() for parameter in model.parameters()], before)
+    norms = dict(zip((name for name, _ in model.named_parameters()), torch._foreach_norm(changes), strict=True))
+    ratios = torch.stack([norms[layer.name] for layer in layers]) / weight_norms
+    return ratios.where(weight_norms > 0, 0.0)

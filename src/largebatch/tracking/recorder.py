@@ -22,7 +22,7 @@ from largebatch.tracking.tracker import start_tracker
 
 _STATUS_EVERY_SECONDS = 1.0
 # Families whose last values are in the summary.
-_LAST = ("train/", "val/", "test/", "optim/", "embedding/", "probe/", "noise/")
+_LAST = ("train/", "val/", "test/", "optim/", "embedding/", "probe/", "noise/", "sharpness/")
 
 
 class Recorder:

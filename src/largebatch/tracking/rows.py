@@ -19,7 +19,7 @@ from largebatch.runs.metrics import Row, read_rows
 if TYPE_CHECKING:
     import pyarrow
 
-COLUMNS = ("weight_norm", "gradient_norm", "trust_ratio")
+COLUMNS = ("weight_norm", "gradient_norm", "trust_ratio", "update_ratio")
 # The first steps decide whether a large batch trains, so they have rows of their own.
 EARLY_ROWS = 20  # each of the first steps has a row of metrics
 EARLY_LAYER_ROWS = (1, 2, 5, 10)  # steps with a layer row

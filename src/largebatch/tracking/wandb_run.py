@@ -34,7 +34,10 @@ FINISH_TIMEOUT = 60.0  # seconds for the last uploads; `largebatch sync` sends t
 CHECKPOINT_TIMEOUT = 600.0  # the same with tracker.checkpoints
 
 # Every logged row holds both axes. W&B draws a metric over the axis that lists its family.
-AXES = {"step": ("train", "optim", "perf", "layers"), "epoch": ("test", "val", "embedding", "probe")}
+AXES = {
+    "step": ("train", "optim", "perf", "layers", "noise", "noise_layers"),
+    "epoch": ("test", "val", "embedding", "probe", "sharpness"),
+}
 
 Entry = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written atomically in the background; the newest two are kept.
+"""Checkpoints of a run: written atomically in the background. The newest two stay, and those of chosen steps.
 
 A file is what ``torch.save`` writes, and a trailer after it: a JSON object (``Trailer``), its length, the CRC-32 of all
 bytes before, and a mark. ``torch.load`` ignores the trailer and verifies nothing itself.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from largebatch.machine.pulse import waiting_for
+from largebatch.runs.folder import checkpoint_path, newest_first, step_of
 
 KEPT = 2
 _FORMAT = 1  # version of the files
@@ -55,10 +56,11 @@ class CheckpointWriter:
         folder: folder of the run's checkpoints, for one writer. A killed writer's partial files are removed.
         device: device of the model. The state can have tensors on other devices too.
         run: identity of the run, part of each checkpoint.
+        keep: steps whose checkpoints newer ones don't replace.
     """
 
-    def __init__(self, folder: Path, device: torch.device, run: str = "") -> None:
-        self._folder, self._run = folder, run
+    def __init__(self, folder: Path, device: torch.device, run: str = "", keep: Collection[int] = frozenset()) -> None:
+        self._folder, self._run, self._keep = folder, run, keep
         self._device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self._buffers: list[Tensor] = []  # uint8 [bytes], one for each storage of the last state
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=_give_way)
@@ -108,7 +110,7 @@ class CheckpointWriter:
             records = first() if first is not None else None
             if done is not None:
                 done.synchronize()
-            save_checkpoint(self._folder, step, copied, self._run, records, best)
+            save_checkpoint(self._folder, step, copied, self._run, records, best, self._keep)
 
         self._writing = self._thread.submit(write)
 
@@ -144,11 +146,18 @@ class CheckpointWriter:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], run: str = "", records: Any = None, best: Path | None = None
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    run: str = "",
+    records: Any = None,
+    best: Path | None = None,
+    keep: Collection[int] = frozenset(),
 ) -> Path:
     """Write ``state`` (tensors and plain values only) as the checkpoint after optimizer step ``step``. Return its path.
 
-    The newest checkpoints up to this step are kept. Later checkpoints are removed: the run didn't resume from them.
+    The newest checkpoints up to this step are kept, and those of the steps ``keep``. Later checkpoints are removed: the
+    run didn't resume from them.
 
     Args:
         folder: the run's checkpoints.
@@ -157,6 +166,7 @@ def save_checkpoint(
         run: identity of the run.
         records: description of the rows that the checkpoint relies on (JSON).
         best: path of a second name. It appears before the checkpoint, whose state says that it is the best.
+        keep: steps whose checkpoints newer ones don't replace.
 
     Raises:
         OSError: if the file can't be written. Earlier checkpoints stay intact.
@@ -177,7 +187,8 @@ def save_checkpoint(
     finally:
         temporary.unlink(missing_ok=True)
     up_to_now = [old for old in newest_first(folder) if old.name <= path.name]
-    for old in {*newest_first(folder)} - {*up_to_now[:KEPT]}:
+    chosen = {old for old in up_to_now if step_of(old) in keep}
+    for old in {*newest_first(folder)} - {*up_to_now[:KEPT]} - chosen:
         old.unlink()
     return path
 
@@ -238,7 +249,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Any], T
         trailer = _checked_trailer(file)
         if trailer["format"] != _FORMAT:
             raise DamagedError(f"has format {trailer['format']}, not {_FORMAT}: another version wrote it")
-        if path.stem.startswith("step-") and trailer["step"] != int(path.stem.removeprefix("step-")):
+        if path.stem.startswith("step-") and trailer["step"] != step_of(path):
             raise DamagedError(f"is the checkpoint of step {trailer['step']}")
         file.seek(0)
         try:
@@ -248,10 +259,6 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Any], T
     if not isinstance(state, dict) or state.get("step") != trailer["step"]:
         raise DamagedError("has another step inside")
     return state, trailer
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}.pt"
 
 
 def _seal(path: Path, trailer: Trailer) -> None:
@@ -295,11 +302,6 @@ def _cause(path: Path) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, without ``best.pt``."""
-    return sorted(folder.glob("step-*.pt"), reverse=True)
 
 
 def _give_way() -> None:

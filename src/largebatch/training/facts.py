@@ -16,7 +16,7 @@ from largebatch.training.state import Run, Training
 Facts = dict[str, Any]
 _PRACTICE = ("clip_norm", "ema_decay")  # keys that the log shows if they are set
 _PACKAGES = (
-    *("largebatch", "torch", "torchvision", "timm", "numpy", "pillow", "wandb"),
+    *("largebatch", "torch", "torchvision", "timm", "pytorch_optimizer", "numpy", "pillow", "wandb"),
     *("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
 )
 _PLACES = {"device": "on the device", "host": "in host memory", "files": "decoded while training"}

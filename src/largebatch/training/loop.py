@@ -46,6 +46,8 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
 
     if training.step == phase.start and phase.evaluates_after(training.step):
         session.record(phase.position(training.step) | phase.evaluate())
+    if training.step == phase.start and phase.measures_after(training.step):
+        session.record(phase.position(training.step) | phase.measure())
 
     while training.step < phase.end and not diverged:
         profile.before_step()
@@ -88,6 +90,9 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
                 each = each or phase.train_rows()[1]
             is_best = _is_best(phase, metrics)
             evaluated = [phase.position(step) | metrics]
+        if not diverged and phase.measures_after(step):
+            with clock.paused(), profile.phase("evaluation"):
+                evaluated = [(evaluated[0] if evaluated else phase.position(step)) | phase.measure()]
         with profile.phase("logging"):
             session.record(*(each if diverged else mean), *evaluated)
         stop, save = session.boundary.after_step(step)

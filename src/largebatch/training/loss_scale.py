@@ -24,12 +24,13 @@ class LossScale:
     Attributes:
         value: the factor.
         skipped: optimizer steps skipped so far.
+        taken: True if the latest step wasn't skipped.
     """
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self._scaler = torch.amp.GradScaler(device.type, enabled=enabled)
         self._scaler.scale(torch.zeros((), device=device))  # else it has no factor before its first loss
-        self.enabled, self.value, self.skipped = enabled, self._scaler.get_scale(), 0
+        self.enabled, self.value, self.skipped, self.taken = enabled, self._scaler.get_scale(), 0, True
         if enabled:  # torch warns when the optimizer skips the step before the schedule's first step
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
 
@@ -52,9 +53,9 @@ class LossScale:
         self._scaler.step(optimizer)
         self._scaler.update()
         self.value = self._scaler.get_scale()
-        taken = self.value >= before
-        self.skipped += not taken
-        return taken
+        self.taken = self.value >= before
+        self.skipped += not self.taken
+        return self.taken
 
     def metrics(self) -> dict[str, float]:
         """Return the factor of the next step and the number of skipped steps; empty unless enabled."""

@@ -20,13 +20,15 @@ from largebatch.optim.layerwise import LayerwiseOptimizer
 from largebatch.optim.measured import MeasuredOptimizer
 from largebatch.runs.metrics import Row
 from largebatch.seeding import derive_seed
-from largebatch.tracking.layers import plain_statistics
+from largebatch.tracking.layers import plain_statistics, update_ratios
 from largebatch.tracking.recorder import Recorder
-from largebatch.tracking.rows import COLUMNS, Layer, has_layer_row, has_metrics_row
+from largebatch.tracking.rows import Layer, has_layer_row, has_metrics_row
+from largebatch.training.curvature import measured_sharpness
 from largebatch.training.evaluation import classified, metrics_of_images, recorded_metrics
 from largebatch.training.facts import Facts
 from largebatch.training.graphs import Function, Tensors
 from largebatch.training.micro_batch import release_memory, smaller_micro_batch
+from largebatch.training.optimization import seed_step
 from largebatch.training.profile import Profile
 from largebatch.training.state import Run, Training
 
@@ -89,7 +91,7 @@ class MainPhase:
         torch.manual_seed(derive_seed(run.config.seed, "step", training.step, run.rank))  # for dropout; needs no saving
         if not run.within_memory:
             result = self._forward_backward(batches)
-            if run.averages_afterwards or self._smaller:
+            if run.averages_afterwards or self._uneven:
                 distributed.average_gradients(training.model)
             return result
         buffers = list(training.model.buffers())
@@ -120,12 +122,18 @@ class MainPhase:
 
     @property
     def _smaller(self) -> bool:
-        """True for a smaller last batch of an epoch.
+        """True for a smaller last batch of an epoch, and for the first batches of ``batch_schedule``."""
+        return self._images < self.run.batch.global_batch
+
+    @property
+    def _uneven(self) -> bool:
+        """True for a batch that isn't divided into equal micro-batches of the usual size, as many in each process.
 
         It takes the uncompiled network, because another shape would compile again. Processes have unequal parts of it,
         maybe none, so gradients are averaged afterwards.
         """
-        return self._images < self.run.batch.global_batch
+        batch = self.run.batch
+        return self._images % (batch.micro_batch * batch.processes) > 0
 
     def _forward_backward(self, batches: Batches) -> tuple[Tensor, Tensor]:
         """Add the gradient over its share of the batch.
@@ -145,7 +153,7 @@ class MainPhase:
         for number in range(1, passes + 1):
             with self.profile.phase("data"):
                 images, labels = progressed(next(batches))
-            more = number < passes or self._smaller  # DDP averages gradients only in the last pass of a whole batch
+            more = number < passes or self._uneven  # DDP averages gradients only in the last pass of an even batch
             with replica.no_sync() if more and isinstance(replica, DistributedDataParallel) else nullcontext():
                 if noise is not None and alone and self._measures_half:
                     noise.add(noise.of_loss(partial(self._half_loss, images, labels)))
@@ -162,7 +170,7 @@ class MainPhase:
 
     def _call(self, function: Function, *inputs: Tensor) -> Tensors:
         """Call ``function``, if possible as a CUDA graph; a smaller last batch has other shapes."""
-        return function(*inputs) if self._smaller else self.training.graphs(function, *inputs)
+        return function(*inputs) if self._uneven else self.training.graphs(function, *inputs)
 
     def _pass(self, images: Tensor, labels: Tensor) -> Tensors:
         """Add the gradient of a micro-batch.
@@ -171,10 +179,10 @@ class MainPhase:
             The mode's totals; True if its loss is finite; and with ``instruments.noise_scale`` squared norms.
         """
         run, training = self.run, self.training
-        network = training.replica if self._smaller else training.network
+        network = training.replica if self._uneven else training.network
         with self.profile.phase("forward"), run.autocast:
             loss, counted = self.mode.loss(run.config, network, images, labels)
-        with self.profile.phase("backward"):  # divided by the number of passes if the batch is whole
+        with self.profile.phase("backward"):  # divided by the number of passes if the batch is even
             mean = loss / (self._images / (run.processes * max(len(labels), 1)))
             torch.autograd.backward(training.loss_scale.scaled(mean))
         return counted, loss.detach().isfinite(), *(training.noise.of_pass() if training.noise else ())
@@ -213,6 +221,9 @@ class MainPhase:
         due = recorder is not None and has_layer_row(training.step, self.run.config.tracker.layers_every)
         own = optimizer.layers if due and isinstance(optimizer, LayerwiseOptimizer) else []
         plain = plain_statistics(training.model, without=own) if due else None
+        before = [p.detach().clone() for p in training.model.parameters()] if due else []
+        # Some libraries' optimizers draw random numbers. A resumed run and all processes must draw the same.
+        seed_step(derive_seed(self.run.config.seed, "update", training.step))
         with self.profile.phase("optimizer"):
             if training.norms is not None and isinstance(optimizer, MeasuredOptimizer):
                 optimizer.give(training.norms.means(training.loss_scale.value / clipped))
@@ -224,7 +235,8 @@ class MainPhase:
                 if isinstance(optimizer, LayerwiseOptimizer) and own:
                     scaled = optimizer.layer_stats()
                     layers = [*map(Layer, optimizer.layer_names, (layer.ndim for layer in own)), *layers]
-                    statistics = {column: torch.cat([scaled[column], statistics[column]]) for column in COLUMNS}
+                    statistics = {column: torch.cat([scaled[column], statistics[column]]) for column in scaled}
+                statistics["update_ratio"] = update_ratios(training.model, before, layers, statistics["weight_norm"])
                 recorder.layers(training.step, layers, statistics)
         optimizer.zero_grad(set_to_none=True)
         training.schedule.step()
@@ -251,7 +263,7 @@ class MainPhase:
     def position(self, step: int) -> dict[str, float]:
         """Return step, epoch and number of training examples after ``step``."""
         run = self.run
-        return {"step": step, "epoch": step / run.epochs.steps, "examples": run.epochs.examples(step)}
+        return {"step": step, "epoch": run.epochs.epoch(step), "examples": run.epochs.examples(step)}
 
     def learning_rates(self) -> dict[str, float]:
         """Return the learning rates of the next update, and phi of TVLARS."""
@@ -259,6 +271,8 @@ class MainPhase:
         rates = {"optim/lr": optimizer.param_groups[0]["lr"]}
         if config.learning_rate_1d() is not None and len(optimizer.param_groups) > 1:
             rates["optim/lr_1d"] = optimizer.param_groups[1]["lr"]
+        if self.epochs.stages:
+            rates["optim/batch_size"] = self._images
         if isinstance(optimizer, TVLARS):
             rates["optim/phi"] = optimizer.phi(self.training.step - self.training.loss_scale.skipped)
         return rates
@@ -292,6 +306,15 @@ class MainPhase:
         if stopping.stops:
             self.end = step
         return recorded_metrics(self.run, images, step, final=step == self.end)
+
+    def measures_after(self, step: int) -> bool:
+        """Return True if the sharpness is measured: at the start, at every so many epochs, and at the end."""
+        every = self.run.config.instruments.sharpness_every
+        return every is not None and (step in (0, self.end) or self.epochs.ends(step, every))
+
+    def measure(self) -> Row:
+        """Return the sharpness, over all processes."""
+        return measured_sharpness(self.run, self.training)
 
     def facts(self) -> Facts:
         """Return the facts specific to the mode."""

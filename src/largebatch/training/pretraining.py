@@ -124,7 +124,7 @@ class Pretraining(MainPhase):
 
     def _first_layer(self, pixels: Tensor) -> Tensor:
         """Return the output of backbone and projector's first layer for images of one view."""
-        network = self.training.replica if self._smaller else self.training.network
+        network = self.training.replica if self._uneven else self.training.network
         with self.profile.phase("forward"), self.run.autocast:
             output: Tensor = self.model.projector.first(network(pixels))
         return output

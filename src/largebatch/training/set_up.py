@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from largebatch.config.batch import plan_training
-from largebatch.config.epochs import plan_epochs
+from largebatch.config.epochs import lr_factor, plan_epochs, planned_steps
 from largebatch.config.models import CustomModel, TimmModel
 from largebatch.config.schema import Config
 from largebatch.data import Data, load_data
@@ -29,8 +30,9 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import content_hash
 from largebatch.seeding import derive_seed
 from largebatch.tracking.console import Console
-from largebatch.training.averaging import AveragedWeights
+from largebatch.training.averaging import AveragedWeights, ScheduleFreeWeights
 from largebatch.training.compilation import compiled, why_no_graphs
+from largebatch.training.curvature import announce, fixed_loss
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
 from largebatch.training.micro_batch import largest_micro_batch
@@ -73,11 +75,14 @@ def set_up(
     model = model.to(device)
     batch = plan_training(config, processes)
     epochs = plan_epochs(config, len(data.train))
-    steps = config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
+    steps = planned_steps(config, epochs)
     arithmetic = _agreed_arithmetic(config, folder, model, rank, device)
     model = model.to(memory_format=arithmetic.memory_format)
     # Before a micro-batch is tried, because it takes memory, and before hooks, which aren't its own.
-    averaged = AveragedWeights(model, config.ema_decay) if config.ema_decay is not None else None
+    averaged: AveragedWeights | ScheduleFreeWeights | None = None
+    if config.ema_decay is not None:
+        averaged = AveragedWeights(model, config.ema_decay)
+    frozen = copy.deepcopy(model) if config.instruments.sharpness_every else None
     if config.micro_batch == "auto" and saved is not None:
         batch = replace(batch, micro_batch=saved["micro_batch"])
     elif config.micro_batch == "auto":
@@ -95,6 +100,10 @@ def set_up(
     passed = cast(bt.BarlowTwins, model).backbone if config.mode.loss_over_global_batch else model
     layers = _batch_norm_layers(config, passed, console.say)
     optimizer = build_optimizer(config, model, epochs.steps, steps)
+    if ScheduleFreeWeights.fits(optimizer):
+        if averaged is not None:
+            raise UserError(config.optimizer.two_averages(config))
+        averaged = ScheduleFreeWeights(model, optimizer)
     norms = None
     if isinstance(optimizer, MeasuredOptimizer):
         norms = optimizer.MEASURE(model, config.optimizer.samples_together, parameters=optimizer.layers)
@@ -128,14 +137,17 @@ def set_up(
         console.say(f"no CUDA graphs: {why_not}")
     graphs = Graphs(model, device, batch.accumulation > 1, why_not, console.say)
     loss_scale = LossScale(device, enabled=arithmetic.precision == "fp16")
-    schedule = LambdaLR(optimizer, config.schedule.factor(steps, epochs.steps))
+    schedule = LambdaLR(optimizer, lr_factor(config, epochs))
     unlogged = Unlogged(mode.TOTALS, device)
     statistics = RunningStatistics(passed, over_processes=not config.sync_bn)
     stopping = EarlyStopping(config.early_stopping)
     training = Training(
         model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, stopping, noise,
-        averaged,
+        averaged=averaged,
     )  # fmt: skip
+    if frozen is not None:
+        training.fixed_loss = fixed_loss(run, frozen, model, mode)
+        announce(run, training.fixed_loss, optimizer, console.say)
     return phase(run, training, mode)
 
 

@@ -16,13 +16,14 @@ from largebatch.config.batch import BatchPlan
 from largebatch.config.epochs import Epochs
 from largebatch.config.schema import Config
 from largebatch.data import BatchLoader, Data
+from largebatch.instruments.fixed_loss import FixedLoss
 from largebatch.instruments.gradient_noise import GradientNoise
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic
 from largebatch.optim import SampleNorms
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import Row
-from largebatch.training.averaging import AveragedWeights
+from largebatch.training.averaging import AveragedWeights, ScheduleFreeWeights
 from largebatch.training.graphs import Graphs
 from largebatch.training.loss_scale import LossScale
 from largebatch.training.running_statistics import RunningStatistics
@@ -145,7 +146,9 @@ class Training:
     unlogged: Unlogged
     early_stopping: EarlyStopping
     noise: GradientNoise | None = None  # only with instruments.noise_scale
-    averaged: AveragedWeights | None = None  # only with ema_decay, and not while a probe trains
+    fixed_loss: FixedLoss | None = None  # only with instruments.sharpness_every
+    # Only with ema_decay or a schedule-free optimizer, and not while a probe trains.
+    averaged: AveragedWeights | ScheduleFreeWeights | None = None
     probe: ProbeState | None = None  # only with mode=bt
     step: int = 0
     seconds: float = 0.0  # wall time of the run's earlier processes
@@ -153,7 +156,7 @@ class Training:
 
     @property
     def result(self) -> nn.Module:
-        """The model whose metrics count: with ``ema_decay`` the averaged model."""
+        """The model whose metrics count: the averaged model, if there is an average."""
         return self.averaged.model if self.averaged else self.model
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -21,10 +22,17 @@ class StepBoundary:
     SIGINT, SIGTERM and SIGUSR2 (from SLURM before a time limit) request a stop. The clock of rank 0, or the step count,
     requests a checkpoint. Several processes sum their requests in the background during the next step, so that no step
     waits. Requests therefore take effect one step later.
+
+    Args:
+        every_seconds, every_steps: the keys of ``checkpoint``.
+        always: steps after which to save in any case.
     """
 
-    def __init__(self, every_seconds: float, every_steps: int | None, rank: int) -> None:
+    def __init__(
+        self, every_seconds: float, every_steps: int | None, rank: int, always: Collection[int] = frozenset()
+    ) -> None:
         self.asked_to_stop = False
+        self._always = always
         self._every_seconds = every_seconds
         self._every_steps = every_steps
         self._clock_counts = rank == 0 and every_steps is None
@@ -45,7 +53,7 @@ class StepBoundary:
             save = False  # a request from before the last save
         if self._every_steps is not None:
             save = step % self._every_steps == 0
-        return stop, save or stop
+        return stop, save or stop or step in self._always
 
     def saved(self, step: int) -> None:
         self._saved_at, self._saved_step = time.monotonic(), step

@@ -27,12 +27,13 @@ from largebatch.machine.precision import allow_tf32
 from largebatch.machine.process import die_with_parent, launcher_is_gone
 from largebatch.machine.pulse import expect_no_progress, start_pulse
 from largebatch.native import keep_compiled_kernels_private
-from largebatch.runs.folder import RESUMES, RunBusyError, RunFolder, this_process
+from largebatch.runs.folder import RESUMES, RunBusyError, RunFolder, checkpoint_path, this_process
 from largebatch.terminal import outlive_terminal
 from largebatch.tracking.console import Console
 from largebatch.tracking.images import save_images
 from largebatch.tracking.recorder import Recorder, lacks
-from largebatch.training.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint, load_newest
+from largebatch.training.branching import branch
+from largebatch.training.checkpoint import CheckpointWriter, load_checkpoint, load_newest
 from largebatch.training.facts import facts_in_words, gather_facts
 from largebatch.training.loop import Session, loop
 from largebatch.training.micro_batch import too_large_for_memory
@@ -66,6 +67,10 @@ def train(
         training.load(saved, rank)
         saved = None  # free the device's memory
         console.say(f"resumed after step {training.step} of {total_steps}")
+    elif config.start_from is not None:
+        branch(run, training)
+        console.say(f"starts from {config.start_from}: its weights and the state of its optimizer")
+    kept = config.checkpoint.kept_steps(run.steps)
     start.end("set-up")
     facts = gather_facts(run, training, total_steps) | phase.facts() | {"start_seconds": start.seconds}
     for line in (*facts_in_words(config, facts), *phase.facts_in_words(facts), str(start)):
@@ -78,9 +83,9 @@ def train(
         recorder, writer = None, None
         if rank == 0:
             recorder = stack.enter_context(Recorder(config, folder, training.step, facts, console))
-            writer = stack.enter_context(CheckpointWriter(folder.checkpoints, device, identity(config)))
+            writer = stack.enter_context(CheckpointWriter(folder.checkpoints, device, identity(config), kept))
         console.start_progress(training.step, total_steps)
-        boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, rank)
+        boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, rank, kept)
         session = Session(recorder, writer, StepClock(training.seconds, device, run.data.times), console, boundary)
         state, message = "finished", ""
         while phase is not None and state == "finished":

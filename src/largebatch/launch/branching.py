@@ -1,0 +1,74 @@
+"""The checkpoint of ``start_from``: which run has it, and if a training can go on from it with the run's options."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from largebatch.config.identity import run_name
+from largebatch.config.schema import Config, read_frozen
+from largebatch.errors import UserError
+from largebatch.runs.folder import RunFolder, checkpoint_path, newest_first, step_of
+from largebatch.runs.table import find_runs
+
+_GROUPS = ("dataset", "model", "optimizer", "mode")  # equal in both runs
+
+
+def resolve_start(config: Config) -> None:
+    """Write ``start_from`` with the whole name of its run, and check that it has a checkpoint of that step.
+
+    A run that has begun needs the checkpoint no longer.
+
+    Raises:
+        UserError: there is no such run or step, or it trained another network, or with another optimizer.
+    """
+    given = config.start_from
+    if given is None:
+        return
+    wanted, _, digits = given.rpartition("@")
+    if not wanted or not digits.isdecimal():
+        raise UserError(f"start_from={given}: must be RUN@STEP, the beginning of a run's name and an optimizer step")
+    runs_dir, step = Path(config.runs_dir), int(digits)
+    if RunFolder(runs_dir / run_name(config)).has_progress():
+        return
+    source = _source(wanted, runs_dir, given)
+    config.start_from = f"{source.name}@{step}"
+    if RunFolder(runs_dir / run_name(config)).has_progress():
+        return
+    frozen = _frozen(source.config)
+    for group in _GROUPS:
+        name, theirs = getattr(config, group).name, frozen[group].name
+        if name != theirs:
+            raise UserError(
+                f"start_from={given}: {source.name} has {group}={theirs}, this run {group}={name}. Fix: "
+                f"{group}={theirs}, or model.weights=RUN for the weights alone"
+            )
+    if not checkpoint_path(source.checkpoints, step).exists():
+        steps = sorted(map(step_of, newest_first(source.checkpoints)))
+        there = ", ".join(f"{one:,}" for one in steps) or "none"
+        raise UserError(
+            f"start_from={given}: {source.name} has no checkpoint of step {step:,}. There are: {there}. Fix: train it "
+            f"with checkpoint.keep_at=[{step}] rerun=true"
+        )
+
+
+@functools.cache  # for a grid
+def _frozen(path: Path) -> DictConfig:
+    return read_frozen(path)
+
+
+def _source(wanted: str, runs_dir: Path, given: str) -> RunFolder:
+    """Return the run whose name or digits begin with ``wanted``; if there are several, the one that isn't a branch."""
+    try:
+        if "/" in wanted:
+            raise UserError(f"{wanted}: a path. Allowed: runs in runs_dir={runs_dir}, by name")
+        found = find_runs(wanted, runs_dir)
+    except UserError as error:
+        raise UserError(f"start_from={error}") from None
+    own = [run for run in found if _frozen(run.config).get("start_from") is None] if len(found) > 1 else found
+    if len(own) != 1:
+        names = ", ".join(run.name for run in (own or found)[:10])
+        raise UserError(f"start_from={given}: matches {len(own or found)} runs: {names}. Fix: give more of the name")
+    return own[0]

@@ -1,0 +1,55 @@
+"""Start of a run from a checkpoint of another run (``start_from``)."""
+
+from __future__ import annotations
+
+from largebatch.errors import UserError
+from largebatch.runs.folder import RunFolder, checkpoint_path
+from largebatch.training.checkpoint import DamagedError, load_checkpoint
+from largebatch.training.state import Run, Training
+
+
+def branch(run: Run, training: Training) -> None:
+    """Load weights, running statistics and the optimizer's state, such as momentum and step count, in every process.
+
+    Averaged weights (``ema_decay``) begin as the other run's, or else as the loaded weights. All else is the run's own
+    from its step 0 on: batch size, learning rate and other options, schedule, order of the images.
+
+    Raises:
+        UserError: if the checkpoint is missing or damaged, or of another data set, network or optimizer.
+    """
+    start = run.config.start_from
+    assert start is not None
+    name, _, step = start.rpartition("@")
+    path = checkpoint_path(RunFolder(run.folder.path.parent / name).checkpoints, int(step))
+    try:
+        saved, trailer = load_checkpoint(path, run.device)
+    except (OSError, DamagedError) as error:
+        problem = f"{path} {error}" if isinstance(error, DamagedError) else f"{path}: {error.strerror}"
+        raise UserError(f"start_from={start}: {problem}. Fix: run {name} again with rerun=true") from error
+    if trailer["run"] != name.rpartition("-")[2]:
+        raise UserError(f"start_from={start}: {path} belongs to another run ({trailer['run']})")
+    if difference := run.data.content.difference(saved["data"]):
+        raise UserError(
+            f"start_from={start}: began with another data set. Now: {difference}. Fix: restore the data set"
+        )
+    optimizer = training.optimizer
+    # Options are the run's own. Some libraries' groups have counters too.
+    options = {*optimizer.defaults, "params", "initial_lr"}
+    try:
+        groups = [
+            {**theirs, **{key: value for key, value in own.items() if key in options or key not in theirs}}
+            for theirs, own in zip(
+                saved["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"], strict=True
+            )
+        ]
+        training.model.load_state_dict(saved["model"])
+        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+        if training.averaged:
+            training.averaged.model.load_state_dict(saved.get("averaged", saved["model"]))
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"start_from={start}: has another network or optimizer ({reason}). Fix: the options of model and optimizer "
+            "in that run's config.yaml"
+        ) from error
+    training.loss_scale.load(saved["loss_scale"])
