@@ -1,4 +1,4 @@
-"""Each method of a library: it resumes exactly, and trains the same in two processes and with accumulation.
+"""Muon, MERIT and each method of a library: exact resume, and the same in two processes and with accumulation.
 
 ``make methods`` runs these tests. ``METHODS=lion,soap`` limits them to some presets.
 """
@@ -27,7 +27,7 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows
 
 METHODS = (
-    "muon", "adamuon", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd",
+    "muon", "adamuon", "merit", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd",
     "schedulefree_adamw",
 )  # fmt: skip
 CHOSEN = os.environ.get("METHODS", ",".join(METHODS)).split(",")

@@ -231,6 +231,17 @@ class VrLamb(Measured, Lamb):
 
 
 @dataclass
+class Merit(Lamb):
+    """MERIT (arXiv 2508.20577)."""
+
+    target = "largebatch.optim.merit:MERIT"
+    label = "MERIT"
+
+    bias_correction: bool = False
+    update_clip: float | None = option(1.0, above=0, switch=True)  # limit of an element of a layer's scaled direction
+
+
+@dataclass
 class Muon(OptimizerConfig):
     """Muon, with AdamW for the classifier, biases and norm parameters."""
 
@@ -330,6 +341,7 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "clars": Clars,
     "vrlars": VrLars,
     "vrlamb": VrLamb,
+    "merit": Merit,
     "muon": Muon,
     "adamuon": AdaMuon,
     "sgd": Sgd,
