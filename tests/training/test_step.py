@@ -47,7 +47,7 @@ def assert_nothing_is_read_back(folder: Path, *overrides: str) -> None:
 
 
 OPTIMIZERS = (
-    "lars", "lamb", "tvlars", "clars", "merit", "sgd",
+    "lars", "lamb", "tvlars", "clars", "merit", "rotational_lion", "sgd",
     "vrlars optimizer.sample_size=2", "vrlamb optimizer.sample_size=2",
 )  # fmt: skip
 

@@ -269,6 +269,20 @@ class AdaMuon(Muon):
 
 
 @dataclass
+class RotationalLion(OptimizerConfig):
+    """Rotational Lion (arXiv 2305.17212), of which LionAR (arXiv 2410.23922) is a variant."""
+
+    target = "largebatch.optim.rotational:RotationalLion"
+    label = "Rotational Lion"
+
+    weight_decay: float = option(1.0, above=0)  # sets, with lr, the angle of a step
+    betas: list[float] = option([0.9, 0.99], least=0, below=1, length=2)
+    norm_beta: float = option(0.9, least=0, below=1)  # decay of the mean square of the directions' norms
+    zero_mean: bool = True  # keep the mean of a neuron's weights at 0
+    eps: float = option(1e-8, least=0)
+
+
+@dataclass
 class Sgd(OptimizerConfig):
     target = "torch.optim:SGD"
     label = "SGD"
@@ -344,6 +358,7 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "merit": Merit,
     "muon": Muon,
     "adamuon": AdaMuon,
+    "rotational_lion": RotationalLion,
     "sgd": Sgd,
     "adamw": AdamW,
     "adam": Adam,
