@@ -123,6 +123,7 @@ def contestants() -> dict[str, tuple[str, Make]]:
         add(f"torch AdamW, {form}", "AdamW", torch.optim.AdamW, **shared, **options)
     for form, options in {**forms, "default": {}}.items():
         add(f"LAMB, {form}", "LAMB", optim.LAMB, **shared, **options)
+    add("MERIT, default", "LAMB", optim.MERIT, **shared)
     add("timm Lamb", "LAMB", timm.optim.Lamb, **shared)
     if importlib.util.find_spec("pytorch_optimizer"):
         import pytorch_optimizer
@@ -221,12 +222,12 @@ def device_times(model: str, repeats: int, compiled: bool) -> dict[str, list[flo
     """Return the quartiles of a step's device time for our and torch's optimizers, except the slow forms for-loop.
 
     Other libraries copy numbers to the device in a step, which a CUDA graph can't capture. Default forms are the fused
-    forms, and CLARS's only form.
+    forms, and the only form of CLARS and of MERIT.
     """
     weights, gradients = tensors(model, "cuda")
     times = {}
     for name, (family, make) in contestants().items():
-        own = name.startswith(("LARS", "TVLARS", "CLARS", "LAMB"))
+        own = name.startswith(("LARS", "TVLARS", "CLARS", "LAMB", "MERIT"))
         again = name.endswith("for-loop") or name.replace("default", "fused") in times
         if again or not (own or name.startswith("torch ")):
             continue

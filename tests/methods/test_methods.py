@@ -1,4 +1,4 @@
-"""Each method of a library: it resumes exactly, and trains the same in two processes and with accumulation.
+"""Own methods and those of libraries: exact resume, and the same in two processes and with accumulation.
 
 ``make methods`` runs these tests. ``METHODS=lion,soap`` limits them to some presets.
 """
@@ -27,8 +27,8 @@ from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows
 
 METHODS = (
-    "muon", "adamuon", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd",
-    "schedulefree_adamw",
+    "muon", "adamuon", "merit", "rotational_lion", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo",
+    "schedulefree_sgd", "schedulefree_adamw",
 )  # fmt: skip
 CHOSEN = os.environ.get("METHODS", ",".join(METHODS)).split(",")
 SCHEDULE_FREE = [method for method in CHOSEN if method.startswith("schedulefree")]

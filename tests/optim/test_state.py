@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from largebatch.optim import LAMB, LARS, TVLARS
+from largebatch.optim import LAMB, LARS, MERIT, TVLARS
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from largebatch.optim import LAMB, LARS, TVLARS
         (TVLARS, LARS, "isn't from TVLARS: its groups have no alpha, delay"),
         (LAMB, torch.optim.AdamW, "isn't from LAMB: its groups have no .*bias_correction"),
         (LARS, LAMB, "isn't from LARS"),
+        (MERIT, LAMB, "isn't from MERIT: its groups have no update_clip"),
     ],
 )
 def test_the_state_of_another_optimizer_is_refused(build, other, message):
@@ -41,7 +42,7 @@ def test_an_unknown_key_of_state_is_refused():
         optimizer.load_state_dict(state)
 
 
-@pytest.mark.parametrize("build", [LARS, TVLARS, LAMB])
+@pytest.mark.parametrize("build", [LARS, TVLARS, LAMB, MERIT])
 def test_a_change_of_options_or_parameters_acts_at_the_next_step(build):
     """Lists kept from step to step follow the groups, the parameters' types and which of them have a gradient."""
 

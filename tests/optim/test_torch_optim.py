@@ -1,4 +1,4 @@
-"""LARS, TVLARS and LAMB behave as optimizers of torch.optim."""
+"""LARS, TVLARS, LAMB and MERIT behave as optimizers of torch.optim."""
 
 import copy
 import io
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from largebatch.optim import LAMB, LARS, TVLARS
+from largebatch.optim import LAMB, LARS, MERIT, TVLARS
 
 ALL = pytest.mark.parametrize(
     "build",
@@ -15,8 +15,9 @@ ALL = pytest.mark.parametrize(
         lambda params, **options: LARS(params, lr=0.5, weight_decay=1e-2, **options),
         lambda params, **options: TVLARS(params, lr=0.5, weight_decay=1e-2, lmbda=0.1, delay=4, **options),
         lambda params, **options: LAMB(params, lr=0.01, **options),
+        lambda params, **options: MERIT(params, lr=0.01, **options),
     ],
-    ids=["lars", "tvlars", "lamb"],
+    ids=["lars", "tvlars", "lamb", "merit"],
 )
 
 

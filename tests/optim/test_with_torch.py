@@ -13,6 +13,7 @@ from two_processes import CASES, KINDS, PROCESSES, Run, batch, close, loss_of, r
 from largebatch.optim import LARS, fused_cpu
 
 ALL = pytest.mark.parametrize("kind", KINDS)
+EACH_WAY = [(kind, way) for kind in KINDS for way in ("fused", "foreach") if (kind, way) != ("merit", "fused")]
 
 
 def lr_of(kind):
@@ -120,8 +121,9 @@ def test_one_cycle_sets_lr_and_momentum(kind):
     def one_cycle(optimizer):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr_of(kind), total_steps=6, max_momentum=0.9)
 
-    like = {"betas": (0.9, 0.999)} if kind == "lamb" else {"momentum": 0.9}
-    torchs = (torch.optim.Adam if kind == "lamb" else torch.optim.SGD)([torch.nn.Parameter(torch.ones(1))], 0.1, **like)
+    adam = kind in ("lamb", "merit")
+    like = {"betas": (0.9, 0.999)} if adam else {"momentum": 0.9}
+    torchs = (torch.optim.Adam if adam else torch.optim.SGD)([torch.nn.Parameter(torch.ones(1))], 0.1, **like)
     by_hand, run = Run(kind, small_model()), Run(kind, small_model())
     schedules = one_cycle(run.optimizer), one_cycle(torchs)
     (hers,) = torchs.param_groups
@@ -230,7 +232,7 @@ def test_state_goes_from_plain_to_capturable_and_back(kind, capturable):
     clocks = [group["step"] for group in second.optimizer.param_groups if "step" in group]
     counts = [state["step"] for state in second.optimizer.state.values() if "step" in state]
     assert all(isinstance(step, torch.Tensor) is capturable and step == 6 for step in clocks + counts)
-    assert (len(clocks), len(counts)) == {"tvlars": (1, 0), "lamb": (0, 8)}.get(kind, (0, 0))
+    assert (len(clocks), len(counts)) == {"tvlars": (1, 0), "lamb": (0, 8), "merit": (0, 8)}.get(kind, (0, 0))
 
 
 # -- parameters
@@ -310,9 +312,7 @@ def test_sum_of_norms_with_layers_that_are_not_decayed():
     assert optimizer.layer_stats()["trust_ratio"].tolist() == pytest.approx([6 / (2 + 0.5 * 6), 6 / 2])
 
 
-@pytest.mark.parametrize(
-    ("kind", "way"), [("sgd", "foreach"), *((kind, way) for kind in KINDS for way in ("foreach", "fused"))]
-)
+@pytest.mark.parametrize(("kind", "way"), [("sgd", "foreach"), *EACH_WAY])
 @pytest.mark.filterwarnings("error")
 def test_backward_through_an_overwritten_weight_raises(kind, way):
     """Autograd detects the update, fused or not, as with torch.optim.SGD."""
@@ -350,9 +350,8 @@ def captured(step):
 
 @on_gpu
 @pytest.mark.filterwarnings("error:.*fused=True")
-@pytest.mark.parametrize("way", ["fused", "foreach"])
 @pytest.mark.parametrize("options", [{}, {"adapt_1d": True, "max_ratio": 1.0}], ids=["default", "limited"])
-@ALL
+@pytest.mark.parametrize(("kind", "way"), EACH_WAY)
 def test_cuda_graph(kind, options, way):
     """A graph is replayed with another lr each time, as an eager step in fp64; statistics are those of the replay."""
     if kind == "lars" and options:

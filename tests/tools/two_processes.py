@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from largebatch.optim import CLARS, LAMB, LARS, TVLARS, SampleNorms
+from largebatch.optim import CLARS, LAMB, LARS, MERIT, TVLARS, SampleNorms
 
 PROCESSES = 2
 KINDS = {
@@ -26,6 +27,7 @@ KINDS = {
     "tvlars": (TVLARS, {"lr": 0.5, "weight_decay": 1e-2, "trust_coefficient": 0.02, "lmbda": 0.5, "delay": 3}),
     "clars": (CLARS, {"lr": 0.5, "weight_decay": 1e-2, "trust_coefficient": 0.02}),
     "lamb": (LAMB, {"lr": 0.01}),
+    "merit": (MERIT, {"lr": 0.01}),
 }
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
@@ -164,6 +166,14 @@ def fsdp2_resume(kind, full, capturable):
     same_weights(second.model, alone.model)
 
 
+def sharded_merit_is_refused():
+    run = sharded_run("merit")
+    before = [weight.clone() for weight in whole(run.model.parameters())]
+    with pytest.raises(RuntimeError, match=r"MERIT requires whole parameters, and 0\.weight is sharded"):
+        train_sharded(run, [0])
+    torch.testing.assert_close(whole(run.model.parameters()), before, rtol=0, atol=0)
+
+
 def zero_redundancy(kind):
     optimizer_class, options = KINDS[kind]
 
@@ -211,7 +221,8 @@ CASES = {
         for kind in ("lars", "tvlars", "lamb")
         for form, capturable in (("shards", False), ("whole", False), ("shards-capturable", True))
     },
-    **{f"zero-{kind}": partial(zero_redundancy, kind) for kind in ("lars", "tvlars", "lamb")},
+    "fsdp2-merit-refused": sharded_merit_is_refused,
+    **{f"zero-{kind}": partial(zero_redundancy, kind) for kind in ("lars", "tvlars", "lamb", "merit")},
 }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from largebatch.modes.bt import BarlowTwins
 
 OPTIMIZERS = [
-    "lars", "lamb", "tvlars", "clars", "sgd", "adam", "adamw", "adagrad", "rmsprop", "timm optimizer.name=lars",
-    "vrlars optimizer.sample_size=2", "vrlamb optimizer.sample_size=2",
+    "lars", "lamb", "tvlars", "clars", "merit", "rotational_lion", "sgd", "adam", "adamw", "adagrad",
+    "rmsprop", "timm optimizer.name=lars", "vrlars optimizer.sample_size=2", "vrlamb optimizer.sample_size=2",
 ]  # fmt: skip
 
 

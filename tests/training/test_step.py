@@ -46,10 +46,13 @@ def assert_nothing_is_read_back(folder: Path, *overrides: str) -> None:
         assert counting.operations["aten._local_scalar_dense"] == 0
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    ["lars", "lamb", "tvlars", "clars", "sgd", "vrlars optimizer.sample_size=2", "vrlamb optimizer.sample_size=2"],
-)
+OPTIMIZERS = (
+    "lars", "lamb", "tvlars", "clars", "merit", "rotational_lion", "sgd",
+    "vrlars optimizer.sample_size=2", "vrlamb optimizer.sample_size=2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("division", [(), ("micro_batch=4",), ("micro_batch=auto",)])
 def test_a_step_reads_no_number_back(tmp_path: Path, optimizer: str, division: tuple[str, ...]) -> None:
     """On a GPU, each read would wait for all queued work."""

@@ -231,6 +231,17 @@ class VrLamb(Measured, Lamb):
 
 
 @dataclass
+class Merit(Lamb):
+    """MERIT (arXiv 2508.20577)."""
+
+    target = "largebatch.optim.merit:MERIT"
+    label = "MERIT"
+
+    bias_correction: bool = False
+    update_clip: float | None = option(1.0, above=0, switch=True)  # limit of an element of a layer's scaled direction
+
+
+@dataclass
 class Muon(OptimizerConfig):
     """Muon, with AdamW for the classifier, biases and norm parameters."""
 
@@ -255,6 +266,20 @@ class AdaMuon(Muon):
     label = "AdaMuon"
 
     adjust_lr_fn: str = option("match_rms_adamw", allowed=("match_rms_adamw",))
+
+
+@dataclass
+class RotationalLion(OptimizerConfig):
+    """Rotational Lion (arXiv 2305.17212), of which LionAR (arXiv 2410.23922) is a variant."""
+
+    target = "largebatch.optim.rotational:RotationalLion"
+    label = "Rotational Lion"
+
+    weight_decay: float = option(1.0, above=0)  # sets, with lr, the angle of a step
+    betas: list[float] = option([0.9, 0.99], least=0, below=1, length=2)
+    norm_beta: float = option(0.9, least=0, below=1)  # decay of the mean square of the directions' norms
+    zero_mean: bool = True  # keep the mean of a neuron's weights at 0
+    eps: float = option(1e-8, least=0)
 
 
 @dataclass
@@ -330,8 +355,10 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     "clars": Clars,
     "vrlars": VrLars,
     "vrlamb": VrLamb,
+    "merit": Merit,
     "muon": Muon,
     "adamuon": AdaMuon,
+    "rotational_lion": RotationalLion,
     "sgd": Sgd,
     "adamw": AdamW,
     "adam": Adam,

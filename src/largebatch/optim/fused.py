@@ -11,8 +11,8 @@ from torch import Tensor
 from largebatch.optim.param_groups import Group, Part
 
 
-def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:
-    """Return the module with the fused step for these tensors, or None and the reason.
+def fused_kernels(equation: str, group: Group, part: Part) -> tuple[ModuleType | None, str]:
+    """Return the module with the fused step of an equation for these tensors, or None and the reason.
 
     The module has ``why_not(weights)``, and ``lars(part, numbers)`` and ``lamb(part, numbers)`` as ``unfused`` has.
     """
@@ -34,6 +34,8 @@ def fused_kernels(group: Group, part: Part) -> tuple[ModuleType | None, str]:
         from largebatch.optim import fused_cuda as kernels  # type: ignore[no-redef]
     else:
         return None, f"there is no fused step for {device}"
+    if not hasattr(kernels, equation):
+        return None, f"{equation} has no fused step"
     reason = kernels.why_not(weights)
     return (None, reason) if reason else (kernels, "")
 

@@ -35,11 +35,11 @@ class LayerwiseOptimizer(Optimizer):
     A *layer* is a parameter that is adapted (see ``is_adapted``). State is kept in fp32 for fp16 and bf16 parameters,
     else in the parameter's own type. Norms of sharded parameters (FSDP2's DTensors) are those of the whole parameter.
 
-    A subclass defines ``_check_group`` and ``_step_group``. Its arithmetic is a function named ``EQUATION`` in three
-    modules: ``unfused`` (torch), ``fused_cpu`` (C++) and ``fused_cuda`` (Triton).
+    A subclass defines ``_check_group`` and ``_step_group``. Its arithmetic is a function named ``EQUATION`` in
+    ``unfused`` (torch) and, if it has a fused step, in ``fused_cpu`` (C++) and ``fused_cuda`` (Triton).
     """
 
-    EQUATION: ClassVar[str]  # "lars" or "lamb"
+    EQUATION: ClassVar[str]  # "lars", "lamb" or "merit"
     STATE: ClassVar[tuple[str, ...]]  # keys of a parameter's state
 
     _measured: list[Measured]  # of the latest step
@@ -148,7 +148,7 @@ class LayerwiseOptimizer(Optimizer):
         # The compiler fuses by itself, and can't trace a warning.
         if not may_be_fused(group) or torch.compiler.is_compiling():
             return None
-        kernels, reason = fused_kernels(group, part)
+        kernels, reason = fused_kernels(self.EQUATION, group, part)
         if kernels is None and group["fused"] and not self._warned:
             self._warned = True
             warnings.warn(f"{type(self).__name__}(fused=True) takes the unfused step instead: {reason}", stacklevel=2)

@@ -69,6 +69,7 @@ class Part:
     decayed: list[bool]
     shards: tuple[Any, ...] = ()  # process groups over which a layer is divided
     given_norms: Tensor | None = None  # [adapted parameters]: override of the gradient norms in denominators
+    update_clip: float = math.inf  # limit of an element of a layer's scaled direction
     tables: dict[Any, Any] = field(default_factory=dict)  # memory of the CUDA step, kept from step to step
 
     def layers(self) -> list[Tensor]:
