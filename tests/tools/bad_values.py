@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from largebatch.config.options import Limits
-from largebatch.config.schema import CHOICES, Config
+from largebatch.config.schema import CHOICES, LIBRARIES, Config
 
 MANY = int(os.environ.get("FAULTS_EXAMPLES", "1"))
 SEED = os.environ.get("FAULTS_SEED")
@@ -50,11 +50,11 @@ def keys_of(kind: Any, prefix: str) -> dict[str, dataclasses.Field[Any]]:
     return found
 
 
-FIELDS: dict[str, dict[str, dataclasses.Field[Any]]] = {  # by key, and by the name of the choice ("": no choice)
+FIELDS: dict[str, dict[str, dataclasses.Field[Any]]] = {  # by key, and by the name or library of the choice ("": none)
     key: {"": field} for key, field in keys_of(Config, "").items()
 }
 for _group, _kinds in CHOICES.items():
-    for _name, _kind in _kinds.items():
+    for _name, _kind in {**_kinds, **LIBRARIES[_group]}.items():
         for _key, _field in keys_of(_kind, f"{_group}.").items():
             FIELDS.setdefault(_key, {})[_name] = _field
 KEYS = sorted(
@@ -185,7 +185,8 @@ def configurations(draw: st.DrawFn, worker: bool) -> Configured:
     changes = {}
     for key in draw(st.lists(st.sampled_from(sorted(keys)), min_size=1, max_size=4, unique=True)):
         group = key.partition(".")[0]
-        name = tree[group].get("name", "") if isinstance(tree[group], dict) else ""
+        choice = tree[group] if isinstance(tree[group], dict) else {}
+        name = choice.get("library") or choice.get("name", "")
         odd = draw(st.integers(0, 9)) == 0 and key not in SIZES
         changes[key] = draw(VALUES if odd else likely(key, name if group in CHOICES else ""))
     return overrides, changes
