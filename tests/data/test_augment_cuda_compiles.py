@@ -81,7 +81,16 @@ def test_compiled_views_equal_cpp(side: int, channels: int, last: bool, tmp_path
     mean, std = torch.tensor([0.1, 0.5, 0.9])[:channels], torch.tensor([0.2, 0.25, 0.3])[:channels]
     expected = augment_cpu.augmented(images, indices, draws, mean, std, channels_last=last)
     result, scratch = torch.empty_like(expected), torch.empty(n * 2 * stride, dtype=torch.uint8)
-    tensors = images, indices, draws.whole, draws.real, _taps(side, torch.device("cpu")), mean, std, scratch
+    tensors = (
+        images,
+        indices,
+        draws.whole,
+        draws.real,
+        _taps(side, draws.interpolation, torch.device("cpu")),
+        mean,
+        std,
+        scratch,
+    )
     constants = {"SIDE": side, "CHANNELS": channels, "LAST": last, "CHUNK": 64, "LINES": 32}
     program = compiled(kernels.views, constants, 1, 90)["ttir"]
     in_order_of_memory = result.permute(0, 2, 3, 1) if last else result
