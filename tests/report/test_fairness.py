@@ -145,3 +145,13 @@ def test_options_of_another_version_are_no_error() -> None:
         "tvlars", 0.5, 0.5, 0.5, facts={"steps": 10, "steps_per_epoch": 1}, optimizer__unknown=1, lr_scaling={}
     )
     assert not any("effect" in title for title in warned(runs))
+
+
+def test_a_batch_schedule_is_unfair_unless_each_row_names_it() -> None:
+    growing = {"batch_schedule": {"shape": "linear", "start": 32}}
+    constant = {"batch_schedule": {"shape": "constant"}}
+    same = compare([*seeds("adamw", 0.5, 0.6, 0.7, **growing), *seeds("adamw", 0.5, 0.6, 0.7, **constant)])[0]
+    other = compare([*seeds("adamw", 0.5, 0.6, 0.7, **growing), *seeds("lamb", 0.5, 0.6, 0.7, **constant)])[0]
+    for comparison, expected in ((same, []), (other, ["batch_schedule.shape", "batch_schedule.start"])):
+        titles = [warning.title for warning in warnings(comparison) if "batch_schedule" in warning.title]
+        assert titles == [f"Different conditions ({key})" for key in expected]

@@ -32,11 +32,13 @@ def warnings(comparison: Comparison) -> list[Warn]:
 def _unequal_conditions(comparison: Comparison) -> Iterator[Warn]:
     """Warn of keys that differ between the rows of a column and belong to no optimizer."""
     found: dict[str, list[int]] = defaultdict(list)
+    shown = all("batch_schedule" in dict(row.extra) for row in comparison.rows)  # in the name of each row
+    tuned = (*_TUNED, "batch_schedule.") if shown else _TUNED
     for batch in comparison.columns:
         column = comparison.column(batch)
         for key in sorted({key for cell in column for setting in cell.settings for key in setting.options}):
             different = len({tuple(distinct(cell.settings, key)) for cell in column}) > 1
-            if different and not key.startswith(_TUNED) and key not in _PLACES:
+            if different and not key.startswith(tuned) and key not in _PLACES:
                 found[key].append(batch)
     for key, sizes in found.items():
         said = []
