@@ -1,4 +1,4 @@
-"""Where the loss parts: branches of one checkpoint (``start_from``) at several batch sizes, after equal images.
+"""Comparison of branches of one checkpoint (``start_from``) at several batch sizes, after equal images.
 
 The branching method of Merrill et al. (arXiv 2505.23971): the largest batch size whose loss isn't above that of smaller
 ones loses no images. Unlike the hyperbola it fits no law, and needs no target.
