@@ -168,3 +168,14 @@ def test_sizes_that_processes_cannot_share_are_refused() -> None:
     )
     with pytest.raises(UserError, match=r"batch_schedule: a batch of 33 images can't be divided over 2 process\(es\)"):
         plan_training(config, 2)
+
+
+def test_batch_norm_is_over_as_many_images_at_every_size() -> None:
+    growing = (*GROWING["doubling"], "batch_schedule.shape=doubling", "epochs=9", "optimizer=sgd", "model.norm=batch")
+    for processes, sync_bn, size in ((1, "false", 16), (2, "false", 8), (2, "true", 16)):
+        config = configuration(*growing, f"sync_bn={sync_bn}")
+        assert plan_training(config, processes).group == config.batch_norm_size == size
+        assert plan_training(config, processes).group == size  # again, by the worker
+    config = configuration(*growing, "batch_norm_size=64")  # more than the first batch
+    with pytest.raises(UserError, match=r"batch_schedule: a batch of 16 images can't be divided"):
+        plan_training(config, 1)

@@ -117,15 +117,17 @@ def _for_growth(config: Config, processes: int) -> int | str | None:
     growth = config.batch_schedule
     if growth.first is None:
         return config.micro_batch
-    first, rule = growth.first, f"{processes} process(es) of equal micro-batches"
-    given = config.batch_norm_size or config.micro_batch
-    micro_batch = min(given, first // processes) if isinstance(given, int) else first // processes
-    if config.batch_norm_size and config.sync_bn:
-        micro_batch = config.batch_norm_size // processes
+    first = growth.first
+    if config.batch_norm_size is not None:
+        micro_batch = config.batch_norm_size // (processes if config.sync_bn else 1)
+    else:
+        share = first // processes
+        micro_batch = min(config.micro_batch, share) if isinstance(config.micro_batch, int) else share
     for size in (*growth.sizes, first):
         if not micro_batch or size % (micro_batch * processes):
             raise UserError(
-                f"batch_schedule: a batch of {size} images can't be divided over {rule}. Fix: batch sizes that are "
+                f"batch_schedule: a batch of {size} images can't be divided over {processes} process(es) of equal "
+                f"micro-batches. Fix: batch sizes that are "
                 f"multiples of {processes}, and micro_batch or batch_norm_size up to {first // processes}"
             )
     return micro_batch
