@@ -7,7 +7,7 @@ import inspect
 import random
 from typing import Any, cast
 
-import numpy
+from numpy import random as numpy_random
 import torch
 from torch import nn
 
@@ -123,5 +123,5 @@ def _library_optimizer(
 def seed_step(seed: int) -> None:
     """Seed all global random generators for an optimizer's step, in the same way in every process."""
     torch.manual_seed(seed)
-    numpy.random.seed(seed % 2**32)
+    numpy_random.seed(seed % 2**32)
     random.seed(seed)
