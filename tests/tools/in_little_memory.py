@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet  # noqa: F401  (runs import it at their end, and torch.optim.SGD torch._dynamo: memory_left has no room)
 import pytest
 import torch
+import torch._dynamo
 from conftest import ROOT, TINY, configuration, environment
 
 from largebatch.errors import UserError
