@@ -19,7 +19,7 @@ EXTRAS = {
     "report": ("plotly", "jinja2"),
     "slurm": ("submitit",),
     "export": ("onnx", "onnxscript"),
-    "optimizers": ("pytorch_optimizer",),
+    "optimizers": ("pytorch_optimizer", "opt_einsum"),
 }
 _FEWEST_LETTERS = 3  # of a beginning that names a longer key
 

@@ -28,7 +28,7 @@ from largebatch.runs.metrics import read_rows
 
 METHODS = (
     "muon", "adamuon", "merit", "rotational_lion", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo",
-    "schedulefree_sgd", "schedulefree_adamw",
+    "kron", "schedulefree_sgd", "schedulefree_adamw",
 )  # fmt: skip
 CHOSEN = os.environ.get("METHODS", ",".join(METHODS)).split(",")
 SCHEDULE_FREE = [method for method in CHOSEN if method.startswith("schedulefree")]

@@ -200,8 +200,8 @@ def test_a_run_takes_the_relative_lambda_of_its_own_length(tmp_path: Path, mode:
     "name",
     [
         *("lars", "lamb", "tvlars", "tvlars_published", "lamb_published", "sgd", "adam", "adamw", "adagrad", "rmsprop"),
-        *("muon", "adamuon", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "schedulefree_sgd"),
-        "schedulefree_adamw",
+        *("muon", "adamuon", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo", "kron"),
+        *("schedulefree_sgd", "schedulefree_adamw"),
     ],
 )
 def test_every_optimizer_lowers_the_loss_with_its_preset(name: str) -> None:
@@ -228,6 +228,21 @@ def test_timm_optimizers_by_name() -> None:
     assert tuple(optimizer.param_groups[0]["betas"]) == (0.8, 0.9)
     with pytest.raises(UserError, match=r"timm has no such optimizer.*did you mean lion"):
         build_optimizer(configuration("optimizer=timm", "optimizer.name=lionn"), model, steps_per_epoch=1)
+
+
+def test_library_optimizers_that_need_more_than_a_gradient_are_errors() -> None:
+    for library, name, needed in [
+        ("timm", "adahessian", "second derivatives of the loss"),
+        ("pytorch_optimizer", "sophiah", "second derivatives of the loss"),
+        ("pytorch_optimizer", "alig", "a closure"),
+    ]:
+        config = configuration("optimizer=soap", f"optimizer.library={library}", f"optimizer.name={name}")
+        (problem,) = config.optimizer.problems(config)
+        assert problem.startswith(f"optimizer.name={name}: needs {needed}")
+    for library, name in [("timm", "fusedsgd"), ("pytorch_optimizer", "adammini"), ("pytorch_optimizer", "demo")]:
+        config = configuration("optimizer=soap", f"optimizer.library={library}", f"optimizer.name={name}")
+        with pytest.raises(UserError, match=f"optimizer.name={name}: "):
+            build_optimizer(config, small_network(), steps_per_epoch=1)
 
 
 def test_optimizers_of_pytorch_optimizer_by_name() -> None:

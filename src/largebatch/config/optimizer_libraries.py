@@ -21,12 +21,24 @@ if TYPE_CHECKING:
 class LibraryOptimizer(OptimizerConfig):
     """An optimizer of a library, by its name there. ``options`` are its other keyword arguments."""
 
+    # What some optimizers need of a step that a training step doesn't have.
+    MISSING_IN_STEP: ClassVar[dict[str, str]] = {
+        "adahessian": "second derivatives of the loss",
+        "sophiah": "second derivatives of the loss",
+        "alig": "a closure that returns the loss",
+    }
+
     library: str = MISSING
     weight_decay: float = option(0.0, least=0)  # not of parameters of one dimension
     options: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self, batch_size: int, steps_per_epoch: float, steps: int = 0) -> dict[str, Any]:
         return {"weight_decay": self.weight_decay, **self.options}
+
+    def problems(self, config: Config) -> list[str]:
+        needed = self.MISSING_IN_STEP.get(self.name)
+        without = f"optimizer.name={self.name}: needs {needed}, which steps don't have. Fix: another optimizer"
+        return super().problems(config) + ([without] if needed else [])
 
     def unknown(self, names: Iterable[str]) -> UserError:
         """Return the error for a name that the library doesn't have. ``names`` are the library's."""

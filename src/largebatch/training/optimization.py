@@ -7,8 +7,8 @@ import inspect
 import random
 from typing import Any, cast
 
-from numpy import random as numpy_random
 import torch
+from numpy import random as numpy_random
 from torch import nn
 
 from largebatch.config.optimizer_libraries import CustomOptimizer, LibraryOptimizer, PytorchOptimizer
@@ -69,7 +69,7 @@ def build_optimizer(config: Config, model: nn.Module, steps_per_epoch: float, st
         module, _, name = given.target.partition(":")
         optimizer: type[torch.optim.Optimizer] = getattr(importlib.import_module(module), name)
         return optimizer(parameters, lr=resolved_lr(config), **options)  # type: ignore[call-arg]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, AssertionError, ImportError) as error:
         raise UserError(f"optimizer.name={given.name}: {error}") from error
 
 
