@@ -1,4 +1,4 @@
-"""Runs that crop JPEGs in ImageNet's layout while they are decoded, with the real program."""
+"""Runs that crop JPEGs in ImageNet's layout or in Arrow shards while they are decoded, with the real program."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Launch, start
-from datafiles import make_imagefolder
-from runs import finish, kill_after_checkpoint, parameters, the_run, train_in
+from datafiles import make_arrow, make_imagefolder
+from programs import Programs
+from runs import finish, kill_after_checkpoint, parameters, the_run, timeless, train_in
 from same_run import assert_same_run
 from test_bt_resume import as_if_killed
 
@@ -63,6 +64,41 @@ def test_the_speed_of_decoding_is_logged_and_the_plan_shows_it(
     words = f"images/s, and 2 decoding process(es) decode {decoded} measured in {whole.name}".split()
     at = planned.index("decoding") - 3
     assert planned[at : at + len(words)] == words
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_shards_train_as_the_files_do_and_resume_exactly(
+    tmp_path: Path, command: tuple[str, ...], whole: Path, process: Programs, processes: int
+) -> None:
+    """Parameters are equal bit for bit. Shards have the statistics and the augmentation of ``dataset=imagenet``."""
+    tree = Path(command[-1].partition("=")[2])
+    root = make_arrow(tree.with_name(f"shards{processes}"), tree, shards=3)
+    shards = ("dataset=arrow", f"dataset.root={root}", "dataset.rotation=0")
+    statistics = ("dataset.mean=[0.485,0.456,0.406]", "dataset.std=[0.229,0.224,0.225]")
+    from_shards = (*shards, *statistics, *RECIPE[4:], f"cluster.processes={processes}")
+    run = process.train(tmp_path, *from_shards)
+    files = whole if processes == 1 else process.train(tmp_path / "files", *command, f"cluster.processes={processes}")
+    found, expected = parameters(run), parameters(files)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert timeless(run) == timeless(files)
+
+    kept = shutil.copytree(run, tmp_path / "whole" / "runs" / run.name)
+    as_if_killed(run, SAVED)
+    assert process.train(tmp_path, *from_shards) == run
+    assert f"resumed after step {SAVED} of {STEPS}" in (run / "log.txt").read_text()
+    assert_same_run(run, kept)
+
+
+def test_a_resume_from_other_shards_is_refused(tmp_path: Path, command: tuple[str, ...], process: Programs) -> None:
+    root = make_arrow(tmp_path / "shards", Path(command[-1].partition("=")[2]))
+    from_shards = ("dataset=arrow", f"dataset.root={root}", "dataset.rotation=0", *RECIPE[4:])
+    run = process.train(tmp_path, *from_shards)
+    as_if_killed(run, SAVED)
+    make_arrow(root, make_imagefolder(tmp_path / "other", (40, 32), classes=tuple("abcd"), train_per_class=16, seed=1))
+    refused = process.call("launch", *from_shards, cwd=tmp_path)
+    assert refused.code == 2
+    assert "the run began with another data set. Now: " in refused.output
 
 
 @pytest.mark.slow
