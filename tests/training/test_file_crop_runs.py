@@ -76,18 +76,18 @@ def test_shards_train_as_the_files_do_and_resume_exactly(
     shards = ("dataset=arrow", f"dataset.root={root}", "dataset.rotation=0")
     statistics = ("dataset.mean=[0.485,0.456,0.406]", "dataset.std=[0.229,0.224,0.225]")
     from_shards = (*shards, *statistics, *RECIPE[4:], f"cluster.processes={processes}")
-    run = process.train(tmp_path, *from_shards)
+    run = process.train(tmp_path / "whole", *from_shards)
     files = whole if processes == 1 else process.train(tmp_path / "files", *command, f"cluster.processes={processes}")
     found, expected = parameters(run), parameters(files)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert timeless(run) == timeless(files)
 
-    kept = shutil.copytree(run, tmp_path / "whole" / "runs" / run.name)
-    as_if_killed(run, SAVED)
-    assert process.train(tmp_path, *from_shards) == run
-    assert f"resumed after step {SAVED} of {STEPS}" in (run / "log.txt").read_text()
-    assert_same_run(run, kept)
+    stopped = shutil.copytree(run, tmp_path / "runs" / run.name)
+    as_if_killed(stopped, SAVED)
+    assert process.train(tmp_path, *from_shards) == stopped
+    assert f"resumed after step {SAVED} of {STEPS}" in (stopped / "log.txt").read_text()
+    assert_same_run(stopped, run)
 
 
 def test_a_resume_from_other_shards_is_refused(tmp_path: Path, command: tuple[str, ...], process: Programs) -> None:
