@@ -8,7 +8,7 @@ them less.
 `python benchmarks/decoding.py [--images 2000] [--repeats 11] [--out FILE.json] [--smallest]`
 
 The JPEGs are made for it in a temporary folder: noise with the spectrum of photographs, quality 92, half of them with
-4:2:0 colours, a third upright.
+4:2:0 colours, a third upright. One row of ours reads them from four Arrow shards instead (dataset=arrow).
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow
 import torch
 from PIL import Image
 from shared import interleaved, parsed, print_table, quartiles
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision import datasets, transforms
 
+from largebatch.config.arrow import find_rows
 from largebatch.config.epochs import Epochs
 from largebatch.data import FileImages
 from largebatch.data import regions as regions_module
+from largebatch.data.encoded import EncodedImages, RowImages
 from largebatch.data.file_crops import FileCrop, random_box, reduction_of
 from largebatch.data.images import in_mode, planes
 from largebatch.data.resizing import resized_planes
@@ -49,7 +52,9 @@ BATCH, SIDE, CORES = 64, 224, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = FileCrop((0.08, 1.0), (3 / 4, 4 / 3), "bilinear", SIDE)
 TORCHVISION = "torchvision"
+FROM_SHARDS = ", from shards"
 FIELDS = 8  # noise that images are parts of
+SHARDS, ROWS = 4, 100  # Arrow shards, and images of a record batch as Hugging Face datasets writes them
 
 Turn = Callable[[], float]  # returns its seconds of CPU time
 
@@ -85,6 +90,26 @@ def _field(rng: np.random.Generator, width: int, height: int) -> np.ndarray[Any,
     return levels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
+def make_shards(root: Path, paths: list[str]) -> RowImages:
+    """Copy the JPEGs to Arrow shards, as a training and a test set."""
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    types = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["a", "b"]}}
+    described = json.dumps({"info": {"features": types}})
+    schema = pyarrow.schema({"image": kind, "label": pyarrow.int64()}, {"huggingface": described})
+    for split in ("train", "test"):
+        (root / split).mkdir(parents=True)
+        files = [f"data-{i:05d}-of-{SHARDS:05d}.arrow" for i in range(SHARDS)]
+        (root / split / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in files]}))
+        for i, name in enumerate(files):
+            part = range(len(paths) * i // SHARDS, len(paths) * (i + 1) // SHARDS) if split == "train" else range(2)
+            images = [{"bytes": Path(paths[row]).read_bytes(), "path": paths[row]} for row in part]
+            table = pyarrow.table([pyarrow.array(images, kind), [row % 2 for row in part]], schema=schema)
+            with pyarrow.ipc.new_stream(str(root / split / name), schema) as shard:
+                shard.write_table(table, ROWS)
+    train, _ = find_rows("arrow", root)
+    return RowImages(train.files, train.places, 3, SIDE)
+
+
 # -- the loaders
 
 
@@ -111,10 +136,9 @@ def timm_loader(root: Path, images: int) -> Any:
     return some
 
 
-def our_batches(paths: list[str]) -> Iterator[Any]:
-    files = FileImages(tuple(paths), 3, SIDE)
-    steps = global_batches(Epochs(len(paths), BATCH, "carry"), 0, 0)
-    return stream(files, (CROP.rows(indices, 0, step) for step, indices in steps), batch=BATCH, workers=0, crop=CROP)
+def our_batches(images: EncodedImages) -> Iterator[Any]:
+    steps = global_batches(Epochs(len(images), BATCH, "carry"), 0, 0)
+    return stream(images, (CROP.rows(indices, 0, step) for step, indices in steps), batch=BATCH, workers=0, crop=CROP)
 
 
 def turns_of(root: Path, paths: list[str], images: int) -> dict[str, Turn]:
@@ -127,7 +151,8 @@ def turns_of(root: Path, paths: list[str], images: int) -> dict[str, Turn]:
 
         return turn
 
-    by_torchvision, by_timm, ours = torchvision_loader(root, images), timm_loader(root, images), our_batches(paths)
+    by_torchvision, by_timm = torchvision_loader(root, images), timm_loader(root, images)
+    ours, in_shards = our_batches(FileImages(tuple(paths), 3, SIDE)), our_batches(make_shards(root / "shards", paths))
 
     def some_of_ours() -> Iterator[Any]:
         return itertools.islice(ours, images // BATCH)
@@ -143,6 +168,8 @@ def turns_of(root: Path, paths: list[str], images: int) -> dict[str, Turn]:
     }
     if has_nvimgcodec():
         turns["ours, nvImageCodec"] = timed(some_of_ours)
+    from_files = list(turns)[-1]
+    turns[f"{from_files}{FROM_SHARDS}"] = timed(lambda: itertools.islice(in_shards, images // BATCH))
     return turns
 
 
@@ -218,6 +245,9 @@ def show(title: str, found: dict[str, Any]) -> None:
     ]
     heading = f"{title}, {found['kilobytes']:.0f} kB"
     print_table([heading, "images/s a core", "x torchvision", f"{CORES} cores, extrapolated"], rows)
+    (from_shards,) = (name for name in speeds if name.endswith(FROM_SHARDS))
+    ratio = speeds[from_shards][1] / speeds[from_shards.removesuffix(FROM_SHARDS)][1]
+    print(f"from shards / from files: {ratio:.2f}\n")
     whole = sum(found["parts"].values())
     parts = [(name, f"{spent:.2f}", f"{spent / whole:.0%}") for name, spent in found["parts"].items()]
     print_table([f"parts of ours, {title}", "ms", "share"], parts)

@@ -365,6 +365,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         (),
         ("mode=bt", "optimizer=tvlars", "schedule=warmup_poly", "model=resnet18"),
         ("optimizer=clars", "dataset=imagefolder"),
+        ("dataset=arrow",),
         ("optimizer=timm", "model=timm"),
         ("optimizer=custom", "model=custom", "dataset=custom", "schedule=custom"),
     ],
@@ -373,7 +374,7 @@ def test_every_key_is_decisive_or_listed_with_a_reason(choices: tuple[str, ...])
     tree = dataclasses.asdict(configuration(*choices))
     decided = set(leaves(decisive(tree)))
     listed = {key for key in leaves(tree) if any(f"{key}.".startswith(f"{free}.") for free in NOT_DECISIVE)}
-    conditional = {"dataset.root"} if {"dataset=imagefolder", "dataset=custom"} & {*choices} else set()
+    conditional = {"dataset.root"} if {"dataset=imagefolder", "dataset=arrow", "dataset=custom"} & {*choices} else set()
     conditional |= {key for key in leaves(tree) if key.startswith("dataset.views.") and "mode=bt" in choices}
     assert decided == set(leaves(tree)) - (listed - conditional)
     assert all(NOT_DECISIVE.values())

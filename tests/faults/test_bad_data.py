@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from datafiles import make_cifar10, make_imagefolder, make_tinyimagenet
+from datafiles import make_arrow, make_cifar10, make_imagefolder, make_tinyimagenet
 
 from largebatch.config.datasets import DatasetConfig
 from largebatch.data import load_data
@@ -37,10 +38,18 @@ def swapped_halves(content: bytes, rng: random.Random) -> bytes:
     return content[middle:] + content[:middle]
 
 
+def arrow(root: Path) -> Path:
+    tree = make_imagefolder(root / "tree", 12)
+    make_arrow(root, tree)
+    shutil.rmtree(tree)
+    return root
+
+
 DATASETS: dict[str, tuple[Callable[[Path], Path], dict[str, object]]] = {
     "cifar10": (lambda root: make_cifar10(root, 4, 4), {"verify": False, "download": False}),
     "tinyimagenet": (make_tinyimagenet, {"download": False}),
     "imagefolder": (lambda root: make_imagefolder(root, 12), {"image_size": 12}),
+    "arrow": (arrow, {"image_size": 12}),
 }
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow
 import torch
 from PIL import Image
 
-from largebatch.data.images import FileImages, decoded_blocks
+from largebatch.config.imagefolder import find_images
+from largebatch.data.encoded import EncodedImages
+from largebatch.data.images import decoded_blocks
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -109,13 +114,64 @@ def make_imagefolder(
     return root
 
 
+def make_arrow(root: Path, tree: Path, shards: int = 2, rows: int = 4) -> Path:
+    """Save the images of ``make_imagefolder`` in their order as Hugging Face datasets' ``save_to_disk`` does."""
+    train, test = find_images("imagefolder", tree, [])
+    names = list(train)
+    for split, classes in (("train", train), ("test", test)):
+        images = [(Path(path).read_bytes(), names.index(name)) for name in classes for path in classes[name]]
+        save_split(root / split, [image for image, _ in images], [label for _, label in images], names, shards, rows)
+    (root / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    return root
+
+
+def save_split(
+    folder: Path,
+    images: Sequence[bytes | None],
+    labels: Sequence[int | None],
+    names: Sequence[str],
+    shards: int = 1,
+    rows: int = 4,
+) -> None:
+    """Save a split as ``Dataset.save_to_disk`` does, with ``rows`` images in a record batch."""
+    features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+    encoded = [{"bytes": image, "path": f"{i}.jpg"} for i, image in enumerate(images)]
+    table = pyarrow.table(
+        [pyarrow.array(encoded, IMAGE), pyarrow.array(labels, pyarrow.int64())], ["image", "label"]
+    )  # fmt: skip
+    save_table(folder, table, features, shards, rows)
+
+
+IMAGE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+
+
+def save_table(folder: Path, table: pyarrow.Table, features: dict[str, Any], shards: int = 1, rows: int = 4) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    files = [f"data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
+    for i, file in enumerate(files):
+        part = slice(len(table) * i // shards, len(table) * (i + 1) // shards)
+        with pyarrow.ipc.new_stream(str(folder / file), table.schema) as stream:
+            stream.write_table(table[part], rows)
+    state = {"_data_files": [{"filename": file} for file in files], "_split": folder.name}
+    (folder / "state.json").write_text(json.dumps(state | STATE, indent=2, sort_keys=True))
+    info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
+
+
+STATE = {
+    "_fingerprint": "0" * 16, "_format_columns": None, "_format_kwargs": {}, "_format_type": None,
+    "_output_all_columns": False,
+}  # fmt: skip
+
+
 def save_image(path: Path, pixels: np.ndarray) -> None:
     """Save uint8 [1 or 3, H, W] as a grey or RGB image in the format of the file name's extension."""
     Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(path)
 
 
-def decoded(images: FileImages) -> torch.Tensor:
-    """Decode all files to uint8 [N, C, S, S]; all must be readable."""
+def decoded(images: EncodedImages) -> torch.Tensor:
+    """Decode all images to uint8 [N, C, S, S]; all must be readable."""
     blocks, unreadable = zip(*decoded_blocks(images, threads=2), strict=True)
     assert not any(unreadable)
     return torch.from_numpy(np.concatenate(blocks))

@@ -1,4 +1,4 @@
-"""Runs that crop JPEGs in ImageNet's layout while they are decoded, with the real program."""
+"""Runs that crop JPEGs in ImageNet's layout or in Arrow shards while they are decoded, with the real program."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Launch, start
-from datafiles import make_imagefolder
-from runs import finish, kill_after_checkpoint, parameters, the_run, train_in
+from datafiles import make_arrow, make_imagefolder
+from programs import Programs
+from runs import finish, kill_after_checkpoint, parameters, the_run, timeless, train_in
 from same_run import assert_same_run
 from test_bt_resume import as_if_killed
 
@@ -63,6 +64,30 @@ def test_the_speed_of_decoding_is_logged_and_the_plan_shows_it(
     words = f"images/s, and 2 decoding process(es) decode {decoded} measured in {whole.name}".split()
     at = planned.index("decoding") - 3
     assert planned[at : at + len(words)] == words
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_shards_train_as_the_files_do_and_resume_exactly(
+    tmp_path: Path, command: tuple[str, ...], whole: Path, process: Programs, processes: int
+) -> None:
+    """Parameters are equal bit for bit. Shards have the statistics and the augmentation of ``dataset=imagenet``."""
+    tree = Path(command[-1].partition("=")[2])
+    root = make_arrow(tree.with_name(f"shards{processes}"), tree, shards=3)
+    shards = ("dataset=arrow", f"dataset.root={root}", "dataset.rotation=0")
+    statistics = ("dataset.mean=[0.485,0.456,0.406]", "dataset.std=[0.229,0.224,0.225]")
+    from_shards = (*shards, *statistics, *RECIPE[4:], f"cluster.processes={processes}")
+    run = process.train(tmp_path / "whole", *from_shards)
+    files = whole if processes == 1 else process.train(tmp_path / "files", *command, f"cluster.processes={processes}")
+    found, expected = parameters(run), parameters(files)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert timeless(run) == timeless(files)
+
+    stopped = shutil.copytree(run, tmp_path / "runs" / run.name)
+    as_if_killed(stopped, SAVED)
+    assert process.train(tmp_path, *from_shards) == stopped
+    assert f"resumed after step {SAVED} of {STEPS}" in (stopped / "log.txt").read_text()
+    assert_same_run(stopped, run)
 
 
 @pytest.mark.slow

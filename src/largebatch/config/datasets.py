@@ -47,7 +47,7 @@ class DatasetConfig:
     ``loader`` names the function that returns training split, test split and class names. ``needs`` describes the
     options that can't be None. ``root_decides`` is True if ``root`` decides the images, and so the run's identity.
     ``copies`` is the number of training images in succession that come from one source; a validation set takes all or
-    none of them. ``in_files`` is True if each image is a file of its own.
+    none of them. ``in_files`` is True if the images are encoded in files.
     """
 
     loader: ClassVar[str] = ""
@@ -262,6 +262,15 @@ class ImageFolder(DatasetConfig):
 
 
 @dataclass
+class Arrow(ImageFolder):
+    """Images in Arrow shards, the folder of ``save_to_disk`` of Hugging Face datasets."""
+
+    loader = "largebatch.data.imagefolder:load_arrow"
+
+    root: str = "data/arrow"
+
+
+@dataclass
 class ImageNet(DatasetConfig):
     """ImageNet-1k (ILSVRC 2012) as class folders."""
 
@@ -311,6 +320,7 @@ DATASETS: dict[str, type[DatasetConfig]] = {
     "cifar100": Cifar100,
     "tinyimagenet": TinyImageNet,
     "imagefolder": ImageFolder,
+    "arrow": Arrow,
     "imagenet": ImageNet,
     "synthetic": Synthetic,
 }

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from largebatch.config.datasets import DatasetConfig
+from largebatch.data.encoded import relative_names
 from largebatch.data.images import MemoryImages, Split
 from largebatch.errors import UserError
 
@@ -54,11 +55,6 @@ class Decoded:
 
 def cache_path(config: DatasetConfig, channels: int, image_size: int) -> Path:
     return Path(config.root) / ".largebatch" / f"{config.name}-{channels}x{image_size}.pixels"
-
-
-def relative_names(paths: Iterable[str], root: str) -> list[str]:
-    prefix = f"{Path(root)}{os.sep}"
-    return [path.removeprefix(prefix) for path in paths]
 
 
 def fingerprint(root: str, paths: Sequence[str], settings: object) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from largebatch.data.cache import relative_names
-from largebatch.data.images import FileImages, Split
+from largebatch.data.encoded import FileImages, RowImages, relative_names
+from largebatch.data.images import Split
 
 _NAMED = 3  # number of classes that a message names
 _DIGITS = 16
@@ -62,7 +62,8 @@ def content_of(train: Split, test: Split, classes: tuple[str, ...], root: str, u
     """Return the content of a data set.
 
     The digest depends on class names and labels. It depends on the name below ``root`` and the size in bytes of each
-    file, and not on its bytes, time or folder; or on the sum of each image's pixels if the images are in memory.
+    file, and not on its bytes, time or folder; on the size of each row, and not on the division of rows into files; or
+    on the sum of each image's pixels if the images are in memory.
     """
     unreadable = list(unreadable)
     digest = hashlib.sha256(repr((classes, unreadable)).encode(errors="surrogateescape"))
@@ -84,6 +85,8 @@ def _described(split: Split, root: str) -> Iterator[bytes]:
                 size = -1
             # A copy on another system may decompose accents.
             yield f"{unicodedata.normalize('NFC', name)}\0{size}\n".encode(errors="surrogateescape")
+    elif isinstance(images, RowImages):
+        yield images.places[:, -1].tobytes()
     else:
         rows = images.pixels.flatten(1)
         words = rows.view(torch.int64) if rows.shape[1] % 8 == 0 else rows  # eight bytes at a time

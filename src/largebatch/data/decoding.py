@@ -1,10 +1,9 @@
-"""Decoding of image files once for all starts, and the treatment of files that can't be read."""
+"""Decoding of encoded images once for all starts, and the treatment of images that can't be read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import BinaryIO
 
 import PIL
@@ -20,11 +19,11 @@ from largebatch.data.cache import (
     fingerprint,
     kept,
     read_decoded,
-    relative_names,
     write_decoded,
 )
-from largebatch.data.images import FileImages, Split, decoded_blocks
-from largebatch.data.images import decode as decode_file
+from largebatch.data.encoded import EncodedImages, Source, relative_names
+from largebatch.data.images import MemoryImages, Split, decoded_blocks
+from largebatch.data.images import decode as decode_one
 from largebatch.errors import UserError
 
 _NAMED = 3  # number of unreadable images that a message names
@@ -33,10 +32,10 @@ _NAMED = 3  # number of unreadable images that a message names
 def read_files(
     train: Split, test: Split, classes: tuple[str, ...], config: DatasetConfig, threads: int, say: Say, *, decode: bool
 ) -> Decoded:
-    """Return both splits of image files without the files that can't be read.
+    """Return both splits of encoded images without the images that can't be read.
 
-    With ``decode``, the images are pixels in memory. Otherwise they stay files, and are only checked, which takes as
-    long as decoding. A file beside the data keeps the pixels, or without ``decode`` the names of unreadable files.
+    With ``decode``, the images are pixels in memory. Otherwise they stay encoded, and are only checked, which takes
+    as long as decoding. A file beside the data keeps the pixels, or without ``decode`` the names of unreadable images.
 
     Raises:
         UserError: naming images that can't be read, unless ``config.on_error`` is ``skip``.
@@ -52,13 +51,13 @@ def read_files(
     channels, image_size = _images(sources[0]).channels, _images(sources[0]).image_size
     labels = [split.labels.tolist() for split in sources]
     settings = (channels, image_size, classes, labels, PIL.__version__)
-    source = fingerprint(config.root, _images(train).paths + _images(test).paths, settings)
+    source = fingerprint(config.root, _images(train).files + _images(test).files, settings)
 
     def read(file: BinaryIO) -> Decoded:
         found = read_decoded(file, source)
-        for name in found.unreadable:  # new permissions, for example, don't change a file's size and time
-            if not _error(name, config):
-                raise Stale(f"skips {name}, which can be read now")
+        for image in _named(found.unreadable, (train, test), config.root):
+            if not _error(image, config):  # new permissions, for example, don't change a file's size and time
+                raise Stale(f"skips {relative_names([image], config.root)[0]}, which can be read now")
         return found
 
     def write(file: BinaryIO) -> None:
@@ -66,55 +65,67 @@ def read_files(
         write_decoded(file, source, classes, *blocks)
 
     found = kept(cache_path(config, channels, image_size), read, write, doing, say)
+    first = next(iter(_named(found.unreadable[:1], (train, test), config.root)), None)
     if not decode:
         train, test = (_without(split, found.unreadable, config.root) for split in (train, test))
         found = Decoded(train, test, classes, found.unreadable)
-    _accept(found, config, say)
+    if first is not None:
+        _accept(found, first, config, say)
     return found
 
 
+def _named(names: Sequence[str], splits: Sequence[Split], root: str) -> list[Source]:
+    """Return the images of the relative ``names``."""
+    if not names:
+        return []
+    wanted, images = set(names), [_images(split) for split in splits]
+    every = [each.source(i) for each in images for i in range(len(each))]
+    return [image for image, name in zip(every, relative_names(every, root), strict=True) if name in wanted]
+
+
 def _without(split: Split, unreadable: tuple[str, ...], root: str) -> Split:
-    left_out = set(unreadable)
-    readable = [i for i, name in enumerate(relative_names(_images(split).paths, root)) if name not in left_out]
+    if not unreadable:
+        return split
+    left_out, images = set(unreadable), _images(split)
+    names = relative_names(map(images.source, range(len(images))), root)
+    readable = [i for i, name in enumerate(names) if name not in left_out]
     return split.select(torch.tensor(readable, dtype=torch.int64))
 
 
-def _images(split: Split) -> FileImages:
-    assert isinstance(split.images, FileImages)
+def _images(split: Split) -> EncodedImages:
+    assert not isinstance(split.images, MemoryImages)
     return split.images
 
 
 def _blocks(split: Split, root: str, threads: int) -> Iterator[Block]:
-    """Yield the blocks for ``write_decoded``: pixels, their labels, and the names of the files that can't be read."""
+    """Yield the blocks for ``write_decoded``: pixels, their labels, and the names of the images that can't be read."""
     images = _images(split)
     first = 0
     for pixels, unreadable in decoded_blocks(images, threads):
         block = range(first, first + len(pixels) + len(unreadable))
         readable = torch.tensor(sorted(set(block).difference(unreadable)), dtype=torch.int64)
-        yield pixels, split.labels[readable], relative_names((images.paths[i] for i in unreadable), root)
+        yield pixels, split.labels[readable], relative_names(map(images.source, unreadable), root)
         first = block.stop
 
 
-def _accept(found: Decoded, config: DatasetConfig, say: Say) -> None:
-    """Log the images that can't be read, or raise ``UserError``."""
+def _accept(found: Decoded, first: Source, config: DatasetConfig, say: Say) -> None:
+    """Log the images that can't be read, of which ``first`` is the first, or raise ``UserError``."""
     count = len(found.unreadable)
-    if count == 0:
-        return
     named = ", ".join(found.unreadable[:_NAMED]) + (f" and {count - _NAMED:,} more" if count > _NAMED else "")
     total = len(found.train) + len(found.test) + count
     some = f"{count:,} of {total:,} images, which can't be read: {named}"
     if config.on_error != "skip":
-        raise UserError(f"{_error(found.unreadable[0], config)}. Fix: dataset.on_error=skip skips {some}")
+        raise UserError(f"{_error(first, config)}. Fix: dataset.on_error=skip skips {some}")
     say(f"skipped {some}")
     for name, split in (("training", found.train), ("test", found.test)):
         if len(split) == 0:
             raise UserError(f"dataset.on_error=skip: no image of the {name} set in {config.root} can be read")
 
 
-def _error(name: str, config: DatasetConfig) -> str:
-    """Return the message of the error when the file is decoded; empty if it can be read."""
+def _error(image: Source, config: DatasetConfig) -> str:
+    """Return the message of the error when the image is decoded; empty if it can be read."""
     try:
-        decode_file(str(Path(config.root) / name), config.channels, image_size=0)
+        decode_one(image, config.channels, image_size=0)
     except UserError as error:
         return str(error)
     return ""

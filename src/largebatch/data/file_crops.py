@@ -10,7 +10,6 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -20,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from largebatch.config.datasets import DatasetConfig
-from largebatch.data.images import MODES, in_mode, planes, readable
+from largebatch.data.encoded import Source, encoded, readable
+from largebatch.data.images import MODES, in_mode, planes
 from largebatch.data.regions import Box, decoded_region
 from largebatch.data.resizing import RESAMPLING, resized_planes
 from largebatch.seeding import derive_seed
@@ -54,18 +54,18 @@ class FileCrop:
         generator = torch.Generator().manual_seed(derive_seed(seed, "crop", step))
         return torch.cat([indices[:, None], torch.randint(_SEEDS, (len(indices), self.views), generator=generator)], 1)
 
-    def cut(self, path: str, channels: int, seeds: Sequence[int]) -> NDArray[np.uint8]:
-        """Decode a file once and return a crop for each seed, uint8 [views, C, S, S].
+    def cut(self, source: Source, channels: int, seeds: Sequence[int]) -> NDArray[np.uint8]:
+        """Decode an image once and return a crop for each seed, uint8 [views, C, S, S].
 
         Modes are converted as by ``decode``. A JPEG's crops that are at least four times the result in both directions
         are taken from the JPEG decoded at half, a quarter or an eighth of its size. Other crops have the pixels of
         torchvision's ``resized_crop`` on the PIL image.
 
         Raises:
-            UserError: if the file can't be read as an image.
+            UserError: if it can't be read as an image.
         """
-        with readable(path):
-            data = Path(path).read_bytes()
+        with readable(source):
+            data = encoded(source)
             with Image.open(io.BytesIO(data)) as opened:
                 boxes = [random_box(Random(seed), *opened.size, self.scale, self.ratio) for seed in seeds]
                 return np.stack(self._crops(data, opened, MODES[channels], boxes))

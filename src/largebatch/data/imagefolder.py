@@ -1,13 +1,17 @@
-"""Data sets of image files: class folders with images of any size and mode, and Tiny ImageNet as published."""
+"""Data sets of encoded images of any size and mode: class folders, Arrow shards, and Tiny ImageNet as published."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from largebatch.config.arrow import find_rows
 from largebatch.config.datasets import DatasetConfig
 from largebatch.config.imagefolder import EXTENSIONS, class_folders, find_images, image_files
 from largebatch.data.cache import Say
 from largebatch.data.download import find_or_download
+from largebatch.data.encoded import RowImages
 from largebatch.data.images import Split, split_of_files
 from largebatch.errors import UserError
 
@@ -40,6 +44,23 @@ def load_imagefolder(config: DatasetConfig, say: Say) -> tuple[Split, Split, tup
         for tree in (train, test)
     )
     return train_split, test_split, tuple(train)
+
+
+def load_arrow(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:
+    """Load the shards of ``root/train`` and of ``root/test``, ``root/validation`` or ``root/val``.
+
+    The order of the images is that of the rows. The images stay in their shards.
+
+    Raises:
+        UserError: as ``find_rows``, or if ``dataset.image_size`` isn't set.
+    """
+    size = config.needed("image_size")
+    splits = find_rows(config.name, Path(config.root))
+    train, test = (
+        Split(RowImages(rows.files, rows.places, config.channels, size), torch.from_numpy(rows.labels))
+        for rows in splits
+    )
+    return train, test, splits[0].classes
 
 
 def load_tinyimagenet(config: DatasetConfig, say: Say) -> tuple[Split, Split, tuple[str, ...]]:

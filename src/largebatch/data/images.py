@@ -1,12 +1,10 @@
-"""Images and labels of a split: pixels in memory, or files that are decoded when they are needed."""
+"""Images and labels of a split: pixels in memory, or encoded images that are decoded when they are needed."""
 
 from __future__ import annotations
 
+import io
 import math
-import os
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
@@ -17,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from largebatch.data.encoded import EncodedImages, FileImages, Source, encoded, readable
 from largebatch.errors import UserError
 
 MODES = {1: "L", 3: "RGB"}
-_TASK = 16  # files that a thread takes at a time
+_TASK = 16  # images that a thread takes at a time
 _BLOCK_BYTES = 64 << 20  # pixels that are decoded together
 
 
@@ -45,22 +44,7 @@ class MemoryImages:
         return MemoryImages(self.pixels[indices])
 
 
-@dataclass(frozen=True)
-class FileImages:
-    """Image files of any size and mode; ``decode`` converts them to ``channels`` (1 or 3) and ``image_size`` pixels."""
-
-    paths: tuple[str, ...]
-    channels: int
-    image_size: int
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def select(self, indices: Tensor) -> FileImages:
-        return FileImages(tuple(self.paths[i] for i in indices.tolist()), self.channels, self.image_size)
-
-
-Images = MemoryImages | FileImages
+Images = MemoryImages | EncodedImages
 
 
 def decoded_bytes(images: Images) -> int:
@@ -69,7 +53,7 @@ def decoded_bytes(images: Images) -> int:
 
 @dataclass(frozen=True)
 class Split:
-    """``images`` in memory or in files; ``labels`` int64 [N], in the order of the images."""
+    """``images`` in memory or encoded; ``labels`` int64 [N], in the order of the images."""
 
     images: Images
     labels: Tensor
@@ -87,15 +71,15 @@ def split_of_files(files: list[tuple[str, int]], channels: int, image_size: int)
     return Split(images, torch.tensor([label for _, label in files]))
 
 
-def decoded_blocks(images: FileImages, threads: int) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
-    """Decode all files in order in threads (PIL releases the interpreter's lock); yield blocks of about 64 MiB.
+def decoded_blocks(images: EncodedImages, threads: int) -> Iterator[tuple[NDArray[np.uint8], list[int]]]:
+    """Decode all images in order in threads (PIL releases the interpreter's lock); yield blocks of about 64 MiB.
 
-    A block is the pixels, uint8 [n, C, S, S], of the files that can be read, and the indices of the files that can't.
+    A block is the pixels, uint8 [n, C, S, S], of the images that can be read, and the indices of those that can't.
     """
 
-    def decode_to(place: NDArray[np.uint8], path: str) -> bool:
+    def decode_to(place: NDArray[np.uint8], i: int) -> bool:
         try:
-            place[:] = decode(path, images.channels, images.image_size)
+            place[:] = decode(images.source(i), images.channels, images.image_size)
         except UserError:
             return False
         return True
@@ -104,39 +88,25 @@ def decoded_blocks(images: FileImages, threads: int) -> Iterator[tuple[NDArray[n
     size = max(_BLOCK_BYTES // max(math.prod(shape), 1), _TASK * threads)
     with ThreadPool(threads) as pool:
         for first in range(0, len(images), size):
-            paths = images.paths[first : first + size]
-            pixels = np.empty((len(paths), *shape), np.uint8)
-            readable = np.array(pool.starmap(decode_to, zip(pixels, paths, strict=True), chunksize=_TASK))
+            block = range(first, min(first + size, len(images)))
+            pixels = np.empty((len(block), *shape), np.uint8)
+            readable = np.array(pool.starmap(decode_to, zip(pixels, block, strict=True), chunksize=_TASK))
             yield pixels if readable.all() else pixels[readable], [first + int(i) for i in np.flatnonzero(~readable)]
 
 
-def decode(path: str, channels: int, image_size: int) -> NDArray[np.uint8]:
-    """Decode one image file to uint8 [C, S, S].
+def decode(source: Source, channels: int, image_size: int) -> NDArray[np.uint8]:
+    """Decode an image file or a row to uint8 [C, S, S].
 
     The shorter side is resized to ``image_size`` (bilinear, antialiased), then the centre is cropped, as in
     torchvision's ``Resize(S)`` and ``CenterCrop(S)``. Transparency is dropped; 16-bit grey keeps its upper 8 bits. Grey
     of 32-bit integers or floats has no defined white: it is scaled from its own minimum and maximum to 0 and 255. An
-    animation gives its first image. An ``image_size`` of 0 only checks that the file can be read.
+    animation gives its first image. An ``image_size`` of 0 only checks that the image can be read.
 
     Raises:
-        UserError: if the file can't be read as a whole image.
+        UserError: if it can't be read as a whole image.
     """
-    with readable(path), Image.open(path) as opened:
+    with readable(source), Image.open(io.BytesIO(encoded(source))) as opened:
         return pixels_of(opened, channels, image_size)
-
-
-@contextmanager
-def readable(path: str) -> Iterator[None]:
-    """Raise a ``UserError`` with the path if it is no file, or if reading it as an image fails."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is a pipe or device, not a file")  # opening it would wait for a writer
-        yield
-    except Exception as error:  # damaged files make decoders raise anything, also MemoryError and RuntimeError
-        raise UserError(
-            f"{path} can't be read as an image ({str(error) or type(error).__name__}): the file is damaged or cut "
-            "short; replace or remove it"
-        ) from error
 
 
 def pixels_of(image: Image.Image, channels: int, image_size: int) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from largebatch.config.datasets import DATASETS, CustomDataset, DatasetConfig
 from largebatch.data.cache import Say
 from largebatch.data.content import Content, content_of
 from largebatch.data.decoding import read_files
-from largebatch.data.images import FileImages, Images, MemoryImages, Split, decoded_bytes
+from largebatch.data.images import Images, MemoryImages, Split, decoded_bytes
 from largebatch.data.sampling import hold_out_parts
 from largebatch.data.stream import DecodingTimes, stream
 from largebatch.errors import UserError
@@ -92,7 +92,7 @@ def load_data(
     except OSError as error:  # for example a folder without read permission
         raise UserError(f"dataset={config.name}: {error}; check dataset.root={config.root}") from error
     config.check_sizes(len(train), len(test), len(classes))
-    image_size, in_files = config.side_of_crop(train.images.image_size), isinstance(train.images, FileImages)
+    image_size, in_files = config.side_of_crop(train.images.image_size), not isinstance(train.images, MemoryImages)
     size = decoded_bytes(train.images) + decoded_bytes(test.images)
     device_free = free_memory(device) if device.type != "cpu" else None
     place, why = choose_location(

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from largebatch.data.encoded import EncodedImages
 from largebatch.data.file_crops import FileCrop
-from largebatch.data.images import FileImages, Images, MemoryImages, decode
+from largebatch.data.images import Images, MemoryImages, decode
 from largebatch.data.resizing import kernel_or_none
 from largebatch.errors import UserError
 from largebatch.machine.pulse import waiting_for
@@ -127,7 +128,7 @@ def _next(decoded: Iterator[Timed], workers: int) -> Timed:
 class _Decoder(Dataset[Timed]):
     """Decoding in a worker process. It returns errors: a raised error would arrive wrapped in a traceback."""
 
-    images: FileImages
+    images: EncodedImages
     crop: FileCrop | None
 
     def __getitem__(self, rows: list[list[int]]) -> Timed:
@@ -138,9 +139,9 @@ class _Decoder(Dataset[Timed]):
         images, crop = self.images, self.crop
         try:
             if crop is None:
-                decoded = [decode(images.paths[i], images.channels, images.image_size) for (i,) in rows]
+                decoded = [decode(images.source(i), images.channels, images.image_size) for (i,) in rows]
             else:
-                decoded = [crop.cut(images.paths[i], images.channels, seeds) for i, *seeds in rows]
+                decoded = [crop.cut(images.source(i), images.channels, seeds) for i, *seeds in rows]
         except UserError as error:
             return error
         pixels: NDArray[np.uint8] = np.stack(decoded)

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from largebatch.config.arrow import find_rows
 from largebatch.config.checks import check_training
-from largebatch.config.datasets import ImageFolder
+from largebatch.config.datasets import Arrow, ImageFolder
 from largebatch.config.imagefolder import find_images
 from largebatch.config.models import TimmModel
 from largebatch.config.optimizer_libraries import LibraryOptimizer, PytorchOptimizer
@@ -68,7 +69,7 @@ def _training_images(config: Config) -> int | None:
         return dataset.train_images
     if config.cluster.name == "slurm" and not os.path.exists(dataset.root):  # the nodes may have it
         return None
-    train, test = _class_sizes(dataset.name, dataset.root)
+    train, test = _class_sizes(isinstance(dataset, Arrow), dataset.name, dataset.root)
     dataset.check_sizes(sum(train), sum(test), len(train))
     counted = replace(dataset, train_size=sum(train)).train_images
     if dataset.on_error == "skip":  # fewer images may be left
@@ -79,9 +80,12 @@ def _training_images(config: Config) -> int | None:
 
 
 @functools.cache  # for a grid
-def _class_sizes(name: str, root: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the number of images of each class of an image folder, in its training and test set."""
+def _class_sizes(in_shards: bool, name: str, root: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the number of images of each class of image folders or shards, in the training and test set."""
     try:
+        if in_shards:
+            rows = find_rows(name, Path(root))
+            return rows[0].class_sizes, rows[1].class_sizes
         train, test = find_images(name, Path(root), [])
     except OSError as error:  # for example a folder without read permission
         raise UserError(f"dataset={name}: {error}; check dataset.root={root}") from error

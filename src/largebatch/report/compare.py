@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from largebatch.config.datasets import ImageFolder, dataset_kind
 from largebatch.config.optimizer_libraries import structure
 from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schedules import SCHEDULES
@@ -84,7 +85,9 @@ def compare(runs: Iterable[Run], by: Sequence[str] = ()) -> list[Comparison]:
 
 def _dataset(run: Run) -> str:
     dataset = run.config["dataset"]
-    return f"{dataset['name']} {dataset.get('root')}" if dataset["name"] == "imagefolder" else str(dataset["name"])
+    kind = dataset_kind(dataset)
+    in_root = kind is not None and issubclass(kind, ImageFolder)
+    return f"{dataset['name']} {dataset.get('root')}" if in_root else str(dataset["name"])
 
 
 def _comparison(key: tuple[str, str, str], runs: list[Run], by: Sequence[str]) -> Comparison:
