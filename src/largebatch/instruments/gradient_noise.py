@@ -44,10 +44,11 @@ class GradientNoise:
         self._none = torch.empty(0, len(trained), dtype=torch.float64, device=device)
         self.small, self._large = self._none.clone(), self._none.clone()
         self._sizes: list[tuple[int, int]] = []  # images of a small batch and of the large batch
-        # The gradient of the step before and its squared norms, if they are to be compared; and of the compared steps
-        # since ``take`` the dot product and the product of the norms.
+        # The gradient of the step before, its squared norms if it is to be compared, and the factor of its loss; and of
+        # the compared steps since ``take`` the dot product and the product of the norms.
         self._before = [torch.empty_like(p) for p in self._parameters]
         self._before_squares: Tensor | None = None
+        self._before_scale = 1.0
         self._no_pair = torch.empty(0, 1 + len(trained), 2, dtype=torch.float64, device=device)
         self._pairs = self._no_pair.clone()
         self.active = False
@@ -85,22 +86,18 @@ class GradientNoise:
         """Add the squared norms of a small batch of this process."""
         self._small = squares.double() if self._small is None else self._small + squares.double()
 
-    def end(self, small_batch: int, large_batch: int, factor: float, loss_scale: float, *, whole: bool) -> None:
-        """End a step, with the gradient of the large batch in the parameters.
+    def end(self, small_batch: int, large_batch: int, factor: float, loss_scale: float) -> None:
+        """End a step, with the gradient of the large batch in the parameters. Without small batches, only compare it.
 
         Args:
             small_batch, large_batch: numbers of images.
             factor: factor of the sum over this process's small batches, so that the sum over processes is the mean
                 squared norm of the gradient of a small batch's mean loss.
             loss_scale: factor of the loss.
-            whole: False for a batch of fewer images than ``large_batch``, which doesn't count.
         """
         self.active = False
-        if not whole:
-            self._before_squares = None
-            return
         large = _squares([p.grad for p in self._parameters], self.small.device).double()
-        self._compare(large)
+        self._compare(large, loss_scale)
         if self._small is None:
             return
         self.small = torch.cat([self.small, (self._small * (factor / loss_scale**2))[None]])
@@ -109,8 +106,8 @@ class GradientNoise:
         self._small = None
 
     @torch.no_grad()
-    def _compare(self, squares: Tensor) -> None:
-        """Compare the gradient with the step before, or copy it for the next step. The scale of the loss cancels.
+    def _compare(self, squares: Tensor, loss_scale: float) -> None:
+        """Compare the gradient with the step before, or copy it for the next step.
 
         Args:
             squares: squared norms of the gradient, fp64 [parameters].
@@ -118,13 +115,14 @@ class GradientNoise:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         if self._before_squares is None:
             torch._foreach_copy_(self._before, gradients)
-            self._before_squares = squares
+            self._before_squares, self._before_scale = squares, loss_scale
             return
         torch._foreach_sub_(self._before, gradients)
         both = torch.stack([_with_total(one) for one in (self._before_squares, squares)])
         # |g - h|^2 = |g|^2 + |h|^2 - 2 g.h
         dots = (both.sum(0) - _with_total(_squares(self._before, squares.device).double())) / 2
-        self._pairs = torch.cat([self._pairs, torch.stack([dots, both.prod(0).sqrt()], dim=-1)[None]])
+        pairs = torch.stack([dots, both.prod(0).sqrt()], dim=-1) / (self._before_scale * loss_scale)
+        self._pairs = torch.cat([self._pairs, pairs[None]])
         self._before_squares = None
 
     def take(self) -> Row:
@@ -171,6 +169,7 @@ class GradientNoise:
             "pairs": self._pairs,
             "before": self._before if compared else [],
             "before_squares": self._before_squares,
+            "before_scale": self._before_scale,
         }
 
     def load(self, saved: dict[str, Any], rank: int) -> None:
@@ -179,7 +178,7 @@ class GradientNoise:
         # Saved sums are sums over processes, and will be summed again.
         self.small = saved["small"] if rank == 0 else torch.zeros_like(saved["small"])
         self._large, self._sizes, self._pairs = saved["large"], saved["sizes"], saved["pairs"]
-        self._before_squares = saved["before_squares"]
+        self._before_squares, self._before_scale = saved["before_squares"], saved["before_scale"]
         for tensor, before in zip(self._before, saved["before"], strict=False):  # none if nothing is to be compared
             tensor.copy_(before)
 

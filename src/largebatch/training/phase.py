@@ -208,8 +208,7 @@ class MainPhase:
             small, factor = batch.micro_batch, batch.accumulation / batch.processes
             if small == batch.global_batch:
                 small, factor = small // 2, 1.0
-            scale = training.loss_scale.value
-            training.noise.end(small, batch.global_batch, factor, scale, whole=not self._smaller)
+            training.noise.end(small, batch.global_batch, factor, training.loss_scale.value)
 
     def update(self, recorder: Recorder | None) -> None:
         """Clip the gradient, and take one optimizer and schedule step. Record its layer statistics, if they are due.
