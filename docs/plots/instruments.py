@@ -1,4 +1,4 @@
-"""Instruments over a training: the sharpness, or the gradient noise scale.
+"""Instruments over a training: the sharpness, or the gradient noise scale; and surfaces of the loss.
 
 `python docs/plots/instruments.py sharpness RUNS_DIR [FILE]` draws the runs of a folder that measured the sharpness
 (`instruments.sharpness_every`), one line each. FILE is by default sharpness.svg beside this script; equal runs give an
@@ -8,11 +8,15 @@ the limit beyond which steps on a quadratic diverge.
 `python docs/plots/instruments.py noise RUNS_DIR [FILE]` draws the runs with `instruments.noise_scale`, to noise.svg.
 Left: the gradient noise scale in its 90 % interval, and the batch size. Right: the cosine of successive gradients in
 its interval, and thin the cosine `1 / (1 + noise scale / batch size)` of gradients at fixed weights.
+
+`python docs/plots/instruments.py surface FOLDER [FILE]` draws the JSON files of `largebatch surface` in a folder, to
+surface.svg. Left: all slices along one direction, by the files' names. Right: the first plane.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,30 +88,46 @@ def noise(runs: Sequence[Run], left: Axes, right: Axes) -> None:
         right.plot(*zip(*expected, strict=True), **look | {"linewidth": 0.6})
         left.axhline(batch, color="#999999", linewidth=0.8)
     right.axhline(0, color="#999999", linewidth=0.8)
-    left.set(title="gradient noise scale [images]", xlabel="epoch", yscale="log")
+    left.set(title="gradient noise scale [images]", xlabel="epoch", ylim=(0, None))
     right.set(title="cosine of successive gradients", xlabel="epoch")
 
 
-# The function that draws, and the metric of the runs that it draws.
-KINDS = {"sharpness": (sharpness, "sharpness/eigenvalue"), "noise": (noise, "noise/scale")}
+def surface(files: Sequence[Path], left: Axes, right: Axes) -> None:
+    found = {file.stem: json.loads(file.read_text()) for file in files}
+    slices = {name: one for name, one in found.items() if len(one["loss"]) == 1}
+    for (name, one), look in zip(slices.items(), LOOKS, strict=False):
+        left.plot(one["at"], one["loss"][0], label=name.upper(), **look)
+    left.set(title="training loss along a random direction", xlabel="distance, in norms of a filter", ylim=(0, None))
+    plane = next(one for one in found.values() if len(one["loss"]) > 1)
+    lines = right.contour(plane["at"], plane["at"], plane["loss"], levels=[0.3, 0.5, 1, 2, 4, 8], cmap="viridis")
+    right.clabel(lines, fontsize=7)
+    right.set(title="training loss in a random plane", xlabel="first direction")
+    right.set_ylabel("second direction", labelpad=0)
+
+
+def runs_with(metric: str, folder: Path) -> list[Run]:
+    runs, _ = load_runs(folder)
+    found = [run for run in runs if run.done and measured(run, metric)]
+    return sorted(found, key=lambda run: str(run.config["optimizer"]["name"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kind", choices=list(KINDS))
-    parser.add_argument("runs_dir", type=Path)
+    parser.add_argument("kind", choices=["sharpness", "noise", "surface"])
+    parser.add_argument("folder", type=Path, help="of runs, or of files of largebatch surface")
     parser.add_argument("file", type=Path, nargs="?", help="KIND.svg beside this script by default")
     options = parser.parse_args()
-    draw, metric = KINDS[options.kind]
-    runs, _ = load_runs(options.runs_dir)
-    found = [run for run in runs if run.done and measured(run, metric)]
-    found.sort(key=lambda run: run.config["optimizer"]["name"])
     matplotlib.rcdefaults()  # ignores the user's settings
     with matplotlib.rc_context({"svg.hashsalt": options.kind, "font.size": 9, "axes.titlesize": 9}):
         figure = Figure(figsize=(8, 3))
         left, right = figure.subplots(1, 2)
         figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.16, wspace=0.2)
-        draw(found, left, right)
+        if options.kind == "sharpness":
+            sharpness(runs_with("sharpness/eigenvalue", options.folder), left, right)
+        elif options.kind == "noise":
+            noise(runs_with("noise/scale", options.folder), left, right)
+        else:
+            surface(sorted(options.folder.glob("*.json")), left, right)
         left.legend(frameon=False)
         file = options.file or Path(__file__).with_name(f"{options.kind}.svg")
         figure.savefig(file, format="svg", metadata={"Date": None, "Title": options.kind.capitalize()})

@@ -103,3 +103,15 @@ def test_instruments_script_draws_runs_that_measured_them(tmp_path: Path) -> Non
         command = [sys.executable, str(PLOTS / "instruments.py"), kind, str(tmp_path / "runs"), str(target)]
         subprocess.run(command, env=environment(), check=True, timeout=120)
         assert "<!-- TVLARS -->" in target.read_text(encoding="utf-8")
+
+
+def test_instruments_script_draws_slices_and_a_plane(tmp_path: Path) -> None:
+    for name, loss in (
+        ("lars", [[2.0, 0.3, 2.5]]),
+        ("lars-plane", [[4.0, 2.0, 4.0], [2.0, 0.2, 2.0], [4.0, 2.0, 4.0]]),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"at": [-1.0, 0.0, 1.0], "loss": loss}))
+    target = tmp_path / "surface.svg"
+    command = [sys.executable, str(PLOTS / "instruments.py"), "surface", str(tmp_path), str(target)]
+    subprocess.run(command, env=environment(), check=True, timeout=120)
+    assert "<!-- LARS -->" in target.read_text(encoding="utf-8")
