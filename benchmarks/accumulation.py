@@ -2,11 +2,14 @@
 
 ResNet-18 on random images of 32x32, LARS, a global batch of 512. All turns alternate in one process, in reversed order
 every other repeat; medians [quartiles]; ratios of turns in the same repeat last.
-`python benchmarks/accumulation.py [--device cuda] [--precision auto] [--repeats 11] [--smallest]`
+`python benchmarks/accumulation.py [--noise-scale] [--device cuda] [--precision auto] [--repeats 11] [--smallest]`
 
-The program's step is `phase.gradient` and `phase.update` on the batches of its loop. The hand-written loop calls the
-same model, augmentation, loss and optimizer. All use the arithmetic that the program chooses for the whole batch. A
-turn is some steps after an uncounted step.
+The program's step is `phase.gradient` and `phase.update` on the batches of its loop, with the metrics of every tenth
+step. The hand-written loop calls the same model, augmentation, loss and optimizer. All use the arithmetic that the
+program chooses for the whole batch. A turn is some steps after an uncounted step.
+
+`--noise-scale` replaces the hand-written loop by the program's step with `instruments.noise_scale=true`, in 1 and 4
+micro-batches. A turn is then 25 steps: without accumulation, one of them passes half a batch a second time.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from largebatch.machine import distributed
 from largebatch.training.phase import MainPhase
 
 ACCUMULATIONS = (1, 2, 4)
-BY_HAND = 4
+OURS, BY_HAND, WITH_NOISE = "largebatch", "by hand", "with noise_scale"
 
 
 def programs_steps(phase: MainPhase) -> Steps:
@@ -53,6 +56,8 @@ def programs_steps(phase: MainPhase) -> Steps:
         phase.training.step += 1
         phase.gradient(batches)
         phase.update(None)
+        if phase.logs_after(phase.training.step):
+            phase.train_rows()
         yield
 
 
@@ -89,47 +94,44 @@ def main() -> None:
     parser.add_argument("--stem", choices=("imagenet", "cifar"), default="imagenet")
     parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32", help="fp32 by default")
     parser.add_argument("--batch", type=int, default=512, help="images a step; 512 by default")
-    parser.add_argument("--steps", type=int, help="counted steps of a turn; 2 by default, on a GPU 100")
+    parser.add_argument("--steps", type=int, help="counted steps of a turn; 2 by default, on a GPU 100, see above")
+    parser.add_argument("--noise-scale", action="store_true", help="cost of instruments.noise_scale=true")
     parser.add_argument("--repeats", type=int, default=11, help="11 by default")
     given = parsed(parser, batch=8, steps=1, repeats=1)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(given.threads)
     *_, device = distributed.start(given.device)
-    steps = given.steps or (100 if given.device == "cuda" else 2)
+    steps = given.steps or (25 if given.noise_scale else 100 if given.device == "cuda" else 2)
     overrides = [f"model.stem={given.stem}", f"batch_size={given.batch}", f"precision={given.precision}"]
     overrides.append("compile=false")
 
     with tempfile.TemporaryDirectory() as folder:
         arithmetic, turns = None, {}
-        for number in (*ACCUMULATIONS, "by hand"):
-            accumulation = BY_HAND if number == "by hand" else number
-            config = configuration(*overrides, f"micro_batch={given.batch // accumulation}")
-            phase = set_up_run(config, Path(folder) / str(number), device, arithmetic)
+        numbers = ACCUMULATIONS[::2] if given.noise_scale else ACCUMULATIONS
+        more = [(WITH_NOISE, parts) for parts in numbers] if given.noise_scale else [(BY_HAND, numbers[-1])]
+        for way, parts in [*((OURS, parts) for parts in numbers), *more]:
+            noise = f"instruments.noise_scale={str(way == WITH_NOISE).lower()}"
+            config = configuration(*overrides, f"micro_batch={given.batch // parts}", noise)
+            phase = set_up_run(config, Path(folder) / str(len(turns)), device, arithmetic)
             arithmetic = phase.run.arithmetic
-            way = steps_by_hand if number == "by hand" else programs_steps
-            turns[name_of(number, given.batch)] = timed(lambda way=way, phase=phase: way(phase), steps, device)
+            steps_of = steps_by_hand if way == BY_HAND else programs_steps
+            turns[way, parts] = timed(lambda of=steps_of, phase=phase: of(phase), steps, device)
         seconds = interleaved(turns, given.repeats)
 
     where = torch.cuda.get_device_name() if given.device == "cuda" else f"cpu, {given.threads} threads"
     print(f"{where}, torch {torch.__version__}, python {platform.python_version()}; {given.stem} stem, {arithmetic}\n")
+    names = {(way, parts): f"{way}, {parts} x {given.batch // parts}" for way, parts in seconds}
     table = []
-    for name, of_turns in seconds.items():
+    for turn, of_turns in seconds.items():
         low, median, high = (1000 * q / steps for q in quartiles(of_turns))
-        table.append([name, f"{median:.1f} [{low:.1f}-{high:.1f}]", f"{1000 * given.batch / median:,.0f}"])
+        table.append([names[turn], f"{median:.1f} [{low:.1f}-{high:.1f}]", f"{1000 * given.batch / median:,.0f}"])
     print_table(["", "ms a step", "images/s"], table)
-    whole, *parted = (name_of(number, given.batch) for number in ACCUMULATIONS)
-    for name in parted:
-        print(f"{name} takes {ratio(seconds, name, whole):.3f} x the whole batch at once")
-    by_hand = name_of("by hand", given.batch)
-    print(f"{by_hand} takes {ratio(seconds, by_hand, whole):.3f} x the whole batch at once")
-    print(
-        f"{name_of(BY_HAND, given.batch)} takes {ratio(seconds, name_of(BY_HAND, given.batch), by_hand):.3f} x by hand"
-    )
-
-
-def name_of(number: int | str, batch: int) -> str:
-    accumulation = BY_HAND if number == "by hand" else int(number)
-    return f"{'by hand' if number == 'by hand' else 'largebatch'}, {accumulation} x {batch // accumulation}"
+    compared = [((OURS, parts), (OURS, 1)) for parts in numbers[1:]]
+    compared += [(turn, (OURS, turn[1] if turn[0] == WITH_NOISE else 1)) for turn in more]
+    if not given.noise_scale:
+        compared.append(((OURS, numbers[-1]), *more))
+    for turn, other in compared:
+        print(f"{names[turn]} takes {ratio(seconds, turn, other):.3f} x {names[other]}")
 
 
 if __name__ == "__main__":

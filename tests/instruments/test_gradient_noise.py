@@ -21,6 +21,7 @@ from largebatch.training.phase import MainPhase
 from largebatch.training.set_up import set_up
 
 CPU = torch.device("cpu")
+STEPS = 2 * LEAST_STEPS + 1  # a cosine takes two
 ON = "instruments.noise_scale=true"
 DIVISIONS = [(), ("micro_batch=4",), ("micro_batch=auto",)]
 NETWORKS = [("model.norm=batch", "optimizer=lars"), ("optimizer=clars",), ("mode=bt", "mode.exact=false")]
@@ -94,24 +95,29 @@ def test_half_a_batch_is_the_small_batch_without_a_division(tmp_path: Path) -> N
 
 
 def test_rows_have_the_noise_scale_of_network_and_layers(tmp_path: Path) -> None:
-    phase = trained(tmp_path / "run", LEAST_STEPS, "micro_batch=2", ON)
+    phase = trained(tmp_path / "run", STEPS, "micro_batch=2", ON)
     (row,), _ = phase.train_rows()
     layers = {name for name, p in phase.training.model.named_parameters() if p.ndim > 1}
     assert row["noise/scale_low"] >= 0
-    named = {key.removeprefix("noise_layers/").removesuffix("_low") for key in row if key.startswith("noise_layers/")}
-    assert layers <= named
+    ends = ("_low", "_variance", "_cosine", "_cosine_low", "_cosine_high")
+    assert {f"noise_layers/{layer}{end}" for layer in layers for end in ends} <= row.keys()
 
 
 def test_a_checkpoint_gives_the_same_rows(tmp_path: Path) -> None:
     """It keeps steps that no row has yet. A run may also be resumed with another choice of instruments."""
-    phase = trained(tmp_path / "run", LEAST_STEPS, "micro_batch=2", ON)
-    saved = {"step": LEAST_STEPS, **phase.training.state(0.0)}
+    phase = trained(tmp_path / "run", STEPS, "micro_batch=2", ON)
+    saved = {"step": STEPS, **phase.training.state(0.0)}
+    assert saved["noise"]["before"]  # the last step is to be compared with the next
     resumed, off = (begun(tmp_path / name, "micro_batch=2", *on) for name, on in (("on", (ON,)), ("off", ())))
     resumed.training.load(copy.deepcopy(saved), rank=0)
     off.training.load(copy.deepcopy(saved), rank=0)
     rows = phase.train_rows()
-    assert "noise/scale_low" in rows[0][0]
+    assert {"noise/scale_low", "noise/cosine"} <= rows[0][0].keys()
     assert resumed.train_rows() == rows
+    for one in (phase, resumed):
+        one.training.step += 1
+        assert one.gradient(one.batches()) is not None
+    assert resumed.train_rows() == phase.train_rows() != rows
     del saved["noise"]
     later = begun(tmp_path / "later", "micro_batch=2", ON)
     later.training.load(saved, rank=0)
@@ -120,11 +126,12 @@ def test_a_checkpoint_gives_the_same_rows(tmp_path: Path) -> None:
 
 def test_the_loss_scale_cancels() -> None:
     taken = []
-    for scale in (1.0, 1024.0):
+    for growth in (1.0, 2.0):
         torch.manual_seed(0)
         layer = nn.Linear(5, 3)
         noise = GradientNoise(layer)
-        for _ in range(LEAST_STEPS):
+        for step in range(2 * LEAST_STEPS):
+            scale = growth**step
             noise.begin(active=True)
             for _ in range(4):
                 (scale * layer(torch.randn(8, 5)).square().sum() / 32).backward()  # type: ignore[no-untyped-call]
@@ -132,8 +139,47 @@ def test_the_loss_scale_cancels() -> None:
             noise.end(8, 32, 4.0, scale)
             layer.zero_grad()
         taken.append(noise.take())
-    assert taken[0] == taken[1]
+    assert taken[0] == pytest.approx(taken[1], rel=1e-6)
     assert taken[0]["noise/scale_low"] > 0
+    assert 0.5 < taken[0]["noise/cosine"] < 1
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.3, 1.9])
+def test_variance_and_cosine_are_those_of_linear_regression_in_float64(lr: float) -> None:
+    """Compare with the covariance of images' gradients, and with dot products of the gradients of successive steps.
+
+    The loss is quadratic with curvatures of 0.2 to 1, so a step beyond 1 over the curvature turns the gradient.
+    """
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(6, 1, bias=False).double()
+    inputs = 8 * torch.linalg.qr(torch.randn(64, 6, generator=generator, dtype=torch.float64)).Q
+    inputs *= torch.linspace(0.2, 1, 6, dtype=torch.float64).sqrt()
+    targets = torch.randn(64, 1, generator=generator, dtype=torch.float64)
+    noise, gradients, variances = GradientNoise(layer), [], []
+    for _ in range(100):
+        order = torch.randperm(64, generator=generator)
+        of_images = ((layer(inputs) - targets) * inputs).detach()
+        variances.append(of_images.var(0).sum())  # unbiased, and so is the estimate from a random division
+        noise.begin(active=True)
+        for part in order.chunk(4):
+            ((layer(inputs[part]) - targets[part]).square().sum() / 128).backward()  # type: ignore[no-untyped-call]
+            noise.add(*noise.of_pass())
+        noise.end(16, 64, 4.0, 1.0)
+        assert layer.weight.grad is not None
+        gradients.append(layer.weight.grad.clone().flatten())
+        with torch.no_grad():
+            layer.weight -= lr * layer.weight.grad
+        layer.zero_grad()
+    row = noise.take()
+    pairs = list(zip(gradients[::2], gradients[1::2], strict=True))
+    dots = torch.stack([first.dot(second) for first, second in pairs])
+    norms = torch.stack([first.norm() * second.norm() for first, second in pairs])
+    assert row["noise/cosine"] == row["noise_layers/weight_cosine"] == pytest.approx(float(dots.sum() / norms.sum()))
+    assert (row["noise/cosine"] < 0) == (lr > 1)
+    assert lr or row["noise/cosine"] == pytest.approx(1)
+    assert row["noise/cosine_low"] <= row["noise/cosine"] <= row["noise/cosine_high"]
+    assert row["noise/variance"] == row["noise_layers/weight_variance"]
+    assert row["noise/variance"] == pytest.approx(float(torch.stack(variances).mean()), rel=0.05)
 
 
 def test_the_instrument_is_no_part_of_a_run_s_identity() -> None:

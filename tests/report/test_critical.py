@@ -14,6 +14,7 @@ from conftest import environment
 from made_runs import made, write_run
 
 from largebatch.errors import UserError
+from largebatch.report.best_lr import Estimate
 from largebatch.report.chart import styles
 from largebatch.report.compare import compare
 from largebatch.report.critical import Critical, critical, criticals
@@ -189,4 +190,11 @@ def test_the_chart_s_lines_are_the_hyperbolas() -> None:
         assert list(trace.y) == pytest.approx([one.steps.value * (1 + CRITICAL / x) for x in trace.x], rel=0.03)
     assert "AdamW 699 (" in chart.note
     assert "SGD 699 (" in chart.note
+    measured = [found[0]._replace(noise=Estimate(500.0, 300.0, 900.0)), *found[1:]]
+    chart = critical_chart(comparison, measured, times.goal.text, styles([comparison]))
+    assert chart is not None
+    (noise,) = [trace for trace in chart.figure.data if trace.line.dash == "dot" and len(trace.x) == 2]
+    assert list(noise.x) == [500, 500]
+    assert noise.legendgroup == "SGD"
+    assert chart.note.endswith("Dotted lines: the measured gradient noise scale, SGD 500 (300 to 900).")
     assert critical_chart(comparison, [one._replace(batch_size=None, steps=None) for one in found], "", {}) is None

@@ -69,7 +69,9 @@ def logged(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> tuple
     """Names in the rows and in the summaries of a classification and a Barlow Twins run that log everything."""
     rows, summaries = set[str](), set[str]()
     both = [*TINY, "dataset.val_fraction=0.2", "epochs=1", "optimizer=tvlars", "optimizer.lr_1d=0.1", "steps=null"]
-    for more in (["mode=clf"], ["mode=bt", "mode.eval_epochs=1", "mode.knn_every=1"]):
+    # The cosine of gradients needs 20 steps.
+    measured = ["epochs=7", "micro_batch=8", "instruments.noise_scale=true", "instruments.sharpness_every=7"]
+    for more in (["mode=clf", *measured], ["mode=bt", "mode.eval_epochs=1", "mode.knn_every=1"]):
         run = process.train(tmp_path_factory.mktemp("run"), *both, *more)
         rows |= {name for row in read_rows(run / "metrics.jsonl") for name in row}
         summaries |= set(json.loads((run / "summary.json").read_text()))
@@ -88,6 +90,7 @@ def test_runs_log_every_metric_of_every_panel(views: list[Json], logged: tuple[s
             assert set(config.get("metrics", [])) <= rows | histograms, config
             if regex := config.get("metricRegex"):
                 names = [f"layers/{column}/conv1.weight" for column in COLUMNS]
+                names += [name for name in rows if name.startswith("noise_layers/conv1.weight")]
                 assert [bool(re.search(regex, name)) for name in names].count(True) == 1, regex
             else:
                 assert config["metrics"], config

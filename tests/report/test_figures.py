@@ -10,7 +10,7 @@ from made_runs import made, seeds
 
 from largebatch.report.chart import styles
 from largebatch.report.compare import compare
-from largebatch.report.figures import accuracy_by_batch, schedules, sharpness, training_curves
+from largebatch.report.figures import accuracy_by_batch, noise, schedules, sharpness, training_curves
 from largebatch.report.layer_figures import Diagnosed, in_budget, layer_charts, layer_lines, layer_map, middle_layer
 from largebatch.report.load import Layers
 from largebatch.report.maps import setting_maps
@@ -113,6 +113,41 @@ def test_measured_sharpness_has_a_chart_of_its_own() -> None:
     assert training_curves(comparison, histories, styles([comparison]), 100) is None
     unmeasured = {run.name: [] for run in comparison.runs}
     assert sharpness(comparison, unmeasured, styles([comparison]), 100) is None
+
+
+def test_the_noise_scale_has_a_chart_with_its_interval() -> None:
+    """A band ends where a run has no interval, and can't reach 0 on a logarithmic axis."""
+    runs = seeds("lars", 0.5, 0.5)
+    (comparison,) = compare(runs)
+    histories = {
+        run.name: [
+            {
+                "step": s, "epoch": s / 10, "examples": 128 * s, "wall_seconds": float(s), "noise/scale": scale,
+                "noise/scale_low": low, "noise/cosine": -0.1, "noise/cosine_low": -0.3, "noise/cosine_high": 0.1,
+                **({"noise/scale_high": high} if high else {}),
+            }
+            for s, low, scale, high in rows
+        ]
+        for run, rows in zip(
+            runs,
+            (
+                [(10, 0.0, 50.0, 90.0), (20, 40.0, 60.0, 80.0), (30, 50.0, 70.0, 95.0), (40, 60.0, 80.0, None)],
+                [(10, 0.0, 50.0, 90.0), (20, 20.0, 40.0, 90.0), (30, 30.0, 50.0, 65.0), (40, 60.0, 80.0, 90.0)],
+            ),
+            strict=True,
+        )
+    }  # fmt: skip
+    chart = noise(comparison, histories, styles([comparison]), 100)
+    assert chart is not None
+    band, line, cosine_band, cosine = chart.figure.data
+    assert list(line.y) == [50, 50, 60, 80]
+    assert band.meta["x"]["steps"] == [20, 30, 30, 20]
+    assert list(band.y) == [85, 80, 40, 30]  # the upper edge, and the lower edge back
+    assert list(cosine.y) == [-0.1] * 4
+    assert list(cosine_band.y) == [0.1] * 4 + [-0.3] * 4
+    assert chart.switches[0].axes["noise/scale"]["yaxis.type"] == "log"
+    assert "yaxis.type" not in chart.switches[0].axes["noise/cosine"]
+    assert sharpness(comparison, histories, styles([comparison]), 100) is None
 
 
 def test_a_short_warm_up_is_visible_in_the_schedule_of_a_long_training() -> None:

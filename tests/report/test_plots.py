@@ -65,7 +65,7 @@ def test_readme_has_the_answer_and_the_table_of_its_page() -> None:
     "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"betas": [0.9, 0.99]}]
 )
 def test_steps_on_a_quadratic_diverge_beyond_the_limit_of_the_sharpness_plot(options: dict[str, Any]) -> None:
-    spec = importlib.util.spec_from_file_location("sharpness_plot", PLOTS / "sharpness.py")
+    spec = importlib.util.spec_from_file_location("instruments_plot", PLOTS / "instruments.py")
     assert spec is not None
     assert spec.loader is not None
     plot = importlib.util.module_from_spec(spec)
@@ -86,16 +86,32 @@ def test_steps_on_a_quadratic_diverge_beyond_the_limit_of_the_sharpness_plot(opt
     assert ends[1] > 1e2
 
 
-def test_sharpness_script_draws_runs_that_measured_it(tmp_path: Path) -> None:
+def test_instruments_script_draws_runs_that_measured_them(tmp_path: Path) -> None:
     for name in ("lars", "tvlars"):
         folder = write_run(tmp_path / "runs", f"optimizer={name}")
         folder.summary.write_text(json.dumps(folder.read_summary() | {"optimizer_options": {"momentum": 0.9}}))
         rows = [
-            {"step": 10, "epoch": 1.0, "optim/lr": 6.0},
+            {"step": 10, "epoch": 1.0, "optim/lr": 6.0, "noise/scale": 100.0, "noise/scale_low": 50.0},
             {"step": 10, "epoch": 1.0, "sharpness/eigenvalue": 90.0, "sharpness/preconditioned": 0.5},
             {"step": 20, "epoch": 2.0, "sharpness/eigenvalue": 120.0},
-        ]
+            {"step": 30, "epoch": 3.0, "noise/scale": 200.0, "noise/scale_low": 90.0, "noise/scale_high": 400.0,
+             "noise/cosine": 0.2, "noise/cosine_low": 0.1, "noise/cosine_high": 0.3},
+        ]  # fmt: skip
         folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, str(PLOTS / "sharpness.py"), str(tmp_path / "runs"), str(tmp_path / "plot.svg")]
+    for kind in ("sharpness", "noise"):
+        target = tmp_path / f"{kind}.svg"
+        command = [sys.executable, str(PLOTS / "instruments.py"), kind, str(tmp_path / "runs"), str(target)]
+        subprocess.run(command, env=environment(), check=True, timeout=120)
+        assert "<!-- TVLARS -->" in target.read_text(encoding="utf-8")
+
+
+def test_instruments_script_draws_slices_and_a_plane(tmp_path: Path) -> None:
+    for name, loss in (
+        ("lars", [[2.0, 0.3, 2.5]]),
+        ("lars-plane", [[4.0, 2.0, 4.0], [2.0, 0.2, 2.0], [4.0, 2.0, 4.0]]),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"at": [-1.0, 0.0, 1.0], "loss": loss}))
+    target = tmp_path / "surface.svg"
+    command = [sys.executable, str(PLOTS / "instruments.py"), "surface", str(tmp_path), str(target)]
     subprocess.run(command, env=environment(), check=True, timeout=120)
-    assert "<!-- TVLARS -->" in (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert "<!-- LARS -->" in target.read_text(encoding="utf-8")

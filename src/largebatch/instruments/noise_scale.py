@@ -1,4 +1,4 @@
-"""The gradient noise scale from squared norms of small-batch and large-batch gradients.
+"""The gradient noise scale from squared norms of small-batch and large-batch gradients, and means of cosines.
 
 McCandlish et al., "An empirical model of large-batch training" (arXiv 1812.06162), appendix A. With the true gradient
 G and the covariance S of one image's gradient, a gradient over B images has the expected squared norm
@@ -34,29 +34,27 @@ def two_batch(small: Tensor, large: Tensor, small_batch: float, large_batch: flo
 
 @dataclass(frozen=True)
 class Interval:
-    """Noise scales and their confidence intervals, in images; fp64 of shape [count].
+    """Ratios of means and their confidence intervals; fp64 of shape [count]. Noise scales are in images.
 
     Attributes:
-        scale: the estimate; NaN if the mean estimate of |G|^2 isn't positive.
-        low: the lower limit, at least 0.
-        high: the upper limit; infinite if the data can't distinguish |G|^2 from 0.
+        value: the estimate; NaN if the denominator's mean isn't positive.
+        low: the lower limit.
+        high: the upper limit; infinite if the data can't distinguish the denominator from 0.
     """
 
-    scale: Tensor
+    value: Tensor
     low: Tensor
     high: Tensor
 
 
-class NoiseScale:
-    """Noise scales from the estimates of many steps. Numerators and denominators are averaged apart.
+class PairedMeans:
+    """Means over steps of a numerator and a denominator, such as ``two_batch`` estimates, and their covariance.
 
-    The ratio of two noisy means is biased. Beale's factor ``(1 + cov / (N * D)) / (1 + var / D^2)`` removes the bias of
-    first order. The interval is Fieller's: all ratios R for which the mean of ``tr(S) - R |G|^2`` is within
-    Student's t of 0. Its variances come from the scatter over steps, so no distribution of gradients is assumed. A
-    change of the true values during training widens it.
+    The covariance comes from the scatter over steps, so no distribution is assumed. A change of the true values
+    during training widens it.
 
     Args:
-        count: number of noise scales, such as layers.
+        count: number of pairs, such as layers.
         memory: steps of the mean.
 
     Attributes:
@@ -65,12 +63,12 @@ class NoiseScale:
 
     def __init__(self, count: int, memory: int = MEMORY) -> None:
         self._memory, self.steps = memory, 0
-        self._mean = torch.zeros(count, 2, dtype=torch.float64)  # of tr(S) and |G|^2
+        self._mean = torch.zeros(count, 2, dtype=torch.float64)
         self._covariance = torch.zeros(count, 2, 2, dtype=torch.float64)  # weighted, of one step
         self._squared_weights = 0.0  # sum over steps; its inverse is the effective number of steps
 
     def add(self, estimates: Tensor) -> None:
-        """Add a step's ``two_batch`` estimates, [count, 2] on the CPU. A step that isn't finite doesn't count."""
+        """Add a step's pairs, [count, 2] on the CPU. A step that isn't finite doesn't count."""
         if not estimates.isfinite().all():
             return
         self.steps += 1
@@ -81,16 +79,21 @@ class NoiseScale:
         self._covariance *= 1 - new
         self._squared_weights = (1 - new) ** 2 * self._squared_weights + new**2
 
-    def interval(self, confidence: float = CONFIDENCE) -> Interval | None:
-        """Return noise scales with ``confidence`` intervals, or None after fewer than ``LEAST_STEPS`` steps."""
+    @property
+    def numerators(self) -> Tensor:
+        """Mean numerators, [count]; such as tr(S)."""
+        return self._mean[:, 0]
+
+    def noise_scales(self, confidence: float = CONFIDENCE) -> Interval | None:
+        """Return noise scales with ``confidence`` intervals, at least 0. None after fewer than ``LEAST_STEPS`` steps.
+
+        The ratio of two noisy means is biased. Beale's factor ``(1 + cov / (N * D)) / (1 + var / D^2)`` removes the
+        bias of first order. The interval is Fieller's: all ratios R for which the mean of ``tr(S) - R |G|^2`` is within
+        Student's t of 0.
+        """
         if self.steps < LEAST_STEPS:
             return None
-        from scipy.special import stdtrit  # here, because its import takes a while
-
-        t = float(stdtrit(1 / self._squared_weights - 1, (1 + confidence) / 2))
-        of_means = self._covariance * (self._squared_weights / (1 - self._squared_weights))
-        trace, squared = self._mean.unbind(-1)
-        var_trace, both, var_squared = of_means[:, 0, 0], of_means[:, 0, 1], of_means[:, 1, 1]
+        t, trace, squared, var_trace, both, var_squared = self._moments(confidence)
         # trace / squared * (1 + both / (trace * squared)) / (1 + var_squared / squared^2), without division by 0
         scale = (trace * squared + both) / (squared.square() + var_squared)
         # (trace - R squared)^2 <= t^2 (var_trace - 2 R both + R^2 var_squared), as a R^2 - 2 b R + c <= 0
@@ -105,6 +108,26 @@ class NoiseScale:
             low.clamp(min=0),
             torch.where(bounded, (b + root) / a, torch.inf).clamp(min=0),
         )
+
+    def cosines(self, confidence: float = CONFIDENCE) -> Interval | None:
+        """Return mean dot products over mean products of norms. None after fewer than ``LEAST_STEPS`` steps.
+
+        Products of norms scatter little, so the interval's length is that of the linearised ratio.
+        """
+        if self.steps < LEAST_STEPS:
+            return None
+        t, dot, norms, var_dot, both, var_norms = self._moments(confidence)
+        cosine = dot / norms
+        half = t * (var_dot - 2 * cosine * both + cosine.square() * var_norms).clamp(min=0).sqrt() / norms
+        return Interval(cosine, (cosine - half).clamp(min=-1), (cosine + half).clamp(max=1))
+
+    def _moments(self, confidence: float) -> tuple[float, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return Student's t; both means, [count]; and variance, covariance and variance of these means."""
+        from scipy.special import stdtrit  # here, because its import takes a while
+
+        t = float(stdtrit(1 / self._squared_weights - 1, (1 + confidence) / 2))
+        of_means = self._covariance * (self._squared_weights / (1 - self._squared_weights))
+        return t, self._mean[:, 0], self._mean[:, 1], of_means[:, 0, 0], of_means[:, 0, 1], of_means[:, 1, 1]
 
     def state(self) -> dict[str, Any]:
         return {

@@ -38,7 +38,17 @@ def critical_chart(comparison: Comparison, found: Sequence[Critical], goal: str,
             hovertemplate=f"{label}, batch %{{x:,}}: %{{y:,.0f}} steps<extra></extra>",
             mode="markers", marker={"color": look.colour, "symbol": look.symbol, "size": 9},
         )  # fmt: skip
-    figure.update_layout(yaxis=log_axis(trace.y for trace in figure.data))
+    axis = log_axis(trace.y for trace in figure.data)
+    measured = [(one, one.noise) for one in fitted if one.noise]
+    for one, noise in measured:
+        label = safe(row_label(one.row))
+        figure.add_scatter(
+            x=[rounded(noise.value)] * 2, y=[f(y for trace in figure.data for y in trace.y) for f in (min, max)],
+            showlegend=False, legendgroup=label, mode="lines",
+            line={"color": style[one.row].colour, "dash": "dot", "width": 1.5},
+            hovertemplate=f"{label}: noise scale {safe(noise.text)}<extra></extra>",
+        )  # fmt: skip
+    figure.update_layout(yaxis=axis)
     limits = "; ".join(f"{row_label(one.row)} {one.batch_size.text}" for one in found if one.batch_size)
     unknown = [row_label(one.row) for one in found if not one.batch_size]
     note = (
@@ -46,5 +56,8 @@ def critical_chart(comparison: Comparison, found: Sequence[Critical], goal: str,
         "arXiv 1812.06162. At the critical batch size, training takes twice the fewest possible steps and twice the "
         f"fewest images. With 90 % intervals: {limits}."
     )
+    if measured:
+        scales = "; ".join(f"{row_label(one.row)} {noise.text}" for one, noise in measured)
+        note += f" Dotted lines: the measured gradient noise scale, {scales}."
     note += f" Too few batch sizes reached the target: {', '.join(unknown)}." if unknown else ""
     return Chart("Critical batch size", note, figure)

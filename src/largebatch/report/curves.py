@@ -29,6 +29,10 @@ SHARPNESS = {
     "sharpness/preconditioned": "largest preconditioned eigenvalue", "sharpness/trace": "trace of the Hessian",
     "sharpness/sam": "rise within SAM's radius", "sharpness/asam": "rise within ASAM's radius",
 }  # fmt: skip
+NOISE = {
+    "noise/scale": "gradient noise scale [images]", "noise/cosine": "cosine of successive gradients",
+    "noise/variance": "variance of an image's gradient",
+}  # fmt: skip
 
 
 class Progress(NamedTuple):
@@ -45,12 +49,14 @@ class Curve(NamedTuple):
 
     Attributes:
         at: progress at each point. Seconds are averaged, the rest is the same for all runs.
-        spread: sample standard deviation over seeds at each step. None with a single run.
+        limits: band around the mean at each step; None without a band, or at a step without one. It is the mean of the
+            logged intervals (``METRIC_low`` and ``METRIC_high``) if there are any. Else it is the sample standard
+            deviation over seeds on both sides of the mean.
     """
 
     at: list[Progress]
     mean: list[float]
-    spread: list[float] | None
+    limits: list[tuple[float, float] | None] | None
 
 
 def read_histories(comparison: Comparison, problems: list[Problem]) -> Histories:
@@ -70,14 +76,40 @@ def curve(cell: Cell, metric: str, histories: Histories, most_points: int = MOST
         return None
     steps = thinned(common, most_points, power=2)
     values = [[points[step][0] for points in series] for step in steps]
+    means = [statistics.fmean(at_step) for at_step in values]
     return Curve(
         at=[
             series[0][step][1]._replace(seconds=statistics.fmean(points[step][1].seconds for points in series))
             for step in steps
         ],
-        mean=[statistics.fmean(at_step) for at_step in values],
-        spread=[statistics.stdev(at_step) for at_step in values] if len(series) > 1 else None,
+        mean=means,
+        limits=_intervals(cell, metric, histories, steps) or _spreads(means, values),
     )
+
+
+def _intervals(
+    cell: Cell, metric: str, histories: Histories, steps: list[float]
+) -> list[tuple[float, float] | None] | None:
+    """Return the mean of the runs' intervals at each step at which all runs have one. None without intervals."""
+    ends = [
+        [points_of(histories[run.name], f"{metric}{end}") for run in cell.drawn if histories[run.name]]
+        for end in ("_low", "_high")
+    ]
+    if not any(ends[0]):
+        return None
+    found: list[tuple[float, float] | None] = []
+    for step in steps:
+        low, high = ([points[step][0] for points in of_runs if step in points] for of_runs in ends)
+        whole = len(low) == len(ends[0]) and len(high) == len(ends[1])
+        found.append((statistics.fmean(low), statistics.fmean(high)) if whole else None)
+    return found
+
+
+def _spreads(means: list[float], values: list[list[float]]) -> list[tuple[float, float] | None] | None:
+    spreads = [statistics.stdev(at_step) if len(at_step) > 1 else 0.0 for at_step in values]
+    if not any(spreads):
+        return None
+    return [(mean - spread, mean + spread) for mean, spread in zip(means, spreads, strict=True)]
 
 
 def points_of(rows: Iterable[Row], metric: str) -> dict[float, tuple[float, Progress]]:

@@ -86,6 +86,9 @@ def report(entity: str, project: str, title: str, runs_dir: Path | None) -> wr.R
         wr.H1("Layers"),
         wr.P("Trust ratio, weight norm and gradient norm of every layer, over optimizer steps."),
         _grid("layers", panels["Layers"]),
+        wr.H1("Instruments"),
+        wr.P("Of runs with instruments.noise_scale or instruments.sharpness_every. Sharpness is no verdict."),
+        _grid("instruments", panels["Instruments"]),
         wr.H1("Differences between runs"),
         _grid("runs", panels["Runs"]),
     ]
@@ -137,6 +140,20 @@ def _sections() -> dict[str, Panels]:
         "Schedules": [  # by run: a mean of two schedules is no schedule
             _lines("Learning rate: of weights, and of biases and norm parameters", "optim/lr", "optim/lr_1d"),
             _lines("TVLARS's phi", "optim/phi"),
+        ],
+        "Instruments": [
+            _curves("Gradient noise scale", "noise/scale", x="step", log_y=True),
+            _lines("Gradient noise scale, with its interval", "noise/scale", "noise/scale_low", "noise/scale_high"),
+            _curves("Gradient noise scale of each layer", x="step", metric_regex="^noise_layers/.*weight$", log_y=True),
+            _curves(
+                "Variance of each layer's gradient", x="step", metric_regex="^noise_layers/.*_variance$", log_y=True
+            ),
+            _curves("Cosine of successive gradients", "noise/cosine", x="step"),
+            _curves("Sharpness: largest eigenvalue of the Hessian", "sharpness/eigenvalue"),
+            _curves("Sharpness: largest preconditioned eigenvalue", "sharpness/preconditioned"),
+            _curves("Sharpness: trace of the Hessian", "sharpness/trace"),
+            _curves("Sharpness: rise of the loss within SAM's radius", "sharpness/sam"),
+            _curves("Sharpness: rise of the loss within ASAM's radius", "sharpness/asam"),
         ],
         "Throughput": [
             _curves("Images per second", "perf/images_per_second", x="step"),

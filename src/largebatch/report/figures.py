@@ -26,13 +26,14 @@ from largebatch.report.chart import (
     safe,
 )
 from largebatch.report.compare import Comparison
-from largebatch.report.curves import METRICS, SHARPNESS, Curve, Histories, curve
+from largebatch.report.curves import METRICS, NOISE, SHARPNESS, Curve, Histories, curve
 from largebatch.report.wording import cell_accuracy, cell_counts, decimals, row_label
 
 Point = tuple[float, float | None, str]  # y, half the length of its error bar, text at the pointer
 
 _AXES = {"epochs": "epoch", "steps": "optimizer step", "seconds": "wall time [s]"}
 _X = Switch("x", "over", list(_AXES.items()), {key: {"xaxis.title.text": title} for key, title in _AXES.items()})
+_LOGARITHMIC = {"noise/scale", "noise/variance"}  # they change by orders of magnitude
 
 
 def accuracy_by_batch(comparison: Comparison, style: Styles) -> Chart:
@@ -112,6 +113,17 @@ def sharpness(comparison: Comparison, histories: Histories, style: Styles, most_
     return _over_training("Sharpness", note, SHARPNESS, comparison, histories, style, most_points)
 
 
+def noise(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
+    """Draw the gradient noise scale over training, of runs with ``instruments.noise_scale``."""
+    note = (
+        "Means over seeds of the chosen settings. Bands are means of the runs' 90 % intervals. Far below the noise "
+        "scale, a larger batch saves steps; far above it, it saves little. At weights that hardly move, the cosine of "
+        "successive gradients is about 1 / (1 + noise scale / batch size). A smaller cosine: steps overshoot. "
+        "The variance is the sum over all weights."
+    )
+    return _over_training("Gradient noise scale", note, NOISE, comparison, histories, style, most_points)
+
+
 def schedules(comparison: Comparison, histories: Histories, style: Styles, most_points: int) -> Chart | None:
     """Draw the learning rate and TVLARS's phi over training."""
     note = (
@@ -139,7 +151,7 @@ def _over_training(
         return None
     figure = new_figure("epoch", "")
     for (metric, batch, row), drawn in found.items():
-        _add_curve(figure, drawn, {"metric": metric, "batch": f"{batch}"}, row, style[row], "accuracy" in metric)
+        _add_curve(figure, drawn, {"metric": metric, "batch": f"{batch}"}, row, style[row])
     offered = list(dict.fromkeys(metric for metric, _, _ in found))
     axes = {
         metric: {
@@ -151,6 +163,9 @@ def _over_training(
     if "optim/lr" in axes:
         peaks = [max(drawn.mean) for (metric, _, _), drawn in found.items() if metric == "optim/lr"]
         axes["optim/lr"] = {"yaxis.title.text": names["optim/lr"]} | _lr_axis(peaks)
+    for name in _LOGARITHMIC & axes.keys():
+        axis = log_axis(drawn.mean for (metric, _, _), drawn in found.items() if metric == name)
+        axes[name] |= {f"yaxis.{key}": value for key, value in axis.items()}
     show = Switch("metric", "show", [(metric, names[metric]) for metric in offered], axes)
     return Chart(title, note, figure, [show, _X, SCALE, batch_switch(batch for _, batch, _ in found)])
 
@@ -168,13 +183,15 @@ def _lr_axis(peaks: Sequence[float]) -> dict[str, Any]:
     return {f"yaxis.{key}": value for key, value in axis.items()}
 
 
-def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKey, style: Style, percent: bool) -> None:
-    scale = 100 if percent else 1
+def _add_curve(figure: go.Figure, drawn: Curve, pick: dict[str, str], row: RowKey, style: Style) -> None:
+    scale = 100 if "accuracy" in pick["metric"] else 1
+    least = 0.0 if pick["metric"] in _LOGARITHMIC else -math.inf
     x = {name: [rounded(getattr(at, name)) for at in drawn.at] for name in _AXES}
-    if drawn.spread is not None and any(drawn.spread):
-        pairs = list(zip(drawn.mean, drawn.spread, strict=True))
-        edge = [mean + spread for mean, spread in pairs] + [mean - spread for mean, spread in reversed(pairs)]
-        around = {name: values + values[::-1] for name, values in x.items()}
+    band = [(i, limits) for i, limits in enumerate(drawn.limits or []) if limits and limits[0] > least]
+    if band:
+        places = [i for i, _ in band]
+        edge = [high for _, (_, high) in band] + [low for _, (low, _) in reversed(band)]
+        around = {name: [values[i] for i in places + places[::-1]] for name, values in x.items()}
         figure.add_scatter(
             x=around["epochs"], y=[rounded(scale * at) for at in edge], meta={"pick": pick, "x": around},
             legendgroup=row_label(row), **filled(style),

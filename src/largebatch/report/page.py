@@ -126,6 +126,7 @@ def _section(
             figures.training_curves(comparison, histories, style, points),
             lead_by_batch(comparison, style),
             figures.sharpness(comparison, histories, style, points),
+            figures.noise(comparison, histories, style, points),
         ],
         "Settings tried": [tuning_curves(comparison, style), *setting_maps(comparison)],
         "Speed": [

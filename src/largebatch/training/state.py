@@ -173,10 +173,8 @@ class Training:
         return f"{found:08x}"
 
     def state(self, seconds: float) -> dict[str, Any]:
-        noise = {"noise": self.noise.state()} if self.noise else {}
         return (
-            noise
-            | {
+            {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
@@ -188,6 +186,8 @@ class Training:
             }
             | ({"averaged": self.averaged.model.state_dict()} if self.averaged else {})
             | ({"probe": self.probe.state()} if self.probe else {})
+            # Last, because the number of its tensors changes, and a copy in the memory of the last one goes by place.
+            | ({"noise": self.noise.state()} if self.noise else {})
         )
 
     def load(self, saved: dict[str, Any], rank: int) -> None:
