@@ -2,7 +2,8 @@
 
 `python docs/plots/comparison.py RUNS_DIR NAME` writes NAME.md and NAME.svg beside this script. NAME.md has the commit,
 the date and the machine of the runs. Equal runs give equal files. With several data sets, models or modes, NAME.md has
-a part for each, and the picture shows the first. The pages that show the files name the command of the runs.
+a part for each, and the picture shows the first. With `--lead`, a table has each row's lead over AdamW, and the picture
+shows it in place of LNR. The pages that show the files name the command of the runs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from largebatch.report.cells import RowKey
 from largebatch.report.chart import styles
 from largebatch.report.compare import Comparison, compare
 from largebatch.report.layer_figures import QUANTITIES, Diagnosed, read_diagnosed
+from largebatch.report.lead import all_leads, slope
 from largebatch.report.load import Run, load_runs
 from largebatch.report.page import facts
 from largebatch.report.wording import row_label, title
@@ -62,12 +64,34 @@ def accuracy(axes: Axes, comparison: Comparison, look: dict[RowKey, dict[str, ob
             capsize=2.5,
             **look[row],
         )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(comparison.columns, [f"{batch:,}" for batch in comparison.columns])
-    axes.minorticks_off()
+    _batch_axis(axes, comparison.columns)
     axes.set_title("test accuracy, mean and spread over seeds")
-    axes.set_xlabel("batch size")
     axes.set_ylabel("%")
+
+
+def _batch_axis(axes: Axes, batches: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
+    axes.minorticks_off()
+    axes.set_xlabel("batch size")
+
+
+def leads(axes: Axes, comparison: Comparison, look: dict[RowKey, dict[str, object]]) -> None:
+    """Draw each row's lead over AdamW against batch size, with 95 % intervals."""
+    reference, found = all_leads(comparison)
+    for index, (row, of_row) in enumerate(found.items()):
+        aside = 2 ** (0.05 * (index - (len(found) - 1) / 2))
+        axes.errorbar(
+            [lead.batch_size * aside for lead in of_row],
+            [100 * lead.difference for lead in of_row],
+            [100 * lead.half_width for lead in of_row],
+            capsize=2.5,
+            **look[row],
+        )
+    _batch_axis(axes, comparison.columns)
+    axes.axhline(0, color="#888", linewidth=1)
+    axes.set_title(f"lead over {row_label(reference)}, 95 % intervals")
+    axes.set_ylabel("points of accuracy")
 
 
 def ratios(axes: Axes, diagnosed: list[Diagnosed], look: dict[RowKey, dict[str, object]]) -> None:
@@ -87,7 +111,7 @@ def ratios(axes: Axes, diagnosed: list[Diagnosed], look: dict[RowKey, dict[str, 
     axes.set_ylabel("median over layers")
 
 
-def draw(comparison: Comparison, diagnosed: list[Diagnosed]) -> Figure:
+def draw(comparison: Comparison, diagnosed: list[Diagnosed], lead: bool) -> Figure:
     look = looks(comparison)
     # Fixed positions, independent of text size: every version of matplotlib draws the same.
     columns = max(1, min(5, 110 // (max(len(str(one["label"])) for one in look.values()) + 10)))
@@ -98,7 +122,9 @@ def draw(comparison: Comparison, diagnosed: list[Diagnosed]) -> Figure:
     bottom = (0.6 + 0.2 * lines) / height
     figure.subplots_adjust(left=0.07, right=0.985, top=1 - 0.32 / height, bottom=bottom, wspace=0.2)
     accuracy(left, comparison, look)
-    if diagnosed:
+    if lead:
+        leads(right, comparison, look)
+    elif diagnosed:
         ratios(right, diagnosed, look)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -136,6 +162,25 @@ def learning_rates(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
+def lead_table(comparison: Comparison) -> str:
+    """Return a table of each row's lead over AdamW and its change per doubling of the batch, with 95 % intervals."""
+    reference, found = all_leads(comparison)
+    sizes = " | ".join(f"batch {batch:,}" for batch in comparison.columns)
+    lines = [f"| lead over {row_label(reference)} [points] | {sizes} | per doubling |"]
+    lines.append("|---|" + "---|" * (len(comparison.columns) + 1))
+    for row, of_row in found.items():
+        known = {lead.batch_size: _points(lead.difference, lead.half_width) for lead in of_row}
+        change = slope(of_row)
+        texts = [known.get(batch, "-") for batch in comparison.columns]
+        texts.append(_points(change.change, change.half_width) if change else "-")
+        lines.append(f"| {row_label(row)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def _points(value: float, half_width: float) -> str:
+    return f"{100 * value:+.2f} ± {100 * half_width:.2f}"
+
+
 def origin(runs: Sequence[Run]) -> str:
     """Return a sentence about the runs: number, time, date, machine and program."""
     known = dict(facts(runs))
@@ -159,25 +204,32 @@ def main() -> None:
     parser.add_argument("name", help="of the files, without ending")
     parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parent, help="of the files")
     parser.add_argument("--by", metavar="KEY", action="append", default=[], help="as for largebatch report")
+    parser.add_argument("--lead", action="store_true", help="leads over AdamW, instead of the ratio of norms")
     options = parser.parse_args()
     target = options.folder / options.name
     runs, problems = load_runs(options.runs_dir)
     comparisons = compare(runs, options.by)
-    diagnosed = read_diagnosed(comparisons[0], problems)
+    diagnosed = [] if options.lead else read_diagnosed(comparisons[0], problems)
     for problem in problems:
         print(f"skipped: {problem.where}: {problem.what}", file=sys.stderr)
     parts = []
     for comparison in comparisons:
         heading = f"**{title(comparison)}**" if len(comparisons) > 1 else ""
         verdicts = "\n".join(f"- {line}" for line in answer(comparison).splitlines())
-        parts += [heading, verdicts, table(comparison), learning_rates(comparison)]
+        leads_table = lead_table(comparison) if options.lead else ""
+        parts += [heading, verdicts, table(comparison), leads_table, learning_rates(comparison)]
     parts = [part for part in (*parts, origin(runs)) if part]
     target.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     matplotlib.rcdefaults()  # ignores the user's settings
     salt = {"svg.hashsalt": "comparison"}  # without it, names inside the file are random
     with matplotlib.rc_context({**salt, "font.size": 9, "axes.titlesize": 9}):
-        metadata = {"Date": None, "Title": "Test accuracy against batch size, and LNR"}
-        draw(comparisons[0], diagnosed).savefig(target.with_suffix(".svg"), format="svg", metadata=metadata)
+        metadata = {
+            "Date": None,
+            "Title": f"Test accuracy against batch size, and {'leads' if options.lead else 'LNR'}",
+        }
+        draw(comparisons[0], diagnosed, options.lead).savefig(
+            target.with_suffix(".svg"), format="svg", metadata=metadata
+        )
 
 
 if __name__ == "__main__":

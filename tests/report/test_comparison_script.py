@@ -9,12 +9,13 @@ from pathlib import Path
 
 from conftest import ROOT, environment
 from made_runs import write_run
+from scipy.special import stdtrit
 
 
-def draw(runs_dir: Path, folder: Path) -> tuple[str, str]:
+def draw(runs_dir: Path, folder: Path, *options: str) -> tuple[str, str]:
     folder.mkdir()
     command = [sys.executable, str(ROOT / "docs" / "plots" / "comparison.py"), str(runs_dir), "two", str(folder)]
-    subprocess.run(command, env=environment(), check=True, timeout=120)
+    subprocess.run([*command, *options], env=environment(), check=True, timeout=120)
     return (folder / "two.md").read_text(), (folder / "two.svg").read_text()
 
 
@@ -39,3 +40,22 @@ def test_the_chosen_learning_rates_have_the_error_of_the_scaling_rule(tmp_path: 
     lines = table.splitlines()
     assert "| learning rate (points lost by the one chosen at batch 1,024) | batch 128 | batch 1,024 |" in lines
     assert "| LARS | 1 (10.0) | 2 |" in lines
+
+
+def test_leads_over_adamw_and_their_change_per_doubling(tmp_path: Path) -> None:
+    """Differences of -10, -9 and -11 points at both batch sizes. The interval also counts the number of test images."""
+    for optimizer, accuracies in (("adamw", (0.90, 0.91, 0.92)), ("lamb", (0.80, 0.82, 0.81))):
+        for seed, accuracy in enumerate(accuracies):
+            for batch in (128, 1024):
+                overrides = ("dataset=digits", f"optimizer={optimizer}", f"batch_size={batch}", f"seed={seed}")
+                write_run(tmp_path / "runs", *overrides, accuracies=(0.1, accuracy))
+    table, picture = draw(tmp_path / "runs", tmp_path / "drawn", "--lead")
+    lines = table.splitlines()
+    assert "| lead over AdamW [points] | batch 128 | batch 1,024 | per doubling |" in lines
+    (row,) = (line for line in lines if line.startswith("| LAMB | -10.00"))
+    found = re.fullmatch(r"\| LAMB \| -10\.00 ± (.*) \| -10\.00 ± (.*) \| [+-]0\.00 ± (.*) \|", row)
+    assert found
+    of_seeds = float(stdtrit(4, 0.975)) / 3**0.5  # the spread is pooled over the batch sizes
+    assert of_seeds - 0.005 < float(found[1]) == float(found[2]) < 1.1 * of_seeds
+    assert 0 < float(found[3]) < of_seeds
+    assert "points of accuracy" in picture

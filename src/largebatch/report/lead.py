@@ -40,11 +40,8 @@ class Slope(NamedTuple):
 
 def lead_by_batch(comparison: Comparison, style: Styles) -> Chart | None:
     """Draw the leads over AdamW, or else over the first row. None without a lead at two or more batch sizes."""
-    if len(comparison.rows) < 2:
-        return None
-    reference = next((row for row in comparison.rows if row.optimizer == _REFERENCE), comparison.rows[0])
-    leads = {row: leads_of(comparison, row, reference) for row in comparison.rows if row != reference}
-    if max(map(len, leads.values())) < 2:
+    reference, leads = all_leads(comparison)
+    if max(map(len, leads.values()), default=0) < 2:
         return None
     known = {(row, lead.batch_size): lead for row, of_row in leads.items() for lead in of_row}
     digits = decimals(comparison)
@@ -70,6 +67,12 @@ def lead_by_batch(comparison: Comparison, style: Styles) -> Chart | None:
     chart = by_batch(f"Lead over {name}", note, "lead [points of accuracy]", comparison, style, point)
     chart.figure.add_hline(y=0, line={"color": "#888", "width": 1})
     return chart
+
+
+def all_leads(comparison: Comparison) -> tuple[RowKey, dict[RowKey, list[Lead]]]:
+    """Return the reference, which is AdamW or else the first row, and the leads of all other rows."""
+    reference = next((row for row in comparison.rows if row.optimizer == _REFERENCE), comparison.rows[0])
+    return reference, {row: leads_of(comparison, row, reference) for row in comparison.rows if row != reference}
 
 
 def leads_of(comparison: Comparison, row: RowKey, reference: RowKey) -> list[Lead]:
