@@ -143,3 +143,15 @@ def test_the_instrument_is_no_part_of_a_run_s_identity() -> None:
 def test_a_loss_over_the_global_batch_is_refused() -> None:
     with pytest.raises(UserError, match=r"instruments\.noise_scale=true: not allowed with mode=bt mode\.exact=true"):
         validate(configuration(*TINY, "mode=bt", "mode.exact=true", ON))
+
+
+def test_a_growing_batch_is_measured_at_each_size_of_two_or_more_small_batches(tmp_path: Path) -> None:
+    phase = trained(
+        tmp_path / "run", 16, "steps=null", "epochs=3", "batch_schedule.shape=doubling", "batch_schedule.start=8",
+        "batch_size=32", "batch_schedule.until=0.6", ON,
+    )  # fmt: skip
+    assert phase.training.noise is not None
+    measured = phase.training.noise.state()["sizes"]
+    sizes = [phase.epochs.size(step) for step in range(16)]
+    assert measured == [(8, size) for size in sizes if size > 8]
+    assert {*sizes} == {8, 16, 32}

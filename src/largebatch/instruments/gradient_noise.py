@@ -78,7 +78,9 @@ class GradientNoise:
         self._small = squares.double() if self._small is None else self._small + squares.double()
 
     def end(self, small_batch: int, large_batch: int, factor: float, loss_scale: float) -> None:
-        """End a step, with the gradient of the large batch in the parameters. Without small batches, do nothing.
+        """End a step, with the gradient of the large batch in the parameters.
+
+        Without measured small batches, or if the only small batch is the large batch, do nothing.
 
         Args:
             small_batch, large_batch: numbers of images.
@@ -87,7 +89,7 @@ class GradientNoise:
             loss_scale: factor of the loss.
         """
         self.active = False
-        if self._small is None:
+        if self._small is None or small_batch == large_batch:
             return
         large = _squares([p.grad for p in self._parameters], self.small.device).double()
         self.small = torch.cat([self.small, (self._small * (factor / loss_scale**2))[None]])

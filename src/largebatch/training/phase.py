@@ -149,7 +149,7 @@ class MainPhase:
         training.statistics.begin(run.batch.groups(self._images))
         noise, alone = training.noise, run.batch.micro_batch == run.batch.global_batch
         if noise is not None:
-            noise.begin(active=not alone and not self._smaller)
+            noise.begin(active=not alone and not self._uneven)
         for number in range(1, passes + 1):
             with self.profile.phase("data"):
                 images, labels = progressed(next(batches))
@@ -160,7 +160,7 @@ class MainPhase:
                     if training.norms is not None:
                         training.norms.forget()
                 counted, is_finite, *squares = self._call(self._pass, images, labels)
-            if noise is not None and squares:
+            if noise is not None and noise.active and squares:  # a CUDA graph returns what it returned at first
                 noise.add(*squares)
             training.statistics.after_pass()
             totals += counted
@@ -205,10 +205,10 @@ class MainPhase:
         """Add the step to the noise scale, with the gradient of the whole batch in the parameters."""
         batch, training = self.run.batch, self.training
         if training.noise is not None:
-            small, factor = batch.micro_batch, batch.accumulation / batch.processes
+            small, factor = batch.micro_batch, self._images / (batch.micro_batch * batch.processes**2)
             if small == batch.global_batch:
                 small, factor = small // 2, 1.0
-            training.noise.end(small, batch.global_batch, factor, training.loss_scale.value)
+            training.noise.end(small, self._images, factor, training.loss_scale.value)
 
     def update(self, recorder: Recorder | None) -> None:
         """Clip the gradient, and take one optimizer and schedule step. Record its layer statistics, if they are due.
