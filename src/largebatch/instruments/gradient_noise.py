@@ -97,6 +97,15 @@ class GradientNoise:
         self._sizes.append((small_batch, large_batch))
         self._small = None
 
+    def latest(self) -> tuple[float, float]:
+        """Return, from the last step alone, tr(S) and the squared norm of the large batch's gradient.
+
+        Both are of the whole network. Every process must call this. Waits for the device.
+        """
+        small, large = distributed.sum_over_processes(self.small[-1].sum()), self._large[-1].sum()
+        trace = two_batch(small, large, *self._sizes[-1])[0]
+        return trace.item(), large.item()
+
     def take(self) -> Row:
         """Return the noise scales as metrics. Every process must call this. Waits for the device.
 

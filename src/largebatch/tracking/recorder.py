@@ -65,6 +65,11 @@ class Recorder:
             self._status_at = time.monotonic()
             self._folder.update_status(step=row["step"])
 
+    def set_length(self, steps: int, training_examples: int) -> None:
+        """Change the run's length in status and summary. The tracker keeps the length at the start."""
+        self._facts = self._facts | {"steps": steps, "training_examples": training_examples}
+        self._folder.update_status(steps=steps)
+
     def layers(self, step: int, layers: list[Layer], statistics: dict[str, Tensor]) -> None:
         """Record what update ``step`` used: a tensor of shape [layers] for each of ``rows.COLUMNS``."""
         if self._order and layers:
