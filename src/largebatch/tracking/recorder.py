@@ -50,7 +50,7 @@ class Recorder:
         self._order: RowOrder | None = None
         if self._tracker:
             every = config.tracker.layers_every
-            self._order = RowOrder(self._tracker.log, every, facts["steps"], facts["steps_per_epoch"])
+            self._order = RowOrder(self._tracker.log, every, facts["steps"])
             replay(folder, self._order, step)
         folder.update_status(step=step, steps=facts["steps"], wandb_id=self._tracker.id if self._tracker else None)
 
