@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Launch, start
 from datafiles import make_imagefolder
+from programs import Programs
 from runs import finish, kill_after_checkpoint, parameters, the_run, train_in
 from same_run import assert_same_run
 from test_bt_resume import as_if_killed
@@ -63,6 +64,20 @@ def test_the_speed_of_decoding_is_logged_and_the_plan_shows_it(
     words = f"images/s, and 2 decoding process(es) decode {decoded} measured in {whole.name}".split()
     at = planned.index("decoding") - 3
     assert planned[at : at + len(words)] == words
+
+
+def test_images_decoded_ahead_of_a_growing_batch_are_those_of_its_steps(
+    tmp_path: Path, command: tuple[str, ...], process: Programs
+) -> None:
+    """A decoding process reads two batches ahead, and the norm test changes the batches that follow."""
+    growing = (
+        *(key for key in command if not key.startswith("steps=")), "epochs=3", "batch_size=32", "tracker.log_every=1",
+        "batch_schedule.shape=norm_test", "batch_schedule.start=8", "batch_schedule.eta=0.9",
+    )  # fmt: skip
+    runs = [process.train(tmp_path / n, *growing, f"dataset.workers={n}") for n in ("0", "1")]
+    rows = read_rows(runs[0] / "metrics.jsonl")
+    assert len({row["optim/batch_size"] for row in rows if "optim/batch_size" in row}) > 1
+    assert len({json.loads((run / "summary.json").read_text())["checksum"] for run in runs}) == 1
 
 
 @pytest.mark.slow
