@@ -7,12 +7,13 @@ import math
 import pytest
 from conftest import configuration
 
-from largebatch.config.batch import plan_training
+from largebatch.config.batch import BatchPlan, plan_training
 from largebatch.config.checks import validate
 from largebatch.config.epochs import Epochs, lr_factor, plan_epochs, planned_steps
 from largebatch.errors import UserError
 
 IMAGES = 1437  # of digits
+NORM_TEST = ("batch_schedule.shape=norm_test", "batch_schedule.start=32")
 GROWING = {
     "steps": ("batch_schedule.sizes=[32,96]", "batch_schedule.at=[0.2,0.55]", "batch_size=256"),
     "linear": ("batch_schedule.start=32", "batch_size=256"),
@@ -119,7 +120,19 @@ def test_each_process_has_as_many_micro_batches_at_every_size() -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (("batch_schedule.start=32",), "batch_schedule.start=32: needs batch_schedule.shape. Allowed: steps, linear"),
+        (("batch_schedule.start=32",), "start=32: does nothing with batch_schedule.shape=constant. Allowed shapes: li"),
+        (("batch_schedule.lr_rule=sqrt",), "lr_rule=sqrt: does nothing with batch_schedule.shape=constant. Allowed "),
+        (
+            ("batch_schedule.shape=linear", "batch_schedule.start=32", "batch_schedule.eta=0.1"),
+            "eta=0.1: does nothing with batch_schedule.shape=linear. Allowed shapes: norm_test. Fix: ",
+        ),
+        ((*NORM_TEST, "batch_schedule.until=0.7"), "until=0.7: does nothing with batch_schedule.shape=norm_test"),
+        ((*NORM_TEST, "batch_schedule.small_batch=12"), "small_batch=12: must divide batch_schedule.start=32 and be"),
+        ((*NORM_TEST, "batch_schedule.small_batch=32"), "small_batch=32: must divide batch_schedule.start=32 and be"),
+        ((*NORM_TEST, "batch_schedule.start=1"), "small_batch=None: must divide batch_schedule.start=1 and be smaller"),
+        ((*NORM_TEST, "batch_schedule.eta=1"), "batch_schedule.eta=1.0: must be a finite number above 0 and below 1"),
+        ((*NORM_TEST, "micro_batch=auto"), "not allowed with micro_batch=auto. Fix: leave it out: passes have"),
+        ((*NORM_TEST, "checkpoint.keep_at=[0.5]"), "not allowed with parts in checkpoint.keep_at. Fix: numbers of"),
         (("batch_schedule.shape=linear",), "batch_schedule.start=None: batch_schedule.shape=linear needs the first"),
         (("batch_schedule.shape=linear", "batch_schedule.start=48"), "start=48: must divide batch_size=256 and be"),
         (("batch_schedule.shape=doubling", "batch_schedule.start=256"), "start=256: must divide batch_size=256 and"),
@@ -179,3 +192,64 @@ def test_batch_norm_is_over_as_many_images_at_every_size() -> None:
     config = configuration(*growing, "batch_norm_size=64")  # more than the first batch
     with pytest.raises(UserError, match=r"batch_schedule: a batch of 16 images can't be divided"):
         plan_training(config, 1)
+
+
+def test_a_batch_that_grows_while_it_trains_keeps_the_images_of_all_steps() -> None:
+    config = configuration(*NORM_TEST, "batch_size=256", "epochs=9", "schedule=cosine", "batch_schedule.lr_rule=sqrt")
+    epochs = plan_epochs(config, IMAGES)
+    before, factor = planned_steps(config, epochs), lr_factor(config, epochs)
+    assert before == 9 * IMAGES // 32
+    for step, size in ((11, 64), (12, 96), (40, 256)):
+        epochs.grow(step, size)
+    steps = planned_steps(config, epochs)
+    walked = walk(epochs, steps)
+    assert [size for _, size in walked[:11] + walked[12:40]] == [32] * 11 + [96] * 28
+    assert [epochs.examples(step) for step in range(steps)] == [seen for seen, _ in walked]
+    assert 9 * IMAGES - 256 < epochs.examples(steps) <= 9 * IMAGES
+    for step, (seen, size) in enumerate(walked):
+        schedule = config.schedule.decay(seen / 256 / round(9 * IMAGES / 256))
+        assert factor(step) == pytest.approx(schedule * math.sqrt(size / 256), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "trace", "squared", "expected"),
+    [
+        (32, 8.0, 1.0, 32),  # tr(S) / b = 0.25 * |g|^2
+        (32, 8.1, 1.0, 64),
+        (64, 23.9, 1.0, 96),
+        (96, 8.1, 1.0, 96),  # it never shrinks
+        (32, 63.9, 1.0, 256),
+        (32, 1e9, 1.0, 256),
+        (32, 8.1, 0.0, 256),
+        (32, 0.0, 0.0, 32),
+        (32, math.nan, math.inf, 32),  # an overflow in fp16
+    ],
+)
+def test_the_next_size_by_the_norm_test(size: int, trace: float, squared: float, expected: int) -> None:
+    growth = configuration(*NORM_TEST, "batch_size=256").batch_schedule
+    assert growth.after_test(size, 256, trace, squared) == expected
+
+
+def test_passes_of_the_norm_test_don_t_depend_on_the_processes() -> None:
+    def divided(processes: int, *overrides: str) -> BatchPlan:
+        config = configuration(*NORM_TEST, "batch_size=256", "optimizer=sgd", *overrides)
+        return plan_training(config, processes)
+
+    eight, whole = "batch_schedule.small_batch=8", ("batch_schedule.small_batch=8", "model.norm=batch")
+    assert {divided(n, eight).micro_batch for n in (1, 2, 4)} == {8}
+    assert {divided(n).micro_batch for n in (1, 2)} == {16}
+    assert divided(2, "micro_batch=20").micro_batch == 16  # a limit
+    assert [divided(n, *whole).group for n in (1, 4)] == [8, 8]
+    assert divided(4, *whole, "sync_bn=true", "batch_norm_size=32").group == 32
+    for processes, overrides, problem in (
+        (
+            4,
+            (),
+            r"small_batch=16: batch_schedule\.start=32 can't be divided over 4 .* Fix: batch_schedule\.small_batch=8",
+        ),
+        (3, (eight,), r"can't be divided over 3 .* Fix: batch_schedule\.start that is a multiple of 3"),
+        (1, ("micro_batch=8",), r"micro_batch=8: batch_schedule\.small_batch=16 images are one pass\. Fix: "),
+        (1, ("model.norm=batch", "batch_norm_size=32"), r"batch_norm_size=32: batch norm is over 16 images, because"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            divided(processes, *overrides)

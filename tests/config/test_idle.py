@@ -152,6 +152,16 @@ def test_a_patience_as_long_as_the_training(patience: int, every: int, idle: boo
     ] * idle
 
 
+def test_a_growing_batch_is_as_long_as_its_epochs() -> None:
+    """It takes more steps than batches of ``batch_size`` are in its epochs."""
+    growing = ("batch_schedule.shape=doubling", "batch_schedule.start=32", "batch_size=256", "epochs=20")
+    early, warm_up = notes(
+        "optimizer=lars", *growing, "early_stopping=19", "schedule=warmup_cosine", "schedule.warmup_epochs=8", steps=700
+    )[::-1]
+    assert early.startswith("early_stopping=19: the run has 20 evaluation(s)")
+    assert warm_up.startswith("schedule.warmup_epochs=8: 80 of 200 steps are warm-up")
+
+
 @pytest.mark.parametrize(("size", "idle"), [(1, False), (256, False), (512, True)])
 def test_groups_as_large_as_the_batch(size: int, idle: bool) -> None:
     found = notes("optimizer=clars", "batch_size=512", f"optimizer.sample_size={size}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -27,10 +29,10 @@ DIVISIONS = [(), ("micro_batch=4",), ("micro_batch=auto",)]
 NETWORKS = [("model.norm=batch", "optimizer=lars"), ("optimizer=clars",), ("mode=bt", "mode.exact=false")]
 
 
-def begun(folder: Path, *overrides: str) -> MainPhase:
+def begun(folder: Path, *overrides: str, base: tuple[str, ...] = (*TINY, "steps=40")) -> MainPhase:
     folder.mkdir()
     with Console(folder / "log.txt", speaking=False) as console:
-        return set_up(configuration(*TINY, "steps=40", *overrides), RunFolder(folder), 0, 1, CPU, console, None)
+        return set_up(configuration(*base, *overrides), RunFolder(folder), 0, 1, CPU, console, None)
 
 
 def trained(folder: Path, steps: int, *overrides: str) -> MainPhase:
@@ -189,3 +191,75 @@ def test_the_instrument_is_no_part_of_a_run_s_identity() -> None:
 def test_a_loss_over_the_global_batch_is_refused() -> None:
     with pytest.raises(UserError, match=r"instruments\.noise_scale=true: not allowed with mode=bt mode\.exact=true"):
         validate(configuration(*TINY, "mode=bt", "mode.exact=true", ON))
+
+
+def test_the_latest_step_of_a_linear_gaussian_case() -> None:
+    """Gradients ``w - x`` with normal x: against sample variances in float64, and against the true tr(S) and |G|^2.
+
+    As in the norm test of the paper, the squared norm has the variance of the batch's gradient in its mean.
+    """
+    dimensions, small, count, steps = 40, 8, 6, 200
+    scales = torch.linspace(0.5, 2.0, dimensions)
+    layer = nn.Linear(dimensions, 1, bias=False)
+    noise = GradientNoise(layer)
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for _ in range(steps):
+        images = scales * torch.randn(count, small, dimensions, generator=generator)
+        noise.begin(active=True)
+        for batch in images:
+            (0.5 * (layer.weight - batch).square().sum() / (small * count)).backward()  # type: ignore[no-untyped-call]
+            noise.add(*noise.of_pass())
+        noise.end(small, small * count, count, 1.0)
+        layer.zero_grad()
+        each = (layer.weight.detach() - images.double()).mean(1)  # [count, dimensions]
+        expected = small * each.var(0).sum().item(), each.mean(0).square().sum().item()
+        assert noise.latest() == pytest.approx(expected, rel=1e-5)
+        found.append(noise.latest())
+    trace, squared = torch.tensor(found, dtype=torch.float64).mean(0)
+    true_trace, true_squared = scales.square().sum().item(), layer.weight.detach().square().sum().item()
+    assert trace.item() == pytest.approx(true_trace, rel=0.03)
+    assert squared.item() == pytest.approx(true_squared + true_trace / (small * count), rel=0.05)
+
+
+def test_the_batch_grows_by_the_variance_of_its_micro_batches(tmp_path: Path) -> None:
+    """Against gradients of each micro-batch by a copy of the network in float64, at every step."""
+    phase = begun(
+        tmp_path / "run", "dataset=digits", "epochs=1", "batch_size=96", "batch_schedule.shape=norm_test",
+        "batch_schedule.start=8", "batch_schedule.small_batch=4", "batch_schedule.eta=0.9", base=(),
+    )  # fmt: skip
+    run, training = phase.run, phase.training
+    sizes, wanted = [], 8
+    for _ in range(8):
+        size = run.epochs.size(training.step)
+        assert size == wanted
+        parts = list(itertools.islice(phase.batches(), size // 4))
+        exact = copy.deepcopy(training.model).double()
+        each = []
+        for images, labels in parts:
+            loss = nn.functional.cross_entropy(exact(images.double()), labels)
+            each.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(exact.parameters()))]))
+        gradients = torch.stack(each)
+        variance = 4 * gradients.var(0).sum() / size
+        squared = gradients.mean(0).square().sum()
+        if variance > 0.9**2 * squared:
+            wanted = min(8 * math.ceil(variance * size / (0.9**2 * squared) / 8), 96)
+        training.step += 1
+        assert phase.gradient(iter(parts)) is not None
+        phase.update(None)
+        assert phase.grew == (wanted > size)
+        sizes.append(size)
+    assert len({*sizes}) >= 3
+    assert "noise" not in " ".join(phase.train_rows()[0][0])
+
+
+def test_a_growing_batch_is_measured_at_each_size_of_two_or_more_small_batches(tmp_path: Path) -> None:
+    phase = trained(
+        tmp_path / "run", 16, "steps=null", "epochs=3", "batch_schedule.shape=doubling", "batch_schedule.start=8",
+        "batch_size=32", "batch_schedule.until=0.6", ON,
+    )  # fmt: skip
+    assert phase.training.noise is not None
+    measured = phase.training.noise.state()["sizes"]
+    sizes = [phase.epochs.size(step) for step in range(16)]
+    assert measured == [(8, size) for size in sizes if size > 8]
+    assert {*sizes} == {8, 16, 32}

@@ -168,7 +168,7 @@ def test_other_types_are_stored_in_fp32(tmp_path: Path, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("every", [1, 3, 20])
 @pytest.mark.parametrize("steps", [1, 999, 1000, 1001, 20_000, 20_001, 250_000])
 def test_wandb_gets_at_most_a_thousand_later_rows_and_all_of_a_short_run(every: int, steps: int) -> None:
-    interval = RowOrder(lambda *_: None, every, steps, 10).layers_every
+    interval = RowOrder(lambda *_: None, every, steps).layers_every
     assert interval % every == 0
     assert steps // interval <= 1000
     if steps // every <= 1000:

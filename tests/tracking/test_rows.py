@@ -20,6 +20,11 @@ ROW_STEPS = [*range(1, 21), *range(25, STEPS + 1, ROWS_EVERY)]
 Logged = list[tuple[int, float, bool]]  # number, step and whether it is a layer row
 
 
+def epoch(step: int) -> float:
+    """Return the epoch after a step of a growing batch: 10, and from step 60 on 30 images, of 200."""
+    return (10 * min(step, 60) + 30 * max(step - 60, 0)) / 200
+
+
 class Run:
     """Record a run as the recorder does, from the step of a checkpoint to ``stop``; ``logged`` is what W&B gets.
 
@@ -29,12 +34,14 @@ class Run:
     def __init__(self, folder: RunFolder, resumed_at: int = 0) -> None:
         self.folder, self.step = folder, resumed_at
         self.logged: Logged = []
+        self.epochs: list[float] = []  # of the rows after the image grid
         self.metrics = MetricsLog(folder.metrics, resumed_at)
-        self.order = RowOrder(self.log, EVERY, STEPS, 10)
+        self.order = RowOrder(self.log, EVERY, STEPS)
         self.layer_log = LayerLog(folder.layers, resumed_at, self.order.layers)
         replay(folder, self.order, resumed_at)
 
     def log(self, number: int, row: dict[str, Any], _: Media) -> None:
+        self.epochs += [row["epoch"]] * (number > 0)
         self.logged.append((number, row["step"], f"layers/{COLUMNS[0]}/{LAYERS[0].name}" in row))
 
     def train(self, stop: int, checkpoints: int = 40, diverges_at: int = 0) -> None:
@@ -45,8 +52,9 @@ class Run:
                 self.layer_log.add(step, LAYERS, dict.fromkeys(COLUMNS, torch.ones(2)))
             if step in ROW_STEPS or step == diverges_at:
                 for of_step in range(last + 1, step + 1) if step == diverges_at else [step]:
-                    self.metrics.write({"step": of_step, "train/loss": 1.0})
-                    self.order.row({"step": of_step, "train/loss": 1.0})
+                    row = {"step": of_step, "epoch": epoch(of_step), "train/loss": 1.0}
+                    self.metrics.write(row)
+                    self.order.row(row)
                 last = step
             if step % checkpoints == 0:
                 self.layer_log.to_write()()
@@ -58,7 +66,7 @@ class Run:
 
 def replayed(folder: RunFolder, is_over: bool) -> Logged:
     logged: Logged = []
-    order = RowOrder(lambda number, row, _: logged.append((number, row["step"], len(row) > 3)), EVERY, STEPS, 10)
+    order = RowOrder(lambda number, row, _: logged.append((number, row["step"], len(row) > 3)), EVERY, STEPS)
     replay(folder, order, is_over=is_over)
     assert order.count == len(logged)
     return logged
@@ -79,6 +87,7 @@ def test_the_replay_of_a_run_has_the_numbers_of_the_live_run(folder: RunFolder) 
     assert [number for number, _, _ in run.logged] == list(range(len(steps) + 1))
     assert [is_layers for _, step, is_layers in run.logged if step == 35] == [True, False]
     assert replayed(folder, is_over=True) == run.logged
+    assert run.epochs == pytest.approx([epoch(step) for _, step, _ in run.logged[1:]])
 
 
 @pytest.mark.parametrize("killed_at", [1, 6, 7, 34, 40, 41, 79, 80, 99])
@@ -127,7 +136,7 @@ def test_the_first_steps_have_rows_of_their_own() -> None:
 def test_without_layer_rows_all_rows_of_a_killed_run_have_a_number(folder: RunFolder) -> None:
     log = MetricsLog(folder.metrics, 0)
     for step in (5, 10):
-        log.write({"step": step})
+        log.write({"step": step, "epoch": epoch(step)})
     steps: list[int] = []
-    replay(folder, RowOrder(lambda number, row, _: steps.append(row["step"]), 0, STEPS, 10), is_over=False)
+    replay(folder, RowOrder(lambda number, row, _: steps.append(row["step"]), 0, STEPS), is_over=False)
     assert steps == [0, 5, 10]

@@ -90,6 +90,20 @@ def test_shards_train_as_the_files_do_and_resume_exactly(
     assert_same_run(stopped, run)
 
 
+def test_images_decoded_ahead_of_a_growing_batch_are_those_of_its_steps(
+    tmp_path: Path, command: tuple[str, ...], process: Programs
+) -> None:
+    """A decoding process reads two batches ahead, and the norm test changes the batches that follow."""
+    growing = (
+        *(key for key in command if not key.startswith("steps=")), "epochs=3", "batch_size=32", "tracker.log_every=1",
+        "batch_schedule.shape=norm_test", "batch_schedule.start=8", "batch_schedule.eta=0.9",
+    )  # fmt: skip
+    runs = [process.train(tmp_path / n, *growing, f"dataset.workers={n}") for n in ("0", "1")]
+    rows = read_rows(runs[0] / "metrics.jsonl")
+    assert len({row["optim/batch_size"] for row in rows if "optim/batch_size" in row}) > 1
+    assert len({json.loads((run / "summary.json").read_text())["checksum"] for run in runs}) == 1
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_same_and_resume_exactly_after_a_kill(
     tmp_path: Path, command: tuple[str, ...], whole: Path

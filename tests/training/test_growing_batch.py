@@ -11,42 +11,73 @@ from conftest import TINY
 from programs import Programs
 from runs import parameters, timeless
 from same_run import assert_same_run
+from test_bt import status_of, summary_of
 from test_bt_resume import as_if_killed
 
-GROWING = (
-    *TINY, "batch_size=32", "batch_schedule.shape=seesaw", "batch_schedule.start=8", "batch_schedule.lr_rule=sqrt",
-    "schedule=cosine", "epochs=6", "optimizer=lamb", "optimizer.lr=0.01", "checkpoint.every_steps=3",
-    "tracker.log_every=1", "cluster.threads=1",
+from largebatch.config.schema import read_frozen
+
+COMMON = (
+    "tracker=none", "batch_schedule.start=8", "batch_schedule.lr_rule=sqrt", "schedule=cosine", "optimizer=lamb",
+    "optimizer.lr=0.01", "checkpoint.every_steps=3", "tracker.log_every=1", "cluster.threads=1",
 )  # fmt: skip
+GROWING = {
+    "seesaw": (
+        *TINY, "tracker.log_every=1", "batch_schedule.shape=seesaw", "epochs=6", "batch_size=32",
+        "checkpoint.keep_at=[26]",
+    ),
+    "norm_test": (
+        "batch_schedule.shape=norm_test", "batch_schedule.eta=0.9", "batch_schedule.small_batch=2", "batch_size=64",
+        "epochs=1", "dataset=digits", "dataset.val_fraction=0.5", "checkpoint.keep_at=[6]",
+    ),
+}  # fmt: skip
+Grown = tuple[Path, tuple[str, ...]]  # the run's folder and command
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
-    return process.train(tmp_path_factory.mktemp("growing"), *GROWING)
+@pytest.fixture(scope="module", params=GROWING)
+def grown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Grown:
+    command = (*COMMON, *GROWING[request.param])
+    return process.train(tmp_path_factory.mktemp("growing"), *command), command
 
 
-def test_the_batch_grows_while_the_learning_rate_falls_less(run: Path) -> None:
+def sizes_of(run: Path) -> list[int]:
+    return [row["optim/batch_size"] for row in timeless(run) if "optim/batch_size" in row]
+
+
+def test_the_batch_grows_while_the_learning_rate_falls_less(grown: Grown) -> None:
+    run, _ = grown
     rows = [row for row in timeless(run) if "optim/batch_size" in row]
-    sizes = [row["optim/batch_size"] for row in rows]
+    sizes, summary, config = sizes_of(run), summary_of(run), read_frozen(run / "config.yaml")
     assert sorted(sizes) == sizes
-    assert set(sizes) == {8, 16, 32}
-    assert rows[0]["optim/lr"] == pytest.approx(0.01 * 0.5)  # sqrt(8 / 32)
-    assert rows[-1]["examples"] == sum(sizes) <= 6 * 64
-    assert rows[-1]["epoch"] == pytest.approx(sum(sizes) / 64)
+    assert {size % 8 for size in sizes} == {0}
+    assert len({*sizes}) >= 3
+    assert (sizes[0], sizes[-1]) == (8, config.batch_size)
+    assert rows[0]["optim/lr"] == pytest.approx(0.01 * (8 / config.batch_size) ** 0.5)
+    assert rows[-1]["examples"] == sum(sizes)
+    assert rows[-1]["epoch"] == pytest.approx(sum(sizes) / summary["train_images"])
+    assert 0 <= config.epochs * summary["train_images"] - sum(sizes) < config.batch_size
+    assert (summary["steps"], summary["training_examples"]) == (len(sizes), sum(sizes))
+    assert (status_of(run)["steps"], summary["stopped_early"]) == (len(sizes), False)
+    assert not any(name.startswith("noise") for row in rows for name in row)
 
 
-def test_a_stopped_run_resumes_exactly_in_any_stage(run: Path, tmp_path: Path, process: Programs) -> None:
+def test_a_stopped_run_resumes_exactly_in_any_stage(grown: Grown, tmp_path: Path, process: Programs) -> None:
+    run, command = grown
     copy = tmp_path / "runs" / run.name
     shutil.copytree(run, copy)
-    before = sorted((run / "checkpoints").iterdir())[0]
-    as_if_killed(copy, int(before.stem[5:]))
-    assert process.train(tmp_path, *GROWING) == copy
-    assert f"resumed after step {int(before.stem[5:])} of" in (copy / "log.txt").read_text()
+    first = sorted((run / "checkpoints").iterdir())[0]
+    step, sizes = int(first.stem[5:]), sizes_of(run)
+    assert sizes[0] < sizes[step] < sizes[-1]
+    as_if_killed(copy, step)
+    assert process.train(tmp_path, *command) == copy
+    assert f"resumed after step {step} of" in (copy / "log.txt").read_text()
     assert_same_run(copy, run)
 
 
-def test_two_processes_and_smaller_micro_batches_train_the_same(run: Path, tmp_path: Path, process: Programs) -> None:
-    other = process.train(tmp_path, *GROWING, "cluster.processes=2", "micro_batch=2")
+def test_two_processes_train_the_same(grown: Grown, tmp_path: Path, process: Programs) -> None:
+    """With the norm test, micro-batches of two images are the small batches in both."""
+    run, command = grown
+    other = process.train(tmp_path, *command, "cluster.processes=2", "micro_batch=2")
     assert other.name == run.name
+    assert sizes_of(other) == sizes_of(run)
     for (name, one), two in zip(parameters(run).items(), parameters(other).values(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5, msg=name)

@@ -111,6 +111,8 @@ def plan_training(config: Config, processes: int) -> BatchPlan:
 def _for_growth(config: Config, processes: int) -> int | str | None:
     """Return ``micro_batch``, with ``batch_schedule`` at most the first batch's share of a process.
 
+    The passes of the norm test have the configured size on any number of processes, because it is an estimate's.
+
     Raises:
         UserError: if a batch size of the schedule can't be divided into such micro-batches, as many in each process.
     """
@@ -118,6 +120,8 @@ def _for_growth(config: Config, processes: int) -> int | str | None:
     if growth.first is None:
         return config.micro_batch
     first = growth.first
+    if growth.measures:
+        return _small_batch(config, first, processes)
     if config.batch_norm_size is not None:
         micro_batch = config.batch_norm_size // (processes if config.sync_bn else 1)
     else:
@@ -131,6 +135,34 @@ def _for_growth(config: Config, processes: int) -> int | str | None:
                 f"multiples of {processes}, and micro_batch or batch_norm_size up to {first // processes}"
             )
     return micro_batch
+
+
+def _small_batch(config: Config, first: int, processes: int) -> int:
+    """Return the micro-batch of the norm test.
+
+    Raises:
+        UserError: if it doesn't divide the first batch's share of a process, or another key sets the micro-batch.
+    """
+    small = config.batch_schedule.small
+    key = f"batch_schedule.small_batch={small}"
+    if first % (small * processes):
+        fix = f"batch_schedule.start that is a multiple of {processes}"
+        if first % processes == 0:
+            fix = f"batch_schedule.small_batch={math.gcd(small, first // processes)}, or fewer processes"
+        raise UserError(
+            f"{key}: batch_schedule.start={first} can't be divided over {processes} process(es) of equal passes of "
+            f"{small} images. Fix: {fix}"
+        )
+    if isinstance(config.micro_batch, int) and config.micro_batch < small:
+        fix = f"batch_schedule.small_batch={config.micro_batch} (another run)"
+        raise UserError(f"micro_batch={config.micro_batch}: {key} images are one pass. Fix: {fix}, or leave it out")
+    group = small * (processes if config.sync_bn else 1)
+    if config.batch_norm_size not in (None, group):
+        raise UserError(
+            f"batch_norm_size={config.batch_norm_size}: batch norm is over {group} images, because {key} images are "
+            "one pass. Fix: leave it out, and set batch_schedule.small_batch"
+        )
+    return small
 
 
 def _micro_batch(config: Config, size: int, processes: int, sharing: int) -> int:
@@ -149,7 +181,8 @@ def _micro_batch(config: Config, size: int, processes: int, sharing: int) -> int
             f"process(es), sync_bn={str(config.sync_bn).lower()}). Fix: batch_norm_size={nearest}"
             + (", or sync_bn=true" if processes > 1 and not config.sync_bn else "")
         )
-    if isinstance(config.micro_batch, int) and min(config.micro_batch, share) != micro_batch:
+    measures = config.batch_schedule.measures  # micro_batch is then an upper limit
+    if isinstance(config.micro_batch, int) and min(config.micro_batch, share) != micro_batch and not measures:
         raise UserError(
             f"micro_batch={config.micro_batch}: batch_norm_size={size} needs micro-batches of {micro_batch} images. "
             "Fix: leave out one of the two"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from largebatch.config.schema import Config
 
 
-@dataclass(frozen=True)
+@dataclass
 class Epochs:
     """Division of the passes over a training set into optimizer steps. Steps are counted from 0.
 
@@ -28,7 +28,7 @@ class Epochs:
         images: images of the training set.
         batch_size: images of a step, with stages the largest number.
         rest: images in the last step of an epoch with ``keep``. 0 if the batches are full, and otherwise.
-        stages: only with ``carry``, the sizes of steps; empty: ``batch_size``.
+        stages: only with ``carry``, the sizes of steps; empty: ``batch_size``. The norm test lets them ``grow``.
     """
 
     images: int
@@ -43,6 +43,10 @@ class Epochs:
         if self.last_batch == "carry":
             return self.images / self.batch_size
         return self._whole_steps
+
+    def grow(self, step: int, size: int) -> None:
+        """Let the steps from ``step`` on have ``size`` images. The last stage must have begun before."""
+        self.stages = (*self.stages, Stage(step, self.examples(step), size))
 
     @property
     def _whole_steps(self) -> int:
@@ -125,7 +129,7 @@ def plan_epochs(config: Config, images: int, batch_size: int | None = None) -> E
 
 
 def planned_steps(config: Config, epochs: Epochs) -> int:
-    """Return the optimizer steps of the main training."""
+    """Return the optimizer steps of the main training; before a norm test, the most possible number."""
     return config.steps if config.steps is not None else epochs.steps_of(config.epochs or 0)
 
 

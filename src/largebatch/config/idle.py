@@ -46,14 +46,17 @@ def idle_options(config: Config, steps: int, steps_per_epoch: float) -> list[str
     """
     if steps < 2:
         return []
+    whole = steps  # with a growing batch, schedules count steps of batch_size
+    if config.batch_schedule.first is not None and config.epochs:
+        whole = round(config.epochs * steps_per_epoch)
     return [
         *_flat_phi(config, steps, steps_per_epoch),
-        *_warmup(config.schedule, steps, steps_per_epoch),
-        *_schedule_decay(config.schedule, steps, steps_per_epoch),
+        *_warmup(config.schedule, whole, steps_per_epoch),
+        *_schedule_decay(config.schedule, whole, steps_per_epoch),
         *_weight_decay(config, steps),
         *_groups(config),
         *_average(config, steps),
-        *_early_stopping(config, steps, steps_per_epoch),
+        *_early_stopping(config, whole, steps_per_epoch),
         *_augmentation(config),
     ]
 

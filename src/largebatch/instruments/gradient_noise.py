@@ -25,12 +25,13 @@ class GradientNoise:
 
     Args:
         model: the model, on its device; freeze parameters before.
+        cosine: compare successive gradients.
 
     Attributes:
         active: True to keep the gradients of the next passes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, cosine: bool = True) -> None:
         self._buffers = list(model.buffers())
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in trained]
@@ -46,7 +47,7 @@ class GradientNoise:
         self._sizes: list[tuple[int, int]] = []  # images of a small batch and of the large batch
         # The gradient of the step before, its squared norms if it is to be compared, and the factor of its loss; and of
         # the compared steps since ``take`` the dot product and the product of the norms.
-        self._before = [torch.empty_like(p) for p in self._parameters]
+        self._before = [torch.empty_like(p) for p in self._parameters] if cosine else []
         self._before_squares: Tensor | None = None
         self._before_scale = 1.0
         self._no_pair = torch.empty(0, 1 + len(trained), 2, dtype=torch.float64, device=device)
@@ -87,7 +88,9 @@ class GradientNoise:
         self._small = squares.double() if self._small is None else self._small + squares.double()
 
     def end(self, small_batch: int, large_batch: int, factor: float, loss_scale: float) -> None:
-        """End a step, with the gradient of the large batch in the parameters. Without small batches, only compare it.
+        """End a step, with the gradient of the large batch in the parameters.
+
+        Without measured small batches, or if the only small batch is the large batch, only compare it.
 
         Args:
             small_batch, large_batch: numbers of images.
@@ -97,8 +100,9 @@ class GradientNoise:
         """
         self.active = False
         large = _squares([p.grad for p in self._parameters], self.small.device).double()
-        self._compare(large, loss_scale)
-        if self._small is None:
+        if self._before:
+            self._compare(large, loss_scale)
+        if self._small is None or small_batch == large_batch:
             return
         self.small = torch.cat([self.small, (self._small * (factor / loss_scale**2))[None]])
         self._large = torch.cat([self._large, (large / loss_scale**2)[None]])
@@ -124,6 +128,15 @@ class GradientNoise:
         pairs = torch.stack([dots, both.prod(0).sqrt()], dim=-1) / (self._before_scale * loss_scale)
         self._pairs = torch.cat([self._pairs, pairs[None]])
         self._before_squares = None
+
+    def latest(self) -> tuple[float, float]:
+        """Return, from the last step alone, tr(S) and the squared norm of the large batch's gradient.
+
+        Both are of the whole network. Every process must call this. Waits for the device.
+        """
+        small, large = distributed.sum_over_processes(self.small[-1].sum()), self._large[-1].sum()
+        trace = two_batch(small, large, *self._sizes[-1])[0]
+        return trace.item(), large.item()
 
     def take(self) -> Row:
         """Return noise scales, variances and cosines as metrics. Every process must call this. Waits for the device.

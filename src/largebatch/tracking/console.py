@@ -46,6 +46,12 @@ class Console:
         if self._log is not None and sys.stdout.isatty():
             self._bar = tqdm(initial=step, total=steps, unit="step", file=sys.stdout, dynamic_ncols=True, leave=False)
 
+    def set_steps(self, steps: int) -> None:
+        """Change the number of steps of the progress bar."""
+        self._steps = steps
+        if self._bar is not None:
+            self._bar.total = steps
+
     def progress(self, step: int, metrics: str) -> None:
         """Show a logged step: on the bar in a terminal, elsewhere as a line every ten seconds."""
         if self._bar is not None:

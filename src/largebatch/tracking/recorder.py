@@ -50,7 +50,7 @@ class Recorder:
         self._order: RowOrder | None = None
         if self._tracker:
             every = config.tracker.layers_every
-            self._order = RowOrder(self._tracker.log, every, facts["steps"], facts["steps_per_epoch"])
+            self._order = RowOrder(self._tracker.log, every, facts["steps"])
             replay(folder, self._order, step)
         folder.update_status(step=step, steps=facts["steps"], wandb_id=self._tracker.id if self._tracker else None)
 
@@ -64,6 +64,11 @@ class Recorder:
         if time.monotonic() - self._status_at >= _STATUS_EVERY_SECONDS:
             self._status_at = time.monotonic()
             self._folder.update_status(step=row["step"])
+
+    def set_length(self, steps: int, training_examples: int) -> None:
+        """Change the run's length in status and summary. The tracker keeps the length at the start."""
+        self._facts = self._facts | {"steps": steps, "training_examples": training_examples}
+        self._folder.update_status(steps=steps)
 
     def layers(self, step: int, layers: list[Layer], statistics: dict[str, Tensor]) -> None:
         """Record what update ``step`` used: a tensor of shape [layers] for each of ``rows.COLUMNS``."""

@@ -92,20 +92,16 @@ class RowOrder:
         log: called as ``log(number, row, media)``.
         layers_every: ``tracker.layers_every``; W&B gets layer rows at a multiple of it in a long run.
         steps: optimizer steps of the run.
-        steps_per_epoch: optimizer steps per epoch, maybe a fraction.
 
     Attributes:
         count: number of rows so far.
         layers_every: steps between the layer rows that W&B gets; 0 without layer rows.
     """
 
-    def __init__(
-        self, log: Callable[[int, Row, Media], None], layers_every: int, steps: int, steps_per_epoch: float
-    ) -> None:
+    def __init__(self, log: Callable[[int, Row, Media], None], layers_every: int, steps: int) -> None:
         self.count = 0
         self.layers_every = layers_every * math.ceil(steps / max(layers_every, 1) / _LAYER_ROWS_IN_WANDB)
         self._log = log
-        self._steps_per_epoch = steps_per_epoch
         self._last: Row = {"step": 0, "epoch": 0}
         self._waiting: deque[Row] = deque()
         self._awaited: deque[int] = deque()  # steps of layer rows that aren't logged yet
@@ -139,10 +135,15 @@ class RowOrder:
             elif self._arrived:
                 layers = self._arrived.popleft()
                 step = self._awaited.popleft()
-                place = {"step": step, "epoch": step / self._steps_per_epoch}
-                self._next(place | layers.metrics(), Media(layers.columns()))
+                self._next(self._place(step) | layers.metrics(), Media(layers.columns()))
             else:
                 break
+
+    def _place(self, step: int) -> Row:
+        """Return the step and epoch of a layer row: between the row before and the next row, which has the epoch."""
+        last, coming = self._last, self._waiting[0]
+        part = (step - last["step"]) / (coming["step"] - last["step"])
+        return {"step": step, "epoch": last["epoch"] * (1 - part) + coming["epoch"] * part}
 
     def _next(self, row: Row, media: Media = NO_MEDIA) -> None:
         self._log(self.count, row, media)

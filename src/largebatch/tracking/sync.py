@@ -171,7 +171,7 @@ def send(copy: wandb_run.WandbRun, folder: RunFolder, config: dict[str, Any]) ->
 def _replay(folder: RunFolder, config: dict[str, Any], log: Callable[[int, Row, Media], None]) -> int:
     """Replay a run's files to ``log``. Return the number of rows."""
     facts = config["resolved"]
-    order = RowOrder(log, config["tracker"]["layers_every"], facts["steps"], facts["steps_per_epoch"])
+    order = RowOrder(log, config["tracker"]["layers_every"], facts["steps"])
     is_over = folder.state() in DONE
     replay(folder, order, is_over=is_over)
     if is_over and config["tracker"].get("predictions") and folder.predictions.exists():

@@ -60,7 +60,7 @@ def pays(run: Run, model: nn.Module, norms: bool) -> bool:
     """Return True if compiling saves more time than it takes: on GPUs, for much computing, without hooks."""
     if run.device.type != "cuda" or norms:
         return False
-    return run.steps * run.config.batch_size * multiplications(model, run) >= _PAYS_FROM
+    return run.epochs.examples(run.steps) * multiplications(model, run) >= _PAYS_FROM
 
 
 @torch.no_grad()

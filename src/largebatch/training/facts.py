@@ -67,6 +67,7 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
     lr_1d = config.optimizer.learning_rate_1d()
     if lr_1d is not None:
         scaled += f", {config.lr_scaling.scaled(lr_1d, config.batch_size):g} for biases and norm parameters"
+    most = "at most " if config.batch_schedule.measures else ""
     practice = [f"{key}={given:g}" for key in _PRACTICE if (given := getattr(config, key)) is not None]
     norm = f", batch norm over {config.batch_norm_size:,}" if config.batch_norm_size else ""
     return [
@@ -74,7 +75,7 @@ def facts_in_words(config: Config, facts: Facts) -> list[str]:
         f"{skipped}, {_PLACES[facts['data_location']]}; {config.model.name}: {facts['parameters']:,} parameters",
         f"batch {facts['global_batch']:,} = {facts['processes']} process(es) x {facts['accumulation']} micro-batch(es) "
         f"of {facts['micro_batch']:,}{norm}; "
-        f"{facts['steps_per_epoch']:,g} steps per epoch, {facts['steps']:,} in total",
+        f"{facts['steps_per_epoch']:,g} steps per epoch, {most}{facts['steps']:,} in total",
         f"{config.optimizer.name}: lr {facts['lr']:g}{scaled}; schedule {config.schedule.name}; "
         f"{facts['precision']}{', channels last,' if facts['channels_last'] else ''} on {facts['device']}"
         + "".join(f"; {one}" for one in practice),

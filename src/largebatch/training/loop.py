@@ -29,6 +29,13 @@ class Session:
     console: Console
     boundary: StepBoundary
 
+    def show_length(self, phase: MainPhase) -> None:
+        """Show the run's length in steps, which a growing batch has changed."""
+        steps = phase.total_steps
+        self.console.set_steps(steps)
+        if self.recorder:
+            self.recorder.set_length(steps, phase.epochs.examples(steps))
+
     def record(self, *rows: Row) -> None:
         if self.recorder:
             for row in rows:
@@ -63,6 +70,9 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
         phase.update(session.recorder)
         clock.step(phase.epochs.size(step - phase.start - 1))
+        if phase.grew:
+            batches = phase.batches()
+            session.show_length(phase)
 
         mean: list[Row] = []
         each: list[Row] = []  # instead of the mean if the run diverges
@@ -77,7 +87,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
                 diverged = not math.isfinite(mean[0]["train/loss"]) or training.loss_scale.vanished
                 if diverged:
                     first_bad_step.clamp_(max=step)
-        for line in profile.after_step(step):
+        for line in profile.after_step(step == phase.end):
             session.console.say(line)
         is_best = False
         if not diverged and phase.evaluates_after(step):

@@ -6,12 +6,14 @@ from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from largebatch.config.epochs import planned_steps
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
 from largebatch.machine.pulse import progressed
@@ -47,16 +49,24 @@ class MainPhase:
     Attributes:
         start, end: numbers of optimizer steps done at the start and at the end of the phase.
         total_steps: number of the run's last optimizer step, over all phases.
+        grew: True if the present step let the next batch grow.
     """
 
     start = 0
+    grew = False
 
     def __init__(self, run: Run, training: Training, mode: ModuleType) -> None:
         self.run, self.training, self.mode = run, training, mode
         self.epochs = run.epochs
         folder = run.folder.profile if run.config.profile and run.rank == 0 else None
-        self.profile = Profile(folder, run.device, run.steps)
+        self.profile = Profile(folder, run.device)
         self.end = self.total_steps = run.steps
+
+    def load(self, saved: dict[str, Any], rank: int) -> None:
+        """Continue from the checkpoint ``saved``."""
+        self.training.load(saved, rank)
+        if self.training.growing:
+            self.end = self.total_steps = planned_steps(self.run.config, self.epochs)
 
     def following(self) -> MainPhase | None:
         """Return the next phase, if any."""
@@ -82,6 +92,7 @@ class MainPhase:
             return None
         totals, finite = done
         self._end_noise()
+        self.grew = self._tests and self._test()
         self.training.unlogged.add(self.position(self.training.step) | self.learning_rates(), totals)
         return finite
 
@@ -149,7 +160,7 @@ class MainPhase:
         training.statistics.begin(run.batch.groups(self._images))
         noise, alone = training.noise, run.batch.micro_batch == run.batch.global_batch
         if noise is not None:
-            noise.begin(active=not alone and not self._smaller)
+            noise.begin(active=not alone and not self._uneven and (run.config.instruments.noise_scale or self._tests))
         for number in range(1, passes + 1):
             with self.profile.phase("data"):
                 images, labels = progressed(next(batches))
@@ -160,7 +171,7 @@ class MainPhase:
                     if training.norms is not None:
                         training.norms.forget()
                 counted, is_finite, *squares = self._call(self._pass, images, labels)
-            if noise is not None and squares:
+            if noise is not None and noise.active and squares:  # a CUDA graph returns what it returned at first
                 noise.add(*squares)
             training.statistics.after_pass()
             totals += counted
@@ -205,10 +216,31 @@ class MainPhase:
         """Add the step to the noise scale, with the gradient of the whole batch in the parameters."""
         batch, training = self.run.batch, self.training
         if training.noise is not None:
-            small, factor = batch.micro_batch, batch.accumulation / batch.processes
+            small, factor = batch.micro_batch, self._images / (batch.micro_batch * batch.processes**2)
             if small == batch.global_batch:
                 small, factor = small // 2, 1.0
-            training.noise.end(small, batch.global_batch, factor, training.loss_scale.value)
+            training.noise.end(small, self._images, factor, training.loss_scale.value)
+
+    @property
+    def _tests(self) -> bool:
+        """True if the norm test of this step decides the size of the next batch."""
+        return self.training.growing is not None and self._smaller
+
+    def _test(self) -> bool:
+        """Let the next batch grow if the norm test demands it (``batch_schedule``). Waits for the device.
+
+        Returns:
+            True if the batch grows, the same in every process.
+        """
+        run, noise = self.run, self.training.noise
+        assert noise is not None
+        size = run.config.batch_schedule.after_test(self._images, run.batch.global_batch, *noise.latest())
+        size = distributed.from_rank_0(size)
+        if size == self._images:
+            return False
+        self.epochs.grow(self.training.step, size)
+        self.end = self.total_steps = planned_steps(run.config, self.epochs)
+        return True
 
     def update(self, recorder: Recorder | None) -> None:
         """Clip the gradient, and take one optimizer and schedule step. Record its layer statistics, if they are due.
@@ -292,7 +324,8 @@ class MainPhase:
         rows, totals = self.training.unlogged.take()
         mean = rows[-1] | self.mode.train_metrics([sum(column) for column in zip(*totals, strict=True)])
         if self.training.noise is not None:
-            mean |= self.training.noise.take()
+            noise = self.training.noise.take()
+            mean |= noise if self.run.config.instruments.noise_scale else {}
         return [mean], [row | self.mode.train_metrics(own) for row, own in zip(rows, totals, strict=True)]
 
     def evaluates_after(self, step: int) -> bool:

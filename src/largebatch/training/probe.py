@@ -81,7 +81,7 @@ class ProbePhase(MainPhase):
         self.options, self.batch = bt.options(run.config), probe_batch(run)
         self.start, self.end = run.steps, end
         self.epochs = plan_epochs(run.config, len(run.data.train), self.batch.global_batch)
-        self.profile = Profile(None, run.device, end)
+        self.profile = Profile(None, run.device)
         distributed.share_buffers(self.model)
         self.model.eval()
         self.classifier = nn.Sequential(self.model.backbone, self.probe.head)

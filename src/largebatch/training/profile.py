@@ -101,11 +101,10 @@ class Profile:
 
     Args:
         folder: folder of the two files; None: no profile.
-        last_step: number of the run's last step.
     """
 
-    def __init__(self, folder: Path | None, device: torch.device, last_step: int) -> None:
-        self._folder, self._device, self._last_step = folder, device, last_step
+    def __init__(self, folder: Path | None, device: torch.device) -> None:
+        self._folder, self._device = folder, device
         self._profiler: Any = None
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._begun = 0  # steps since the start of the process
@@ -134,10 +133,14 @@ class Profile:
             synchronize(self._device)
             self._started = time.perf_counter()
 
-    def after_step(self, step: int) -> list[str]:
-        """Return the table and the trace's path as lines for the log after the last profiled step, else no lines."""
+    def after_step(self, is_last: bool) -> list[str]:
+        """Return the table and the trace's path as lines for the log after the last profiled step, else no lines.
+
+        Args:
+            is_last: True for the run's last step.
+        """
         profiled = self._begun - _WARM_UP
-        if self._profiler is None or (profiled < _STEPS and step < self._last_step):
+        if self._profiler is None or (profiled < _STEPS and not is_last):
             return []
         synchronize(self._device)
         total = time.perf_counter() - self._started

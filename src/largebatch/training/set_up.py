@@ -116,6 +116,12 @@ def set_up(
                     f"{norms.QUANTITY} by passes of so many images here, and mode.mixup and mode.cutmix mix pairs of a "
                     f"pass. Fix: optimizer.sample_size={2 * norms.sample_size}, or neither mixup nor cutmix"
                 )
+            if config.batch_schedule.measures and batch.micro_batch != norms.sample_size:
+                raise UserError(
+                    f"batch_schedule.small_batch={batch.micro_batch}: optimizer={config.optimizer.name} measures "
+                    f"{norms.QUANTITY} by passes of optimizer.sample_size={norms.sample_size} images here. "
+                    f"Fix: batch_schedule.small_batch={norms.sample_size}"
+                )
             batch = replace(batch, micro_batch=norms.sample_size)
             if layers and batch.group != config.batch_norm_size:
                 raise UserError(
@@ -125,7 +131,9 @@ def set_up(
                     f"pass. Fix: batch_norm_size={batch.group}"
                 )
 
-    noise = GradientNoise(model) if config.instruments.noise_scale else None
+    growing = epochs if config.batch_schedule.measures else None
+    measured = config.instruments.noise_scale
+    noise = GradientNoise(model, cosine=measured) if measured or growing else None
     run = Run(config, folder, rank, processes, device, data, batch, epochs, steps, arithmetic)
     replica = passed
     if not run.averages_afterwards:
@@ -143,7 +151,7 @@ def set_up(
     stopping = EarlyStopping(config.early_stopping)
     training = Training(
         model, replica, network, graphs, optimizer, schedule, loss_scale, norms, statistics, unlogged, stopping, noise,
-        averaged=averaged,
+        growing=growing, averaged=averaged,
     )  # fmt: skip
     if frozen is not None:
         training.fixed_loss = fixed_loss(run, frozen, model, mode)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from largebatch.config.batch import BatchPlan
+from largebatch.config.batch_schedule import Stage
 from largebatch.config.epochs import Epochs
 from largebatch.config.schema import Config
 from largebatch.data import BatchLoader, Data
@@ -47,7 +48,7 @@ class Run:
     data: Data
     batch: BatchPlan
     epochs: Epochs
-    steps: int  # of the main training; with mode=bt, of the pre-training
+    steps: int  # of the main training, with mode=bt of the pre-training; before a norm test the most possible number
     arithmetic: Arithmetic
 
     @property
@@ -145,7 +146,8 @@ class Training:
     statistics: RunningStatistics  # of the network's batch norm
     unlogged: Unlogged
     early_stopping: EarlyStopping
-    noise: GradientNoise | None = None  # only with instruments.noise_scale
+    noise: GradientNoise | None = None  # only with instruments.noise_scale or batch_schedule.shape=norm_test
+    growing: Epochs | None = None  # the run's, only with batch_schedule.shape=norm_test: training lets batches grow
     fixed_loss: FixedLoss | None = None  # only with instruments.sharpness_every
     # Only with ema_decay or a schedule-free optimizer, and not while a probe trains.
     averaged: AveragedWeights | ScheduleFreeWeights | None = None
@@ -184,6 +186,7 @@ class Training:
                 "best": self.best,
                 "early_stopping": self.early_stopping.state(),
             }
+            | ({"stages": [list(stage) for stage in self.growing.stages]} if self.growing else {})
             | ({"averaged": self.averaged.model.state_dict()} if self.averaged else {})
             | ({"probe": self.probe.state()} if self.probe else {})
             # Last, because the number of its tensors changes, and a copy in the memory of the last one goes by place.
@@ -201,6 +204,8 @@ class Training:
         self.unlogged.totals = totals if rank == 0 else torch.zeros_like(totals)
         if self.noise and "noise" in saved:  # a run may be resumed with another choice of instruments
             self.noise.load(saved["noise"], rank)
+        if self.growing:
+            self.growing.stages = tuple(Stage(*stage) for stage in saved["stages"])
         if self.averaged and "averaged" in saved:  # a checkpoint of a probe has none
             self.averaged.model.load_state_dict(saved["averaged"])
         if self.probe:

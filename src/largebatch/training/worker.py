@@ -62,17 +62,18 @@ def train(
     start.end("checkpoint")
     phase: MainPhase | None = set_up(config, folder, rank, processes, device, console, saved, start)
     assert phase is not None
-    run, training, total_steps = phase.run, phase.training, phase.total_steps
+    run, training = phase.run, phase.training
+    facts = gather_facts(run, training, phase.total_steps) | phase.facts()  # the same at every start
     if saved is not None:
-        training.load(saved, rank)
+        phase.load(saved, rank)
         saved = None  # free the device's memory
-        console.say(f"resumed after step {training.step} of {total_steps}")
+        console.say(f"resumed after step {training.step} of {phase.total_steps}")
     elif config.start_from is not None:
         branch(run, training)
         console.say(f"starts from {config.start_from}: its weights and the state of its optimizer")
     kept = config.checkpoint.kept_steps(run.steps)
     start.end("set-up")
-    facts = gather_facts(run, training, total_steps) | phase.facts() | {"start_seconds": start.seconds}
+    facts["start_seconds"] = start.seconds
     for line in (*facts_in_words(config, facts), *phase.facts_in_words(facts), str(start)):
         console.say(line)
     if rank == 0 and config.tracker.images and training.step == 0:
@@ -84,9 +85,12 @@ def train(
         if rank == 0:
             recorder = stack.enter_context(Recorder(config, folder, training.step, facts, console))
             writer = stack.enter_context(CheckpointWriter(folder.checkpoints, device, identity(config), kept))
+        total_steps = phase.total_steps
         console.start_progress(training.step, total_steps)
         boundary = StepBoundary(config.checkpoint.every_seconds, config.checkpoint.every_steps, rank, kept)
         session = Session(recorder, writer, StepClock(training.seconds, device, run.data.times), console, boundary)
+        if training.growing:
+            session.show_length(phase)
         state, message = "finished", ""
         while phase is not None and state == "finished":
             try:
@@ -95,7 +99,7 @@ def train(
                 if folder.has_progress():
                     raise FailedRunError(str(error)) from error
                 raise
-            phase = phase.following()
+            total_steps, phase = phase.total_steps, phase.following()
         expect_no_progress()
         if writer:
             writer.wait()  # before the status is final
