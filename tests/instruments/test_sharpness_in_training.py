@@ -138,6 +138,7 @@ RUN = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_two_processes_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     """The parameters at the end are those of a run without the instrument."""
     few = ("instruments.sharpness_every=2", "instruments.sharpness_samples=6")
