@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from made_runs import made, seeds
+from omegaconf import OmegaConf
 
 from largebatch.report.answer import answer
 from largebatch.report.cells import RowKey, differing
@@ -106,6 +108,15 @@ def test_each_optimizer_each_schedule_and_each_by_value_has_its_own_row() -> Non
         "LARS, lr=2.5",
         "LARS, lr=10",
     ]
+
+
+def test_the_presets_of_libraries_have_the_names_of_their_papers() -> None:
+    presets = [OmegaConf.load(file) for file in (Path(__file__).parents[2] / "conf/optimizer").glob("*.yaml")]
+    names = {preset.name for preset in presets if "library" in preset} - {"custom"}
+    assert {"soap", "lion"} <= names
+    for name in names:
+        (row,) = compare([made(name)])[0].rows
+        assert row_label(row) != name
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ GROWING = {
     ),
     "norm_test": (
         "batch_schedule.shape=norm_test", "batch_schedule.eta=0.9", "batch_schedule.small_batch=2", "batch_size=64",
-        "epochs=1", "dataset=digits", "dataset.val_fraction=0.5", "checkpoint.keep_at=[6]",
+        "epochs=1", "dataset=digits", "dataset.val_fraction=0.5", "checkpoint.keep_at=[6,89]",
     ),
 }  # fmt: skip
 Grown = tuple[Path, tuple[str, ...]]  # the run's folder and command
@@ -71,6 +71,13 @@ def test_a_stopped_run_resumes_exactly_in_any_stage(grown: Grown, tmp_path: Path
     assert process.train(tmp_path, *command) == copy
     assert f"resumed after step {step} of" in (copy / "log.txt").read_text()
     assert_same_run(copy, run)
+
+
+def test_a_step_of_keep_at_beyond_the_end_is_named(grown: Grown) -> None:
+    run, command = grown
+    steps, log = len(sizes_of(run)), (run / "log.txt").read_text()
+    unsaved = f"checkpoint.keep_at=[89]: not saved, because the training has {steps} steps"
+    assert (unsaved in log) == ("checkpoint.keep_at=[6,89]" in command)
 
 
 def test_two_processes_train_the_same(grown: Grown, tmp_path: Path, process: Programs) -> None:

@@ -92,6 +92,20 @@ class CustomOptimizer(Custom, OptimizerConfig):
         return {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
 
 
+# How papers write the names of the presets' methods.
+PUBLISHED_NAMES = {
+    "adafactor": "Adafactor",
+    "adan": "Adan",
+    "kron": "PSGD Kron",
+    "lion": "Lion",
+    "novograd": "NovoGrad",
+    "radam": "RAdam",
+    "schedulefreeadamw": "Schedule-Free AdamW",
+    "schedulefreesgd": "Schedule-Free SGD",
+    "shampoo": "Shampoo",
+    "soap": "SOAP",
+}
+
 LIBRARIES: dict[str, type[OptimizerConfig]] = {
     "timm": TimmOptimizer,
     "pytorch_optimizer": PytorchOptimizer,

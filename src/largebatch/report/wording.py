@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from largebatch.config.modes import MODES
+from largebatch.config.optimizer_libraries import PUBLISHED_NAMES
 from largebatch.config.optimizers import OPTIMIZERS
 from largebatch.config.schedules import SCHEDULES
 from largebatch.report.cells import Cell, RowKey
@@ -17,7 +18,8 @@ _SMALL_TEST_SET = 2000  # images; with fewer, one image changes a percentage by 
 
 
 def row_label(row: RowKey) -> str:
-    optimizer = OPTIMIZERS[row.optimizer].label if row.optimizer in OPTIMIZERS else row.optimizer
+    name = row.optimizer
+    optimizer = OPTIMIZERS[name].label if name in OPTIMIZERS else PUBLISHED_NAMES.get(name, name)
     schedule = SCHEDULES[row.schedule].label if row.schedule in SCHEDULES else f", {row.schedule}"
     extra = "".join(f", {short(key)}={value}" for key, value in row.extra)
     return optimizer + schedule + extra

@@ -105,6 +105,8 @@ def train(
             writer.wait()  # before the status is final
         if recorder:
             recorder.finish(state, training.step, message, session.clock.elapsed(), training.checksum())
+    if training.growing and state == "finished" and (beyond := sorted(step for step in kept if step > training.step)):
+        console.say(f"checkpoint.keep_at={beyond}: not saved, because the training has {training.step} steps")
     console.say(f"{state} after step {training.step} of {total_steps}{f': {message}' if message else ''}")
 
 
