@@ -60,6 +60,19 @@ def test_steps_and_ends_of_epochs(how, an_epoch, seven, ends):
     assert [step for step in range(25) if epochs.ends(step, every=3)] == ends[2::3]
 
 
+@pytest.mark.parametrize("last_batch", ["carry", "keep", "drop"])
+@pytest.mark.parametrize("parts", [1, 2, 5, 7, 10, 50, 1000])
+@pytest.mark.parametrize(("images", "batch_size"), [(100, 10), (103, 10), (50_000, 7), (1, 1)])
+def test_parts_of_an_epoch_end_where_whole_numbers_say(
+    last_batch: str, parts: int, images: int, batch_size: int
+) -> None:
+    epochs = Epochs(images, batch_size, last_batch, images % batch_size if last_batch == "keep" else 0)
+    one = images if last_batch == "carry" else int(epochs.steps)
+    per_step = batch_size if last_batch == "carry" else 1
+    expected = [step for step in range(1, 900) if step * per_step * parts // one > (step - 1) * per_step * parts // one]
+    assert [step for step in range(900) if epochs.ends(step, every=1 / parts)] == expected
+
+
 def test_equal_images_per_epoch_at_every_batch_size_of_the_default():
     """``drop`` leaves out 29 % of the digits at batch 512 and 1,024, and 1 % at 128."""
     sizes = (128, 512, 1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ COMMON = (
 GROWING = {
     "seesaw": (
         *TINY, "tracker.log_every=1", "batch_schedule.shape=seesaw", "epochs=6", "batch_size=32",
-        "checkpoint.keep_at=[26]",
+        "checkpoint.keep_at=[26]", "eval_every=0.75",
     ),
     "norm_test": (
         "batch_schedule.shape=norm_test", "batch_schedule.eta=0.9", "batch_schedule.small_batch=2", "batch_size=64",
@@ -58,6 +59,15 @@ def test_the_batch_grows_while_the_learning_rate_falls_less(grown: Grown) -> Non
     assert (summary["steps"], summary["training_examples"]) == (len(sizes), sum(sizes))
     assert (status_of(run)["steps"], summary["stopped_early"]) == (len(sizes), False)
     assert not any(name.startswith("noise") for row in rows for name in row)
+
+
+def test_evaluations_follow_parts_of_an_epoch(grown: Grown) -> None:
+    run, _ = grown
+    config, rows = read_frozen(run / "config.yaml"), [row for row in timeless(run) if "optim/batch_size" in row]
+    epochs = [0.0, *(row["epoch"] for row in rows)]
+    ends = [after for before, after in pairwise(epochs) if after // config.eval_every > before // config.eval_every]
+    evaluated = [row["epoch"] for row in timeless(run) if "test/accuracy" in row]
+    assert evaluated == sorted({*ends, epochs[-1]})
 
 
 def test_a_stopped_run_resumes_exactly_in_any_stage(grown: Grown, tmp_path: Path, process: Programs) -> None:

@@ -72,9 +72,10 @@ class Epochs:
             return self.examples(step) / self.images
         return step / self.steps
 
-    def ends(self, step: int, every: int = 1) -> bool:
+    def ends(self, step: int, every: float = 1) -> bool:
         """Return True if ``step`` optimizer steps are the first to complete a multiple of ``every`` epochs."""
-        return step > 0 and self.completed(step) // every > self.completed(step - 1) // every
+        before, after = (math.floor(self.epoch(at) / every + 1e-9) for at in (max(step - 1, 0), step))  # 0.3 / 0.1 < 3
+        return after > before
 
     def place(self, step: int) -> tuple[int, int]:
         """Return the epoch of a step's first image, and the image's position in the epoch's order."""

@@ -150,7 +150,8 @@ class Config:
     cuda_graphs: bool = True  # start all kernels of a pass on a GPU with one call
     sync_bn: bool = False  # batch-norm statistics over all processes
     deterministic: bool = False  # deterministic CUDA kernels, for bit-exact repeats on a GPU
-    eval_every: int = option(1, least=1)  # epochs between evaluations; a run always ends with an evaluation
+    # Epochs between evaluations, maybe a fraction; a run always ends with an evaluation
+    eval_every: float = option(1.0, above=0)
     # Evaluations without a better validation accuracy after which the training stops. None: always the full length
     early_stopping: int | None = option(None, least=1)
     # Declared search space of the run's grid, by dotted key: [low, high] for numbers, else all values.
