@@ -6,6 +6,7 @@ set only the options that differ from the dataclass's defaults.
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -198,15 +199,17 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
     tree: Any = None
     schema = None
     try:
-        tree = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
+        tree = copy.deepcopy(composed)
+        if isinstance(composed, DictConfig) or "${" in repr(composed):
+            tree = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
         for key in ("cases", "trials"):  # keys of a grid, not of a run
             tree.pop(key, None)
         for group in CHOICES:
             if isinstance(given := tree.get(group), dict) and given.get("library") == "custom":
                 complete(group, given)
         tree = _escaped(tree)
-        schema = _schema(*(_chosen(group, tree.get(group)) for group in CHOICES))
-        config = OmegaConf.to_object(OmegaConf.merge(schema, tree))
+        schema, standard = _schema(*(_chosen(group, tree.get(group)) for group in CHOICES))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, _without(standard, tree)))
     except REFUSED as error:
         raise UserError(explain(error, tree, schema)) from None
     assert isinstance(config, Config)
@@ -250,11 +253,25 @@ def _chosen(group: str, given: Any) -> Any:
 
 
 @functools.cache
-def _schema(*kinds: Any) -> DictConfig:
+def _schema(*kinds: Any) -> tuple[DictConfig, Any]:
+    """Return the schema of a choice for each group, and its defaults as plain values."""
     schema: DictConfig = OmegaConf.structured(Config)
     for group, kind in zip(CHOICES, kinds, strict=True):
         schema[group] = OmegaConf.structured(kind)
-    return schema
+    return schema, OmegaConf.to_container(schema)
+
+
+def _without(defaults: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Return ``tree`` without the values that are the defaults already, because OmegaConf merges them slowly."""
+    found = {}
+    for key, value in tree.items():
+        default = defaults.get(key)
+        if isinstance(default, dict) and isinstance(value, dict):
+            if left := _without(default, value):
+                found[key] = left
+        elif key not in defaults or repr(value) != repr(default):  # 1, 1.0 and True are equal
+            found[key] = value
+    return found
 
 
 def load_config(path: Path) -> Config:
