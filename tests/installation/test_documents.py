@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, environment
 from wheel import EXTRAS, PROJECT, with_packages
 
@@ -17,6 +18,7 @@ import largebatch
 NOTEBOOK = ROOT / "examples" / "compare_optimizers.ipynb"
 
 
+@pytest.mark.slow
 def test_the_cells_of_the_notebook_run_in_order_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     notebook = json.loads(NOTEBOOK.read_text())
     assert notebook["nbformat"] == 4

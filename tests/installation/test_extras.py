@@ -119,6 +119,7 @@ def test_the_program_is_refused_without_unix_modules(windows: str, tmp_path: Pat
         assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_needs_no_function_that_macos_lacks(tmp_path: Path) -> None:
     path = lacking(tmp_path / "macos", set(), ("os.sched_getaffinity", "os.memfd_create"))
     said = called("run", *TINY, "steps=2", cwd=tmp_path, path=path)

@@ -193,6 +193,7 @@ def test_a_killed_worker_s_error_does_not_follow_its_progress_bar_on_a_line(tmp_
     assert max(map(len, shown.lines)) <= 80
 
 
+@pytest.mark.slow
 def test_a_grid_in_a_terminal_of_80_columns_ends_with_reasons_and_the_next_command(tmp_path: Path) -> None:
     """One run finishes, then one fails, and the last diverges. W&B has no key."""
     # Only the worker knows the classes of the images: one held-out image can't be of each class.

@@ -70,6 +70,7 @@ def test_a_full_disk_is_named_the_grid_ends_in_order_and_a_run_resumes_when_ther
     assert "resumed after step 5 of 30" in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_an_image_that_becomes_unreadable_fails_the_run_and_keeps_its_folder(
     tmp_path: Path, process: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def interrupted(arguments: list[str], number: int, cwd: Path, env: dict[str, str
     return RunFolder(path)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_saved_and_resumed_with_its_whole_history(tmp_path: Path) -> None:
     """An agent sends SIGTERM to a run that W&B stops early. SLURM sends SIGUSR2: W&B must requeue the run."""
     long = [*COMMAND[:-2], "epochs=40", "checkpoint.every_steps=100000"]

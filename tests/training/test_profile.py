@@ -40,6 +40,7 @@ def test_profile_does_not_change_the_run_s_folder(tmp_path: Path, process: Progr
     assert runs[0].name == runs[1].name
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_the_same_up_to_rounding(launch: Launch, tmp_path: Path, process: Programs) -> None:
     command = (*TINY, "steps=6", "optimizer.lr=0.1")
     result = launch(*command, "compile=true", timeout=250)
