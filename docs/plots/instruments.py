@@ -1,4 +1,4 @@
-"""Instruments over a training: the sharpness, or the gradient noise scale; and surfaces of the loss.
+"""Instruments over a training: sharpness or gradient noise scale; surfaces of the loss; the critical batch size.
 
 `python docs/plots/instruments.py sharpness RUNS_DIR [FILE]` draws the runs of a folder that measured the sharpness
 (`instruments.sharpness_every`), one line each. FILE is by default sharpness.svg beside this script; equal runs give an
@@ -11,6 +11,9 @@ its interval, and thin the cosine `1 / (1 + noise scale / batch size)` of gradie
 
 `python docs/plots/instruments.py surface FOLDER [FILE]` draws the JSON files of `largebatch surface` in a folder, to
 surface.svg. Left: all slices along one direction, by the files' names. Right: the first plane.
+
+`python docs/plots/instruments.py critical FILE.json [FILE]` draws the answer of `largebatch critical RUNS --json`, to
+critical.svg: steps and images to the target against the batch size, with each row's hyperbola.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -105,6 +109,25 @@ def surface(files: Sequence[Path], left: Axes, right: Axes) -> None:
     right.set_ylabel("second direction", labelpad=0)
 
 
+def critical(answer: dict[str, Any], left: Axes, right: Axes) -> None:
+    for row, look in zip([row for row in answer["rows"] if row["critical_batch"]], LOOKS, strict=False):
+        known = [time for time in row["batches"] if time["steps"]]
+        sizes = np.array([time["batch_size"] for time in known])
+        between = np.geomspace(sizes[0], sizes[-1], 50)
+        curve = row["fewest_steps"]["value"] * (1 + row["critical_batch"]["value"] / between)
+        for axes, quantity, line in ((left, "steps", curve), (right, "images", curve * between)):
+            values = np.array([time[quantity] for time in known])
+            errors = values * [time["deviation"] for time in known]
+            axes.errorbar(sizes, values, errors, fmt="o", markersize=3, color=look["color"])
+            axes.plot(between, line, label=row["row"], **look)
+    ticks = sorted({time["batch_size"] for row in answer["rows"] for time in row["batches"]})
+    goal = "{metric} {value:g}".format(**answer["target"])
+    for axes, quantity in ((left, "steps"), (right, "images")):
+        axes.set(title=f"{quantity} to {goal}", xlabel="batch size", xscale="log", yscale="log")
+        axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
+        axes.set_xticks([], minor=True)
+
+
 def runs_with(metric: str, folder: Path) -> list[Run]:
     runs, _ = load_runs(folder)
     found = [run for run in runs if run.done and measured(run, metric)]
@@ -113,8 +136,8 @@ def runs_with(metric: str, folder: Path) -> list[Run]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kind", choices=["sharpness", "noise", "surface"])
-    parser.add_argument("folder", type=Path, help="of runs, or of files of largebatch surface")
+    parser.add_argument("kind", choices=["sharpness", "noise", "surface", "critical"])
+    parser.add_argument("folder", type=Path, help="of runs, or of files of largebatch surface; or a JSON file")
     parser.add_argument("file", type=Path, nargs="?", help="KIND.svg beside this script by default")
     options = parser.parse_args()
     matplotlib.rcdefaults()  # ignores the user's settings
@@ -126,6 +149,8 @@ def main() -> None:
             sharpness(runs_with("sharpness/eigenvalue", options.folder), left, right)
         elif options.kind == "noise":
             noise(runs_with("noise/scale", options.folder), left, right)
+        elif options.kind == "critical":
+            critical(json.loads(options.folder.read_text())[0], left, right)
         else:
             surface(sorted(options.folder.glob("*.json")), left, right)
         left.legend(frameon=False)

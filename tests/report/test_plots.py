@@ -115,3 +115,23 @@ def test_instruments_script_draws_slices_and_a_plane(tmp_path: Path) -> None:
     command = [sys.executable, str(PLOTS / "instruments.py"), "surface", str(tmp_path), str(target)]
     subprocess.run(command, env=environment(), check=True, timeout=120)
     assert "<!-- LARS -->" in target.read_text(encoding="utf-8")
+
+
+def test_instruments_script_draws_the_hyperbolas_of_the_critical_batch_size(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for size, steps in ((128, 60), (512, 20), (2048, 10)):
+        folder = write_run(runs, "optimizer=lars", f"batch_size={size}")
+        rows = [
+            {"step": step, "epoch": 1.0, "examples": size * step, "wall_seconds": 1.0, "test/accuracy": accuracy}
+            for step, accuracy in ((steps // 2, 0.4), (steps, 0.9))
+        ]
+        folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = subprocess.run(
+        [sys.executable, "-m", "largebatch", "critical", str(runs), "--target", "0.5", "--json"],
+        env=environment(), check=True, timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+    answer, target = tmp_path / "critical.json", tmp_path / "critical.svg"
+    answer.write_text(found.stdout)
+    command = [sys.executable, str(PLOTS / "instruments.py"), "critical", str(answer), str(target)]
+    subprocess.run(command, env=environment(), check=True, timeout=120)
+    assert "<!-- LARS -->" in target.read_text(encoding="utf-8")
