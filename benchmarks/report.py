@@ -25,7 +25,8 @@ from omegaconf import OmegaConf
 from shared import parsed, print_table
 
 from largebatch.config.identity import run_name
-from largebatch.config.schema import Config, defaults, from_composed, to_yaml
+from largebatch.config.schema import Config
+from largebatch.config.typed import defaults, from_composed, to_yaml
 from largebatch.launch.composition import compose_grid
 from largebatch.models.resnet import resnet
 from largebatch.runs.folder import RunFolder

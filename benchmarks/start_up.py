@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from shared import parsed, print_table
 
-from largebatch.config.schema import defaults
+from largebatch.config.typed import defaults
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.local import claim
 from largebatch.launch.plan import make_plan

@@ -52,7 +52,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from largebatch.config.schema import Config, defaults, from_composed
+from largebatch.config.schema import Config
+from largebatch.config.typed import defaults, from_composed
 from largebatch.data.augment import augmented
 from largebatch.data.draws import draw
 from largebatch.data.stream import to_device

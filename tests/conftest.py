@@ -16,7 +16,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.config.schema import Config, defaults, from_composed
+from largebatch.config.schema import Config
+from largebatch.config.typed import defaults, from_composed
 from largebatch.launch import devices
 
 if TYPE_CHECKING:

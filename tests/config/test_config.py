@@ -18,7 +18,8 @@ from largebatch.config.checks import validate
 from largebatch.config.identity import NOT_DECISIVE, decisive, identity, run_name
 from largebatch.config.optimizer_libraries import TimmOptimizer
 from largebatch.config.optimizers import OPTIMIZERS
-from largebatch.config.schema import CHOICES, LIBRARIES, Config, from_composed, load_config, to_yaml
+from largebatch.config.schema import CHOICES, LIBRARIES, Config
+from largebatch.config.typed import from_composed, load_config, to_yaml
 from largebatch.errors import UserError
 
 PRESETS = [

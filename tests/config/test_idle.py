@@ -12,7 +12,7 @@ from conftest import ROOT, Launch, configuration
 from largebatch.config.idle import idle_options, planned_length
 from largebatch.config.lr_scaling import LrScalingConfig
 from largebatch.config.options import problems_of
-from largebatch.config.schema import from_composed
+from largebatch.config.typed import from_composed
 from largebatch.launch.composition import compose_grid
 from largebatch.optim import LARS, TVLARS
 

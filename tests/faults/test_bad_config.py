@@ -18,7 +18,7 @@ from hypothesis import given
 from programs import Programs, assert_ends_in_order
 
 from largebatch.config.identity import run_name
-from largebatch.config.schema import load_config, to_yaml
+from largebatch.config.typed import load_config, to_yaml
 from largebatch.errors import UserError
 from largebatch.launch.composition import Composed
 from largebatch.launch.grid import show_plan

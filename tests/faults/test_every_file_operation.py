@@ -23,7 +23,7 @@ from conftest import ROOT, TINY, configuration, environment
 from runs import processes_of
 from same_run import assert_same_run, top_of
 
-from largebatch.config.schema import to_yaml
+from largebatch.config.typed import to_yaml
 from largebatch.runs.folder import RunFolder
 
 TOOLS = ROOT / "tests" / "tools"

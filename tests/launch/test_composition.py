@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from programs import Programs
 
 from largebatch.config.checks import validate
-from largebatch.config.schema import Config, defaults, from_composed
+from largebatch.config.schema import Config
+from largebatch.config.typed import defaults, from_composed
 from largebatch.errors import UserError
 from largebatch.launch import composition
 from largebatch.launch.composition import Composed, by_force, compose_grid

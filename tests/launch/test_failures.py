@@ -15,7 +15,7 @@ from PIL import Image
 from programs import Programs
 from runs import the_run
 
-from largebatch.config.schema import to_yaml
+from largebatch.config.typed import to_yaml
 from largebatch.errors import UserError
 from largebatch.launch import local
 from largebatch.launch.devices import resolve_devices

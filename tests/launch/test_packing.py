@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from programs import Programs
 from runs import finish, is_alive, parameters, timeless, worker_pid
 
-from largebatch.config.schema import defaults
+from largebatch.config.typed import defaults
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.devices import worker_environment
 from largebatch.launch.grid import noted_signals, runs_at_a_time

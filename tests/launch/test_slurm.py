@@ -19,7 +19,8 @@ from conftest import TINY, configuration
 from omegaconf import OmegaConf
 
 from largebatch.config.checks import validate
-from largebatch.config.schema import Config, load_config, to_yaml
+from largebatch.config.schema import Config
+from largebatch.config.typed import load_config, to_yaml
 from largebatch.errors import UserError
 from largebatch.launch.devices import in_words, resolve_devices
 from largebatch.launch.plan import PlannedRun

@@ -9,7 +9,8 @@ from typing import Any
 from conftest import configuration
 
 from largebatch.config.identity import run_name
-from largebatch.config.schema import Config, to_yaml
+from largebatch.config.schema import Config
+from largebatch.config.typed import to_yaml
 from largebatch.report.load import Run
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import MetricsLog

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from largebatch.config.schema import Config, from_composed
+from largebatch.config.schema import Config
+from largebatch.config.typed import from_composed
 from largebatch.tracking import tracker, wandb_run
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from conftest import configuration
 from in_little_memory import MIB, WIDE
 
-from largebatch.config.schema import to_yaml
+from largebatch.config.typed import to_yaml
 from largebatch.data import batches
 from largebatch.training import worker
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from largebatch.config.schema import Config, load_config, to_yaml
+from largebatch.config.schema import Config
+from largebatch.config.typed import load_config, to_yaml
 from largebatch.machine import distributed
 from largebatch.runs.folder import RunFolder
 from largebatch.tracking.console import Console

@@ -9,7 +9,7 @@ from conftest import ROOT, TINY
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from largebatch.config.schema import defaults
+from largebatch.config.typed import defaults
 from largebatch.launch.composition import compose_grid
 from largebatch.launch.plan import make_plan
 

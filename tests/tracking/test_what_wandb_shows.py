@@ -22,7 +22,7 @@ from runs import the_run
 from runs import timeless as timeless_rows
 
 from largebatch.config.identity import run_name, setting_hash, setting_name
-from largebatch.config.schema import to_yaml
+from largebatch.config.typed import to_yaml
 from largebatch.data.load import load_data
 from largebatch.runs.predictions import read_predictions
 from largebatch.tracking.images import save_images

@@ -19,7 +19,7 @@ from programs import Programs
 from runs import parameters, train_in
 from torch import Tensor, nn
 
-from largebatch.config.schema import load_config
+from largebatch.config.typed import load_config
 from largebatch.data import MemoryImages, load_data
 from largebatch.modes.bt import build_model, options
 from largebatch.runs.folder import RESUMES, RunFolder

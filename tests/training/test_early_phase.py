@@ -14,7 +14,8 @@ from conftest import TINY, configuration
 from runs import timeless
 from torch import Tensor
 
-from largebatch.config.schema import Config, to_yaml
+from largebatch.config.schema import Config
+from largebatch.config.typed import to_yaml
 from largebatch.modes import clf
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows

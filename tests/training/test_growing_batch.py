@@ -15,7 +15,7 @@ from same_run import assert_same_run
 from test_bt import status_of, summary_of
 from test_bt_resume import as_if_killed
 
-from largebatch.config.schema import read_frozen
+from largebatch.config.typed import read_frozen
 
 COMMON = (
     "tracker=none", "batch_schedule.start=8", "batch_schedule.lr_rule=sqrt", "schedule=cosine", "optimizer=lamb",

@@ -12,7 +12,7 @@ from programs import Programs
 from torch import nn
 
 from largebatch.config.checks import validate
-from largebatch.config.schema import to_yaml
+from largebatch.config.typed import to_yaml
 from largebatch.errors import UserError
 from largebatch.models.build import build_backbone, build_model
 from largebatch.runs.folder import RunFolder

@@ -15,7 +15,7 @@ from programs import Programs
 from runs import finish, the_run, timeless
 
 from largebatch.config import source
-from largebatch.config.schema import load_config
+from largebatch.config.typed import load_config
 from largebatch.launch import slurm
 from largebatch.launch.plan import PlannedRun
 from largebatch.runs.folder import RunFolder

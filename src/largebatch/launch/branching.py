@@ -8,7 +8,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from largebatch.config.identity import run_name
-from largebatch.config.schema import Config, read_frozen
+from largebatch.config.schema import Config
+from largebatch.config.typed import read_frozen
 from largebatch.errors import UserError
 from largebatch.runs.folder import RunFolder, checkpoint_path, newest_first, step_of
 from largebatch.runs.table import find_runs

@@ -24,7 +24,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, OverrideTy
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.config.schema import REFUSED, explain
+from largebatch.config.typed import REFUSED, explain
 from largebatch.errors import UserError, choices
 
 MOST_POINTS = 10_000  # of a grid

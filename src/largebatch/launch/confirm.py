@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.config.identity import decisive, without_none
-from largebatch.config.schema import REFUSED, defaults, from_composed, read_frozen
+from largebatch.config.typed import REFUSED, defaults, from_composed, read_frozen
 from largebatch.errors import UserError
 from largebatch.launch.composition import Composed, Tree, by_force, composition_error, plain
 from largebatch.launch.presets import presets

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from largebatch.config.schema import to_yaml
+from largebatch.config.typed import to_yaml
 from largebatch.errors import UserError
 from largebatch.launch.plan import PlannedRun
 from largebatch.launch.worker_process import (

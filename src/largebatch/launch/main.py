@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from largebatch.config.schema import REFUSED, defaults, from_composed
+from largebatch.config.typed import REFUSED, defaults, from_composed
 from largebatch.errors import UserError, require
 from largebatch.launch import sweep_agent
 from largebatch.launch.composition import Composed, by_force, compose_grid, composition_error, plain

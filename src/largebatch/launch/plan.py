@@ -16,7 +16,8 @@ from largebatch.config.checks import validate
 from largebatch.config.epochs import Epochs
 from largebatch.config.identity import run_name
 from largebatch.config.idle import idle_options, planned_length
-from largebatch.config.schema import Config, from_composed
+from largebatch.config.schema import Config
+from largebatch.config.typed import from_composed
 from largebatch.errors import UserError
 from largebatch.launch.branching import resolve_start
 from largebatch.launch.checks import check_run

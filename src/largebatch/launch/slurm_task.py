@@ -18,7 +18,8 @@ import time
 import zlib
 from pathlib import Path
 
-from largebatch.config.schema import ClusterConfig, load_config
+from largebatch.config.schema import ClusterConfig
+from largebatch.config.typed import load_config
 from largebatch.errors import UserError
 from largebatch.launch.devices import thread_environment
 from largebatch.launch.slurm_nodes import Heartbeat, Place

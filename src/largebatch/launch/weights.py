@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from largebatch.config.schema import Config, read_frozen
+from largebatch.config.schema import Config
+from largebatch.config.typed import read_frozen
 from largebatch.errors import UserError
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.provenance import content_hash

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from largebatch.config.batch import BatchPlan
 from largebatch.config.epochs import Epochs
 from largebatch.config.options import problems_of
-from largebatch.config.schema import Config, from_composed
+from largebatch.config.schema import Config
+from largebatch.config.typed import from_composed
 from largebatch.data import Data, Split, load_data
 from largebatch.errors import UserError
 from largebatch.launch.confirm import compose_overrides

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from largebatch.config.options import problems_of
-from largebatch.config.schema import Config, load_config
+from largebatch.config.schema import Config
+from largebatch.config.typed import load_config
 from largebatch.data.augment import augmented_torch
 from largebatch.data.images import centre, decode, pixels_of
 from largebatch.errors import UserError, choices

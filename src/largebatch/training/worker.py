@@ -19,7 +19,8 @@ import torch
 
 from largebatch.config.custom import custom_choices
 from largebatch.config.identity import identity
-from largebatch.config.schema import Config, load_config
+from largebatch.config.schema import Config
+from largebatch.config.typed import load_config
 from largebatch.errors import UserError
 from largebatch.machine import distributed
 from largebatch.machine.memory import is_out_of_memory
