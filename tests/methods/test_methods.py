@@ -26,13 +26,14 @@ from largebatch.results.run import load_run
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import read_rows
 
-METHODS = (
-    "muon", "adamuon", "merit", "rotational_lion", "lion", "novograd", "adan", "radam", "adafactor", "soap", "shampoo",
-    "kron", "schedulefree_sgd", "schedulefree_adamw",
-)  # fmt: skip
+# With learning rates at which rounding differences don't grow over the steps.
+METHODS = {
+    "muon": 0.001, "adamuon": 0.001, "merit": 0.01, "rotational_lion": 0.01, "lion": 1e-4, "novograd": 0.001,
+    "adan": 0.001, "radam": 0.001, "adafactor": 0.01, "soap": 0.003, "shampoo": 0.001, "kron": 0.001,
+    "schedulefree_sgd": 0.1, "schedulefree_adamw": 0.0025,
+}  # fmt: skip
 CHOSEN = os.environ.get("METHODS", ",".join(METHODS)).split(",")
 SCHEDULE_FREE = [method for method in CHOSEN if method.startswith("schedulefree")]
-LR = {"schedulefree_sgd": 0.1}  # at which rounding differences don't grow over the steps
 # Rounding chooses the basis of directions without a gradient (SOAP) and the signs of elements near 0 (AdaMuon).
 DIVISIBLE = [method for method in CHOSEN if method not in ("soap", "adamuon")]
 STEPS, SAVED = 12, 6
@@ -41,10 +42,9 @@ divisible = pytest.mark.parametrize("method", DIVISIBLE)
 
 
 def config_of(method: str, *overrides: str) -> Config:
-    lr = [f"optimizer.lr={LR[method]}"] if method in LR else []
     return configuration(
-        *TINY, *lr, f"optimizer={method}", f"steps={STEPS}", f"checkpoint.every_steps={SAVED}",
-        "tracker.layers_every=3", *overrides,
+        *TINY, f"optimizer={method}", f"optimizer.lr={METHODS[method]}", f"steps={STEPS}",
+        f"checkpoint.every_steps={SAVED}", "tracker.layers_every=3", *overrides,
     )  # fmt: skip
 
 
