@@ -32,7 +32,7 @@ KERNELS = "largebatch.data.augment_cuda_kernels"
 
 
 @needs_triton
-@pytest.mark.parametrize("where", ["interpreter", "gpu"])
+@pytest.mark.parametrize("where", [pytest.param("interpreter", marks=pytest.mark.slow), "gpu"])
 def test_arithmetic(where: str) -> None:
     run_checks(__file__, where)
 

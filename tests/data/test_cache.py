@@ -291,6 +291,7 @@ def start_one(process):
     return int(pid), line
 
 
+@pytest.mark.slow
 def test_one_of_several_concurrent_processes_decodes(tmp_path):
     root = make_slow_images(tmp_path)
     lines = starter(root).communicate("\n\n\n", timeout=60)[0].splitlines()

@@ -39,7 +39,7 @@ FLAGS = ((True, True), (False, False), (True, False), (True, True), (False, True
 
 
 @needs_triton
-@pytest.mark.parametrize("where", ["interpreter", "gpu"])
+@pytest.mark.parametrize("where", [pytest.param("interpreter", marks=pytest.mark.slow), "gpu"])
 def test_arithmetic(where: str) -> None:
     run_checks(__file__, where)
 

@@ -192,6 +192,7 @@ def compile_in(folder, **environment):
     return subprocess.Popen(command, env=ours, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_concurrent_processes_compile_one_library(tmp_path):
     for process in [compile_in(tmp_path / "cache") for _ in range(3)]:
         printed, errors = process.communicate(timeout=120)

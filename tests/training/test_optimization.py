@@ -247,7 +247,9 @@ def test_library_optimizers_that_need_more_than_a_gradient_are_errors() -> None:
 
 def test_optimizers_of_pytorch_optimizer_by_name() -> None:
     model = small_network()
-    config = configuration("optimizer=soap", "+optimizer.options.betas=[0.8,0.9]", "optimizer.lr_1d=0.1")
+    config = configuration(
+        "optimizer=soap", "optimizer.lr=0.003", "+optimizer.options.betas=[0.8,0.9]", "optimizer.lr_1d=0.1"
+    )
     optimizer = build_optimizer(config, model, steps_per_epoch=1)
     assert type(optimizer).__name__ == "SOAP"
     many, few = optimizer.param_groups
