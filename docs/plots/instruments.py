@@ -126,6 +126,7 @@ def critical(answer: dict[str, Any], left: Axes, right: Axes) -> None:
         axes.set(title=f"{quantity} to {goal}", xlabel="batch size", xscale="log", yscale="log")
         axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
         axes.set_xticks([], minor=True)
+        axes.tick_params(axis="y", which="minor", labelleft=False)
 
 
 def runs_with(metric: str, folder: Path) -> list[Run]:
