@@ -36,9 +36,10 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
     tree: Any = None
     schema = None
     try:
-        tree = copy.deepcopy(composed)
-        if isinstance(composed, DictConfig) or "${" in repr(composed):
+        if isinstance(composed, DictConfig) or "${" in repr(composed):  # maybe interpolations
             tree = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
+        else:
+            tree = copy.deepcopy(composed)
         for key in ("cases", "trials"):  # keys of a grid, not of a run
             tree.pop(key, None)
         for group in CHOICES:
