@@ -13,7 +13,9 @@ tensors.
 | `training` | images a second at each batch size, for both stems, ResNet-50, Barlow Twins and accumulation |
 | `loops` | the program, a bare hand-written loop and a loop as in published programs (`training_step.py`) |
 | `optimizer` | a step of each optimizer, and the fewest bytes it must move (`optimizer_step.py`) |
-| `augmentation` | a batch of augmented images, and of two views |
+| `muon` | a step of Muon, of timm's and of SGD (`muon_step.py`) |
+| `noise_scale` | a step with and without `instruments.noise_scale` (`accumulation.py`) |
+| `augmentation` | a batch of augmented images: by default, with the recipes' keys, and two views |
 | `evaluation` | an evaluation of 10,000 images, the first and later ones |
 | `start_up` | from the command to the first training step |
 | `profile` | the share of each phase of a step |
@@ -46,6 +48,16 @@ PRODUCT = 8192  # rows and columns
 CIFAR, IMAGENET = "model.stem=cifar", "model.stem=imagenet"
 BT = ("mode=bt", "mode.projector=[2048,2048,2048]", "mode.knn_every=0")
 RESNET50 = ("model=resnet50", "dataset.image_size=224", "dataset.num_classes=1000", "dataset.train_size=2048")
+# The keys of experiment=cifar10_recipe and imagenet_recipe that change images.
+CIFAR_RECIPE = (
+    "dataset.rotation=0", "dataset.rand_augment.operations=1", "dataset.erasing.probability=0.25", "mode.cutmix=1",
+    "mode.mix_probability=0.5", "mode.mix_per=pair",
+)  # fmt: skip
+IMAGENET_RECIPE = (
+    "dataset.image_size=224", "dataset.train_size=2048", "dataset.crop_padding=0", "dataset.rotation=0",
+    "dataset.resized_crop.scale=[0.08,1]", "dataset.color_jitter.brightness=0.4", "dataset.color_jitter.contrast=0.4",
+    "dataset.color_jitter.saturation=0.4", "mode.mixup=0.2",
+)  # fmt: skip
 LIMITS = {"training": 240, "optimizer": 120, "loops": 90}  # seconds; 60 for the others
 
 SHORT = "compile=false"  # as compile=auto decides for a short run
@@ -142,12 +154,18 @@ def evaluation(device: torch.device, small: bool) -> None:
 
 def augmentation(device: torch.device, small: bool) -> None:
     table = []
-    for name, overrides in (("classification", ()), ("two views", BT)):
+    for name, batch, overrides in (
+        ("classification, batch 1,024", 1024, ()),
+        ("CIFAR-10's recipe, batch 1,024", 1024, CIFAR_RECIPE),
+        ("ImageNet's recipe, 224x224, batch 256", 256, IMAGENET_RECIPE),
+        ("two views, batch 1,024", 1024, BT),
+    ):
         if small:
-            overrides = tuple(o.replace("2048", "8") for o in overrides)
+            batch = 16
+            overrides = tuple(o.replace("2048", "64").replace("224", "32") for o in overrides)
         with tempfile.TemporaryDirectory() as folder:
-            sizes = f"batch_size={16 if small else 1024}"
-            phase = set_up_run(configuration(CIFAR, sizes, *overrides), Path(folder) / "run", device)
+            config = configuration(CIFAR, f"batch_size={batch}", *overrides)
+            phase = set_up_run(config, Path(folder) / "run", device)
             batches = phase.batches()
             spent = seconds(lambda batches=batches: next(batches), device, 2 if small else 50)
             table.append([name, f"{1000 * spent:.2f}"])
@@ -199,6 +217,21 @@ PARTS: dict[str, Callable[[torch.device, bool], None]] = {
     "training": training,
     "loops": script("training_step.py", "--stem", "cifar", "--batch", "1024", "--steps", "20", "--repeats", "3"),
     "optimizer": script("optimizer_step.py"),
+    "muon": script("muon_step.py", "--models", "resnet18", "resnet50", "--repeats", "5"),
+    "noise_scale": script(
+        "accumulation.py",
+        "--noise-scale",
+        "--precision",
+        "auto",
+        "--stem",
+        "cifar",
+        "--batch",
+        "1024",
+        "--steps",
+        "25",
+        "--repeats",
+        "3",
+    ),
     "augmentation": augmentation,
     "evaluation": evaluation,
     "start_up": start_up,
