@@ -19,9 +19,10 @@ class GradientNoise:
     """The gradient noise scale of a model, from the passes that training makes anyway.
 
     Each pass of each process is a small batch, and the batch of the step is the large batch. Hooks keep the gradients
-    of a pass until its end. The gradient of every second step is compared with a copy of the gradient before, so that
-    no gradient is in two cosines and these are independent. The instrument needs memory for two more sets of gradients.
-    The numbers stay on the device until ``take``, because reading them waits for it.
+    of a pass until its end, on a CPU only their norms. The gradient of every second step is compared with a copy of the
+    gradient before, so that no gradient is in two cosines and these are independent. The copy needs the memory of one
+    set of gradients, and the hooks on a GPU that of another. The numbers stay on the device until ``take``, because
+    reading them waits for it.
 
     Args:
         model: the model, on its device; freeze parameters before.
@@ -57,8 +58,8 @@ class GradientNoise:
             parameter.register_hook(partial(self._hold, place))  # type: ignore[no-untyped-call]
 
     def _hold(self, place: int, gradient: Tensor) -> None:
-        if self.active:
-            self._held[place] = gradient
+        if self.active:  # on a CPU its norm, so that its memory, still in the cache, is free for the next gradient
+            self._held[place] = gradient if gradient.is_cuda else torch.linalg.vector_norm(gradient)
 
     def of_pass(self) -> tuple[Tensor, ...]:
         """Return the squared norms of the gradients of one pass, [parameters], if ``active``; and forget them."""

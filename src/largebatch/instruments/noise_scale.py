@@ -119,7 +119,7 @@ class PairedMeans:
         t, dot, norms, var_dot, both, var_norms = self._moments(confidence)
         cosine = dot / norms
         half = t * (var_dot - 2 * cosine * both + cosine.square() * var_norms).clamp(min=0).sqrt() / norms
-        return Interval(cosine, (cosine - half).clamp(min=-1), (cosine + half).clamp(max=1))
+        return Interval(*((cosine + add).clamp(-1, 1) for add in (0, -half, half)))  # rounding may exceed 1
 
     def _moments(self, confidence: float) -> tuple[float, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return Student's t; both means, [count]; and variance, covariance and variance of these means."""
