@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
-from largebatch import cli
+from largebatch import arguments, cli
 
 COMMAND = (sys.executable, "-m", "largebatch")
 
@@ -20,9 +20,9 @@ def test_help_shows_each_command_once_in_a_group(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    assert re.findall(r"^(\w[\w &]+):$", shown, re.M) == ["options", *cli._GROUPS]
+    assert re.findall(r"^(\w[\w &]+):$", shown, re.M) == ["options", *arguments._GROUPS]
     commands = re.findall(r"^  ([a-z][a-z-]*)  ", shown, re.M)
-    assert sorted(commands) == sorted(name for names in cli._GROUPS.values() for name in names)
+    assert sorted(commands) == sorted(name for names in arguments._GROUPS.values() for name in names)
 
 
 def completed(line: str, cwd: Path) -> list[str]:
