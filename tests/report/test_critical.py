@@ -116,6 +116,15 @@ def test_batch_sizes_whose_median_seed_never_reaches_the_target_are_left_out() -
     assert few.words == "2 batch sizes reached the target; the hyperbola needs 3"
 
 
+def test_a_target_that_untrained_networks_meet_is_too_easy() -> None:
+    """With mode=bt, untrained features are evaluated at step 0."""
+    found = reached({batch: [0.0] for batch in BATCHES})
+    assert found.words == "runs meet the target before their first step; the hyperbola needs a harder target"
+    found = reached({batch: [hyperbola(batch)] for batch in BATCHES} | {32: [0.0]})
+    assert found.batch_size is not None
+    assert found.batch_size.value == pytest.approx(CRITICAL, rel=0.02)
+
+
 @pytest.fixture(scope="module")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs whose training loss is 1 / epoch, logged every 10 steps, so that each batch size takes as many steps."""

@@ -43,7 +43,7 @@ class Time(NamedTuple):
 
     Attributes:
         steps: median over seeds, halfway between the evaluation that reaches the target and the evaluation before. None
-            if the median seed never reaches it.
+            if the median seed never reaches it, 0 if it meets it before its first step.
         deviation: relative standard error.
         seeds: ``"2 of 3 seeds"``.
     """
@@ -131,6 +131,8 @@ def _time(batch_size: int, result: Reached, scatter: float) -> Time:
     steps = result.median.steps if result.median else math.inf
     if math.isinf(steps):
         return Time(batch_size, None, 0.0, seeds)
+    if not steps:
+        return Time(batch_size, 0.0, 0.0, seeds)
     before = statistics.median(result.before)
     middle = (steps + before) / 2
     # The target is reached anywhere between two evaluations.
@@ -143,6 +145,8 @@ def _hyperbola(row: RowKey, times: list[Time], noise: Estimate | None) -> Critic
     known = [time for time in times if time.steps]
     if len(known) < FEWEST_BATCHES:
         words = f"{plural(len(known), 'batch size')} reached the target; the hyperbola needs {FEWEST_BATCHES}"
+        if any(time.steps == 0 for time in times):
+            words = "runs meet the target before their first step; the hyperbola needs a harder target"
         return Critical(row, times, None, None, None, None, noise, words)
     b = np.log([float(time.batch_size) for time in known])
     y = np.log([float(time.steps or 0) for time in known])
@@ -173,7 +177,7 @@ def _text(found: Critical) -> str:
     lines = []
     for time in found.times:
         numbers = ["-", "-", "-"]
-        if time.steps:
+        if time.steps is not None:
             numbers = [f"{time.steps:,.0f}", f"{time.steps * time.batch_size:,.0f}", f"{time.deviation:.0%}"]
         lines.append([f"{time.batch_size:,}", *numbers, time.seeds])
     parts = [row_label(found.row), plain_table(["batch", "steps", "images", "error", "reached"], lines)]
