@@ -27,7 +27,7 @@ from largebatch.report.lr_laws import FEWEST_BATCHES, Fit, Law, fit_law
 from largebatch.report.noise import measured_noise
 from largebatch.report.parting import Parting, parting
 from largebatch.report.targets import Reached, Target, TimeToTarget, time_to_target
-from largebatch.report.wording import plural, row_label, title
+from largebatch.report.wording import plural, row_label, three_digits, title
 from largebatch.runs.table import plain_table
 
 # Relative standard deviation of the steps of a seed, without enough seeds to measure it.
@@ -162,10 +162,14 @@ def _words(fit: Fit, batches: Sequence[int]) -> str:
     limits = fit.parameter
     if limits is None or (limits.low is None and limits.high is None):
         return "the steps don't determine the critical batch size"
-    if limits.low is None:
-        return f"more devices help at none of the batch sizes tried; the critical one is {limits.text}"
-    if limits.high is None:
-        return f"more devices help at all batch sizes tried; the critical one is {limits.text}"
+    if limits.low is None and limits.high is not None:
+        if limits.high <= batches[0]:
+            return f"more devices help at none of the batch sizes tried; the critical one is {limits.text}"
+        return f"beyond a batch size of {three_digits(limits.high)} at the latest, more devices help little"
+    if limits.high is None and limits.low is not None:
+        if limits.low >= batches[-1]:
+            return f"more devices help at all batch sizes tried; the critical one is {limits.text}"
+        return f"more devices help at least up to a batch size of {three_digits(limits.low)}"
     outside = "" if batches[0] <= limits.value <= batches[-1] else ", which is outside of the batch sizes tried"
     return (
         f"beyond a batch size of {limits.text}{outside}, more devices help little: "
