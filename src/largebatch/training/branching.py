@@ -30,7 +30,8 @@ def branch(run: Run, training: Training) -> None:
         saved, trailer = load_checkpoint(path, run.device)
     except (OSError, DamagedError) as error:
         problem = f"{path} {error}" if isinstance(error, DamagedError) else f"{path}: {error.strerror}"
-        raise UserError(f"start_from={start}: {problem}. Fix: run {name} again with rerun=true") from error
+        fix = f"run {name} again with checkpoint.keep_at=[{step}] rerun=true"
+        raise UserError(f"start_from={start}: {problem}. Fix: {fix}") from error
     if trailer["run"] != name.rpartition("-")[2]:
         raise UserError(
             f"start_from={start}: {path} belongs to another run ({trailer['run']}). Fix: give run folders their own "
