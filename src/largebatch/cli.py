@@ -166,8 +166,9 @@ def _predict(options: argparse.Namespace) -> int:
 def _surface(options: argparse.Namespace) -> None:
     require("report")
     from largebatch.results.run import load_run
-    from largebatch.results.surface import surface, write_surface
+    from largebatch.results.surface import check_out, surface, write_surface
 
+    check_out(options.out or Path())
     run = load_run(options.wanted, options.checkpoint, options.runs_dir)
     given = {name: getattr(options, name) for name in ("samples", "points", "radius", "plane", "seed")}
     found = surface(run, **given, say=lambda line: print(line, file=sys.stderr, flush=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,19 @@ def test_steps_that_fall_like_1_over_b_or_not_at_all_limit_the_critical_batch_si
     assert constant.words.startswith("more devices help at none of the batch sizes tried; the critical one is below ")
 
 
+def test_a_limit_among_the_batch_sizes_tried_tells_nothing_of_the_others() -> None:
+    """With an evaluation only at the target, the steps before it are anywhere from 0 on."""
+    few = BATCHES[:3]
+    falling = reached({batch: [1e6 / batch] for batch in few}, every=1.0)
+    constant = reached({batch: [500.0] for batch in few}, every=1.0)
+    assert falling.batch_size is not None
+    assert constant.batch_size is not None
+    assert (falling.batch_size.low or 0.0) < few[-1]
+    assert falling.words.startswith("more devices help at least up to a batch size of ")
+    assert (constant.batch_size.high or 0.0) > few[0]
+    assert re.fullmatch(r"beyond a batch size of \S+ at the latest, more devices help little", constant.words)
+
+
 def test_batch_sizes_whose_median_seed_never_reaches_the_target_are_left_out() -> None:
     steps = {batch: [hyperbola(batch)] * 3 for batch in BATCHES}
     found = reached(steps | {8192: [hyperbola(8192), math.inf, math.inf]})
@@ -114,6 +128,15 @@ def test_batch_sizes_whose_median_seed_never_reaches_the_target_are_left_out() -
     few = reached({batch: [hyperbola(batch)] for batch in BATCHES[:2]})
     assert few.batch_size is None
     assert few.words == "2 batch sizes reached the target; the hyperbola needs 3"
+
+
+def test_a_target_that_untrained_networks_meet_is_too_easy() -> None:
+    """With mode=bt, untrained features are evaluated at step 0."""
+    found = reached({batch: [0.0] for batch in BATCHES})
+    assert found.words == "runs meet the target before their first step; the hyperbola needs a harder target"
+    found = reached({batch: [hyperbola(batch)] for batch in BATCHES} | {32: [0.0]})
+    assert found.batch_size is not None
+    assert found.batch_size.value == pytest.approx(CRITICAL, rel=0.02)
 
 
 @pytest.fixture(scope="module")

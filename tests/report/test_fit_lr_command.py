@@ -43,7 +43,10 @@ def surge(batch: float, noise_scale: float) -> float:
 
 @pytest.fixture(scope="module")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grid whose best learning rates follow the surge law: with N = 250 after epoch 4, with N = 1,000 after 16."""
+    """A grid whose best learning rates follow the surge law: with N = 250 after epoch 4, with N = 1,000 after 16.
+
+    The step that completes an epoch also begins the next, up to half a step.
+    """
     folder = tmp_path_factory.mktemp("runs")
     overrides = ("dataset=digits", "optimizer=adam", "optimizer.lr=0.123", "batch_size=321", "dataset.val_fraction=0.1")
     first = write_run(folder, *overrides)
@@ -59,7 +62,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 accuracy = 1 - min(error, 0.9)
                 where = {
                     "step": 10 * epoch,
-                    "epoch": epoch,
+                    "epoch": epoch + (0.05 if batch > 128 else 0.0),
                     "examples": 1280 * epoch,
                     "wall_seconds": 2.0 * epoch,
                 }
@@ -96,6 +99,23 @@ def test_a_shorter_training_has_its_own_law(runs_dir: Path) -> None:
     assert laws["surge"]["parameter"]["value"] == pytest.approx(250, rel=0.1)
 
 
+def test_without_an_upper_limit_the_measured_noise_scale_makes_no_law(runs_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs_dir, tmp_path / "runs")
+    for log in folder.glob("*/metrics.jsonl"):
+        log.write_text(log.read_text().replace('"noise/scale_high"', '"noise/other"'))
+    row = row_of(fit_lr.fit_lr(folder, as_json=True))
+    assert row["noise_scale"]["high"] is None
+    assert row["chosen"] == "surge"
+
+
+def test_a_batch_size_that_was_evaluated_later_has_no_learning_rate(runs_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs_dir, tmp_path / "runs")
+    for log in folder.glob("b512-*/metrics.jsonl"):
+        log.write_text(log.read_text().splitlines()[-1] + "\n")
+    batch = row_of(fit_lr.fit_lr(folder, epochs=4, as_json=True))["batches"][2]
+    assert (batch["batch_size"], batch["lr"], batch["reason"]) == (512, None, "no run was evaluated up to epoch 4")
+
+
 def test_the_tables_have_every_law_and_end_with_one_sentence_and_a_prediction(runs_dir: Path) -> None:
     text = command(runs_dir, "--batch", "512")
     assert text.startswith("digits · smallcnn · classification\n\nAdam\n")
@@ -109,7 +129,8 @@ def test_the_tables_have_every_law_and_end_with_one_sentence_and_a_prediction(ru
 
 def test_errors_name_the_option_and_the_fix(runs_dir: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        ((runs_dir, (), 0), "--batch=0: not a batch size. Allowed: 1 and more"),
+        ((runs_dir, (), 0), "--batch=0: not a batch size. Allowed: 1 to 9007199254740992"),
+        ((runs_dir, (), 10**400), "--batch=1000"),
         ((runs_dir, (), None, -1.0), "--epochs=-1: not a length of training"),
         ((runs_dir, (), None, 3.0), "--epochs=3: no run was evaluated so early"),
         ((runs_dir, ["optimizer.momentm"]), "--by=optimizer.momentm: no run has this key"),

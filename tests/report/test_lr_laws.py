@@ -128,14 +128,35 @@ def test_a_best_learning_rate_at_the_edge_is_refused() -> None:
     assert bests(runs)[0].reason.endswith("the lowest is best: try lower ones")
 
 
+def test_beside_a_cliff_the_interval_covers_the_truth() -> None:
+    """A wide parabola on one side tells little, so it must not move the optimum away from the best tried."""
+    random = np.random.default_rng(5)
+    covered = []
+    for _ in range(60):
+        optimum, cliff = 2 ** random.uniform(-0.5, 0.5), 2 ** random.uniform(-1.0, 1.0)
+        runs = []
+        for power in range(-3, 4):
+            over = math.log(2.0**power / optimum)
+            error = 0.1 * math.exp(0.1 * over**2 + 0.02 * random.normal())
+            state = "finished" if over < math.log(cliff) else "diverged"
+            runs.append(made(lr=2.0**power, val=1 - error, state=state, facts=IMAGES))
+        (best,) = bests(runs)
+        if best.lr is not None:
+            assert best.lr.low is not None
+            assert best.lr.high is not None
+            covered.append(best.lr.low < optimum * min(cliff, 1.0) < best.lr.high)
+    assert len(covered) > 50
+    assert np.mean(covered) > 0.85
+
+
 def test_a_diverged_learning_rate_ends_the_range() -> None:
     runs = [*[made(lr=lr, val=val, facts=IMAGES) for lr, val in ((1, 0.85), (2, 0.88), (4, 0.9))]]
     assert bests(runs)[0].lr is None
     (best,) = bests([*runs, made(lr=8, val=0.9, state="diverged", facts=IMAGES)])
     assert best.lr is not None
-    assert 2 < best.lr.value < 4  # the parabola leans away from the cliff
+    assert best.lr.value == pytest.approx(4)
     assert best.lr.high is not None
-    assert best.lr.high > 4  # but the interval reaches into the step before it
+    assert 4 < best.lr.high < 8  # the interval reaches into the step before the cliff
 
 
 def test_equal_learning_rates_are_flat() -> None:

@@ -82,7 +82,8 @@ def test_one_sentence_tells_it(losses: dict[int, list[float]], words: str) -> No
     assert parted(branches(losses)).words.startswith(words)
 
 
-def test_unequal_images_are_not_compared() -> None:
+def test_unequal_images_and_losses_of_0_are_not_compared() -> None:
+    assert "only losses above 0 can be compared" in parted(branches({128: [0.0] * 3, 256: [1.0] * 3})).text
     found = parted([*branches({128: [1.0]}), *branches({256: [1.1]}, images=1100.0)])
     assert found.branches == []
     assert found.words == "the branches saw 1,000 to 1,100 images; only equal numbers can be compared"

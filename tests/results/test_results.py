@@ -183,6 +183,7 @@ def test_a_surface_has_the_training_loss_at_its_centre(
         (["--points", "4"], "--points 4: must be an odd number of at least 3. Fix: --points 5"),
         (["--radius", "0"], "--samples 512 --radius 0: must be above 0"),
         (["--points", "3", "--samples", "9", "--out", "a.json"], "the numbers get this name. Fix: --out a.html"),
+        (["--out", "no/a.html"], "--out no/a.html: no is not a folder. Fix: create it"),
     ],
 )
 def test_an_impossible_surface_is_refused(

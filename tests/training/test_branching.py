@@ -17,6 +17,7 @@ from test_start_from_weights import planned
 from largebatch.config.checks import validate
 from largebatch.config.schema import CheckpointConfig
 from largebatch.errors import UserError
+from largebatch.training.branching import with_own_options
 
 # A batch is the whole training set, without augmentation: its order changes no more than rounding.
 WHOLE = (
@@ -89,6 +90,11 @@ def test_step_and_run_are_part_of_the_identity(runs: tuple[Path, Path, tuple[str
         (("start_from='@3'",), "must be RUN@STEP"),
         (("start_from=a/NAME@3",), "a path. Allowed: runs in runs_dir="),
         (("start_from=synthetic@3",), "matches 2 runs: synthetic-"),
+        (("start_from=NAME@7",), "step 7. There are: 2, 3, 5, 6. Fix: a step of its training"),
+        (
+            ("start_from=NAME@3", "optimizer.nesterov=true"),
+            "has optimizer.nesterov=false, this run optimizer.nesterov=true",
+        ),
         (("start_from=NAME@3", "optimizer=lars"), "has optimizer=tvlars, this run optimizer=lars. Fix: optimizer=tvl"),
         (("start_from=NAME@3", "model=tinycnn"), "has model=smallcnn, this run model=tinycnn"),
     ],
@@ -105,6 +111,24 @@ def test_a_start_that_cannot_be_is_refused_in_the_plan(
         planned(*WHOLE, "steps=3", *given, runs_dir=tmp_path)
     assert problem in str(error.value)
     assert str(error.value).startswith("start_from=")
+
+
+class Counting(torch.optim.SGD):
+    """Has a counter among its defaults, as Schedule-Free and Prodigy of pytorch_optimizer have."""
+
+    def __init__(self, params: list[torch.Tensor], lr: float = 0.1, **more: float) -> None:
+        super().__init__(params, lr, **more)  # type: ignore[arg-type]
+        self.defaults["weight_sum"] = 0.0
+        for group in self.param_groups:
+            group["weight_sum"] = 0.0
+
+
+def test_counters_of_an_optimizer_go_on_with_the_branch_s_own_options() -> None:
+    base, own = (Counting([torch.ones(3, requires_grad=True)], lr, momentum=lr / 4) for lr in (1, 2))
+    base.param_groups[0] |= {"weight_sum": 7.0, "step": 4}
+    own.load_state_dict(with_own_options(own, base.state_dict()))
+    found = own.param_groups[0]
+    assert (found["weight_sum"], found["step"], found["lr"], found["momentum"]) == (7.0, 4, 2, 0.5)
 
 
 def test_a_branch_needs_mode_clf_and_no_other_weights() -> None:

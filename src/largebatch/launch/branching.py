@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from largebatch.config.identity import run_name
+from largebatch.config.optimizer_libraries import structure
 from largebatch.config.schema import Config
 from largebatch.config.typed import read_frozen
 from largebatch.errors import UserError
@@ -46,13 +49,39 @@ def resolve_start(config: Config) -> None:
                 f"start_from={given}: {source.name} has {group}={theirs}, this run {group}={name}. Fix: "
                 f"{group}={theirs}, or model.weights=RUN for the weights alone"
             )
+    _check_optimizer(config, cast(dict[str, Any], OmegaConf.to_container(frozen.optimizer)), source.name)
     if not checkpoint_path(source.checkpoints, step).exists():
         steps = sorted(map(step_of, newest_first(source.checkpoints)))
         there = ", ".join(f"{one:,}" for one in steps) or "none"
+        fix = f"train it with checkpoint.keep_at=[{step}] rerun=true"
+        if not 0 < step <= source.read_status().get("steps", step):
+            fix = "a step of its training"
         raise UserError(
-            f"start_from={given}: {source.name} has no checkpoint of step {step:,}. There are: {there}. Fix: train it "
-            f"with checkpoint.keep_at=[{step}] rerun=true"
+            f"start_from={given}: {source.name} has no checkpoint of step {step:,}. There are: {there}. Fix: {fix}"
         )
+
+
+def _check_optimizer(config: Config, theirs: dict[str, Any], source: str) -> None:
+    """Check that options that make another algorithm are equal. Another algorithm has another state.
+
+    Raises:
+        UserError: if one differs.
+    """
+    ours = asdict(config.optimizer)
+    mine, other = structure(ours), structure(theirs)
+    for name in {**mine, **other}:
+        if mine.get(name) == other.get(name):
+            continue
+        key = f"optimizer.{name}" if name in ours else f"optimizer.options.{name}"
+        now, then = (_text({**(tree.get("options") or {}), **tree}.get(name)) for tree in (ours, theirs))
+        raise UserError(
+            f"start_from={config.start_from}: {source} has {key}={then}, this run {key}={now}. Fix: {key}={then}, or "
+            "model.weights=RUN for the weights alone"
+        )
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @functools.cache  # for a grid

@@ -24,8 +24,9 @@ Z = 1.6449  # standard errors on either side of an interval of this confidence
 _NEAR = math.log(2)  # the parabola takes errors up to twice the smallest error
 _FEWEST_DF = 4  # degrees of freedom; with fewer, the scatter over seeds doesn't tell the noise
 # Standard error because a parabola is only an approximation, in steps of the grid. On quadratic losses, the vertex is
-# within 0.35 steps of the true optimum. At a cliff the optimum is only known to be within a step.
-_FORM, _CLIFF = 0.25, 0.5
+# within 0.35 steps of the true optimum. Beside a cliff there is no parabola, and the optimum is anywhere within
+# a step of the best tried.
+_FORM, _CLIFF = 0.25, CONFIDENCE / Z
 
 Accuracy = Callable[[Run], float]
 
@@ -125,6 +126,8 @@ def seed_noise(cells: Iterable[Cell], accuracy: Callable[[Cell], Accuracy]) -> f
 def best_lr(cell: Cell, accuracy: Accuracy, noise: float | None) -> Best:
     """Fit a parabola to the log error over the log learning rate.
 
+    If a neighbour of the best learning rate tried has more than twice its error, the best tried is the estimate.
+
     Args:
         noise: standard deviation of a run's log error. None: that of independent held-out images.
     """
@@ -139,20 +142,20 @@ def best_lr(cell: Cell, accuracy: Accuracy, noise: float | None) -> Best:
     if best in (0, count - 1):
         direction = "lowest is best: try lower ones" if best == 0 else "highest is best: try higher ones"
         return Best(size, count, reason=f"at the edge: of the learning rates tried, the {direction}")
+    log, step = float(x[best]), float(x[best + 1] - x[best - 1]) / 2
     near = y <= y[best] + _NEAR
+    if not (near[best - 1] and near[best + 1]):
+        return Best(size, count, log, step * _CLIFF)
     first, last = _around(near, best)
-    cliff = not (near[best - 1] and near[best + 1])
-    used = slice(min(first, best - 1), max(last, best + 1) + 1)
-    errors = np.minimum(y[used], y[best] + _NEAR)  # the height of a cliff tells nothing about the optimum
+    used = slice(first, last + 1)
     deviations = np.array([_deviation(one, noise) for one in tried[used]])
-    vertex, curvature_z, deviation = _vertex(x[used] - x[best], errors, deviations)
+    vertex, curvature_z, deviation = _vertex(x[used] - log, y[used], deviations)
     if curvature_z < Z:
         return Best(size, count, reason="flat: the parabola's curvature is within its error")
-    log = float(x[best]) + vertex
+    log += vertex
     if not x[0] <= log <= x[-1]:
         return Best(size, count, reason="at the edge: the parabola's minimum is outside of the learning rates tried")
-    step = float(x[best + 1] - x[best - 1]) / 2
-    return Best(size, count, log, math.hypot(deviation, step * (_CLIFF if cliff else _FORM)))
+    return Best(size, count, log, math.hypot(deviation, step * _FORM))
 
 
 def _vertex(x: np.ndarray, y: np.ndarray, deviations: np.ndarray) -> tuple[float, float, float]:

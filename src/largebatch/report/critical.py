@@ -27,7 +27,7 @@ from largebatch.report.lr_laws import FEWEST_BATCHES, Fit, Law, fit_law
 from largebatch.report.noise import measured_noise
 from largebatch.report.parting import Parting, parting
 from largebatch.report.targets import Reached, Target, TimeToTarget, time_to_target
-from largebatch.report.wording import plural, row_label, title
+from largebatch.report.wording import plural, row_label, three_digits, title
 from largebatch.runs.table import plain_table
 
 # Relative standard deviation of the steps of a seed, without enough seeds to measure it.
@@ -43,7 +43,7 @@ class Time(NamedTuple):
 
     Attributes:
         steps: median over seeds, halfway between the evaluation that reaches the target and the evaluation before. None
-            if the median seed never reaches it.
+            if the median seed never reaches it, 0 if it meets it before its first step.
         deviation: relative standard error.
         seeds: ``"2 of 3 seeds"``.
     """
@@ -131,6 +131,8 @@ def _time(batch_size: int, result: Reached, scatter: float) -> Time:
     steps = result.median.steps if result.median else math.inf
     if math.isinf(steps):
         return Time(batch_size, None, 0.0, seeds)
+    if not steps:
+        return Time(batch_size, 0.0, 0.0, seeds)
     before = statistics.median(result.before)
     middle = (steps + before) / 2
     # The target is reached anywhere between two evaluations.
@@ -143,6 +145,8 @@ def _hyperbola(row: RowKey, times: list[Time], noise: Estimate | None) -> Critic
     known = [time for time in times if time.steps]
     if len(known) < FEWEST_BATCHES:
         words = f"{plural(len(known), 'batch size')} reached the target; the hyperbola needs {FEWEST_BATCHES}"
+        if any(time.steps == 0 for time in times):
+            words = "runs meet the target before their first step; the hyperbola needs a harder target"
         return Critical(row, times, None, None, None, None, noise, words)
     b = np.log([float(time.batch_size) for time in known])
     y = np.log([float(time.steps or 0) for time in known])
@@ -158,10 +162,14 @@ def _words(fit: Fit, batches: Sequence[int]) -> str:
     limits = fit.parameter
     if limits is None or (limits.low is None and limits.high is None):
         return "the steps don't determine the critical batch size"
-    if limits.low is None:
-        return f"more devices help at none of the batch sizes tried; the critical one is {limits.text}"
-    if limits.high is None:
-        return f"more devices help at all batch sizes tried; the critical one is {limits.text}"
+    if limits.low is None and limits.high is not None:
+        if limits.high <= batches[0]:
+            return f"more devices help at none of the batch sizes tried; the critical one is {limits.text}"
+        return f"beyond a batch size of {three_digits(limits.high)} at the latest, more devices help little"
+    if limits.high is None and limits.low is not None:
+        if limits.low >= batches[-1]:
+            return f"more devices help at all batch sizes tried; the critical one is {limits.text}"
+        return f"more devices help at least up to a batch size of {three_digits(limits.low)}"
     outside = "" if batches[0] <= limits.value <= batches[-1] else ", which is outside of the batch sizes tried"
     return (
         f"beyond a batch size of {limits.text}{outside}, more devices help little: "
@@ -173,7 +181,7 @@ def _text(found: Critical) -> str:
     lines = []
     for time in found.times:
         numbers = ["-", "-", "-"]
-        if time.steps:
+        if time.steps is not None:
             numbers = [f"{time.steps:,.0f}", f"{time.steps * time.batch_size:,.0f}", f"{time.deviation:.0%}"]
         lines.append([f"{time.batch_size:,}", *numbers, time.seeds])
     parts = [row_label(found.row), plain_table(["batch", "steps", "images", "error", "reached"], lines)]

@@ -20,6 +20,8 @@ from largebatch.report.noise import measured_noise
 from largebatch.report.wording import plural, row_label, title
 from largebatch.runs.table import plain_table
 
+_LARGEST = 2**53
+
 
 class RowFit(NamedTuple):
     """Laws fitted to a row of a comparison.
@@ -52,8 +54,8 @@ def fit_lr(
     Raises:
         UserError: for an invalid option, folder or key, or if no run has finished.
     """
-    if batch is not None and batch < 1:
-        raise UserError(f"--batch={batch}: not a batch size. Allowed: 1 and more")
+    if batch is not None and not 1 <= batch <= _LARGEST:
+        raise UserError(f"--batch={batch}: not a batch size. Allowed: 1 to {_LARGEST}")
     if epochs is not None and not 0 < epochs < math.inf:
         raise UserError(f"--epochs={epochs:g}: not a length of training. Allowed: numbers above 0")
     runs, problems = load_runs(runs_dir)
@@ -77,13 +79,20 @@ def _fits(
     for row in comparison.rows:
         cells = comparison.row(row)
         bests = [best_lr(cell, accuracy(cell), seeds) for cell in cells]
+        if epochs is not None:
+            none = f"no run was evaluated up to epoch {epochs:g}"
+            bests = [
+                best if any(map(accuracy(cell), cell.reported)) else Best(cell.batch_size, 0, reason=none)
+                for best, cell in zip(bests, cells, strict=True)
+            ]
         if epochs is not None and row.schedule != "constant":
             reason = f"--epochs={epochs:g} needs a constant learning rate; a shorter {row.schedule} is another training"
             bests = [Best(cell.batch_size, 0, reason=reason) for cell in cells]
         known = [best.batch_size for best in bests if best.log is not None]
         next_batch = batch or 2 * max(known or [cell.batch_size for cell in cells])
         noise = measured_noise(cells, problems)
-        fits = fit_laws(bests, next_batch, (*LAWS, *([surge_with(noise.value)] if noise else [])))
+        # Without an upper limit, the estimate is far too low.
+        fits = fit_laws(bests, next_batch, (*LAWS, *([surge_with(noise.value)] if noise and noise.high else [])))
         few = f"best learning rates at {plural(len(known), 'batch size')}; a choice of laws needs {FEWEST_BATCHES}"
         choice = choose(fits) if fits else Choice(None, 0.0, None, few)
         found.append(RowFit(row, bests, next_batch, fits, choice, noise))
@@ -93,12 +102,17 @@ def _fits(
 def _accuracy_after(
     epochs: float, comparisons: Sequence[Comparison], problems: list[Problem]
 ) -> Callable[[Cell], Accuracy]:
-    """Return, for a cell, the function of a run's best accuracy up to this epoch; 0 if the run diverged before."""
+    """Return, for a cell, the function of a run's best accuracy up to this epoch; 0 if the run diverged before.
+
+    An evaluation belongs to an epoch if its step is the first to complete it. A large batch ends a part of an epoch
+    later.
+    """
     by_run: dict[tuple[str, str], float] = {}
     for run in (run for one in comparisons for run in one.runs if run.done):
         rows = read_history(run, problems)
         for metric in ("val/accuracy", "test/accuracy"):
-            reached = [value for value, at in points_of(rows, metric).values() if at.epochs <= epochs + 1e-6]
+            points = points_of(rows, metric).values()
+            reached = [value for value, at in points if at.epochs * (1 - 1 / max(at.steps, 1)) < epochs - 1e-6]
             if reached:
                 by_run[run.name, metric] = max(reached)
     if not by_run:

@@ -77,6 +77,8 @@ def parting(cells: Sequence[Cell]) -> Parting | None:
         words = f"the branches saw {min(images):,.0f} to {max(images):,.0f} images; only equal numbers can be compared"
         return Parting(metric, [], words)
     losses = [{run.seed: run.metric(metric) or 0.0 for run in finished(cell.reported)} for cell in cells]
+    if not all(all(of_cell.values()) for of_cell in losses):
+        return Parting(metric, [], "a branch has no loss, or a loss of 0; only losses above 0 can be compared")
     branches: list[Branches] = []
     lowest = 0  # the batch size with the lowest loss so far
     for at, (cell, of_cell) in enumerate(zip(cells, losses, strict=True)):

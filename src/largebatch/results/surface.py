@@ -64,6 +64,18 @@ def surface(
     }
 
 
+def check_out(out: Path) -> None:
+    """Check the file of the picture before the long work.
+
+    Raises:
+        UserError: its folder is missing, or it is the file of the numbers.
+    """
+    if out.suffix == ".json":
+        raise UserError(f"--out {out}: the numbers get this name. Fix: --out {out.with_suffix('.html')}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is not a folder. Fix: create it")
+
+
 def write_surface(found: dict[str, Any], out: Path | None) -> list[Path]:
     """Write the picture as HTML, and the numbers beside it with the ending ``.json``. Return both files.
 
@@ -73,8 +85,6 @@ def write_surface(found: dict[str, Any], out: Path | None) -> list[Path]:
     import plotly.graph_objects as go
 
     out = out or Path(f"{found['run']}-surface.html")
-    if out.suffix == ".json":
-        raise UserError(f"--out {out}: the numbers get this name. Fix: --out {out.with_suffix('.html')}")
     at, rows = found["at"], found["loss"]
     title = f"{found['run']}, step {found['step']:,}: loss over {found['images']:,} training images"
     if len(rows) > 1:

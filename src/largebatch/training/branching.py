@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
+import torch
+
 from largebatch.errors import UserError
 from largebatch.runs.folder import RunFolder, checkpoint_path
 from largebatch.training.checkpoint import DamagedError, load_checkpoint
@@ -25,25 +30,21 @@ def branch(run: Run, training: Training) -> None:
         saved, trailer = load_checkpoint(path, run.device)
     except (OSError, DamagedError) as error:
         problem = f"{path} {error}" if isinstance(error, DamagedError) else f"{path}: {error.strerror}"
-        raise UserError(f"start_from={start}: {problem}. Fix: run {name} again with rerun=true") from error
+        fix = f"run {name} again with checkpoint.keep_at=[{step}] rerun=true"
+        raise UserError(f"start_from={start}: {problem}. Fix: {fix}") from error
     if trailer["run"] != name.rpartition("-")[2]:
-        raise UserError(f"start_from={start}: {path} belongs to another run ({trailer['run']})")
+        raise UserError(
+            f"start_from={start}: {path} belongs to another run ({trailer['run']}). Fix: give run folders their own "
+            "names again"
+        )
     if difference := run.data.content.difference(saved["data"]):
         raise UserError(
             f"start_from={start}: began with another data set. Now: {difference}. Fix: restore the data set"
         )
     optimizer = training.optimizer
-    # Options are the run's own. Some libraries' groups have counters too.
-    options = {*optimizer.defaults, "params", "initial_lr"}
     try:
-        groups = [
-            {**theirs, **{key: value for key, value in own.items() if key in options or key not in theirs}}
-            for theirs, own in zip(
-                saved["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"], strict=True
-            )
-        ]
         training.model.load_state_dict(saved["model"])
-        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+        optimizer.load_state_dict(with_own_options(optimizer, saved["optimizer"]))
         if training.averaged:
             training.averaged.model.load_state_dict(saved.get("averaged", saved["model"]))
     except (RuntimeError, ValueError, KeyError) as error:
@@ -53,3 +54,19 @@ def branch(run: Run, training: Training) -> None:
             "in that run's config.yaml"
         ) from error
     training.loss_scale.load(saved["loss_scale"])
+
+
+def with_own_options(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved state of an optimizer with the present options of ``optimizer``, such as learning rates.
+
+    Options are the arguments of its class and of the base classes. All else in a group is state, such as a counter.
+    """
+    options = {"initial_lr"}
+    for kind in type(optimizer).__mro__:
+        options |= inspect.signature(vars(kind).get("__init__", object.__init__)).parameters.keys()
+    pairs = zip(saved["param_groups"], optimizer.state_dict()["param_groups"], strict=False)  # torch names a difference
+    groups = [
+        {**theirs, **{key: value for key, value in own.items() if key in options or key not in theirs}}
+        for theirs, own in pairs
+    ]
+    return {"state": saved["state"], "param_groups": groups}
