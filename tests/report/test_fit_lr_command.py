@@ -97,6 +97,8 @@ def test_a_shorter_training_has_its_own_law(runs_dir: Path) -> None:
     row = row_of(command(runs_dir, "--json", "--epochs", "4"))
     laws = {law["law"]: law for law in row["laws"]}
     assert laws["surge"]["parameter"]["value"] == pytest.approx(250, rel=0.1)
+    assert row["noise_scale"] == {"value": 250, "low": 200, "high": 300}
+    assert row["chosen"] == "surge_measured"
 
 
 def test_without_an_upper_limit_the_measured_noise_scale_makes_no_law(runs_dir: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _fits(
             bests = [Best(cell.batch_size, 0, reason=reason) for cell in cells]
         known = [best.batch_size for best in bests if best.log is not None]
         next_batch = batch or 2 * max(known or [cell.batch_size for cell in cells])
-        noise = measured_noise(cells, problems)
+        noise = measured_noise(cells, problems, epochs)
         # Without an upper limit, the estimate is far too low.
         fits = fit_laws(bests, next_batch, (*LAWS, *([surge_with(noise.value)] if noise and noise.high else [])))
         few = f"best learning rates at {plural(len(known), 'batch size')}; a choice of laws needs {FEWEST_BATCHES}"

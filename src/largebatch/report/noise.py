@@ -11,15 +11,21 @@ from largebatch.report.cells import Cell
 from largebatch.report.load import Problem, number, read_history
 
 
-def measured_noise(cells: Iterable[Cell], problems: list[Problem]) -> Estimate | None:
+def measured_noise(cells: Iterable[Cell], problems: list[Problem], epochs: float | None = None) -> Estimate | None:
     """Return the median noise scale in images, over the second half of the reported runs' training.
 
     The limits are medians too; the upper limit is None if most rows have none. None: no run has measured it.
+
+    Args:
+        epochs: end of a shorter training. None: the whole training.
     """
     rows = []
     for run in (run for cell in cells for run in cell.reported if run.state == "finished"):
         history = read_history(run, problems)
-        rows += [row for row in history if number(row.get("noise/scale")) and row["step"] > history[-1]["step"] / 2]
+        end = epochs or max((row["epoch"] for row in history), default=0.0)
+        for row in history:  # also the step that completes the last epoch
+            if number(row.get("noise/scale")) and end / 2 < row["epoch"] < end + row["epoch"] / row["step"]:
+                rows.append(row)
     if not rows:
         return None
     low, high = (
