@@ -70,7 +70,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
         try:
             phase.update(session.recorder)
-        except torch.linalg.LinAlgError:  # of an optimizer that decomposes products of gradients, such as Shampoo
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # Shampoo decomposes products of gradients
             if not _overflows(training.optimizer):
                 raise
             diverged = overflowed = True
