@@ -176,11 +176,15 @@ def test_what_cannot_be_is_refused(overrides: tuple[str, ...], problem: str) -> 
 
 
 def test_sizes_that_processes_cannot_share_are_refused() -> None:
-    config = configuration(
-        "batch_size=256", "batch_schedule.shape=steps", "batch_schedule.sizes=[33]", "batch_schedule.at=[0.5]"
-    )
-    with pytest.raises(UserError, match=r"batch_schedule: a batch of 33 images can't be divided over 2 process\(es\)"):
+    steps = ("batch_size=256", "batch_schedule.shape=steps", "batch_schedule.at=[0.5]")
+    config = configuration(*steps, "batch_schedule.sizes=[33]")
+    message = r"batch_schedule: a batch of 33 images can't be divided over 2 process\(es\).*multiples of 2$"
+    with pytest.raises(UserError, match=message):
         plan_training(config, 2)
+    unequal = (*steps, "batch_schedule.sizes=[24,40]", "batch_schedule.at=[0.3,0.5]")  # 8 divides all sizes
+    with pytest.raises(UserError, match=r"batch of 40 .* micro-batches of 12. Fix: micro_batch=4$"):
+        plan_training(configuration(*unequal), 2)
+    assert plan_training(configuration(*unequal, "micro_batch=4"), 2).micro_batch == 4
 
 
 def test_batch_norm_is_over_as_many_images_at_every_size() -> None:
@@ -190,7 +194,7 @@ def test_batch_norm_is_over_as_many_images_at_every_size() -> None:
         assert plan_training(config, processes).group == config.batch_norm_size == size
         assert plan_training(config, processes).group == size  # again, by the worker
     config = configuration(*growing, "batch_norm_size=64")  # more than the first batch
-    with pytest.raises(UserError, match=r"batch_schedule: a batch of 16 images can't be divided"):
+    with pytest.raises(UserError, match=r"a batch of 16 images can't be divided .* Fix: batch_norm_size=16$"):
         plan_training(config, 1)
 
 

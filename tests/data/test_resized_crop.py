@@ -1,5 +1,7 @@
 """Random resized crops and the crops of evaluations, compared with torchvision on PIL images."""
 
+from random import Random
+
 import pytest
 import torch
 from datafiles import make_imagefolder
@@ -11,6 +13,7 @@ from largebatch.config.augmentation import ResizedCropConfig
 from largebatch.config.datasets import DatasetConfig, ImageFolder
 from largebatch.data import BatchLoader, augment, load_data
 from largebatch.data.draws import draw_resized_crop
+from largebatch.data.file_crops import random_box
 
 TORCH = pytest.param(augment.augmented_torch, id="torch")
 
@@ -63,6 +66,15 @@ def test_crops_have_torchvisions_distribution(scale, ratio):
     ours = drawn(20_000, side, scale=scale, ratio=ratio).whole[:, :4].double()
     torch.testing.assert_close(ours.mean(0), theirs.mean(0), rtol=0, atol=0.02 * side)
     torch.testing.assert_close(ours.std(0), theirs.std(0), rtol=0.08, atol=0.05)
+
+
+@pytest.mark.parametrize("ratio", [[20, 50], [1 / 50, 1 / 20]])
+def test_a_crop_of_a_ratio_that_no_pixels_have_is_one_pixel_thin(ratio):
+    """torchvision then fails, because its crop is empty."""
+    height, width = drawn(50, 8, scale=[0.5, 1], ratio=ratio).whole[:, 2:4].unbind(1)
+    assert {(int(h), int(w)) for h, w in zip(height, width, strict=True)} == {(1, 8) if ratio[0] > 1 else (8, 1)}
+    left, top, right, bottom = random_box(Random(0), 8, 8, (0.5, 1.0), tuple(ratio))
+    assert (bottom - top, right - left) == ((1, 8) if ratio[0] > 1 else (8, 1))
 
 
 @pytest.fixture(scope="module")

@@ -242,6 +242,25 @@ def test_the_memory_format_changes_only_rounding(build):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("build", [Muon, AdaMuon])
+def test_any_strides_of_parameters_and_gradients_take_the_same_step(build):
+    """A 3-D convolution in channels last, a permuted 2-D one, and a matrix of no elements."""
+    torch.manual_seed(0)
+    volumes = torch.randn(8, 4, 2, 2, 3).to(memory_format=torch.channels_last_3d)
+    given = [volumes, torch.randn(3, 3, 6, 12).permute(3, 2, 0, 1), torch.randn(0, 5)]
+    odd = [torch.nn.Parameter(one.clone()) for one in given]
+    plain_ones = [torch.nn.Parameter(one.clone(memory_format=torch.contiguous_format)) for one in given]
+    for parameters in (odd, plain_ones):
+        optimizer = build(parameters, lr=0.01)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = (parameter.detach() + 0.1) ** 2
+            optimizer.step()
+    assert not odd[1].is_contiguous()
+    for one, other in zip(odd, plain_ones, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_parameters_without_a_gradient_stay_and_gradients_stay():
     model = network()
     optimizer = Muon(groups(model), lr=0.1)

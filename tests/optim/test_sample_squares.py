@@ -8,7 +8,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from largebatch.optim import SampleSquares, group_norms
+from largebatch.optim import SampleNorms, SampleSquares, group_norms
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +70,18 @@ def test_a_step_that_is_run_again_counts_once():
 def test_means_without_a_backward_pass_raises():
     with pytest.raises(RuntimeError, match="no backward pass since"):
         SampleSquares(nn.Linear(2, 2)).means()
+
+
+@pytest.mark.parametrize("kind", [SampleNorms, SampleSquares])
+def test_an_empty_batch_adds_nothing(kind):
+    """One process may have no samples of a step."""
+    model, images = small_cnn(), cnn_images()
+    measured = kind(model, 2)
+    loss_of(model, images).backward()
+    model(images[:0]).sum().backward()
+    found = list(measured.means().values())
+    loss_of(model, images).backward()
+    torch.testing.assert_close(found, list(measured.means().values()))
 
 
 def one_rank(rank, folder):

@@ -30,6 +30,13 @@ def test_checkpoints_and_summary_of_a_diverged_run_are_finite(
         assert bool(saved["unlogged"]["totals"].isfinite().all())
 
 
+def test_an_optimizer_that_cannot_decompose_an_infinite_gradient_diverges(tmp_path: Path, process: Programs) -> None:
+    run = process.train(tmp_path, *DIVERGES, "optimizer=shampoo")
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("diverged", 2)
+    assert status["message"] == "the loss was not finite at step 2"
+
+
 def test_a_checkpoint_after_the_divergence_does_not_replace_finite_checkpoints(
     tmp_path: Path, process: Programs
 ) -> None:

@@ -101,3 +101,14 @@ def test_two_processes_train_a_kept_batch_with_batch_norm_as_one(tmp_path: Path,
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
     losses = [[row["train/loss"] for row in timeless(run) if "train/loss" in row] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_measure_the_samples_of_a_kept_batch_as_one(tmp_path: Path, process: Programs) -> None:
+    """The last 32 images are one micro-batch, so one of the two processes has none."""
+    command = (
+        *TINY, "dataset.train_size=96", "batch_size=64", "dataset.last_batch=keep", "steps=3", "optimizer=vrlamb",
+        "optimizer.sample_size=4", "optimizer.lr=0.05", "cluster.threads=1",
+    )  # fmt: skip
+    one, two = (parameters(process.train(tmp_path / n, *command, f"cluster.processes={n}")) for n in ("1", "2"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)

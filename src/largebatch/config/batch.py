@@ -129,10 +129,13 @@ def _for_growth(config: Config, processes: int) -> int | str | None:
         micro_batch = min(config.micro_batch, share) if isinstance(config.micro_batch, int) else share
     for size in (*growth.sizes, first):
         if not micro_batch or size % (micro_batch * processes):
+            common, rest = divmod(math.gcd(*growth.sizes, first, config.batch_size), processes)
+            fix = f"batch sizes that are multiples of {processes}" if rest else f"micro_batch={common}"
+            if config.batch_norm_size is not None and not rest:
+                fix = f"batch_norm_size={common * (processes if config.sync_bn else 1)}"
             raise UserError(
                 f"batch_schedule: a batch of {size} images can't be divided over {processes} process(es) of equal "
-                f"micro-batches. Fix: batch sizes that are "
-                f"multiples of {processes}, and micro_batch or batch_norm_size up to {first // processes}"
+                f"micro-batches of {micro_batch}. Fix: {fix}"
             )
     return micro_batch
 

@@ -218,7 +218,7 @@ def _crop_sizes(
     """
     whole_ratio = min(max(1.0, ratios[0]), ratios[1])
     sizes = np.empty((2, n))
-    sizes[0], sizes[1] = round(side / max(whole_ratio, 1.0)), round(side * min(whole_ratio, 1.0))
+    sizes[0], sizes[1] = max(round(side / max(whole_ratio, 1.0)), 1), max(round(side * min(whole_ratio, 1.0)), 1)
     log_ratio = math.log(ratios[0]), math.log(ratios[1])
     left = np.arange(n)  # images without a crop that fits
     for _ in range(_TRIES):

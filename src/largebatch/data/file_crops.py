@@ -115,9 +115,9 @@ def random_box(random: Random, width: int, height: int, scale: tuple[float, floa
             return left, top, left + w, top + h
     w, h = width, height
     if width / height < ratio[0]:
-        h = round(width / ratio[0])
+        h = max(round(width / ratio[0]), 1)
     elif width / height > ratio[1]:
-        w = round(height * ratio[1])
+        w = max(round(height * ratio[1]), 1)
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 

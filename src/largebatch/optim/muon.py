@@ -98,7 +98,7 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
             chosen = [is_orthogonalised(parameter, group) for parameter in parameters]
             self._step_matrices(group, only(parameters, chosen))
             others = only(parameters, [not yes for yes in chosen])
@@ -117,6 +117,7 @@ class Muon(Optimizer):
             updates = list(torch._foreach_lerp(gradients, momenta, group["momentum"]))
         else:
             updates = [momentum.clone() for momentum in momenta]
+        updates = [update if _is_channels_last(update) else update.contiguous() for update in updates]
         views = [_as_matrix(update) for update in updates]
         dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
         torch._foreach_copy_(views, orthogonalise(views, dtype))
@@ -194,6 +195,10 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
     The order of columns doesn't matter: it is also the order of the columns of the orthogonal matrix.
     """
-    if tensor.ndim == 4 and not tensor.is_contiguous():
-        tensor = tensor.permute(0, 2, 3, 1)  # channels last
-    return tensor.view(len(tensor), -1)
+    if _is_channels_last(tensor):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.flatten(1)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)

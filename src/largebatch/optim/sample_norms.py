@@ -114,6 +114,11 @@ class SampleNorms:
         sums /= scale
         return dict(zip(self._layers, sums.unbind(), strict=True))
 
+    def without_samples(self) -> None:
+        """Count a backward pass of another process, where this process has no samples, so that ``means`` is allowed."""
+        if self._sums is None:
+            self._sums = self._zeros()
+
     def forget(self) -> None:
         """Reset the sums since the last call of ``means``, because the step is run again."""
         self._sums = None
@@ -124,9 +129,12 @@ class SampleNorms:
             handle.remove()
         self._handles.clear()
 
+    def _zeros(self) -> Tensor:
+        return torch.zeros(len(self._layers), device=self._layers[0].device)
+
     def _add(self, layer: Tensor, norm: Tensor) -> None:
         if self._sums is None:
-            self._sums = torch.zeros(len(self._layers), device=norm.device)
+            self._sums = self._zeros()
         self._sums[self._places[layer]] += norm
 
     # -- method "passes"
@@ -165,6 +173,9 @@ class SampleNorms:
         ):  # one sample, without a dimension of samples
             inputs, gradient = inputs[None], gradient[None]
         self._check_backward(module, name, len(inputs))
+        if len(inputs) == 0:
+            self.without_samples()
+            return
         with torch.autocast(inputs.device.type, enabled=False):
             self._measure(module, inputs, gradient)
 

@@ -77,11 +77,16 @@ class SampleSquares(SampleNorms):
         super().forget()
         self._counts = [0] * len(self._layers)
 
+    def _zeros(self) -> Tensor:
+        """Return one tensor, so that ``means`` is one all-reduce. The last number is that of groups."""
+        dtype = torch.promote_types(self._layers[0].dtype, torch.float32)
+        numbers = sum(layer.numel() for layer in self._layers) + 1
+        return torch.zeros(numbers, device=self._layers[0].device, dtype=dtype)
+
     def _add_squares(self, layer: Tensor, squares: Tensor, groups: int) -> None:
         place = self._places[layer]
-        if self._sums is None:  # one tensor, so that means() is one all-reduce; the last number is that of groups
-            numbers = sum(layer.numel() for layer in self._layers) + 1
-            self._sums = torch.zeros(numbers, device=squares.device, dtype=squares.dtype)
+        if self._sums is None:
+            self._sums = self._zeros()
         start = sum(layer.numel() for layer in self._layers[:place])
         self._sums[start : start + layer.numel()] += squares.flatten()
         self._counts[place] += groups

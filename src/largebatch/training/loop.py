@@ -47,7 +47,7 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
     training, profile, clock = phase.training, phase.profile, session.clock
     batches = phase.batches()
     first_bad_step = torch.full((), math.inf, device=phase.run.device)  # first step with a NaN or infinite loss
-    diverged, first_step = False, training.step + 1
+    diverged, overflowed, first_step = False, False, training.step + 1
     if training.early_stopping.stops:  # it was killed between the last checkpoint and its outcome
         phase.end = training.step
 
@@ -68,7 +68,12 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             batches = phase.batches()
             continue
         first_bad_step.clamp_(max=torch.where(finite, math.inf, float(step)))
-        phase.update(session.recorder)
+        try:
+            phase.update(session.recorder)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # Shampoo decomposes products of gradients
+            if not _overflows(training.optimizer):
+                raise
+            diverged = overflowed = True
         clock.step(phase.epochs.size(step - phase.start - 1))
         if phase.grew:
             batches = phase.batches()
@@ -77,15 +82,15 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
         mean: list[Row] = []
         each: list[Row] = []  # instead of the mean if the run diverges
         evaluated: list[Row] = []
-        if phase.logs_after(step):
+        if diverged or phase.logs_after(step):
             with profile.phase("logging"):
                 mean, each = phase.train_rows()
                 mean[0]["wall_seconds"] = clock.elapsed()
                 # The first steps wait for the device and for their rows: measure the speed over several steps.
                 if step > first_step and (step % phase.run.config.tracker.log_every == 0 or step == phase.end):
                     mean[0] |= clock.speed()
-                diverged = not math.isfinite(mean[0]["train/loss"]) or training.loss_scale.vanished
-                if diverged:
+                if not math.isfinite(mean[0]["train/loss"]) or training.loss_scale.vanished:
+                    diverged = True
                     first_bad_step.clamp_(max=step)
         for line in profile.after_step(step == phase.end):
             session.console.say(line)
@@ -123,10 +128,17 @@ def loop(phase: MainPhase, session: Session) -> tuple[str, str]:
             return "diverged", f"the gradient was not finite at step {training.step}, at any loss scale"
         bad_step = distributed.smallest_over_processes(first_bad_step)
         if math.isinf(bad_step):  # for example weights that only meet padding
-            return "diverged", f"parameters were not finite at step {training.step}"
+            what = "squares of the gradient" if overflowed else "parameters"
+            return "diverged", f"{what} were not finite at step {training.step}"
         return "diverged", f"the loss was not finite at step {bad_step:.0f}"
     phase.close()
     return "finished", training.early_stopping.reason if training.step < phase.total_steps else ""
+
+
+def _overflows(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if squares of the gradient aren't finite; the same in all processes, which have equal gradients."""
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    return not all(bool(one.square().sum().isfinite()) for one in gradients if one is not None)
 
 
 def _is_best(phase: MainPhase, metrics: dict[str, float]) -> bool:

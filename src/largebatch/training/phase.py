@@ -158,6 +158,8 @@ class MainPhase:
         finite = torch.ones((), dtype=torch.bool, device=run.device)
         passes = len(run.batch.pieces(run.rank, self._images))
         training.statistics.begin(run.batch.groups(self._images))
+        if not passes and training.norms is not None:
+            training.norms.without_samples()
         noise, alone = training.noise, run.batch.micro_batch == run.batch.global_batch
         if noise is not None:
             noise.begin(active=not alone and not self._uneven and (run.config.instruments.noise_scale or self._tests))

@@ -104,7 +104,12 @@ def set_up(
         if averaged is not None:
             raise UserError(config.optimizer.two_averages(config))
         averaged = ScheduleFreeWeights(model, optimizer)
-    norms = None
+    run = Run(config, folder, rank, processes, device, data, batch, epochs, steps, arithmetic)
+    replica = passed
+    if not run.averages_afterwards:
+        example = torch.zeros(2 * config.mode.views, *data.image, device=device)
+        replica = distributed.replicate(replica, example)
+    norms = None  # attached after the example's backward pass, which would count as samples
     if isinstance(optimizer, MeasuredOptimizer):
         norms = optimizer.MEASURE(model, config.optimizer.samples_together, parameters=optimizer.layers)
         groups = f"{norms.sample_size} sample{'s' * (norms.sample_size > 1)} at a time"
@@ -123,6 +128,7 @@ def set_up(
                     f"Fix: batch_schedule.small_batch={norms.sample_size}"
                 )
             batch = replace(batch, micro_batch=norms.sample_size)
+            run = replace(run, batch=batch)
             if layers and batch.group != config.batch_norm_size:
                 raise UserError(
                     f"batch_norm_size={config.batch_norm_size}: optimizer={config.optimizer.name} measures "
@@ -134,11 +140,6 @@ def set_up(
     growing = epochs if config.batch_schedule.measures else None
     measured = config.instruments.noise_scale
     noise = GradientNoise(model, cosine=measured) if measured or growing else None
-    run = Run(config, folder, rank, processes, device, data, batch, epochs, steps, arithmetic)
-    replica = passed
-    if not run.averages_afterwards:
-        example = torch.zeros(2 * config.mode.views, *data.image, device=device)
-        replica = distributed.replicate(replica, example)
     network = compiled(run, replica, model, norms is not None, console.say)
     why_not = why_no_graphs(run, norms is not None)
     if why_not and device.type == "cuda":
