@@ -15,14 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, Launch, environment, start
-from hydra.core.config_store import ConfigStore
 from in_terminal import Shown, in_terminal
-from omegaconf import OmegaConf
 from programs import Programs
 from runs import finish, is_alive, parameters, timeless, worker_pid
 
-from largebatch.config.typed import defaults
-from largebatch.launch.composition import compose_grid
+from largebatch.launch.composition import compose_grid, store_defaults
 from largebatch.launch.devices import worker_environment
 from largebatch.launch.grid import noted_signals, runs_at_a_time
 from largebatch.launch.plan import PlannedRun, make_plan
@@ -205,7 +202,7 @@ def test_a_run_of_another_launcher_is_left_alone(tmp_path: Path, process: Progra
 
 
 def planned(*overrides: str) -> list[PlannedRun]:
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
+    store_defaults()
     return make_plan(compose_grid([*TINY, *overrides], ROOT / "conf"))
 
 
