@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from largebatch import native
 from largebatch.config.schema import Config
 from largebatch.config.typed import from_composed
 from largebatch.launch import devices
@@ -56,6 +57,21 @@ def four_gpus(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     devices._gpus_of_the_machine.cache_clear()
     yield
     devices._gpus_of_the_machine.cache_clear()
+
+
+@pytest.fixture(params=["there is no C++ compiler", "failed: broken: no such thing"])
+def compiler_fault(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take away or break the C++ compiler, with an empty cache. Return the reason that the program must give."""
+    (tmp_path / "broken").write_text("#!/bin/sh\necho 'broken: no such thing' >&2\nexit 1\n")
+    (tmp_path / "broken").chmod(0o755)
+    missing = "no C++" in request.param
+    monkeypatch.setenv("CXX", "" if missing else str(tmp_path / "broken"))
+    if missing:
+        monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("LARGEBATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
+    monkeypatch.setattr(native, "private_folder", functools.cache(native.private_folder.__wrapped__))
+    return str(request.param)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
