@@ -190,6 +190,9 @@ def test_a_run_of_another_launcher_is_left_alone(tmp_path: Path, process: Progra
         assert result.code == 0, result.stderr
         assert f"error: [1/2] {theirs}: pid {before['pid']} on " in result.stderr
         assert "[2/2] finished" in result.stdout
+        single = process.call("launch", *TINY, "steps=4000", "eval_every=1000", cwd=tmp_path)
+        assert single.code == 2
+        assert f"pid {before['pid']} on " in single.stderr
         assert other.poll() is None
         after = read_json(theirs / "status.json")
         assert all(after[key] == before[key] for key in ("state", "pid", "started", "queued"))
