@@ -36,8 +36,10 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
     tree: Any = None
     schema = None
     try:
-        if isinstance(composed, DictConfig) or "${" in repr(composed):  # maybe interpolations
-            tree = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
+        if not isinstance(composed, DictConfig) and "${" in repr(composed):  # maybe interpolations
+            composed = OmegaConf.create(composed)
+        if isinstance(composed, DictConfig):
+            tree = OmegaConf.to_container(composed, resolve=True)
         else:
             tree = copy.deepcopy(composed)
         for key in ("cases", "trials"):  # keys of a grid, not of a run
