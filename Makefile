@@ -30,7 +30,8 @@ headline: install ## compare six optimizers at batch 128 to 8,192: tune, confirm
 	$(BIN)/largebatch confirm runs/large_batch_steps cluster.parallel=2
 	$(BIN)/largebatch report runs/large_batch_steps --out large_batch_steps.html
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tests start hundreds of Python processes, which would compile all modules again without their compiled files.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: install ## run all tests but the slow ones, methods, faults and SLURM's, three files at a time with a thread each
 	LARGEBATCH_SLURM=skip $(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow' --ignore tests/faults --ignore tests/methods

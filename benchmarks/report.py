@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from shared import parsed, print_table
 
 from largebatch.config.identity import run_name
 from largebatch.config.schema import Config
-from largebatch.config.typed import defaults, from_composed, to_yaml
-from largebatch.launch.composition import compose_grid
+from largebatch.config.typed import from_composed, to_yaml
+from largebatch.launch.composition import compose_grid, store_defaults
 from largebatch.models.resnet import resnet
 from largebatch.runs.folder import RunFolder
 from largebatch.runs.metrics import MetricsLog, Row, read_rows, write_table
@@ -104,7 +102,7 @@ def main() -> None:
     parser.add_argument("runs", type=int, nargs="?", default=500, help="at most 640; default: 500")
     parser.add_argument("--keep", type=Path, help="write the runs here and keep them")
     options = parsed(parser, runs=2)
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
+    store_defaults()
     layers = [Layer(name, weight.ndim) for name, weight in resnet("resnet18", 10).named_parameters()]
     with tempfile.TemporaryDirectory() as temporary:
         runs_dir = (options.keep or Path(temporary)) / "runs"

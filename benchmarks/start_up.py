@@ -14,12 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from shared import parsed, print_table
 
-from largebatch.config.typed import defaults
-from largebatch.launch.composition import compose_grid
+from largebatch.launch.composition import compose_grid, store_defaults
 from largebatch.launch.local import claim
 from largebatch.launch.plan import make_plan
 
@@ -47,7 +44,7 @@ def seconds(*command: str, cwd: Path) -> float:
 
 def frozen_runs(folder: Path) -> list[Path]:
     """Return three run folders as the launcher prepares them for workers."""
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
+    store_defaults()
     plan = make_plan(compose_grid([*RUN, "seed=1,2,3", f"runs_dir={folder}"], ROOT / "conf"))
     for run in plan:
         assert claim(run) is None

@@ -43,8 +43,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the launcher does for 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 from PIL import Image
 from shared import parsed, print_table, quartiles
 from torch import Tensor
@@ -53,11 +51,11 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from largebatch.config.schema import Config
-from largebatch.config.typed import defaults, from_composed
+from largebatch.config.typed import from_composed
 from largebatch.data.augment import augmented
 from largebatch.data.draws import draw
 from largebatch.data.stream import to_device
-from largebatch.launch.composition import by_force
+from largebatch.launch.composition import by_force, store_defaults
 from largebatch.machine import distributed
 from largebatch.machine.precision import Arithmetic
 from largebatch.models.build import build_model
@@ -131,7 +129,7 @@ def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
 
 def configuration(*overrides: str) -> Config:
     """Return the configuration of ``python launch.py`` with ``overrides``, for steps on this benchmark's images."""
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
+    store_defaults()
     sizes = ["dataset=synthetic", f"dataset.train_size={IMAGES}", "dataset.test_size=2", f"dataset.image_size={SIDE}"]
     method = ["model=resnet18", "optimizer=lars", f"optimizer.lr={LR}", "tracker=none", "steps=1000000000"]
     rare = ["eval_every=1000000000", "checkpoint.every_seconds=1e9"]

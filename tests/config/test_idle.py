@@ -12,8 +12,7 @@ from conftest import ROOT, Launch, configuration
 from largebatch.config.idle import idle_options, planned_length
 from largebatch.config.lr_scaling import LrScalingConfig
 from largebatch.config.options import problems_of
-from largebatch.config.typed import from_composed
-from largebatch.launch.composition import compose_grid
+from largebatch.config.schedules import ScheduleConfig
 from largebatch.optim import LARS, TVLARS
 
 
@@ -21,28 +20,27 @@ def notes(*overrides: str, steps: int = 200, epoch: int = 10) -> list[str]:
     return idle_options(configuration(*overrides), steps, epoch)
 
 
-@pytest.mark.parametrize("lmbda", [0, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 30])
 @pytest.mark.parametrize("steps", [2, 40, 300, 5000])
 @pytest.mark.parametrize(("alpha", "delay_epochs", "gamma_min"), [(1, 0, 0), (0.1, 0, 0), (1, 10, "auto"), (3, 1, 2)])
-def test_a_note_if_phi_falls_by_less_than_half(
-    lmbda: float, steps: int, alpha: float, delay_epochs: int, gamma_min: object
-) -> None:
+def test_a_note_if_phi_falls_by_less_than_half(steps: int, alpha: float, delay_epochs: int, gamma_min: object) -> None:
     config = configuration(
-        "optimizer=tvlars", f"optimizer.lmbda={lmbda}", f"optimizer.alpha={alpha}",
-        f"optimizer.delay_epochs={delay_epochs}", f"optimizer.gamma_min={gamma_min}",
+        "optimizer=tvlars", "optimizer.lmbda=1", f"optimizer.alpha={alpha}", f"optimizer.delay_epochs={delay_epochs}",
+        f"optimizer.gamma_min={gamma_min}",
     )  # fmt: skip
     floor = 0.001 * config.batch_size / 256 if gamma_min == "auto" else float(str(gamma_min))
-    with np.errstate(over="ignore"):
-        phi = 1 / (alpha + np.exp(lmbda * (np.arange(1, steps + 1) - 10.0 * delay_epochs))) + floor
-    found = idle_options(config, steps, 10)
-    assert len(found) == (phi.min() > phi.max() / 2)
-    if found:
-        assert found[0].startswith(f"optimizer.lmbda={lmbda:g}: ")
-        assert ("TVLARS is LARS at" in found[0]) == (phi.max() < 1.2 * phi.min())
-        fix = found[0].rpartition("Fix: ")[2]
-        if fix.startswith("optimizer.lmbda_relative=10 or optimizer.lmbda="):
-            config.optimizer.lmbda = float(fix.rpartition("=")[2])  # type: ignore[attr-defined]
-            assert idle_options(config, steps, 10) == []
+    for lmbda in (0, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 30):
+        config.optimizer.lmbda = lmbda  # type: ignore[attr-defined]
+        with np.errstate(over="ignore"):
+            phi = 1 / (alpha + np.exp(lmbda * (np.arange(1, steps + 1) - 10.0 * delay_epochs))) + floor
+        found = idle_options(config, steps, 10)
+        assert len(found) == (phi.min() > phi.max() / 2)
+        if found:
+            assert found[0].startswith(f"optimizer.lmbda={lmbda:g}: ")
+            assert ("TVLARS is LARS at" in found[0]) == (phi.max() < 1.2 * phi.min())
+            fix = found[0].rpartition("Fix: ")[2]
+            if fix.startswith("optimizer.lmbda_relative=10 or optimizer.lmbda="):
+                config.optimizer.lmbda = float(fix.rpartition("=")[2])  # type: ignore[attr-defined]
+                assert idle_options(config, steps, 10) == []
 
 
 @pytest.mark.parametrize("steps", [10, 1000])
@@ -174,22 +172,6 @@ def test_a_run_without_steps_has_no_notes() -> None:
     assert notes("optimizer=tvlars", steps=0) == notes("optimizer=tvlars", steps=1) == []
 
 
-OWN_SWEEPS = sorted(
-    file.stem for file in (ROOT / "sweeps").glob("*.yaml") if "tvlars_published" not in file.read_text()
-)
-
-
-@pytest.mark.parametrize("sweep", [name for name in OWN_SWEEPS if name not in ("clf_lambda", "bt_lambda")])
-def test_phi_falls_in_every_grid_of_our_own(sweep: str) -> None:
-    """The two left out have the released program's lambdas; some are idle, and the plan notes them."""
-    jobs = compose_grid([f"sweeps={sweep}"], ROOT / "conf")
-    for tree in (job.tree for job in jobs if job.tree["optimizer"]["name"] == "tvlars"):
-        config = from_composed(tree)
-        length = planned_length(config)
-        assert length is not None
-        assert not [note for note in idle_options(config, *length) if "phi" in note]
-
-
 @pytest.mark.parametrize(
     ("overrides", "note"),
     [
@@ -221,20 +203,23 @@ def test_the_experiments_have_no_notes(experiment: str) -> None:
     assert idle_options(config, *length) == []
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "schedule"),
-    [
-        (optimizer.stem, schedule.stem)
-        for optimizer in sorted((ROOT / "conf" / "optimizer").glob("*.yaml"))
-        if optimizer.stem != "tvlars_published"
-        for schedule in sorted((ROOT / "conf" / "schedule").glob("*.yaml"))
-    ],
-)
-def test_the_presets_have_no_notes_at_the_default_size(optimizer: str, schedule: str) -> None:
-    config = configuration(f"optimizer={optimizer}", f"schedule={schedule}")
+@pytest.fixture(scope="module")
+def schedules() -> dict[str, ScheduleConfig]:
+    """Return every preset, composed with the default optimizer."""
+    names = [path.stem for path in (ROOT / "conf" / "schedule").glob("*.yaml")]
+    return {name: configuration(f"schedule={name}").schedule for name in names}
+
+
+OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "tvlars_published"])
+def test_the_presets_have_no_notes_at_the_default_size(optimizer: str, schedules: dict[str, ScheduleConfig]) -> None:
+    config = configuration(f"optimizer={optimizer}")
     length = planned_length(config)
     assert length is not None
-    assert idle_options(config, *length) == []
+    for name, config.schedule in schedules.items():
+        assert idle_options(config, *length) == [], name
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """The batched augmentation, compared with torchvision's PIL functions, and C++ compared with torch."""
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -243,38 +240,12 @@ def test_on_a_device_nothing_is_copied_from_the_host_or_read_back():
 
 # -- without a compiler
 
-TRY = """
-import torch
-from largebatch.data import augment, augment_cpu
-from largebatch.data.draws import draw
-images = torch.arange(192).to(torch.uint8).view(1, 3, 8, 8).repeat(5, 1, 1, 1)
-draws = draw(torch.Generator().manual_seed(0), 5, padding=1, flip=True, rotation=10, side=8)
-given = images, None, draws, torch.full((3,), 0.5), torch.full((3,), 0.25)
-print(torch.equal(augment.augmented(*given), augment.augmented_torch(*given)))
-print(augment_cpu.why_not())
-"""
 
-
-def test_without_a_working_compiler_torch_augments(tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho 'broken: no such thing' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    reasons = {
-        "there is no C++ compiler": {"CXX": "", "PATH": str(tmp_path / "nothing")},
-        "failed: broken: no such thing": {"CXX": str(broken)},
-    }
-    processes = {}
-    for reason, changed in reasons.items():
-        environment = {**os.environ, "LARGEBATCH_CACHE": str(tmp_path / "cache"), **changed}
-        command = [sys.executable, "-c", TRY]
-        processes[reason] = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    for reason, process in processes.items():
-        printed, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert printed.startswith("True\n")
-        assert reason in printed
+def test_without_a_working_compiler_torch_augments(compiler_fault):
+    images = torch.arange(192).to(torch.uint8).view(1, 3, 8, 8).repeat(5, 1, 1, 1)
+    given = images, None, draws_for(5, 8, padding=1, flip=True, rotation=10), *statistics(3)
+    assert torch.equal(augment.augmented(*given), augment.augmented_torch(*given))
+    assert compiler_fault in augment_cpu.why_not()
 
 
 def test_this_machine_augments_in_cpp():

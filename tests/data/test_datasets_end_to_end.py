@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Launch
 from datafiles import make_cifar10, make_cifar100, make_imagefolder, make_tinyimagenet
 from programs import Programs
-from runs import the_run
 
 SHORT = ("model=smallcnn", "batch_size=10", "steps=3", "tracker=none", "cluster.threads=1")
 
@@ -21,11 +19,9 @@ def summary(run: Path) -> dict[str, object]:
     return found
 
 
-def test_cifar10(launch: Launch, tmp_path: Path) -> None:
+def test_cifar10(tmp_path: Path, process: Programs) -> None:
     make_cifar10(tmp_path / "data")
-    result = launch("dataset=cifar10", "dataset.verify=false", *SHORT)
-    assert result.returncode == 0, result.stderr
-    run = the_run(tmp_path)
+    run = process.train(tmp_path, "dataset=cifar10", "dataset.verify=false", f"dataset.root={tmp_path}/data", *SHORT)
     assert (summary(run)["train_images"], summary(run)["test_images"]) == (100, 20)
 
 
@@ -60,15 +56,6 @@ def test_image_folder_of_grey_28x28_pngs(tmp_path: Path, process: Programs, chan
     process.train(tmp_path, "dataset=imagefolder", f"dataset.root={tmp_path}/pictures", *SHORT, *options)
 
 
-def test_a_wrong_checksum_error_names_the_file_and_the_key_to_skip_the_check(tmp_path: Path, process: Programs) -> None:
-    make_cifar10(tmp_path / "data")
-    result = process.call("launch", "dataset=cifar10", *SHORT, cwd=tmp_path)
-    assert result.code == 2
-    assert "data_batch_1" in result.stderr
-    assert "dataset.verify=false" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 def test_a_truncated_file_error_names_the_file(tmp_path: Path, process: Programs) -> None:
     batch = make_cifar10(tmp_path / "data") / "data_batch_3"
     batch.write_bytes(batch.read_bytes()[:1000])
@@ -77,11 +64,3 @@ def test_a_truncated_file_error_names_the_file(tmp_path: Path, process: Programs
     assert str(batch) in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_batch_larger_than_the_files_content_is_an_error(tmp_path: Path, process: Programs) -> None:
-    make_cifar10(tmp_path / "data")
-    result = process.call("launch", "dataset=cifar10", "dataset.verify=false", *SHORT, "batch_size=128", cwd=tmp_path)
-    assert result.code == 2
-    assert "batch_size=128" in result.stderr
-    assert "100" in result.stderr

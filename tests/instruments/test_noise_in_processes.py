@@ -1,4 +1,4 @@
-"""The noise scale in two processes, with several numbers of micro-batches, and resumed, with the real program."""
+"""The noise scale in two processes, with several numbers of micro-batches, and resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 from programs import Programs
-from runs import timeless, train_in
+from runs import timeless
 from test_gradient_noise import ON
 
 from largebatch.runs.metrics import Row
@@ -27,8 +27,8 @@ def noise(run: Path) -> Row:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("runs") / "on", *TWO, ON)
+def two_processes(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    return process.train(tmp_path_factory.mktemp("runs"), *TWO, ON)
 
 
 @pytest.fixture(scope="module")

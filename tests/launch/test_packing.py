@@ -15,14 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, Launch, environment, start
-from hydra.core.config_store import ConfigStore
 from in_terminal import Shown, in_terminal
-from omegaconf import OmegaConf
 from programs import Programs
 from runs import finish, is_alive, parameters, timeless, worker_pid
 
-from largebatch.config.typed import defaults
-from largebatch.launch.composition import compose_grid
+from largebatch.launch.composition import compose_grid, store_defaults
 from largebatch.launch.devices import worker_environment
 from largebatch.launch.grid import noted_signals, runs_at_a_time
 from largebatch.launch.plan import PlannedRun, make_plan
@@ -193,6 +190,9 @@ def test_a_run_of_another_launcher_is_left_alone(tmp_path: Path, process: Progra
         assert result.code == 0, result.stderr
         assert f"error: [1/2] {theirs}: pid {before['pid']} on " in result.stderr
         assert "[2/2] finished" in result.stdout
+        single = process.call("launch", *TINY, "steps=4000", "eval_every=1000", cwd=tmp_path)
+        assert single.code == 2
+        assert f"pid {before['pid']} on " in single.stderr
         assert other.poll() is None
         after = read_json(theirs / "status.json")
         assert all(after[key] == before[key] for key in ("state", "pid", "started", "queued"))
@@ -205,7 +205,7 @@ def test_a_run_of_another_launcher_is_left_alone(tmp_path: Path, process: Progra
 
 
 def planned(*overrides: str) -> list[PlannedRun]:
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
+    store_defaults()
     return make_plan(compose_grid([*TINY, *overrides], ROOT / "conf"))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import TINY, environment
 from programs import Programs
-from runs import train_in
 
 from largebatch.errors import UserError
 from largebatch.launch.replay import difference
@@ -20,8 +19,8 @@ from largebatch.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_in(tmp_path_factory.mktemp("replay") / "first", *TINY, "steps=6", "tracker.layers_every=2")
+def run(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    return process.train(tmp_path_factory.mktemp("replay"), *TINY, "steps=6", "tracker.layers_every=2")
 
 
 def replay(run: Path) -> subprocess.CompletedProcess[str]:

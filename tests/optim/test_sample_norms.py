@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import distributed as dist
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from two_processes import in_two_processes
 
 from largebatch.optim import group_norms
 from largebatch.optim.sample_norms import SampleNorms
@@ -487,7 +487,7 @@ def one_rank(rank, folder):
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    in_two_processes(one_rank, tmp_path)
     torch.manual_seed(0)
     model, inputs = small_cnn(), cnn_images()
     expected = [mean.item() for mean in collected(model, inputs, 2).values()]

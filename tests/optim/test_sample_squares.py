@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from test_sample_norms import LAYERS, N, cnn_images, loss_of, small_cnn
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import in_two_processes
 
 from largebatch.optim import SampleNorms, SampleSquares, group_norms
 
@@ -104,7 +104,7 @@ def one_rank(rank, folder):
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    in_two_processes(one_rank, tmp_path)
     torch.manual_seed(0)
     model, inputs = small_cnn(), cnn_images()
     expected = reference(model, inputs, 2, [p for p in model.parameters() if p.ndim > 1])

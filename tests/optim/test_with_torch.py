@@ -6,9 +6,20 @@ import pickle
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch._dynamo.utils import counters
-from two_processes import CASES, KINDS, PROCESSES, Run, batch, close, loss_of, run_cases, same_weights, small_model
+from two_processes import (
+    CASES,
+    KINDS,
+    PROCESSES,
+    Run,
+    batch,
+    close,
+    in_two_processes,
+    loss_of,
+    run_cases,
+    same_weights,
+    small_model,
+)
 
 from largebatch.optim import LARS, fused_cpu
 
@@ -419,7 +430,7 @@ def test_cuda_graph_of_the_whole_training_step(kind):
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
-    mp.spawn(run_cases, (str(folder),), nprocs=PROCESSES)
+    in_two_processes(run_cases, folder)
     return folder
 
 

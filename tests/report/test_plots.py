@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,17 @@ import pytest
 from conftest import ROOT, environment
 from made_runs import write_run
 
+from largebatch import cli
+
 PLOTS = ROOT / "docs" / "plots"
 
 
-def draw(script: str, target: Path) -> str:
-    command = [sys.executable, str(PLOTS / script), str(target)]
-    subprocess.run(command, env=environment(), check=True, timeout=120)
-    return target.read_text(encoding="utf-8")
+def draw(script: str, *arguments: str | Path) -> str:
+    """Call a script in this process. Return the text of its file, the last argument."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(PLOTS / script), run_name="__main__")
+    return Path(arguments[-1]).read_text(encoding="utf-8")
 
 
 def curves(svg: str) -> dict[str, np.ndarray]:
@@ -46,7 +51,10 @@ def test_phi_script_reproduces_the_committed_curves(drawn: str) -> None:
 
 
 def test_phi_script_draws_the_same_file_each_time(drawn: str, tmp_path: Path) -> None:
-    assert draw("phi.py", tmp_path / "again.svg") == drawn
+    """The second drawing is by a new process."""
+    command = [sys.executable, str(PLOTS / "phi.py"), str(tmp_path / "again.svg")]
+    subprocess.run(command, env=environment(), check=True, timeout=120)
+    assert (tmp_path / "again.svg").read_text("utf-8") == drawn
 
 
 def test_pages_have_the_tables_that_scripts_wrote() -> None:
@@ -99,10 +107,8 @@ def test_instruments_script_draws_runs_that_measured_them(tmp_path: Path) -> Non
         ]  # fmt: skip
         folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind in ("sharpness", "noise"):
-        target = tmp_path / f"{kind}.svg"
-        command = [sys.executable, str(PLOTS / "instruments.py"), kind, str(tmp_path / "runs"), str(target)]
-        subprocess.run(command, env=environment(), check=True, timeout=120)
-        assert "<!-- TVLARS -->" in target.read_text(encoding="utf-8")
+        drawn = draw("instruments.py", kind, tmp_path / "runs", tmp_path / f"{kind}.svg")
+        assert "<!-- TVLARS -->" in drawn
 
 
 def test_instruments_script_draws_slices_and_a_plane(tmp_path: Path) -> None:
@@ -111,13 +117,12 @@ def test_instruments_script_draws_slices_and_a_plane(tmp_path: Path) -> None:
         ("lars-plane", [[4.0, 2.0, 4.0], [2.0, 0.2, 2.0], [4.0, 2.0, 4.0]]),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps({"at": [-1.0, 0.0, 1.0], "loss": loss}))
-    target = tmp_path / "surface.svg"
-    command = [sys.executable, str(PLOTS / "instruments.py"), "surface", str(tmp_path), str(target)]
-    subprocess.run(command, env=environment(), check=True, timeout=120)
-    assert "<!-- LARS -->" in target.read_text(encoding="utf-8")
+    assert "<!-- LARS -->" in draw("instruments.py", "surface", tmp_path, tmp_path / "surface.svg")
 
 
-def test_instruments_script_draws_the_hyperbolas_of_the_critical_batch_size(tmp_path: Path) -> None:
+def test_instruments_script_draws_the_hyperbolas_of_the_critical_batch_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = tmp_path / "runs"
     for size, steps in ((128, 60), (512, 20), (2048, 10)):
         folder = write_run(runs, "optimizer=lars", f"batch_size={size}")
@@ -126,12 +131,7 @@ def test_instruments_script_draws_the_hyperbolas_of_the_critical_batch_size(tmp_
             for step, accuracy in ((steps // 2, 0.4), (steps, 0.9))
         ]
         folder.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = subprocess.run(
-        [sys.executable, "-m", "largebatch", "critical", str(runs), "--target", "0.5", "--json"],
-        env=environment(), check=True, timeout=120, capture_output=True, text=True,
-    )  # fmt: skip
-    answer, target = tmp_path / "critical.json", tmp_path / "critical.svg"
-    answer.write_text(found.stdout)
-    command = [sys.executable, str(PLOTS / "instruments.py"), "critical", str(answer), str(target)]
-    subprocess.run(command, env=environment(), check=True, timeout=120)
-    assert "<!-- LARS -->" in target.read_text(encoding="utf-8")
+    assert cli.main(["critical", str(runs), "--target", "0.5", "--json"]) == 0
+    answer = tmp_path / "critical.json"
+    answer.write_text(capsys.readouterr().out)
+    assert "<!-- LARS -->" in draw("instruments.py", "critical", answer, tmp_path / "critical.svg")

@@ -106,7 +106,7 @@ def test_more_seeds_find_a_true_leader_more_often() -> None:
 
 
 def test_intervals_cover_the_true_difference() -> None:
-    pairs = [pair for report in reports(4, 200, n=3) for of_column in compared(report, {}) for pair in of_column]
+    pairs = [pair for report in reports(4, 100, n=3) for of_column in compared(report, {}) for pair in of_column]
     assert 0.93 < np.mean([pair.difference <= pair.half_width() for pair in pairs]) < 0.97
 
 

@@ -16,7 +16,6 @@ import torch
 from conftest import ROOT, environment
 from PIL import Image
 from programs import Programs
-from runs import train_in
 
 from largebatch import load_run
 from largebatch.cli import main
@@ -59,11 +58,11 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
 
 
 def test_a_run_of_an_own_model_evaluates_as_in_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], process: Programs
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "examples"))
+    shutil.copytree(ROOT / "examples" / "mylab", tmp_path / "mylab", ignore=shutil.ignore_patterns("__pycache__"))
     own = ("model=custom", "model.target=mylab.model:Perceptron", "model.batch_norm=false")
-    run = load_run(train_in(tmp_path / "own", *(word for word in DIGITS if word != "model=tinycnn"), *own, "epochs=1"))
+    run = load_run(process.train(tmp_path, *(o for o in DIGITS if o != "model=tinycnn"), *own, "epochs=1"))
     assert evaluated(capsys, str(run.folder.path))["test/accuracy"] == run.summary["test/accuracy"]
     assert run.backbone()(torch.zeros(1, *run.shape)).shape == (1, 64)
 

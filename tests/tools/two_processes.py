@@ -1,6 +1,7 @@
-"""The optimizers under DDP, FSDP2 and ZeroRedundancyOptimizer in two processes; test_with_torch.py starts them once.
+"""Two processes for tests of the optimizers; and their cases under DDP, FSDP2 and ZeroRedundancyOptimizer.
 
-Every case compares, in each process, with one unsharded model that trains on the whole batch.
+test_with_torch.py starts the cases once. Every case compares, in each process, with one unsharded model that trains on
+the whole batch.
 """
 
 import copy
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # DistributedDataParallel imports it
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -224,6 +227,12 @@ CASES = {
     "fsdp2-merit-refused": sharded_merit_is_refused,
     **{f"zero-{kind}": partial(zero_redundancy, kind) for kind in ("lars", "tvlars", "lamb", "merit")},
 }
+
+
+def in_two_processes(function, folder):
+    """Call ``function`` with the rank and the folder in two processes. Forks need no imports, but can't use CUDA."""
+    way = "spawn" if torch.cuda.is_available() else "fork"
+    mp.start_processes(function, (str(folder),), nprocs=PROCESSES, start_method=way)
 
 
 def run_cases(rank, folder):

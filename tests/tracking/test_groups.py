@@ -6,11 +6,8 @@ import re
 
 import pytest
 from conftest import ROOT, TINY
-from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
 
-from largebatch.config.typed import defaults
-from largebatch.launch.composition import compose_grid
+from largebatch.launch.composition import compose_grid, store_defaults
 from largebatch.launch.plan import make_plan
 
 
@@ -21,7 +18,7 @@ def _without_a_group_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 
 def group(*overrides: str) -> str | None:
     """Return the only group of a grid's runs."""
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
+    store_defaults()
     plan = make_plan(compose_grid([*TINY, *overrides], ROOT / "conf"))
     (found,) = {run.config.tracker.group for run in plan}
     return found

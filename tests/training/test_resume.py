@@ -1,4 +1,4 @@
-"""Stopping a run and resuming it exactly, and never two processes on one run, with the real program."""
+"""Stopping a run and resuming it exactly, with the real program."""
 
 from __future__ import annotations
 
@@ -106,19 +106,6 @@ def assert_same_bits(run: Path, whole: Path) -> None:
         pyarrow.parquet.read_table(run / "layers.parquet").to_pylist()
         == pyarrow.parquet.read_table(whole / "layers.parquet").to_pylist()
     )
-
-
-def test_starting_a_running_run_is_an_error_with_pid_and_host(tmp_path: Path, process: Programs) -> None:
-    first = start(*LONG, "steps=2000", cwd=tmp_path)
-    try:
-        wait_for_step(tmp_path, 2, first)
-        refused = process.call("launch", *LONG, "steps=2000", cwd=tmp_path)
-        assert refused.code == 2
-        assert f"pid {worker_pid(the_run(tmp_path))} on " in refused.output
-        assert first.poll() is None  # it keeps running
-    finally:
-        first.send_signal(signal.SIGINT)
-        first.communicate(timeout=60)
 
 
 @pytest.mark.parametrize("moved", ["runs folder", "run folder"])

@@ -11,7 +11,9 @@ import pytest
 from conftest import TINY, Launch
 from programs import Programs
 from runs import parameters, the_run, train_in
+from steps import at_start
 
+from largebatch.errors import UserError
 from largebatch.runs.metrics import read_rows
 
 
@@ -72,9 +74,9 @@ GENTLE = (*TINY, "steps=20", "optimizer=lars", "optimizer.lr=0.5", "cluster.thre
 
 
 @pytest.fixture(scope="module")
-def undivided(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the real program in one process with undivided batches."""
-    return train_in(tmp_path_factory.mktemp("runs") / "undivided", *GENTLE)
+def undivided(tmp_path_factory: pytest.TempPathFactory, process: Programs) -> Path:
+    """Run one process with undivided batches."""
+    return process.train(tmp_path_factory.mktemp("runs"), *GENTLE)
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +130,10 @@ def test_clars_trains_a_model_with_parameters_outside_layers(tmp_path: Path, pro
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
-def test_clars_sample_size_must_divide_the_micro_batch(tmp_path: Path, process: Programs) -> None:
-    result = process.call("launch", *TINY, "optimizer=clars", "optimizer.sample_size=3", cwd=tmp_path)
-    assert result.code == 2
-    assert (
-        "optimizer.sample_size=3: doesn't divide the micro-batch of 16 images. Fix: optimizer.sample_size=2"
-        in result.output
-    )
+def test_clars_sample_size_must_divide_the_micro_batch(tmp_path: Path) -> None:
+    problem = "optimizer.sample_size=3: doesn't divide the micro-batch of 16 images. Fix: optimizer.sample_size=2"
+    with pytest.raises(UserError, match=problem):
+        at_start(tmp_path, "optimizer=clars", "optimizer.sample_size=3")
 
 
 @pytest.fixture(scope="module")
@@ -169,22 +168,18 @@ def test_with_a_given_batch_norm_size_every_division_is_one_run_and_trains_the_s
     assert difference(whole, batch_norm) > 1e-3
 
 
-def test_a_model_with_batch_norm_that_claims_none_is_refused(tmp_path: Path, process: Programs) -> None:
-    claim = ("model=timm", "model.name=test_resnet", "model.batch_norm=false")
-    result = process.call("launch", *TINY, "steps=1", *claim, cwd=tmp_path)
-    assert result.code == 2
-    assert "model.name=test_resnet: has batch norm (conv1.1)" in result.output
-    assert not (tmp_path / "runs").exists()
+def test_a_model_with_batch_norm_that_claims_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.name=test_resnet: has batch norm \(conv1.1\)"):
+        at_start(tmp_path, "model=timm", "model.name=test_resnet", "model.batch_norm=false")
 
 
 def test_clars_by_passes_needs_a_batch_norm_size_of_one_pass(tmp_path: Path, process: Programs) -> None:
     """Norm layers that CLARS adapts can't be measured by hooks, and a pass is then over ``sample_size`` images."""
-    command = (*TINY, "steps=2", "model.norm=batch", "optimizer=clars", "optimizer.adapt_1d=true")
-    refused = process.call("launch", *command, "optimizer.sample_size=4", cwd=tmp_path)
-    assert refused.code == 2
-    assert "batch_norm_size=16: optimizer=clars measures norms by passes" in refused.output
-    assert "Fix: batch_norm_size=4" in refused.output
-    accepted = process.train(tmp_path, *command, "optimizer.sample_size=4", "batch_norm_size=4")
+    clars = ("model.norm=batch", "optimizer=clars", "optimizer.adapt_1d=true", "optimizer.sample_size=4")
+    problem = "batch_norm_size=16: optimizer=clars measures norms by passes.* Fix: batch_norm_size=4"
+    with pytest.raises(UserError, match=problem):
+        at_start(tmp_path / "refused", *clars)
+    accepted = process.train(tmp_path, *TINY, "steps=2", *clars, "batch_norm_size=4")
     assert "1 process(es) x 4 micro-batch(es) of 4" in (accepted / "log.txt").read_text()
 
 
@@ -204,9 +199,7 @@ def test_every_test_image_counts_once_for_any_number_of_processes(
 
 def test_divergence_is_an_outcome(tmp_path: Path, process: Programs) -> None:
     command = (*TINY, "steps=40", "optimizer=sgd", "optimizer.lr=1e30")
-    result = process.call("launch", *command, cwd=tmp_path)
-    assert result.code == 0
-    run = the_run(tmp_path)
+    run = process.train(tmp_path, *command)
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "diverged"
     assert "the loss was not finite at step 2" in status["message"]

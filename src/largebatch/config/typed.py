@@ -7,7 +7,7 @@ import functools
 import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,8 +36,10 @@ def from_composed(composed: DictConfig | dict[str, Any]) -> Config:
     tree: Any = None
     schema = None
     try:
-        if isinstance(composed, DictConfig) or "${" in repr(composed):  # maybe interpolations
-            tree = OmegaConf.to_container(OmegaConf.create(composed), resolve=True)
+        if not isinstance(composed, DictConfig) and "${" in repr(composed):  # maybe interpolations
+            composed = OmegaConf.create(composed)
+        if isinstance(composed, DictConfig):
+            tree = OmegaConf.to_container(composed, resolve=True)
         else:
             tree = copy.deepcopy(composed)
         for key in ("cases", "trials"):  # keys of a grid, not of a run
@@ -64,13 +66,13 @@ def defaults(with_options: bool = False) -> dict[str, Any]:
 
     ``with_options`` adds the option names of all choices, for shell completion.
     """
-    tree: Any = OmegaConf.to_container(OmegaConf.structured(Config))
+    tree = asdict(Config())
     for group, kinds in CHOICES.items():
         del tree[group]
         if with_options:
             every = (*kinds.values(), *LIBRARIES[group].values())
             tree[group] = {option.name: None for kind in every for option in fields(kind)}
-    return cast(dict[str, Any], tree)
+    return tree
 
 
 def _chosen(group: str, given: Any) -> Any:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, RangeSweep
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from largebatch.config.typed import REFUSED, explain
+from largebatch.config.typed import REFUSED, defaults, explain
 from largebatch.errors import UserError, choices
 
 MOST_POINTS = 10_000  # of a grid
@@ -61,6 +62,16 @@ class Interval:
 Axis = list[str] | Interval  # its overrides, or the interval to draw them from
 Axes = dict[str, Axis]  # by key
 Space = dict[str, list[Any]]  # declared values by key, as in Config.space
+
+
+def store_defaults(with_options: bool = False) -> None:
+    """Store the keys outside the groups, with their defaults, for Hydra to compose presets onto.
+
+    ``with_options`` adds the option names of all choices, for shell completion.
+    """
+    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults(with_options)))
+    # Hydra copies its store for each composition, a sixth of its time, and for each listed group, half of --help's.
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
 
 
 def plain(tree: DictConfig) -> Tree:

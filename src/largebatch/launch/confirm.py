@@ -7,15 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from largebatch.config.identity import decisive, without_none
-from largebatch.config.typed import REFUSED, defaults, from_composed, read_frozen
+from largebatch.config.typed import REFUSED, from_composed, read_frozen
 from largebatch.errors import UserError
-from largebatch.launch.composition import Composed, Tree, by_force, composition_error, plain
+from largebatch.launch.composition import Composed, Tree, by_force, composition_error, plain, store_defaults
 from largebatch.launch.presets import presets
 
 _LABEL = ("optimizer.name", "schedule.name", "batch_size", "optimizer.lr")
@@ -54,7 +53,7 @@ def compose_overrides(arguments: Sequence[str]) -> tuple[DictConfig, dict[str, s
     Raises:
         UserError: Hydra can't compose the overrides.
     """
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults()))
+    store_defaults()
     try:
         with initialize_config_dir(config_dir=str(presets()), version_base="1.3"):
             given = OverridesParser.create().parse_overrides(list(arguments))

@@ -17,16 +17,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from largebatch.config.typed import REFUSED, defaults, from_composed
+from largebatch.config.typed import REFUSED, from_composed
 from largebatch.errors import UserError, require
 from largebatch.launch import sweep_agent
-from largebatch.launch.composition import Composed, by_force, compose_grid, composition_error, plain
+from largebatch.launch.composition import (
+    Composed,
+    by_force,
+    compose_grid,
+    composition_error,
+    plain,
+    store_defaults,
+)
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.plan import make_plan
 from largebatch.launch.presets import presets, program
@@ -53,9 +59,7 @@ def composed_jobs(arguments: list[str]) -> list[Composed]:
         UserError: Hydra can't compose the command line.
     """
     completes = bool({"-sc", "--shell-completion"} & set(arguments))
-    ConfigStore.instance().store(name="schema", node=OmegaConf.create(defaults(with_options=completes)))
-    # Hydra copies its store for each listed group and each composed job, which takes half of --help's time.
-    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
+    store_defaults(with_options=completes)
     # Python 3.14 checks each help text as it is added, and refuses one of Hydra's, which isn't a string.
     argparse.ArgumentParser._check_help = lambda parser, action: None  # type: ignore[attr-defined]
     conf = presets()
