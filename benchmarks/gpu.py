@@ -15,6 +15,7 @@ tensors.
 | `optimizer` | a step of each optimizer, and the fewest bytes it must move (`optimizer_step.py`) |
 | `muon` | a step of Muon, of timm's and of SGD (`muon_step.py`) |
 | `noise_scale` | a step with and without `instruments.noise_scale` (`accumulation.py`) |
+| `nvjpeg` | decoding whole JPEGs on the GPU; `decoding.py` decodes such JPEGs on a CPU core |
 | `augmentation` | a batch of augmented images: by default, with the recipes' keys, and two views |
 | `evaluation` | an evaluation of 10,000 images, the first and later ones |
 | `start_up` | from the command to the first training step |
@@ -152,6 +153,17 @@ def evaluation(device: torch.device, small: bool) -> None:
     print_table(["", "s"], [["first", f"{times[0]:.3f}"], ["later, the fastest", f"{min(times[1:]):.3f}"]])
 
 
+def nvjpeg(device: torch.device, small: bool) -> None:
+    from decoding import make_files  # its imports are of extras
+    from torchvision.io import decode_jpeg, read_file
+
+    count, width, height = (8, 64, 48) if small else (256, 500, 375)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [read_file(path) for path in make_files(Path(folder), count, width, height)]
+    spent = seconds(lambda: decode_jpeg(files, device=device), device, 1 if small else 5)
+    print_table(["torchvision's decode_jpeg", "images/s"], [[f"{width}x{height}", f"{count / spent:,.0f}"]])
+
+
 def augmentation(device: torch.device, small: bool) -> None:
     table = []
     for name, batch, overrides in (
@@ -232,6 +244,7 @@ PARTS: dict[str, Callable[[torch.device, bool], None]] = {
         "--repeats",
         "3",
     ),
+    "nvjpeg": nvjpeg,
     "augmentation": augmentation,
     "evaluation": evaluation,
     "start_up": start_up,
