@@ -59,6 +59,9 @@ IMAGENET_RECIPE = (
     "dataset.resized_crop.scale=[0.08,1]", "dataset.color_jitter.brightness=0.4", "dataset.color_jitter.contrast=0.4",
     "dataset.color_jitter.saturation=0.4", "mode.mixup=0.2",
 )  # fmt: skip
+NOISE_SCALE = (
+    "--noise-scale", "--precision", "auto", "--stem", "cifar", "--batch", "1024", "--steps", "25", "--repeats", "3",
+)  # fmt: skip
 LIMITS = {"training": 240, "optimizer": 120, "loops": 90}  # seconds; 60 for the others
 
 SHORT = "compile=false"  # as compile=auto decides for a short run
@@ -230,20 +233,7 @@ PARTS: dict[str, Callable[[torch.device, bool], None]] = {
     "loops": script("training_step.py", "--stem", "cifar", "--batch", "1024", "--steps", "20", "--repeats", "3"),
     "optimizer": script("optimizer_step.py"),
     "muon": script("muon_step.py", "--models", "resnet18", "resnet50", "--repeats", "5"),
-    "noise_scale": script(
-        "accumulation.py",
-        "--noise-scale",
-        "--precision",
-        "auto",
-        "--stem",
-        "cifar",
-        "--batch",
-        "1024",
-        "--steps",
-        "25",
-        "--repeats",
-        "3",
-    ),
+    "noise_scale": script("accumulation.py", *NOISE_SCALE),
     "nvjpeg": nvjpeg,
     "augmentation": augmentation,
     "evaluation": evaluation,

@@ -25,14 +25,7 @@ from yaml import YAMLError
 from largebatch.config.typed import REFUSED, from_composed
 from largebatch.errors import UserError, require
 from largebatch.launch import sweep_agent
-from largebatch.launch.composition import (
-    Composed,
-    by_force,
-    compose_grid,
-    composition_error,
-    plain,
-    store_defaults,
-)
+from largebatch.launch.composition import Composed, by_force, compose_grid, composition_error, plain, store_defaults
 from largebatch.launch.grid import carry_out_plan, show_plan
 from largebatch.launch.plan import make_plan
 from largebatch.launch.presets import presets, program
